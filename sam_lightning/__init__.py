@@ -1,0 +1,30 @@
+"""Sharpness-Aware Minimization for image classifiers, in PyTorch Lightning.
+
+The names below are imported when first used, so that ``import sam_lightning`` stays light and a
+command can check its configuration before it loads torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sam_lightning.data.datamodule import ImageDataModule
+    from sam_lightning.models import SAMResNet18, frozen_running_stats
+    from sam_lightning.module import SAMModule
+    from sam_lightning.sam import SAM
+
+__all__ = ["SAM", "ImageDataModule", "SAMModule", "SAMResNet18", "frozen_running_stats"]
+
+_HOME = {
+    "SAM": "sam_lightning.sam",
+    "ImageDataModule": "sam_lightning.data.datamodule",
+    "SAMModule": "sam_lightning.module",
+    "SAMResNet18": "sam_lightning.models",
+    "frozen_running_stats": "sam_lightning.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
