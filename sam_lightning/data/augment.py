@@ -1,0 +1,158 @@
+"""Augmentation of whole batches, on the device of the batch, with one draw per image.
+
+A loader that augments image by image is what a small network on a fast device waits for. Here a
+batch is padded, cropped, flipped and normalised by a handful of tensor operations.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sam_lightning.errors import ConfigError
+
+POLICIES = ("autoaugment", "trivialaugment", "randaugment")
+
+
+def draw_seed(*parts: int) -> int:
+    """Hash integers to a well mixed seed in 0..2^63 - 1; the same parts give the same seed.
+
+    Seeds that are added up (seed + epoch) collide: run 0's epoch 1 would draw as run 1's epoch 0.
+    """
+    digest = hashlib.blake2b(repr(tuple(map(int, parts))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255.
+
+    They come from 256-bin histograms: exact, and without a float copy of the images.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        means.append((weights @ values).item())
+        stds.append((weights @ (values - means[-1]).square()).sqrt().item())
+    return tuple(means), tuple(stds)
+
+
+class BatchAugment:
+    """Random crop, flip, policy and cutout of uint8 images, and their normalisation.
+
+    Args:
+        mean: per channel, of pixels in 0..1.
+        std: per channel, of pixels in 0..1; > 0.
+        crop_padding: black pixels on every side, of which a window of the old size is cut; 0: none.
+        flip: mirror every other image, left to right, on average.
+        cutout: side in pixels of a square of the mean colour around a uniformly drawn pixel, cut
+            off at the borders (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
+        policy: torchvision's AutoAugment with its CIFAR-10 policy, TrivialAugmentWide, RandAugment,
+            or None. It treats one image after the other, and is much slower than all the rest.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+        policy: str | None = None,
+    ) -> None:
+        if not all(math.isfinite(m) for m in mean) or not mean:
+            raise ConfigError(f"data.mean={list(mean)}: must be one finite number per channel")
+        if len(std) != len(mean) or not all(0 < s < math.inf for s in std):
+            raise ConfigError(f"data.std={list(std)}: must be {len(mean)} numbers > 0")
+        if crop_padding < 0:
+            raise ConfigError(f"data.crop_padding={crop_padding}: must be an integer >= 0")
+        if cutout < 0:
+            raise ConfigError(f"data.cutout={cutout}: must be an integer >= 0")
+        if policy is not None and policy not in POLICIES:
+            raise ConfigError(f"data.policy={policy!r}: must be null or one of {list(POLICIES)}")
+        if policy is not None and len(mean) not in (1, 3):
+            raise ConfigError(f"data.policy={policy!r}: needs images of 1 or 3 channels")
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.cutout = cutout
+        self.policy = policy
+        # (x / 255 - mean) / std = x * scale + shift, 2 x C x 1 x 1
+        center, spread = torch.tensor([list(mean), list(std)], dtype=torch.float64)
+        affine = torch.stack([1 / (255 * spread), -center / spread])[..., None, None]
+        self._affine = {torch.device("cpu"): affine.float()}
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment and normalise a batch.
+
+        Args:
+            images: uint8, N x C x H x W.
+            generator: the only source of randomness; on the device of ``images``.
+
+        Returns:
+            float32, N x C x H x W, a new tensor.
+        """
+        if self.crop_padding or self.flip:
+            images = self._crop_and_flip(images, generator)
+        if self.policy is not None:
+            images = self._apply_policy(images, generator)
+        out = self.normalize(images)
+        return self._cut_out(out, generator) if self.cutout else out
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map uint8 N x C x H x W to the float32 (x / 255 - mean) / std, as evaluation does."""
+        if images.device not in self._affine:  # copied to a device once, not for every batch
+            self._affine[images.device] = self._affine[torch.device("cpu")].to(images.device)
+        scale, shift = self._affine[images.device]
+        return images.float().mul_(scale).add_(shift)
+
+    def _crop_and_flip(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Cut a random window out of every padded image, mirrored or not, by one gather."""
+        n, channels, height, width = images.shape
+        device, padding = images.device, self.crop_padding
+        draw = partial(torch.randint, generator=generator, device=device)
+        top, left = draw(2 * padding + 1, (2, n, 1))
+        rows = top + torch.arange(height, device=device)
+        columns = torch.arange(width, device=device)
+        if self.flip:
+            mirrored = draw(2, (n, 1)) == 1
+            columns = torch.where(mirrored, columns.flip(0), columns)
+        columns = left + columns
+        # All channels of an image share one index into its padded plane.
+        index = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+        planes = pad(images, (padding,) * 4).flatten(2)
+        return planes.gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view_as(images)
+
+    def _apply_policy(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        # torchvision draws from torch's global generator. That one is put back afterwards, and
+        # seeded from ours until then. Reading the seed waits for the device; so does the loop.
+        seed = int(torch.randint(2**62, (), generator=generator, device=images.device))
+        policy = _policy(self.policy)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
+            return torch.stack([policy(image) for image in images])
+
+    def _cut_out(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, *sides = images.shape
+        inside = []
+        for side in sides:
+            first = torch.randint(side, (n, 1), generator=generator, device=images.device)
+            first = first - self.cutout // 2
+            pixels = torch.arange(side, device=images.device)
+            inside.append((pixels >= first) & (pixels < first + self.cutout))
+        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        return images.masked_fill_(square, 0)
+
+
+def _policy(name: str | None) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2  # slow to import, and seldom needed
+
+    if name == "autoaugment":
+        return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    return v2.TrivialAugmentWide() if name == "trivialaugment" else v2.RandAugment()

@@ -1,0 +1,298 @@
+"""From an ``ImageSource`` to the batches of a ``Trainer``: splits, order, shards, augmentation.
+
+Every random choice has its own stream, a hash of the seed and of what is drawn, so runs that share
+a seed see the same batches bit for bit, whatever else they do with random numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.accelerators import CUDAAccelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
+from sam_lightning.data.sources import ImageSource, Split, stratified_split
+from sam_lightning.errors import ConfigError
+
+# The first part of each stream's seed after the user's own.
+_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)
+
+
+class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
+    """A ``Split`` that serves a whole batch as one gather, to a loader that does not collate."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.split.images[index], self.split.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        batch = self.split.take(torch.tensor(indices))
+        return batch.images, batch.labels
+
+
+class EvalShard(DistributedSampler[int]):
+    """Every ``num_replicas``-th index, in order: over all ranks each one exactly once.
+
+    A plain ``DistributedSampler`` repeats examples until all ranks have equally many, and metrics
+    over them would be off. It is one still, for Lightning leaves those as they are.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
+
+    def __len__(self) -> int:
+        return len(self._indices())
+
+    def _indices(self) -> range:
+        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+
+
+class ImageDataModule(LightningDataModule):
+    """Serves an image source; batches are augmented after they are on the training device.
+
+    Args:
+        source: reads the data, for instance ``partial(cifar10, root="data")``.
+        batch_size: training images per step, over all processes together.
+        eval_batch_size: images per evaluation batch and process.
+        val_size: images held out of the training set, stratified: their number, or a fraction < 1.
+            Unused if the source has a validation set.
+        subset: training images to keep of those left, stratified: a fraction up to 1, or a number.
+        label_noise: fraction of the labels of these images that are replaced by another class,
+            uniformly drawn: symmetric noise as in Foret et al. 2021, section 3.3.
+        seed: of the order, the augmentation and the label noise.
+        split_seed: of ``val_size`` and ``subset``, so that runs of different ``seed`` share them.
+        mean: per channel, of pixels in 0..1; None: that of the training images.
+        std: likewise.
+        crop_padding, flip, cutout, policy: see ``BatchAugment``.
+        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory.
+        drop_last: leave out the last training batch of an epoch if it is not full.
+        pin_memory: None: if the trainer uses CUDA.
+
+    Attributes, from ``setup`` on:
+        classes (list of names), num_classes, in_channels, mean and std (tuples of floats),
+        train, test (``Split``), val (``Split`` or None).
+
+    Raises:
+        ConfigError: an argument is out of its range, at once or, where the range depends on the
+            data or on the number of processes, in ``setup``.
+    """
+
+    classes: list[str]
+    train: Split
+    val: Split | None
+    test: Split
+
+    def __init__(
+        self,
+        source: Callable[[], ImageSource],
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        val_size: int | float = 0,
+        subset: int | float = 1.0,
+        label_noise: float = 0.0,
+        seed: int = 0,
+        split_seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_padding: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+        policy: str | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value, ok, allowed in [
+            ("batch_size", batch_size, batch_size >= 1, "an integer >= 1"),
+            ("eval_batch_size", eval_batch_size, eval_batch_size >= 1, "an integer >= 1"),
+            ("val_size", val_size, val_size >= 0, "a number of images, or a fraction in [0, 1)"),
+            ("subset", subset, subset > 0, "a fraction in (0, 1], or a number of images"),
+            ("label_noise", label_noise, 0 <= label_noise <= 1, "a fraction in [0, 1]"),
+            ("num_workers", num_workers, num_workers >= 0, "an integer >= 0"),
+        ]:
+            if not ok:
+                raise ConfigError(f"data.{key}={value}: must be {allowed}")
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.subset = subset
+        self.label_noise = label_noise
+        self.seed = seed
+        self.split_seed = split_seed
+        self.mean = mean
+        self.std = std
+        self.num_workers = num_workers
+        self.drop_last = drop_last
+        self.pin_memory = pin_memory
+        self._make_augment = partial(
+            BatchAugment, crop_padding=crop_padding, flip=flip, cutout=cutout, policy=policy
+        )
+        self._make_augment([0.0], [1.0])  # wrong options fail before any data is read
+        self._prepared: ImageSource | None = None
+        self._augment: BatchAugment | None = None
+
+    def prepare_data(self) -> None:
+        """Read the source in one process per node, so that it downloads and fills its caches."""
+        if self._augment is None and self._prepared is None:
+            self._prepared = self.source()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the source and split it; once, whatever the stages."""
+        world_size, _ = self._world()
+        if self.batch_size % world_size:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: must be a multiple of the {world_size} "
+                "processes that share a batch"
+            )
+        if self._augment is not None:
+            return
+        source = self._prepared or self.source()
+        self._prepared = None
+        self.classes, self.test = source.classes, source.test
+        self.train, self.val = self._split_train(source)
+        self._add_label_noise()
+        if self.drop_last and len(self.train) < self.batch_size:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: must be <= {len(self.train)}, the number of "
+                "training images, with data.drop_last=true"
+            )
+        mean, std = channel_statistics(self.train.images)
+        self.mean = mean if self.mean is None else tuple(map(float, self.mean))
+        self.std = std if self.std is None else tuple(map(float, self.std))
+        if len(self.mean) != self.in_channels:
+            raise ConfigError(f"data.mean={list(self.mean)}: must be {self.in_channels} numbers")
+        self._augment = self._make_augment(self.mean, self.std)
+
+    def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
+        train, val = source.train, source.val
+        if val is None and self.val_size:
+            count = self._count("val_size", self.val_size, len(train), len(train) - 1)
+            held_out, kept = stratified_split(train.labels, count, draw_seed(self.split_seed, _VAL))
+            train, val = train.take(kept), train.take(held_out)
+        if self.subset != 1.0:
+            count = self._count("subset", self.subset, len(train), len(train))
+            kept, _ = stratified_split(train.labels, count, draw_seed(self.split_seed, _SUBSET))
+            train = train.take(kept)
+        return train, val
+
+    def _count(self, key: str, size: int | float, total: int, most: int) -> int:
+        count = round(size * total) if size < 1 else int(size)
+        if not 1 <= count <= most or (size >= 1 and count != size):
+            raise ConfigError(
+                f"data.{key}={size}: must come to 1..{most} of the {total} training images"
+            )
+        return count
+
+    def _add_label_noise(self) -> None:
+        noisy = round(self.label_noise * len(self.train))
+        if noisy == 0:
+            return
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, _NOISE))
+        chosen = torch.randperm(len(self.train), generator=generator)[:noisy]
+        # A step of 1..K-1 around the circle of K classes reaches every other class, equally often.
+        steps = torch.randint(1, self.num_classes, (noisy,), generator=generator)
+        labels = self.train.labels.clone()
+        labels[chosen] = (labels[chosen] + steps) % self.num_classes
+        self.train = replace(self.train, labels=labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the labels are 0..num_classes - 1."""
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image: 3 for colour, 1 for grey."""
+        return self.train.images.shape[1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches of one process in one epoch."""
+        return len(self.train_dataloader())
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """This process's share of the training set, in an order that (seed, epoch) fixes."""
+        dataset = SplitDataset(self.train)
+        world_size, rank = self._world()
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            dataset, world_size, rank, seed=draw_seed(self.seed, _SHUFFLE), drop_last=self.drop_last
+        )
+        if self.trainer is not None:
+            # Lightning sets it too, but in a resumed run only after workers took their first
+            # indices from the sampler.
+            sampler.set_epoch(_epoch(self.trainer))
+        return self._loader(dataset, sampler, self.batch_size // world_size, self.drop_last)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """This process's share of the validation set, in order; an empty list without one."""
+        return [] if self.val is None else self._eval_loader(self.val)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """This process's share of the test set, in order."""
+        return self._eval_loader(self.test)
+
+    def _eval_loader(self, split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
+        dataset = SplitDataset(split)
+        return self._loader(dataset, EvalShard(dataset, *self._world()), self.eval_batch_size)
+
+    def _loader(
+        self,
+        dataset: SplitDataset,
+        sampler: DistributedSampler[Any],
+        batch_size: int,
+        drop_last: bool = False,
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        pin_memory = self.pin_memory
+        if pin_memory is None:
+            accelerator = getattr(self.trainer, "accelerator", None)
+            pin_memory = isinstance(accelerator, CUDAAccelerator)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=tuple,  # the dataset returns whole batches
+            pin_memory=pin_memory,
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment a training batch, normalise any other, on the batch's device."""
+        assert self._augment is not None
+        images, labels = batch
+        if self.trainer is None or not self.trainer.training:
+            return self._augment.normalize(images), labels
+        # Of this epoch's batches, those before this one are "ready". The count is saved and
+        # restored with the loop, and is right whatever the loader has fetched in advance.
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        seed = draw_seed(self.seed, _AUGMENT, _epoch(self.trainer), step, self.trainer.global_rank)
+        generator = torch.Generator(images.device).manual_seed(seed)
+        return self._augment(images, generator), labels
+
+    def _world(self) -> tuple[int, int]:
+        """Number of processes, and which of them this one is."""
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+
+def _epoch(trainer: Any) -> int:
+    """The running epoch, or the next one, as ``Trainer`` tells it to samplers.
+
+    ``trainer.current_epoch`` lags behind it while a checkpoint is being resumed.
+    """
+    epoch: int = trainer.fit_loop.epoch_progress.current.processed
+    return epoch
