@@ -1,0 +1,262 @@
+"""Sharpness-Aware Minimization around any torch optimizer (Foret et al. 2021, arXiv 2010.01412).
+
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+
+    loss_fn(model(x), y).backward()         # g  = grad L(w)
+    with optimizer.perturbed():             # w <- w + rho * g / ||g||, gradients cleared
+        loss_fn(model(x), y).backward()     # g' = grad L(w + e)
+    optimizer.step()                        # w is back, bit for bit; the base optimizer uses g'
+
+This file needs nothing but torch and ``perturbations.py``, and can be used without Lightning.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_lightning.perturbations import AdaptiveAscent, GradientAscent, Perturbation
+
+
+class SAM(Optimizer):
+    """Perturb, take the gradient there, restore, step the base optimizer.
+
+    The parameter groups and the state are those of ``base_optimizer``, shared and not copied, so
+    schedulers, ``state_dict`` and resumed runs see one optimizer.
+
+    Args:
+        params: as for any torch optimizer; a group may set its own ``rho``. The norm is taken over
+            all groups, whatever their rho (Foret et al. 2021, equation 2).
+        base_optimizer: a torch optimizer class, or any callable from parameter groups to one.
+        rho: radius of the perturbation, >= 0 in the units of the weights; 0 is the base optimizer.
+        adaptive: climb as the usual adaptive SAM does, |w| on every parameter. For the ASAM of the
+            paper pass ``perturbation=AdaptiveAscent()`` and named parameters.
+        perturbation: where to climb; the gradient if not given.
+        decay_in_ascent: climb along g + weight_decay * w, as the official JAX code does, where the
+            L2 term is part of the loss. The base optimizer decays the weights in either case.
+        **kwargs: passed to ``base_optimizer``.
+
+    Raises:
+        ValueError: a rho is negative or not finite, or both ways to choose a perturbation are used.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        *,
+        adaptive: bool = False,
+        perturbation: Perturbation | None = None,
+        decay_in_ascent: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if adaptive and perturbation is not None:
+            raise ValueError("adaptive=True: not together with perturbation, which decides it")
+        if adaptive:
+            perturbation = AdaptiveAscent(eta=0.0, normalize_bias=True)
+        self.perturbation = perturbation or GradientAscent()
+        self.decay_in_ascent = decay_in_ascent
+        # 0-dim tensor; non-zero makes the next step() a no-op, decided on the device.
+        self.found_inf: Tensor | None = None
+        self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.defaults = {**self.base_optimizer.defaults, "rho": rho}
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with a ``rho`` of their own or the default one."""
+        rho = param_group.setdefault("rho", self.defaults["rho"])
+        if not (rho >= 0 and math.isfinite(rho)):
+            raise ValueError(f"rho={rho}: must be a finite number >= 0")
+        if hasattr(self, "base_optimizer"):
+            self.base_optimizer.add_param_group(param_group)
+        else:  # called by Optimizer.__init__, before there is a base optimizer to share with
+            super().add_param_group(param_group)
+
+    @property
+    def climbs(self) -> bool:
+        """Whether any group has rho > 0, that is, whether a step needs its second pass."""
+        return any(group["rho"] > 0 for group in self.param_groups)
+
+    @torch.no_grad()
+    def perturb(self, *, zero_grad: bool = False, inv_scale: Tensor | None = None) -> None:
+        """Move the weights to w + e along the present gradients, keeping a copy of w.
+
+        A gradient with a non-finite norm moves nothing; that is decided on the device.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+            inv_scale: 1 / loss scale, 0-dim, where the gradients are those of a scaled loss.
+
+        Raises:
+            RuntimeError: the weights are perturbed already, or a gradient is sparse.
+        """
+        if self._saved is not None:
+            raise RuntimeError("the weights are perturbed already: call restore() first")
+        weights, grads, names, rhos = self._ascent_inputs(inv_scale)
+        if weights and self.climbs:
+            direction, scaled = self.perturbation(weights, grads, names)
+            norm = global_norm(scaled)
+            finite = norm.isfinite()
+            inv_norm = torch.where(finite, 1 / (norm + 1e-12), 0)
+            saved = [torch.empty_like(w) for w in weights]
+            torch._foreach_copy_(saved, weights)
+            self._saved = weights, saved
+            for w, d, rho in zip(weights, direction, rhos, strict=True):
+                if rho > 0:
+                    # where() and not a product: 0 * inf would carry a NaN into the weights
+                    d = torch.where(finite.to(w.device), d, 0)
+                    w.addcmul_(d, (inv_norm * rho).to(w.device, w.dtype))
+        if zero_grad:
+            self.zero_grad()
+
+    def _ascent_inputs(
+        self, inv_scale: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float]]:
+        weights, grads, names, rhos, decays = [], [], [], [], []
+        for group in self.param_groups:
+            group_names = group.get("param_names") or [None] * len(group["params"])
+            for name, p in zip(group_names, group["params"], strict=True):
+                if p.grad is None or not p.requires_grad:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError("SAM does not support sparse gradients")
+                weights.append(p)
+                grads.append(p.grad)
+                names.append(name)
+                rhos.append(group["rho"])
+                decays.append(group.get("weight_decay", 0.0))
+        if inv_scale is not None and grads:
+            grads = list(torch._foreach_mul(grads, inv_scale))
+        if self.decay_in_ascent:
+            grads = [g.add(w, alpha=wd) for g, w, wd in zip(grads, weights, decays, strict=True)]
+        return weights, grads, names, rhos
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
+        if self._saved is not None:
+            torch._foreach_copy_(*self._saved)
+            self._saved = None
+
+    @contextmanager
+    def perturbed(
+        self, *, zero_grad: bool = True, inv_scale: Tensor | None = None
+    ) -> Iterator[None]:
+        """Hold the weights at w + e; they are restored however the block ends.
+
+        The gradients are cleared on entry, for those of the two passes must not add up;
+        ``zero_grad=False`` keeps them. ``inv_scale`` is that of ``perturb()``.
+        """
+        try:
+            self.perturb(zero_grad=zero_grad, inv_scale=inv_scale)
+            yield
+        finally:
+            self.restore()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights; the familiar name of ``perturb()``."""
+        self.perturb(zero_grad=zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restore the weights and step the base optimizer with the present gradients."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the base optimizer with the present gradients, or do a whole SAM step.
+
+        Args:
+            closure: computes the loss and its gradient, and returns the loss. It is called twice,
+                at w and at w + e (once if every rho is 0), each time with cleared gradients.
+
+        Returns:
+            the loss at w, or None without a closure.
+        """
+        loss = None
+        if closure is not None:
+            self.restore()
+            with torch.enable_grad():
+                self.zero_grad()
+                loss = closure()
+                if self.climbs:
+                    with self.perturbed():
+                        closure()
+        self.restore()
+        self._base_step()
+        return loss
+
+    def _base_step(self) -> None:
+        found_inf, self.found_inf = self.found_inf, None
+        if found_inf is None:
+            self.base_optimizer.step()
+        elif getattr(self.base_optimizer, "_step_supports_amp_scaling", False):
+            # torch's fused kernels take the decision to skip from a tensor: no host sync.
+            first = not self.state
+            base: Any = self.base_optimizer
+            base.found_inf = found_inf
+            try:
+                base.step()
+            finally:
+                del base.found_inf
+            if first:  # a skipped first step leaves fused SGD's new momentum uninitialised
+                for value in (v for s in self.state.values() for v in s.values()):
+                    if isinstance(value, Tensor):
+                        value.masked_fill_(found_inf.to(value.device).bool(), 0)
+        elif not found_inf:
+            self.base_optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups, ``rho`` among them; never any weights."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own keeps the groups and the state only. A copy is never perturbed.
+        return {
+            **super().__getstate__(),
+            "base_optimizer": self.base_optimizer,
+            "perturbation": self.perturbation,
+            "decay_in_ascent": self.decay_in_ascent,
+            "found_inf": None,
+            "_saved": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync.
+
+    It is accumulated in float32 at least, so half precision neither overflows nor rounds to zero.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for t in tensors:
+        by_dtype[t.dtype].append(t)
+    norms = [
+        norm
+        for dtype, same in by_dtype.items()
+        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+    ]
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
