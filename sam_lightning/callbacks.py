@@ -1,0 +1,99 @@
+"""What watches a run: progress, throughput, and the table of metrics on disk."""
+
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+
+def progress() -> Callback:
+    """A live bar on a terminal, a line per epoch elsewhere."""
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+
+
+class EpochLines(Callback):
+    """One plain line per epoch: logged losses and accuracies, and seconds."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        names = ("train/loss", "train/acc", "val/loss", "val/acc")
+        metrics = trainer.callback_metrics
+        shown = "  ".join(f"{n} {metrics[n]:.4f}" for n in names if n in metrics)
+        seconds = time.perf_counter() - self.started
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        print(f"{epoch}  {shown}  {seconds:.1f} s", flush=True)
+
+
+class Throughput(Callback):
+    """Counts training images and the seconds spent on training batches, evaluation left out.
+
+    ``seconds`` and ``images`` are of this process; all devices together see ``world_size`` times
+    as many images.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.images = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count; after the epoch's last batch wait for the device and stop the clock."""
+        self.images += len(batch[1])
+        if trainer.is_last_batch:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self.seconds += time.perf_counter() - self.started
+
+
+class MetricsCSV(CSVLogger):
+    """``metrics.csv`` in the run folder: a row per logged step, kept when a run is resumed.
+
+    Lightning's logger starts an existing file anew. On resume, the rows up to the checkpoint's
+    step are written again before the new ones, and those after it, of lost work, are dropped.
+    """
+
+    def __init__(self, root_dir: str) -> None:
+        self._previous = _read_rows(Path(root_dir, "metrics.csv"))
+        super().__init__(os.path.dirname(root_dir) or ".", os.path.basename(root_dir), version="")
+
+    @rank_zero_only
+    def continue_from(self, step: int) -> None:
+        """Keep the rows of earlier steps; called before the resumed run logs."""
+        kept = [row for row in self._previous if int(row["step"]) <= step]
+        for row in kept:
+            values: dict[str, Tensor | float] = {
+                name: float(value) for name, value in row.items() if value != ""
+            }
+            self.log_metrics(values, step=int(row["step"]))
+        rank_zero_info(f"metrics.csv: kept {len(kept)} rows up to step {step}")
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,365 @@
+"""The training step: two passes, perturb and restore around the second, one optimizer step.
+
+Lightning's automatic optimization calls the closure of an optimizer once, scales, clips and counts
+by that; SAM needs two gradients a step. So this module optimizes by hand and owns what Lightning
+then leaves to it: accumulation, clipping, skipping of non-finite steps, the schedule and the log.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from sam_lightning.data.augment import draw_seed
+from sam_lightning.errors import TrainingError
+from sam_lightning.models.running_stats import frozen_running_stats
+from sam_lightning.perturbations import Perturbation
+from sam_lightning.sam import SAM, global_norm
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ManualSAM(SAM):
+    """SAM under Lightning's manual optimization, which hands every optimizer a closure.
+
+    That closure computes nothing, it calls ``on_before_optimizer_step``. Plain ``SAM.step`` would
+    take it for one that evaluates the loss.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call the closure once, then step the base optimizer with the present gradients."""
+        if closure is not None:
+            closure()
+        return super().step()
+
+
+class SAMModule(L.LightningModule):
+    """Trains an image classifier with SAM.
+
+    Args:
+        model: images N x C x H x W -> logits N x num_classes.
+        num_classes: number of classes.
+        base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
+        rho, perturbation, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no more.
+        lr_factor: from the number of updates done to the factor on the learning rates.
+        sync_perturbation: average the ascent gradient over devices. Otherwise each device climbs
+            along its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
+        ascent_per_micro_batch: under accumulation, climb for each micro-batch by itself
+            (m-sharpness) and not along the gradient of the whole accumulated batch.
+        same_randomness: the second pass uses the dropout masks of the first.
+        label_smoothing: of the training loss, in [0, 1).
+        accumulate_grad_batches: batches per update.
+        gradient_clip_val: largest 2-norm of the gradient that is stepped with; None for no limit.
+        max_skipped_steps: end the run after so many non-finite gradients in a row.
+        memory_format: ``contiguous`` or ``channels_last``.
+        seed: of the dropout masks, together with epoch, batch and rank.
+        hparams: plain values kept in checkpoints, to build model and data again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        perturbation: Perturbation | None = None,
+        *,
+        decay_in_ascent: bool = False,
+        lr_factor: Callable[[int], float] | None = None,
+        sync_perturbation: bool = False,
+        ascent_per_micro_batch: bool = False,
+        same_randomness: bool = True,
+        label_smoothing: float = 0.0,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        max_skipped_steps: int = 20,
+        memory_format: str = "contiguous",
+        seed: int = 0,
+        hparams: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.base_optimizer = base_optimizer
+        self.rho = rho
+        self.perturbation = perturbation
+        self.decay_in_ascent = decay_in_ascent
+        self.lr_factor = lr_factor or (lambda step: 1.0)
+        self.sync_perturbation = sync_perturbation
+        self.ascent_per_micro_batch = ascent_per_micro_batch
+        self.same_randomness = same_randomness
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.max_skipped_steps = max_skipped_steps
+        self.seed = seed
+        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+        if memory_format not in formats:
+            raise ValueError(f"memory_format={memory_format}: allowed are {', '.join(formats)}")
+        self.memory_format = formats[memory_format]
+        self.model.to(memory_format=self.memory_format)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
+        metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}
+        if num_classes >= 10:
+            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, **fast)
+        self.eval_metrics = MetricCollection(metrics, compute_groups=False)
+        self.eval_loss = MeanMetric()
+        self._micro_batches: list[tuple[Batch, int]] = []
+        self.window: Tensor | None = None
+        self.skipped: Tensor | None = None
+        if hparams is not None:
+            self.save_hyperparameters(hparams, logger=False)
+
+    # ------------------------------------------------------------------ optimizer and schedule
+
+    def configure_optimizers(self) -> Any:
+        """SAM around the base optimizer, and the schedule that is stepped once per update."""
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        optimizer = ManualSAM(
+            trainable,
+            self.base_optimizer,
+            rho=self.rho,
+            perturbation=self.perturbation,
+            decay_in_ascent=self.decay_in_ascent,
+        )
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
+
+    @property
+    def sam(self) -> SAM:
+        """The optimizer itself, without Lightning's wrapper around ``step``."""
+        return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
+
+    # ------------------------------------------------------------------------------- one update
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images N x C x H x W -> logits N x num_classes."""
+        return self.model(images.contiguous(memory_format=self.memory_format))
+
+    def on_train_start(self) -> None:
+        """Put the running sums, also those of a checkpoint, on the device."""
+        # sums of loss, accuracy, sharpness, gradient norm and updates since the last log
+        self.window = self._sums(self.window, 5)
+        # skipped updates: in all, in a row now, longest row
+        self.skipped = self._sums(self.skipped, 3)
+
+    def _sums(self, value: Tensor | None, size: int) -> Tensor:
+        return (torch.zeros(size) if value is None else value).to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, update.
+
+        Collecting first makes an update the exact mean over its samples, also where the last batch
+        is smaller, and lets the perturbation be that of the whole accumulated batch.
+        """
+        seed = draw_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        self._micro_batches.append((batch, seed))
+        last = batch_idx + 1 == self.trainer.num_training_batches or self.trainer.is_last_batch
+        if last or len(self._micro_batches) == self.accumulate_grad_batches:
+            micro_batches, self._micro_batches = self._micro_batches, []
+            self._update(micro_batches)
+
+    def _update(self, micro_batches: list[tuple[Batch, int]]) -> None:
+        sam = self.sam
+        sam.zero_grad()
+        if not sam.climbs:
+            first = second = self._gradient(micro_batches)
+        elif self.ascent_per_micro_batch:
+            first, second = self._gradients_per_micro_batch(micro_batches)
+        else:
+            first = self._gradient(micro_batches, sync=self.sync_perturbation)
+            with sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+                second = self._gradient(micro_batches, second_pass=True)
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        assert self.window is not None
+        self.window[:2] += first
+        self.window[2] += second[0] - first[0]
+        self.window[4] += 1
+
+    def _gradient(
+        self,
+        micro_batches: list[tuple[Batch, int]],
+        *,
+        sync: bool = True,
+        second_pass: bool = False,
+        total: int | None = None,
+    ) -> Tensor:
+        """Add the gradient of the mean loss to ``.grad``; return mean loss and accuracy."""
+        total = total or sum(len(labels) for (_, labels), _ in micro_batches)
+        sums = torch.zeros(2, device=self.device)
+        for i, ((images, labels), seed) in enumerate(micro_batches):
+            # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
+            torch.manual_seed(
+                seed if self.same_randomness or not second_pass else draw_seed(seed, 2)
+            )
+            logits = self(images)
+            loss = self.criterion(logits, labels)
+            with self._communication(sync and i + 1 == len(micro_batches)):
+                self.manual_backward(loss * (len(labels) / total))
+            with torch.no_grad():
+                accuracy = (logits.argmax(1) == labels).float().mean()
+                sums += torch.stack([loss.float(), accuracy]) * (len(labels) / total)
+        return sums
+
+    def _gradients_per_micro_batch(
+        self, micro_batches: list[tuple[Batch, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """As two calls of ``_gradient``, but each micro-batch climbs along its own gradient."""
+        sam = self.sam
+        params = [p for group in sam.param_groups for p in group["params"]]
+        total = sum(len(labels) for (_, labels), _ in micro_batches)
+        first = second = torch.zeros(2, device=self.device)
+        kept: list[Tensor | None] = [None] * len(params)
+        for i, micro_batch in enumerate(micro_batches):
+            sam.zero_grad()
+            first = first + self._gradient([micro_batch], sync=self.sync_perturbation, total=total)
+            with sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+                for p, grad in zip(params, kept, strict=True):
+                    p.grad = grad  # the second gradients add up over the micro-batches
+                last = i + 1 == len(micro_batches)
+                second = second + self._gradient(
+                    [micro_batch], sync=last, second_pass=True, total=total
+                )
+                kept = [p.grad for p in params]
+        return first, second
+
+    @contextlib.contextmanager
+    def _communication(self, sync: bool) -> Iterator[None]:
+        """Run a backward pass outside autocast, averaging its gradient over devices or not."""
+        # Lightning runs training_step inside autocast, where torch advises against backward.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if not sync and hasattr(self.trainer.strategy, "block_backward_sync"):
+                stack.enter_context(self.trainer.strategy.block_backward_sync())
+            yield
+
+    def _inv_scale(self) -> Tensor | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return None
+        return 1 / scaler.scale(torch.ones((), device=self.device))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the (unscaled) gradient, or skip the step if it is not finite; all on the device."""
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not grads:
+            raise TrainingError("the model has no trainable parameter with a gradient")
+        norm = global_norm(grads)
+        skip = (~norm.isfinite()).float()
+        self.sam.found_inf = skip
+        if self.gradient_clip_val is not None:
+            factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(grads, factor)
+        assert self.window is not None
+        assert self.skipped is not None
+        self.window[3] += norm
+        in_a_row = (self.skipped[1] + 1) * skip
+        self.skipped = torch.stack(
+            [self.skipped[0] + skip, in_a_row, torch.maximum(self.skipped[2], in_a_row)]
+        )
+
+    # --------------------------------------------------------------------------------- logging
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Every ``log_every_n_steps`` updates, log the means since the last time."""
+        due = self.global_step % (self.trainer.log_every_n_steps or 1) == 0  # type: ignore[attr-defined]
+        if due and not self._micro_batches:
+            self._log_window()
+
+    def _log_window(self) -> None:
+        assert self.window is not None
+        assert self.skipped is not None
+        window = self.window
+        if self.trainer.world_size > 1:
+            window = self.trainer.strategy.reduce(window.clone(), reduce_op="mean")
+        loss, acc, sharpness, grad_norm, count, skipped, _, longest = torch.cat(
+            [window, self.skipped]
+        ).tolist()
+        self.window.zero_()
+        values = {
+            "train/loss": loss / count,
+            "train/acc": acc / count,
+            "train/sharpness": sharpness / count,
+            "train/grad_norm": grad_norm / count,
+            "train/lr": self.sam.param_groups[0]["lr"],
+            "train/skipped_steps": skipped,
+            "epoch": self.current_epoch,
+        }
+        # The logged step is the update, where self.log would count batches.
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+        self.log_dict(
+            {name: values[name] for name in ("train/loss", "train/acc")},
+            prog_bar=True,
+            logger=False,
+        )
+        self._stop_if_hopeless(longest)
+
+    def _stop_if_hopeless(self, longest: float) -> None:
+        if longest >= self.max_skipped_steps:
+            raise TrainingError(
+                f"{longest:.0f} steps in a row had a gradient that is not finite "
+                f"(max_skipped_steps={self.max_skipped_steps}): lower lr or rho, clip with "
+                "trainer.gradient_clip_val, or check the data"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Check for a hopeless run before the epoch's checkpoint replaces the last good one."""
+        assert self.skipped is not None
+        self._stop_if_hopeless(self.skipped[2].item())
+
+    # ------------------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the loss and the accuracies."""
+        images, labels = batch
+        logits = self(images)
+        self.eval_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.eval_metrics.update(logits, labels)
+
+    test_step = validation_step
+
+    def on_validation_start(self) -> None:
+        """Evaluate with the running statistics of all devices."""
+        self._average_running_stats()
+
+    def _average_running_stats(self) -> None:
+        """Average BatchNorm's statistics over devices, as the official JAX code does."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/acc and, from 10 classes on, val/acc5, over all devices."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/acc, test/error and, from 10 classes on, test/acc5."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        values = {"loss": self.eval_loss.compute(), **self.eval_metrics.compute()}
+        values["error"] = 1 - values["acc"]
+        self.eval_loss.reset()
+        self.eval_metrics.reset()
+        logged = {f"{split}/{name}": value for name, value in values.items()}
+        self.log_dict({**logged, "step": float(self.global_step)}, prog_bar=split == "val")
+
+    # ------------------------------------------------------------------------------ checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the running sums, so that a resumed run logs what an unbroken one does."""
+        self._average_running_stats()  # the checkpoint's state dict refers to these buffers
+        checkpoint["running_sums"] = {"window": self.window, "skipped": self.skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the running sums."""
+        sums = checkpoint.get("running_sums", {})
+        self.window, self.skipped = sums.get("window"), sums.get("skipped")
