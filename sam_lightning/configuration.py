@@ -1,0 +1,175 @@
+"""What a configuration may say, checked before torch is loaded."""
+
+import math
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.errors import ConfigError
+
+# Where `_target_` may point to: a configuration names objects, it does not run code.
+TARGETS = (
+    "sam_lightning.",
+    "torch.optim.",
+    "torchvision.models.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+)
+
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64, "32", "64")
+POLICIES = (None, "autoaugment", "trivialaugment", "randaugment")
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[..., bool]:
+    def holds(v: Any) -> bool:
+        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
+            return False
+        return (v > low if open_low else v >= low) and v <= high
+
+    return holds
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+
+def _devices(v: Any) -> bool:
+    indices = list(v) if OmegaConf.is_list(v) else []
+    listed = bool(indices) and all(map(_integer(0), indices)) and len({*indices}) == len(indices)
+    return v == "auto" or _integer(1)(v) or listed
+
+
+def _or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: v is None or holds(v)
+
+
+def _one_of(allowed: Iterable[Any]) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v in allowed, ", ".join("null" if a is None else str(a) for a in allowed)
+
+
+def _boolean(v: Any) -> bool:
+    return isinstance(v, bool)
+
+
+RULES: list[Rule] = [
+    ("seed", lambda v: _integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
+    ("rho", _number(0), "a number >= 0"),
+    ("method.rho", _number(0), "a number >= 0"),
+    ("epochs", _integer(1), "a whole number >= 1"),
+    ("batch_size", _integer(1), "a whole number >= 1"),
+    ("lr", _number(0, open_low=True), "a number > 0"),
+    ("weight_decay", _number(0), "a number >= 0"),
+    ("label_smoothing", lambda v: _number(0)(v) and v < 1, "a number from 0 to below 1"),
+    ("memory_format", *_one_of(("contiguous", "channels_last"))),
+    ("compile", _boolean, "true, false"),
+    ("test", _boolean, "true, false"),
+    ("debug", _boolean, "true, false"),
+    ("max_skipped_steps", _integer(1), "a whole number >= 1"),
+    ("method.sync_perturbation", _boolean, "true, false"),
+    ("method.decay_in_ascent", _boolean, "true, false"),
+    ("method.ascent_per_micro_batch", _boolean, "true, false"),
+    ("method.same_randomness", _boolean, "true, false"),
+    ("trainer.accelerator", *_one_of(ACCELERATORS)),
+    ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
+    ("trainer.num_nodes", _integer(1), "a whole number >= 1"),
+    ("trainer.precision", *_one_of(PRECISIONS)),
+    (
+        "trainer.gradient_clip_val",
+        _or_null(_number(0, open_low=True)),
+        "a number > 0, or null",
+    ),
+    ("trainer.accumulate_grad_batches", _integer(1), "a whole number >= 1"),
+    ("trainer.log_every_n_steps", _integer(1), "a whole number >= 1"),
+    ("data.val_size", _number(0), "a number of images, or a fraction below 1"),
+    ("data.subset", _number(0, open_low=True), "a fraction up to 1, or a number of images"),
+    ("data.label_noise", _number(0, 1), "a fraction from 0 to 1"),
+    ("data.crop_padding", _integer(0), "a whole number >= 0"),
+    ("data.cutout", _integer(0), "a whole number >= 0"),
+    ("data.flip", _boolean, "true, false"),
+    ("data.policy", *_one_of(POLICIES)),
+    ("data.num_workers", _integer(0), "a whole number >= 0"),
+    ("data.eval_batch_size", _integer(1), "a whole number >= 1"),
+]
+
+
+def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
+    """Check names, values and the files that a configuration points to.
+
+    Args:
+        cfg: the composed configuration.
+        top_level: the keys that may stand at its top.
+
+    Raises:
+        ConfigError: names the first key that is wrong, its value and what is allowed.
+    """
+    top_level = list(top_level)
+    for key in map(str, cfg):
+        if key not in top_level:
+            raise ConfigError(f"{key}: no such key{did_you_mean(key, top_level)}")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]}: must be given, as in {missing[0]}=...")
+    try:
+        OmegaConf.resolve(copy := cfg.copy())
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    for key, holds, allowed in RULES:
+        value = OmegaConf.select(copy, key, default=(absent := object()))
+        if value is not absent and not holds(value):
+            shown = "null" if value is None else value
+            raise ConfigError(f"{key}={shown}: allowed is {allowed}")
+    _check_targets(copy)
+    _check_files(copy)
+
+
+def _check_targets(node: Any, key: str = "") -> None:
+    if OmegaConf.is_dict(node):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(TARGETS):
+            raise ConfigError(f"{key}._target_={target}: allowed are names in {', '.join(TARGETS)}")
+        for name, child in node.items():
+            _check_targets(child, f"{key}.{name}" if key else str(name))
+    elif OmegaConf.is_list(node):
+        for i, child in enumerate(node):
+            _check_targets(child, f"{key}.{i}")
+
+
+def _check_files(cfg: DictConfig) -> None:
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file")
+    if str(cfg.data.source._target_).endswith(".image_folder") and not Path(cfg.data.root).is_dir():
+        raise ConfigError(f"data.root={cfg.data.root}: no such folder")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest known name as the end of a message, or nothing."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def flat_keys(cfg: DictConfig) -> list[str]:
+    """All keys of a configuration in dotted form."""
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in map(str, node):
+            keys.append(f"{prefix}{name}")
+            child = node._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none():
+                walk(child, f"{prefix}{name}.")
+
+    walk(cfg, "")
+    return keys
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line)

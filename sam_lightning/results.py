@@ -1,0 +1,154 @@
+"""``metrics.json``: what came out of a run, how long it took, and what it was run with."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from sam_lightning.callbacks import Throughput
+from sam_lightning.configuration import one_line
+
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
+
+
+class Record:
+    """Collects the metrics of a run; on leaving the ``with`` block, also by an error, writes them.
+
+    Rank 0 writes ``metrics.json`` under a temporary name and renames it, so that it is whole
+    whenever it is there; it adds the HParams of TensorBoard and prints the final table.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Throughput) -> None:
+        self.cfg = cfg
+        self.trainer = trainer
+        self.throughput = throughput
+        self.metrics: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Take up metrics by name; later values replace earlier ones."""
+        self.metrics.update({k: float(v) for k, v in metrics.items() if "/" in k})
+
+    def __enter__(self) -> "Record":
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.trainer.global_rank != 0:
+            return
+        status, reason = "completed", "completed"
+        if error is not None:
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            status = "interrupted" if interrupted else "failed"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+        summary = self._summary(status, reason)
+        write_json(Path(self.cfg.output_dir) / "metrics.json", summary)
+        if error is None:
+            self._log_hparams()
+            self._print_table(summary)
+
+    def _summary(self, status: str, reason: str) -> dict[str, Any]:
+        trained = self.throughput.seconds
+        images = self.throughput.images * self.trainer.world_size
+        return {
+            "status": status,
+            "exit_reason": reason,
+            "metrics": self.metrics,
+            "seconds": time.perf_counter() - self.started,
+            "train_seconds": trained,
+            "images_per_second": images / trained if trained else None,
+            "peak_memory_bytes": _peak_memory(),
+            "epochs": self.trainer.current_epoch,
+            "updates": self.trainer.global_step,
+            "devices": self.trainer.world_size,
+            "device": _device_name(self.trainer),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            "git_commit": _git_commit(),
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+        }
+
+    def _log_hparams(self) -> None:
+        flat = {
+            "method": self.cfg.method.name,
+            "rho": self.cfg.method.rho,
+            "seed": self.cfg.seed,
+            "model": str(self.cfg.model._target_).rpartition(".")[2],
+            "data": str(self.cfg.data.source._target_).rpartition(".")[2],
+            "optimizer": str(self.cfg.optimizer._target_).rpartition(".")[2],
+            "label_noise": self.cfg.data.label_noise,
+            **{
+                key: self.cfg[key]
+                for key in ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
+            },
+        }
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(flat, self.metrics, step=self.trainer.global_step)
+                logger.save()
+
+    def _print_table(self, summary: dict[str, Any]) -> None:
+        table = Table(title=f"{self.cfg.method.name}, rho {self.cfg.method.rho:g}")
+        table.add_column("result")
+        table.add_column("value", justify="right")
+        rows = [
+            ("test accuracy", "test/acc", "{:.2%}"),
+            ("test error", "test/error", "{:.2%}"),
+            ("validation accuracy", "val/acc", "{:.2%}"),
+        ]
+        for label, name, form in rows:
+            if name in self.metrics:
+                table.add_row(label, form.format(self.metrics[name]))
+        table.add_row("seconds", f"{summary['seconds']:.1f}")
+        if summary["images_per_second"]:
+            table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
+        table.add_row("folder", os.path.relpath(self.cfg.output_dir))
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write all or nothing: to a temporary name beside ``path``, which is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _peak_memory() -> int:
+    """Bytes at most allocated on this process's GPU, or held by the process on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _git_commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,16 @@
+"""Train an image classifier: python train.py rho=0.1 trainer.devices=4."""
+
+import hydra
+from omegaconf import DictConfig
+
+from sam_lightning.command import guarded, run
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Compose the configuration, check it, then load torch and train."""
+    return run(cfg)
+
+
+if __name__ == "__main__":
+    guarded(main)
