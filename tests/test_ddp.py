@@ -1,0 +1,183 @@
+"""Two real processes, connected by gloo, against the formulas of one.
+
+This file is also the program of the two processes: ``torchrun tests/test_ddp.py FOLDER``.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+import reference
+from sam_lightning import SAMModule
+from sam_lightning.perturbations import AdaptiveAscent
+
+RANKS, STEPS, SHARD = 2, 6, 8
+
+CASES = {
+    "local": {},
+    "asam": {"perturbation": AdaptiveAscent(eta=0.01)},
+    "clipped": {"gradient_clip_val": 0.1},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "synced": {"sync_perturbation": True},
+    "synced, accumulated": {"sync_perturbation": True, "accumulate_grad_batches": 2},
+    "micro": {"accumulate_grad_batches": 2, "ascent_per_micro_batch": True},
+    "sgd": {"rho": 0.0},
+    "skipped": {},
+}
+
+
+def data_of(case):
+    """Batches of all ranks together; each takes its part of every batch."""
+    data = reference.batches([RANKS * SHARD] * STEPS)
+    if case == "skipped":
+        data[2][0][0, 0, 0, 0] = float("nan")  # on rank 0 alone
+    return data
+
+
+def shard(batch, rank):
+    return tuple(part.chunk(RANKS)[rank] for part in batch)
+
+
+def model():
+    return reference.mlp(torch.float64)
+
+
+class Watch(L.Callback):
+    """Counts averages of gradients over the ranks, and keeps the weights after each step."""
+
+    def __init__(self):
+        self.buckets = 0
+        self.weights = []
+
+    def on_train_start(self, trainer, pl_module):
+        def average(_, bucket):
+            self.buckets += 1
+            work = dist.all_reduce(bucket.buffer().div_(RANKS), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        trainer.model.register_comm_hook(None, average)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(reference.state(pl_module.model))
+
+
+def program(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results = {}
+    for case, options in CASES.items():
+        watch = Watch()
+        module = SAMModule(model(), reference.CLASSES, reference.sgd, **{"rho": 0.2, **options})
+        strategy = DDPStrategy(broadcast_buffers=False)
+        runner = reference.trainer(
+            devices=RANKS, strategy=strategy, callbacks=[watch], use_distributed_sampler=False
+        )
+        runner.fit(module, reference.loader([shard(batch, rank) for batch in data_of(case)]))
+        results[case] = {
+            "weights": watch.weights,
+            "buckets": watch.buckets,
+            "skipped": module.skipped,
+            "updates": runner.global_step,
+        }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={RANKS}", __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_hold_the_same_weights_after_every_step(ranks, case):
+    one, two = (rank[case]["weights"] for rank in ranks)
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two, strict=True):
+        reference.assert_equal(a, b)
+    assert not torch.equal(one[0]["1.weight"], one[-1]["1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("case", "averages"),
+    [
+        ("sgd", STEPS),
+        ("local", STEPS),
+        ("synced", 2 * STEPS),
+        ("accumulated", STEPS // 2),
+        ("synced, accumulated", STEPS),
+        ("micro", STEPS // 2),
+    ],
+)
+def test_the_gradient_is_averaged_once_per_update_and_again_only_if_synced(ranks, case, averages):
+    assert [rank[case]["buckets"] for rank in ranks] == [averages] * RANKS
+    accumulate = CASES[case].get("accumulate_grad_batches", 1)
+    assert ranks[0][case]["updates"] == STEPS // accumulate
+
+
+def mean(dicts):
+    return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
+
+
+def m_sharpness(case, groups_of):
+    """Every group of samples climbs by itself; the step uses the mean of their gradients."""
+    net = model()
+    optimizer = reference.sgd(net.parameters())
+    adaptive, clip = case == "asam", CASES[case].get("gradient_clip_val")
+    for groups in groups_of:
+        second = []
+        for group in groups:
+            first, _ = reference.mean_gradient(net, group)
+            second.append(reference.perturbed_gradient(net, group, first, 0.2, adaptive)[0])
+        grads = mean(second)
+        for name, p in net.named_parameters():
+            p.grad = grads[name]
+        if clip is not None:
+            assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
+        optimizer.step()
+    return reference.state(net)
+
+
+@pytest.mark.parametrize("case", ["local", "asam", "clipped", "accumulated", "micro"])
+def test_without_sync_each_device_climbs_by_itself(ranks, case):
+    parts = [[shard(batch, rank) for rank in range(RANKS)] for batch in data_of(case)]
+    if case == "accumulated":
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        groups_of = [[[a[r], b[r]] for r in range(RANKS)] for a, b in pairs]
+    elif case == "micro":
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        groups_of = [[[part] for part in (*a, *b)] for a, b in pairs]
+    else:
+        groups_of = [[[part] for part in batch] for batch in parts]
+    expected = m_sharpness(case, groups_of)
+    reference.assert_close(ranks[0][case]["weights"][-1], expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["synced", "synced, accumulated", "sgd"])
+def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):
+    options = {k: v for k, v in CASES[case].items() if k != "sync_perturbation"}
+    net = model()
+    reference.fit(net, data_of(case), **{"rho": 0.2, **options})
+    reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
+
+
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(ranks):
+    for rank in ranks:
+        weights = rank["skipped"]["weights"]
+        reference.assert_equal(weights[1], weights[2])
+        assert not torch.equal(weights[2]["1.weight"], weights[3]["1.weight"])
+        assert rank["skipped"]["skipped"].tolist() == [1, 0, 1]
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))
