@@ -1,0 +1,260 @@
+"""What perturb and restore do to the weights, and what they leave alone."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sam_lightning import SAM
+from sam_lightning.sam import global_norm
+from steps import (
+    BASES,
+    METHODS,
+    assert_close,
+    assert_equal,
+    batches,
+    closure_of,
+    loss_at,
+    network,
+    step_with_context,
+    weights_of,
+)
+
+
+def perturbed_by(model, sam, batch):
+    before = weights_of(model)
+    loss_at(model, batch).backward()
+    sam.perturb()
+    moved = [p.detach() - w for p, w in zip(model.parameters(), before, strict=True)]
+    sam.restore()
+    assert_equal(weights_of(model), before)
+    return moved
+
+
+def test_the_perturbation_has_one_norm_over_all_parameters():
+    model, (batch,) = network(), batches(1)
+    moved = perturbed_by(model, SAM(model.parameters(), torch.optim.SGD, rho=0.7, lr=1), batch)
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.7, rel=1e-9)
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    cosine = torch.cat([m.flatten() for m in moved]) @ grads / (0.7 * grads.norm())
+    assert cosine.item() == pytest.approx(1, rel=1e-9)
+
+
+def test_groups_have_their_own_rho_and_share_the_norm():
+    model, (batch,) = network(), batches(1)
+    groups = [
+        {"params": model[0].parameters(), "rho": 0.5},
+        {"params": model[2].parameters(), "rho": 0.0},
+        {"params": model[3].parameters()},
+    ]
+    sam = SAM(groups, torch.optim.SGD, rho=2.0, lr=1)
+    moved = perturbed_by(model, sam, batch)
+    grads = [p.grad for p in model.parameters()]
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    rhos = [0.5, 0.5, 0.0, 0.0, 2.0, 2.0]
+    assert_close(moved, [rho * g / norm for rho, g in zip(rhos, grads, strict=True)])
+    sam.param_groups[2]["rho"] = 1.0  # as a schedule of rho would
+    for p in model.parameters():
+        p.grad = None
+    moved = perturbed_by(model, sam, batch)
+    assert_close(moved[4:], [g / norm for g in grads[4:]])
+
+
+def test_frozen_unused_and_missing_parameters_are_left_alone():
+    model, (batch,) = network(), batches(1)
+    model[0].bias.requires_grad_(False)
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    groups = [{"params": [*model.parameters(), unused]}, {"params": []}]
+    sam = SAM(groups, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    bias = model[0].bias.detach().clone()
+    loss_at(model, batch).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    weight = model[0].weight.detach().clone()
+    with sam.perturbed(zero_grad=False):
+        assert torch.equal(model[0].bias, bias)
+        assert torch.equal(unused, torch.ones_like(unused))
+        expected = weight + 0.1 * model[0].weight.grad / norm
+        torch.testing.assert_close(model[0].weight.detach(), expected)
+    sam.step()
+    assert torch.equal(model[0].bias, bias)
+    assert torch.equal(unused, torch.ones_like(unused))
+
+
+def test_without_any_gradient_a_step_does_nothing():
+    model = network()
+    before = weights_of(model)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    with sam.perturbed():
+        assert_equal(weights_of(model), before)
+    sam.step()
+    assert_equal(weights_of(model), before)
+
+
+def test_a_zero_gradient_moves_nothing_and_stays_finite():
+    w = nn.Parameter(torch.randn(5))
+    before = w.detach().clone()
+    sam = SAM([w], torch.optim.SGD, rho=0.1, lr=0.1)
+    (w * 0).sum().backward()
+    with sam.perturbed():
+        assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_restored_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter((torch.randn(20_000, generator=generator) * 10).to(dtype))
+    w.grad = torch.randn(20_000, generator=generator).to(dtype)
+    before = w.detach().clone()
+    sam = SAM([w], torch.optim.SGD, rho=50.0, lr=0.1)
+    with sam.perturbed():
+        assert (w != before).float().mean() > 0.3
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_in_the_second_pass_restores_the_weights(error):
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    before = weights_of(model)
+    loss_at(model, batch).backward()
+
+    def second_pass():
+        with sam.perturbed():
+            assert not torch.equal(model[0].weight, before[0])
+            raise error
+
+    with pytest.raises(error):
+        second_pass()
+    assert_equal(weights_of(model), before)
+    calls = itertools.count()
+
+    def closure():
+        if next(calls) == 1:
+            raise error
+        return closure_of(model, sam, batch)()
+
+    with pytest.raises(error):
+        sam.step(closure)
+    assert_equal(weights_of(model), before)
+
+
+def test_perturbing_twice_is_refused_and_loses_nothing():
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    before = weights_of(model)
+    loss_at(model, batch).backward()
+    sam.perturb()
+    with pytest.raises(RuntimeError, match="perturbed already"):
+        sam.perturb()
+    sam.restore()
+    assert_equal(weights_of(model), before)
+    sam.restore()  # without a perturbation: nothing happens
+    assert_equal(weights_of(model), before)
+
+
+def test_perturbed_clears_the_gradients_unless_told_not_to():
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    loss_at(model, batch).backward()
+    kept = [p.grad.clone() for p in model.parameters()]
+    with sam.perturbed(zero_grad=False):
+        assert_equal([p.grad for p in model.parameters()], kept)
+    with sam.perturbed():
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_non_finite_gradient_moves_nothing(method, bad):
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model.named_parameters(), torch.optim.SGD, rho=0.5, lr=0.1, **METHODS[method])
+    before = weights_of(model)
+    loss_at(model, batch).backward()
+    model[2].weight.grad[1] = bad
+    with sam.perturbed():
+        assert_equal(weights_of(model), before)
+    assert_equal(weights_of(model), before)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_found_inf_skips_one_step_only(base):
+    cls, options = BASES[base]
+    ours, theirs = network(torch.float32), network(torch.float32)
+    sam = SAM(ours.parameters(), cls, rho=0.0, **options)
+    reference = cls(theirs.parameters(), **options)
+    for i, batch in enumerate(batches(6, torch.float32)):
+        skip = i in (0, 3)
+        sam.zero_grad()
+        loss_at(ours, batch).backward()
+        if skip:
+            ours[0].weight.grad.fill_(float("nan"))
+        sam.found_inf = torch.tensor(float(skip))
+        sam.step()
+        if not skip:
+            reference.zero_grad()
+            loss_at(theirs, batch).backward()
+            reference.step()
+    assert_equal(weights_of(ours), weights_of(theirs))
+
+
+def test_a_gradient_scaler_sees_through_it():
+    ours, theirs = network(torch.float32), network(torch.float32)
+    options = {"rho": 0.5, "lr": 0.1, "momentum": 0.9}
+    sam = SAM(ours.parameters(), torch.optim.SGD, **options)
+    plain = SAM(theirs.parameters(), torch.optim.SGD, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    for batch in batches(8, torch.float32):
+        sam.zero_grad()
+        scaler.scale(loss_at(ours, batch)).backward()
+        with sam.perturbed(inv_scale=1 / scaler.scale(torch.ones(()))):
+            scaler.scale(loss_at(ours, batch)).backward()
+        scaler.step(sam)
+        scaler.update()
+        step_with_context(theirs, plain, batch)
+    assert scaler.get_scale() > 2.0**10
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-5, rtol=0)
+
+
+def test_mixed_dtypes_share_one_norm_which_does_not_overflow():
+    halves = [nn.Parameter(torch.zeros(4, dtype=d)) for d in (torch.float16, torch.float32)]
+    halves[0].grad = torch.full((4,), 60_000.0, dtype=torch.float16)  # squares overflow float16
+    halves[1].grad = torch.full((4,), 80_000.0)
+    norm = global_norm(p.grad for p in halves)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(200_000, rel=1e-3)
+    sam = SAM(halves, torch.optim.SGD, rho=1.0, lr=0.1)
+    with sam.perturbed():
+        torch.testing.assert_close(
+            halves[0].detach(), torch.full((4,), 0.3).half(), rtol=2e-3, atol=0
+        )
+        torch.testing.assert_close(halves[1].detach(), torch.full((4,), 0.4), rtol=2e-3, atol=0)
+
+
+class HostSyncs(TorchDispatchMode):
+    """Collects operations whose result the host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_never_waits_for_the_device(method, foreach):
+    model = network(torch.float32)
+    options = {"lr": 0.1, "momentum": 0.9, "foreach": foreach}
+    sam = SAM(model.named_parameters(), torch.optim.SGD, rho=0.1, **METHODS[method], **options)
+    with HostSyncs() as syncs:
+        for batch in batches(3, torch.float32):
+            step_with_context(model, sam, batch)
+        assert not syncs.found
+        assert torch.ones(()).item() == 1  # what the test looks for is seen
+        assert syncs.found

@@ -1,0 +1,157 @@
+"""State, groups, copies and wrong arguments of the optimizer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sam_lightning import SAM
+from sam_lightning.perturbations import AdaptiveAscent
+from steps import (
+    BASES,
+    assert_equal,
+    batches,
+    loss_at,
+    network,
+    step_with_closure,
+    weights_of,
+)
+
+
+def trained(steps, **options):
+    model = network()
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9, **options)
+    for batch in list(batches(10))[:steps]:
+        step_with_closure(model, sam, batch)
+    return model, sam
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_run_continues_exactly_from_its_state_dict(base):
+    cls, options = BASES[base]
+    whole = network()
+    sam = SAM(whole.parameters(), cls, rho=0.3, **options)
+    data = list(batches(10))
+    for i, batch in enumerate(data):
+        if i == 4:
+            file = io.BytesIO()
+            torch.save({"model": whole.state_dict(), "sam": sam.state_dict()}, file)
+        step_with_closure(whole, sam, batch)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model = network(seed=5)
+    model.load_state_dict(saved["model"])
+    resumed = SAM(model.parameters(), cls, rho=0.9, **options)
+    resumed.load_state_dict(saved["sam"])
+    assert resumed.param_groups[0]["rho"] == 0.3
+    assert resumed.param_groups is resumed.base_optimizer.param_groups
+    assert resumed.state is resumed.base_optimizer.state
+    for batch in data[4:]:
+        step_with_closure(model, resumed, batch)
+    assert_equal(weights_of(model), weights_of(whole))
+
+
+def test_a_state_dict_of_the_base_optimizer_loads_too():
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    loss_at(model, next(batches(1))).backward()
+    base.step()
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9)
+    sam.load_state_dict(base.state_dict())
+    assert (sam.param_groups[0]["lr"], sam.param_groups[0]["rho"]) == (0.05, 0.3)
+
+
+def test_a_state_dict_taken_while_perturbed_holds_no_perturbed_weights():
+    model, sam = trained(2)
+    clean = copy.deepcopy(sam.state_dict())
+    loss_at(model, next(batches(1))).backward()
+    with sam.perturbed():
+        taken = sam.state_dict()
+    assert set(taken) == {"state", "param_groups"}
+    assert taken["param_groups"] == clean["param_groups"]
+    for key, values in clean["state"].items():
+        assert set(taken["state"][key]) == set(values) == {"momentum_buffer"}
+        assert torch.equal(taken["state"][key]["momentum_buffer"], values["momentum_buffer"])
+
+
+def test_nothing_is_kept_between_steps():
+    _, sam = trained(3)
+    assert sam._saved is None
+    assert {name for s in sam.state.values() for name in s} == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_by_themselves(copied):
+    model, sam = trained(3)
+    other_model, other = copied((model, sam))
+    assert other.state is other.base_optimizer.state
+    batch = list(batches(4))[3]
+    step_with_closure(model, sam, batch)
+    assert not torch.equal(model[0].weight, other_model[0].weight)
+    step_with_closure(other_model, other, batch)
+    assert_equal(weights_of(model), weights_of(other_model))
+
+
+def test_schedulers_and_hooks_see_one_optimizer():
+    model = network()
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(sam, 1, gamma=0.5)
+    calls = []
+    sam.register_step_post_hook(lambda *_: calls.append(1))
+    before = weights_of(model)
+    for i, batch in enumerate(batches(3)):
+        step_with_closure(model, sam, batch)
+        assert sam.base_optimizer.param_groups[0]["lr"] == 0.1 * 0.5**i
+        scheduler.step()
+    assert len(calls) == 3
+    assert not torch.equal(before[0], model[0].weight)
+
+
+def test_a_group_added_later_is_trained_and_perturbed():
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model[0].parameters(), torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+    sam.add_param_group({"params": model[3].parameters(), "rho": 0.1, "lr": 0.01})
+    assert sam.param_groups[1]["momentum"] == 0.9
+    before = model[3].weight.detach().clone()
+    loss_at(model, batch).backward()
+    with sam.perturbed(zero_grad=False):
+        assert not torch.equal(model[3].weight, before)
+    sam.step()
+    torch.testing.assert_close(model[3].weight.detach(), before - 0.01 * model[3].weight.grad)
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_bad_rho_is_refused(rho):
+    with pytest.raises(ValueError, match="rho"):
+        SAM(network().parameters(), torch.optim.SGD, rho=rho, lr=0.1)
+    with pytest.raises(ValueError, match="rho"):
+        SAM([{"params": network().parameters(), "rho": rho}], torch.optim.SGD, lr=0.1)
+
+
+def test_other_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="adaptive"):
+        SAM(
+            network().parameters(),
+            torch.optim.SGD,
+            adaptive=True,
+            perturbation=AdaptiveAscent(),
+            lr=0.1,
+        )
+    with pytest.raises(ValueError, match="eta"):
+        AdaptiveAscent(eta=-1)
+    model, (batch,) = network(), batches(1)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.1, perturbation=AdaptiveAscent(), lr=0.1)
+    loss_at(model, batch).backward()
+    with pytest.raises(ValueError, match="named_parameters"):
+        sam.perturb()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    sam = SAM(embedding.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        sam.perturb()
