@@ -1,6 +1,7 @@
 """What watches a run: progress, throughput, and the table of metrics on disk."""
 
 import csv
+import io
 import os
 import sys
 import time
@@ -12,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch import Tensor
 
 
 def progress() -> Callback:
@@ -22,6 +22,10 @@ def progress() -> Callback:
 
 class EpochLines(Callback):
     """One plain line per epoch: logged losses and accuracies, and seconds."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock: a run resumed amid an epoch has no start of that epoch."""
+        self.started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -48,10 +52,16 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.images = 0
+        self._started: float | None = None  # None while the clock stands
+        self._validation_amid_epoch = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock: a run resumed amid an epoch has no start of that epoch."""
+        self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self.started = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -64,9 +74,35 @@ class Throughput(Callback):
         """Count; after the epoch's last batch wait for the device and stop the clock."""
         self.images += len(batch[1])
         if trainer.is_last_batch:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
-            self.seconds += time.perf_counter() - self.started
+            self._stop(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock, which runs still if this is amid an epoch."""
+        self._validation_amid_epoch = self._started is not None
+        self._stop(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock again if it ran before."""
+        if self._validation_amid_epoch:
+            self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock of an epoch that ``max_steps`` or ``max_time`` cut short."""
+        self._stop(pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop the clock, without waiting for a device that may be the cause."""
+        self._stop()
+
+    def _stop(self, wait_for: L.LightningModule | None = None) -> None:
+        if self._started is None:
+            return
+        if wait_for is not None and wait_for.device.type == "cuda":
+            torch.cuda.synchronize(wait_for.device)
+        self.seconds += time.perf_counter() - self._started
+        self._started = None
 
 
 class MetricsCSV(CSVLogger):
@@ -78,22 +114,28 @@ class MetricsCSV(CSVLogger):
 
     def __init__(self, root_dir: str) -> None:
         self._previous = _read_rows(Path(root_dir, "metrics.csv"))
-        super().__init__(os.path.dirname(root_dir) or ".", os.path.basename(root_dir), version="")
+        super().__init__(
+            os.path.dirname(root_dir) or ".",
+            os.path.basename(root_dir),
+            version="",
+            # Rows must be on disk when a run is killed, for the next one keeps them.
+            flush_logs_every_n_steps=1,
+        )
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
-        """Keep the rows of earlier steps; called before the resumed run logs."""
+        """Keep the rows up to ``step``, as they are; called before the resumed run logs."""
         kept = [row for row in self._previous if int(row["step"]) <= step]
         for row in kept:
-            values: dict[str, Tensor | float] = {
-                name: float(value) for name, value in row.items() if value != ""
-            }
-            self.log_metrics(values, step=int(row["step"]))
+            values: dict[str, Any] = {name: value for name, value in row.items() if value}
+            self.experiment.log_metrics(values, step=int(row["step"]))
+        self.save()
         rank_zero_info(f"metrics.csv: kept {len(kept)} rows up to step {step}")
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text()
+    # The last line may be a torn one, where the run was killed as it wrote.
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

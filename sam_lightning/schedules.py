@@ -8,14 +8,20 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from sam_lightning.errors import ConfigError
+
 LRFactor = Callable[[int], float]
 
 
 def cosine(
     total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0, final: float = 0.0
 ) -> LRFactor:
-    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts)."""
-    warmup = round(warmup_epochs * steps_per_epoch)
+    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts).
+
+    Raises:
+        ConfigError: ``warmup_epochs`` is negative.
+    """
+    warmup = _warmup_steps(warmup_epochs, steps_per_epoch)
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -33,8 +39,17 @@ def multistep(
     milestones: Sequence[float] = (0.3, 0.6, 0.8),
     gamma: float = 0.2,
 ) -> LRFactor:
-    """Times ``gamma`` at each of ``milestones``, which are fractions of the run."""
-    warmup = round(warmup_epochs * steps_per_epoch)
+    """Times ``gamma`` at each of ``milestones``, which are fractions of the run.
+
+    Raises:
+        ConfigError: ``warmup_epochs`` is negative, or a milestone is outside 0..1.
+    """
+    # Milestones in epochs, as other libraries have them, would silently never be reached.
+    if not all(0 <= m <= 1 for m in milestones):
+        raise ConfigError(
+            f"scheduler.milestones={list(milestones)}: must be fractions of the run, in [0, 1]"
+        )
+    warmup = _warmup_steps(warmup_epochs, steps_per_epoch)
     at = sorted(round(m * total_steps) for m in milestones)
 
     def factor(step: int) -> float:
@@ -45,5 +60,15 @@ def multistep(
 
 
 def constant(total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0) -> LRFactor:
-    """1 after the warm-up."""
+    """1 after the warm-up.
+
+    Raises:
+        ConfigError: ``warmup_epochs`` is negative.
+    """
     return multistep(total_steps, steps_per_epoch, warmup_epochs, milestones=())
+
+
+def _warmup_steps(warmup_epochs: float, steps_per_epoch: int) -> int:
+    if warmup_epochs < 0:
+        raise ConfigError(f"scheduler.warmup_epochs={warmup_epochs}: must be a number >= 0")
+    return round(warmup_epochs * steps_per_epoch)

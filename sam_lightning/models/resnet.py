@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from sam_lightning.errors import ConfigError
+
 Stem = Literal["cifar", "imagenet"]
 
 
@@ -64,6 +66,13 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size below 1 with a ``ConfigError``."""
+    for key, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"model.{key}={size}: must be at least 1")
+
+
 class ResNet(nn.Module):
     """Stem, four stages of residual blocks, global average pool, fully connected layer.
 
@@ -80,7 +89,7 @@ class ResNet(nn.Module):
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
 
     Raises:
-        ValueError: unknown stem, or a size below 1.
+        ConfigError: unknown stem, or a size below 1.
     """
 
     block: ClassVar[type[BasicBlock] | type[Bottleneck]]
@@ -95,13 +104,7 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        for key, size in (
-            ("num_classes", num_classes),
-            ("in_channels", in_channels),
-            ("width", width),
-        ):
-            if size < 1:
-                raise ValueError(f"model.{key}={size}: must be at least 1")
+        check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
         if stem == "cifar":
             self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
             self.maxpool: nn.Module = nn.Identity()
@@ -109,7 +112,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            raise ValueError(f"model.stem={stem}: allowed are cifar, imagenet")
+            raise ConfigError(f"model.stem={stem}: allowed are cifar, imagenet")
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         out = self.block.expansion

@@ -2,6 +2,9 @@
 
 from torch import Tensor, nn
 
+from sam_lightning.errors import ConfigError
+from sam_lightning.models.resnet import check_sizes
+
 
 class PreActivationBlock(nn.Module):
     """BatchNorm and ReLU before each of two 3x3 convolutions, with dropout between them."""
@@ -43,7 +46,7 @@ class WideResNet(nn.Module):
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
 
     Raises:
-        ValueError: depth is not 6 n + 4, or a size below 1.
+        ConfigError: depth is not 6 n + 4, a size below 1, or dropout is no probability.
     """
 
     def __init__(
@@ -56,9 +59,10 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"model.depth={depth}: must be 6 n + 4, such as 16, 22, 28 or 40")
-        if widen_factor < 1:
-            raise ValueError(f"model.widen_factor={widen_factor}: must be at least 1")
+            raise ConfigError(f"model.depth={depth}: must be 6 n + 4, such as 16, 22, 28 or 40")
+        check_sizes(num_classes=num_classes, in_channels=in_channels, widen_factor=widen_factor)
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout={dropout}: must be in [0, 1)")
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         stages = []
