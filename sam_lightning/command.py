@@ -7,21 +7,32 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.configuration import check, did_you_mean, flat_keys, one_line
+from sam_lightning.configuration import check, did_you_mean, flat, no_such_key, one_line
 from sam_lightning.errors import ConfigError, TrainingError
 
 CONF = Path(__file__).parent.parent / "conf"
 log = logging.getLogger(__name__)
+
+
+class SweepFolder(Callback):
+    """Remembers where a sweep writes, for one that cannot be composed leaves no folder either."""
+
+    path: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before the first job."""
+        SweepFolder.path = Path(config.hydra.sweep.dir)
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -30,11 +41,11 @@ def guarded(main: Callable[[], Any]) -> None:
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
     tracebacks instead.
     """
-    sys.argv[1:] = resumed(sys.argv[1:])
-    if "debug=true" in sys.argv:
+    sys.argv[1:] = resumed(multirun_first(sys.argv[1:]))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
+    if any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv):
         main()
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     try:
         main()
     except ConfigError as error:
@@ -42,10 +53,16 @@ def guarded(main: Callable[[], Any]) -> None:
     except TrainingError as error:
         _fail(one_line(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(explain(error), 2)
+        if SweepFolder.path is not None:
+            _discard(SweepFolder.path)
+        _fail(explain(error, sys.argv[1:]), 2)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        _fail(explain(error, sys.argv[1:]), 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -56,7 +73,7 @@ def run(cfg: DictConfig) -> float | None:
     A single run that is refused leaves no folder. In a sweep the job keeps its folder, whose log
     says why, and the others go on.
     """
-    single = HydraConfig.get().mode == RunMode.RUN
+    hydra = HydraConfig.get()
     try:
         check(cfg, _top_level())
         from sam_lightning.training import train  # torch and Lightning, only now
@@ -66,40 +83,49 @@ def run(cfg: DictConfig) -> float | None:
             return None
         if cfg.optimized_metric not in metrics:
             raise ConfigError(
-                f"optimized_metric={cfg.optimized_metric}: allowed are {', '.join(metrics)}"
+                f"optimized_metric={cfg.optimized_metric}: this run logged {', '.join(metrics)}"
             )
         return metrics[cfg.optimized_metric]
     except (ConfigError, TrainingError, OmegaConfBaseException) as error:
-        if cfg.debug is True:
-            raise
-        if not single:
+        if hydra.mode == RunMode.MULTIRUN:
             log.error("%s", one_line(error))
             raise
-        if isinstance(error, TrainingError):
-            _fail(one_line(error), 1)
-        _discard(Path(HydraConfig.get().runtime.output_dir))
-        _fail(one_line(error), 2)
-        raise AssertionError from error  # not reached
+        if hydra.output_subdir is not None:  # else the folder is that of an earlier run
+            _discard(Path(hydra.runtime.output_dir))
+        if cfg.get("debug") is True:
+            raise
+        _fail(one_line(error), 1 if isinstance(error, TrainingError) else 2)
     except Exception:
         log.exception("the run failed")  # Hydra itself leaves the log of a failed job empty
         raise
 
 
-def _top_level() -> set[str]:
+def _top_level() -> list[str]:
     primary = OmegaConf.load(CONF / "train.yaml")
-    groups = {str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry}
-    return groups | {str(key) for key in primary} - {"defaults", "hydra"}
+    groups = [str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry]
+    return [*groups, *(str(key) for key in primary if key not in ("defaults", "hydra"))]
 
 
 def _discard(folder: Path) -> None:
-    """Remove a run folder that holds nothing but what Hydra wrote at the start."""
-    if not {entry.name for entry in folder.iterdir()} <= {".hydra", "train.log"}:
+    """Remove a folder that holds nothing but what Hydra wrote at the start."""
+    if not {entry.name for entry in folder.iterdir()} <= {".hydra", "train.log", "multirun.yaml"}:
         return
     shutil.rmtree(folder)
-    for parent in folder.parents:
-        if parent == Path.cwd() or any(parent.iterdir()):
+    for parent in folder.absolute().parents:
+        if Path.cwd() not in parent.parents or any(parent.iterdir()):
             break
         parent.rmdir()
+
+
+def multirun_first(arguments: list[str]) -> list[str]:
+    """Put ``-m`` in front, for behind some overrides argparse would not take any more of them."""
+    return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+
+
+def sqlite(path: str) -> str:
+    """The URL of a database that Optuna may make at ``path``, in a folder that is there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{path}"
 
 
 def resumed(arguments: list[str]) -> list[str]:
@@ -108,40 +134,73 @@ def resumed(arguments: list[str]) -> list[str]:
     The run's stored overrides come first, then those given now, which win; the output goes on in
     the run's own folder, and its stored configuration is not written again.
     """
-    keys = [re.split(r"=", a, maxsplit=1)[0].lstrip("+~") for a in arguments]
-    if "ckpt_path" not in keys or {"-m", "--multirun"} & {*arguments}:
+    keys = [_key(a) for a in arguments]
+    if "ckpt_path" not in keys or "-m" in arguments or "--multirun" in arguments:
         return arguments
-    given = arguments[keys.index("ckpt_path")].partition("=")[2].strip("'\"")
-    folder = Path(given).resolve().parent.parent
+    at = keys.index("ckpt_path")
+    before, _, given = arguments[at].partition("=")
+    path = Path(given.strip("'\""))
+    if path.is_file():  # quoted, for the name of a sweep's folder has "=" and "," in it
+        arguments = [*arguments[:at], f"{before}={_quoted(path)}", *arguments[at + 1 :]]
+    folder = path.resolve().parent.parent
     stored = folder / ".hydra" / "overrides.yaml"
     if not stored.is_file():
         return arguments
-    kept = [
-        str(o)
-        for o in OmegaConf.load(stored)
-        if str(o).partition("=")[0].lstrip("+~") not in (*keys, "ckpt_path")
-    ]
+    kept = [str(o) for o in OmegaConf.load(stored) if _key(str(o)) not in (*keys, "ckpt_path")]
     if "hydra.run.dir" not in keys:
-        arguments = [*arguments, f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
-    return [*kept, *arguments]
+        into = [f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
+        arguments = [*arguments, *into]
+    # One run, also where the checkpoint is of a sweep that its configuration asked for.
+    return [*kept, *arguments, "hydra.mode=RUN"]
 
 
-def explain(error: Exception) -> str:
-    """Hydra's composition errors in one line, with the nearest valid name."""
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("'", r"\'")
+    return f"'{escaped}'"
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
+        return f"{error.override}: not of the form key=value ({_without_link(reason)})"
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1)
-        return f"{key}: no such key{did_you_mean(key, _known_keys())}"
+        argument = next((a for a in arguments if _key(a) == key), key)
+        known = [k for k in _known_keys(arguments) if k != key]
+        return f"{argument}: {no_such_key(key, known)}"
+    null = [a for a in arguments if a.endswith("=null") and _is_group(_key(a))]
+    if "Config group override must be" in text and null:
+        argument = null[0]
+        allowed = sorted({f.stem for f in (CONF / _key(argument)).glob("*.yaml")} - {"base"})
+        return f"{argument}: allowed are {', '.join(allowed)}"
+    if "Could not find 'hydra/sweeper/optuna'" in text:
+        return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = found.groups()
         options = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
         allowed = [option for option in options if option != "base"]
         hint = did_you_mean(choice, allowed)
         return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
-    return re.sub(r" ?See https?://\S+ for details", "", one_line(error))
+    return _without_link(text)
 
 
-def _known_keys() -> list[str]:
+def _without_link(text: str) -> str:
+    return re.sub(r" ?See https?://\S+ for details\.?", "", " ".join(text.split()))
+
+
+def _is_group(key: str) -> bool:
+    return bool(key) and (CONF / key).is_dir()
+
+
+def _known_keys(arguments: list[str]) -> list[str]:
+    """The keys of the configuration with the groups as chosen, each known by its dotted form."""
+    choices = [a for a in arguments if _is_group(_key(a)) and "," not in a]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return flat_keys(compose("train"))
+        return list(flat(OmegaConf.to_container(compose("train", choices))))

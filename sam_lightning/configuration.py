@@ -21,8 +21,14 @@ TARGETS = (
 )
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64, "32", "64")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64)
 POLICIES = (None, "autoaugment", "trivialaugment", "randaugment")
+METRICS = (
+    *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
+    *("train/acc", "train/loss"),
+)
+# Top-level keys that a configuration can do without.
+OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -58,6 +64,10 @@ def _boolean(v: Any) -> bool:
     return isinstance(v, bool)
 
 
+def _fractions(v: Any) -> bool:
+    return OmegaConf.is_list(v) and all(map(_number(0, 1), v))
+
+
 RULES: list[Rule] = [
     ("seed", lambda v: _integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
     ("rho", _number(0), "a number >= 0"),
@@ -72,10 +82,18 @@ RULES: list[Rule] = [
     ("test", _boolean, "true, false"),
     ("debug", _boolean, "true, false"),
     ("max_skipped_steps", _integer(1), "a whole number >= 1"),
+    ("optimized_metric", *_one_of((None, *METRICS))),
+    ("model.width", _integer(1), "a whole number >= 1"),
     ("method.sync_perturbation", _boolean, "true, false"),
     ("method.decay_in_ascent", _boolean, "true, false"),
     ("method.ascent_per_micro_batch", _boolean, "true, false"),
     ("method.same_randomness", _boolean, "true, false"),
+    ("optimizer.lr", _number(0, open_low=True), "a number > 0"),
+    ("optimizer.weight_decay", _number(0), "a number >= 0"),
+    ("scheduler.warmup_epochs", _number(0), "a number >= 0"),
+    ("scheduler.milestones", _fractions, "a list of fractions of the run, from 0 to 1"),
+    ("scheduler.gamma", _number(0, open_low=True), "a number > 0"),
+    ("scheduler.final", _number(0, 1), "a fraction from 0 to 1"),
     ("trainer.accelerator", *_one_of(ACCELERATORS)),
     ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
     ("trainer.num_nodes", _integer(1), "a whole number >= 1"),
@@ -94,6 +112,10 @@ RULES: list[Rule] = [
     ("data.cutout", _integer(0), "a whole number >= 0"),
     ("data.flip", _boolean, "true, false"),
     ("data.policy", *_one_of(POLICIES)),
+    ("data.image_size", _or_null(_integer(1)), "a whole number >= 1, or null"),
+    ("data.split_seed", _integer(0), "a whole number >= 0"),
+    ("data.download", _boolean, "true, false"),
+    ("data.drop_last", _boolean, "true, false"),
     ("data.num_workers", _integer(0), "a whole number >= 0"),
     ("data.eval_batch_size", _integer(1), "a whole number >= 1"),
 ]
@@ -112,10 +134,13 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     top_level = list(top_level)
     for key in map(str, cfg):
         if key not in top_level:
-            raise ConfigError(f"{key}: no such key{did_you_mean(key, top_level)}")
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]}: must be given, as in {missing[0]}=...")
+            raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, top_level)}")
+    for key in top_level:
+        if key not in OPTIONAL and key not in cfg:
+            raise ConfigError(f"{key}: must be given, as in {key}=...")
+    for key, value in flat(OmegaConf.to_container(cfg, resolve=False)).items():
+        if value == "???":
+            raise ConfigError(f"{key}: must be given, as in {key}=...")
     try:
         OmegaConf.resolve(copy := cfg.copy())
     except OmegaConfBaseException as error:
@@ -125,6 +150,8 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         if value is not absent and not holds(value):
             shown = "null" if value is None else value
             raise ConfigError(f"{key}={shown}: allowed is {allowed}")
+    if str(copy.optimized_metric).startswith("test/") and not copy.test:
+        raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
     _check_targets(copy)
     _check_files(copy)
 
@@ -154,19 +181,29 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def flat_keys(cfg: DictConfig) -> list[str]:
-    """All keys of a configuration in dotted form."""
-    keys: list[str] = []
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """The end of a message: the key that may be meant, or all of them at the same level."""
+    known = list(known)
+    parent, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    elsewhere = [k for k in known if k.endswith(f".{name}")]
+    near = get_close_matches(name, beside, n=1)
+    if meant := [beside[n] for n in near] or elsewhere[:1]:
+        return f"no such key; did you mean {meant[0]}?"
+    if not beside:
+        return f"no such key{did_you_mean(key, known)}"
+    where = f" in {parent}" if parent else ""
+    return f"no such key; allowed{where} are {', '.join(beside)}"
 
-    def walk(node: DictConfig, prefix: str) -> None:
-        for name in map(str, node):
-            keys.append(f"{prefix}{name}")
-            child = node._get_node(name)
-            if isinstance(child, DictConfig) and not child._is_none():
-                walk(child, f"{prefix}{name}.")
 
-    walk(cfg, "")
-    return keys
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key of nested plain dictionaries in dotted form, with its value."""
+    values: dict[str, Any] = {}
+    for name, child in node.items():
+        values[f"{prefix}{name}"] = child
+        if isinstance(child, dict):
+            values |= flat(child, f"{prefix}{name}.")
+    return values
 
 
 def one_line(error: BaseException) -> str:

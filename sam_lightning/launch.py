@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sam_lightning.errors import ConfigError, TrainingError
+from sam_lightning.results import record_failure
 
 
 def externally_launched() -> bool:
@@ -77,23 +78,24 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
         local_addr="127.0.0.1",
         max_restarts=0,
     )
-    # Without this each process would use as many threads as there are cores.
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    # Otherwise each process would use as many threads as there are cores.
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+    config = OmegaConf.to_container(cfg, resolve=True)
     try:
-        results = elastic_launch(options, _worker)(OmegaConf.to_container(cfg, resolve=True))
+        results = elastic_launch(options, _worker)(config, threads)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
-        raise TrainingError(f"rank {rank} of {processes} failed: {reason}") from error
+        message = f"rank {rank} of {processes} failed: {reason}"
+        record_failure(cfg, message)
+        raise TrainingError(message) from error
     return results[0]
 
 
 @record
-def _worker(config: dict[str, Any]) -> dict[str, float]:
+def _worker(config: dict[str, Any], threads: int) -> dict[str, float]:
     from sam_lightning.training import train
 
-    if cores := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(cores))
+    torch.set_num_threads(threads)
     return train(OmegaConf.create(config))

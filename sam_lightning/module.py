@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
@@ -289,17 +290,19 @@ class SAMModule(L.LightningModule):
             "train/grad_norm": grad_norm / count,
             "train/lr": self.sam.param_groups[0]["lr"],
             "train/skipped_steps": skipped,
-            "epoch": self.current_epoch,
         }
-        # The logged step is the update, where self.log would count batches.
-        for logger in self.loggers:
-            logger.log_metrics(values, step=self.global_step)
+        self._log(values)
         self.log_dict(
             {name: values[name] for name in ("train/loss", "train/acc")},
             prog_bar=True,
             logger=False,
         )
         self._stop_if_hopeless(longest)
+
+    def _log(self, values: dict[str, float]) -> None:
+        # The logged step is the update, where self.log would count batches.
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step)
 
     def _stop_if_hopeless(self, longest: float) -> None:
         if longest >= self.max_skipped_steps:
@@ -325,9 +328,14 @@ class SAMModule(L.LightningModule):
 
     test_step = validation_step
 
-    def on_validation_start(self) -> None:
-        """Evaluate with the running statistics of all devices."""
+    def on_validation_epoch_start(self) -> None:
+        """Forget earlier evaluations; evaluate with the running statistics of all devices."""
+        # Not at their end: sums made in inference mode cannot be updated in a later fit.
+        self.eval_loss.reset()
+        self.eval_metrics.reset()
         self._average_running_stats()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def _average_running_stats(self) -> None:
         """Average BatchNorm's statistics over devices, as the official JAX code does."""
@@ -347,10 +355,12 @@ class SAMModule(L.LightningModule):
     def _log_evaluation(self, split: str) -> None:
         values = {"loss": self.eval_loss.compute(), **self.eval_metrics.compute()}
         values["error"] = 1 - values["acc"]
-        self.eval_loss.reset()
-        self.eval_metrics.reset()
         logged = {f"{split}/{name}": value for name, value in values.items()}
-        self.log_dict({**logged, "step": float(self.global_step)}, prog_bar=split == "val")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log_dict(logged, prog_bar=True, logger=False)
+            self._log({name: float(value) for name, value in logged.items()})
+        else:  # the trainer returns what goes to its loggers, and takes the step from there
+            self.log_dict({**logged, "step": float(self.global_step)})
 
     # ------------------------------------------------------------------------------ checkpoint
 

@@ -124,6 +124,15 @@ class Record:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def record_failure(cfg: DictConfig, reason: str) -> None:
+    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing."""
+    path = Path(cfg.output_dir) / "metrics.json"
+    summary: dict[str, Any] = {"metrics": {}, "config": OmegaConf.to_container(cfg, resolve=True)}
+    if path.is_file():
+        summary = json.loads(path.read_text())
+    write_json(path, {**summary, "status": "failed", "exit_reason": reason})
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write all or nothing: to a temporary name beside ``path``, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -12,11 +13,12 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.callbacks import MetricsCSV, Throughput
-from sam_lightning.configuration import did_you_mean, one_line
+from sam_lightning.configuration import no_such_key, one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
 from sam_lightning.launch import externally_launched, init_process_group, launch, local_processes
@@ -53,7 +55,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     _quieten()
     if world_size > 1 and not externally_launched():
-        make_module(cfg, make_data(cfg))  # what is wrong is said once, before processes start
+        data = make_data(cfg)  # what is wrong is said once, before processes start
+        make_module(cfg, data)
+        _check_metric(cfg, data)
         return launch(cfg, processes)
     if world_size > 1:
         init_process_group(cfg.trainer.accelerator)
@@ -62,6 +66,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer = make_trainer(cfg, processes, throughput)
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
+    _check_metric(cfg, data)
     return execute(cfg, trainer, data, module, throughput)
 
 
@@ -70,29 +75,26 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     for key in MODULE_KEYS:
         options.pop(key)
-    known = inspect.signature(L.Trainer).parameters
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"trainer.{name}: no such key{did_you_mean(name, known)}")
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options.setdefault("strategy", DDPStrategy(broadcast_buffers=False))
     if options["accelerator"] == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "mps" if torch.backends.mps.is_available() else "cpu"
-    callbacks = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
+    callbacks = _build_all(cfg, "callbacks")
+    own = {
+        "max_epochs": cfg.epochs,
+        "default_root_dir": cfg.output_dir,
+        "logger": _build_all(cfg, "logger"),
+        "callbacks": [*callbacks, throughput],
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    }
+    _check_names("trainer", options, L.Trainer, own)
     try:
-        return L.Trainer(
-            max_epochs=cfg.epochs,
-            default_root_dir=cfg.output_dir,
-            logger=[build(cfg, f"logger.{name}") for name in cfg.logger or {}],
-            callbacks=[*callbacks, throughput],
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            **options,
-        )
+        return L.Trainer(**own, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
 
@@ -100,12 +102,10 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
 def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
     """The data module, set up: downloaded and decoded by one process, loaded by all."""
     options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
-    known = inspect.signature(ImageDataModule).parameters
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"data.{name}: no such key{did_you_mean(name, known)}")
-    source = build(cfg, "data.source", _partial_=True)
-    data = ImageDataModule(source, batch_size=cfg.batch_size, seed=cfg.seed, **options)
+    own = {"source": build(cfg, "data.source", _partial_=True)}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    _check_names("data", options, ImageDataModule, own)
+    data = ImageDataModule(**own, **options)
     data.trainer = trainer
     if trainer is None or trainer.local_rank == 0:
         data.prepare_data()
@@ -128,10 +128,6 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
     updates = math.ceil(data.steps_per_epoch / cfg.trainer.accumulate_grad_batches)
     method = {str(k): v for k, v in cfg.method.items() if k not in ("name", "perturbation")}
-    known = inspect.signature(SAMModule).parameters
-    for name in method:
-        if name not in known:
-            raise ConfigError(f"method.{name}: no such key{did_you_mean(name, known)}")
     assert data.mean is not None
     assert data.std is not None
     model_config = {**_plain(cfg.model), **shape}
@@ -144,23 +140,24 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "std": list(data.std),
     }
     _check_checkpoint(cfg.ckpt_path, model_config, model)
-    return SAMModule(
-        model,
-        data.num_classes,
-        base_optimizer,
-        perturbation=build(cfg, "method.perturbation"),
-        lr_factor=build(
+    own = {
+        "model": model,
+        "num_classes": data.num_classes,
+        "base_optimizer": base_optimizer,
+        "perturbation": build(cfg, "method.perturbation"),
+        "lr_factor": build(
             cfg, "scheduler", total_steps=cfg.epochs * updates, steps_per_epoch=updates
         ),
-        label_smoothing=cfg.label_smoothing,
-        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
-        gradient_clip_val=cfg.trainer.gradient_clip_val,
-        max_skipped_steps=cfg.max_skipped_steps,
-        memory_format=cfg.memory_format,
-        seed=cfg.seed,
-        hparams=hparams,
-        **method,
-    )
+        "label_smoothing": cfg.label_smoothing,
+        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
+        "gradient_clip_val": cfg.trainer.gradient_clip_val,
+        "max_skipped_steps": cfg.max_skipped_steps,
+        "memory_format": cfg.memory_format,
+        "seed": cfg.seed,
+        "hparams": hparams,
+    }
+    _check_names("method", method, SAMModule, own)
+    return SAMModule(**own, **method)
 
 
 def execute(
@@ -182,6 +179,8 @@ def execute(
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
                     logger.continue_from(step)
+                elif isinstance(logger, TensorBoardLogger):  # likewise drops what lost work drew
+                    logger._kwargs["purge_step"] = step + 1
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         record.add(trainer.callback_metrics)
         if cfg.test:
@@ -194,13 +193,10 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
     """Make the object that ``cfg[key]`` describes; its errors become ones about ``key``."""
     node = OmegaConf.select(cfg, key)
     try:
-        parameters = inspect.signature(get_object(node._target_)).parameters
+        made = get_object(node._target_)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={node._target_}: {one_line(error)}") from error
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in node:
-            if name not in parameters and not str(name).startswith("_"):
-                raise ConfigError(f"{key}.{name}: no such key{did_you_mean(str(name), parameters)}")
+    _check_names(key, {k: v for k, v in node.items() if not str(k).startswith("_")}, made, kwargs)
     try:
         return instantiate(node, **kwargs)
     except InstantiationException as error:
@@ -208,8 +204,37 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
         if isinstance(cause, ConfigError):
             raise cause from error
         if isinstance(cause, ValueError | TypeError):
-            raise ConfigError(f"{key}: {one_line(cause)}") from error
+            text = one_line(cause)
+            raise ConfigError(text if text.startswith(key) else f"{key}: {text}") from error
         raise
+
+
+def _build_all(cfg: DictConfig, group: str) -> list[Any]:
+    chosen = cfg.get(group) or {}  # ~callbacks leaves all out, callbacks.best=null one
+    return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
+
+
+def _check_names(
+    key: str, options: Mapping[Any, Any], made: Callable[..., Any], own: Mapping[str, Any]
+) -> None:
+    """Refuse options that ``made`` does not take, or that are ``own``: those the run sets."""
+    parameters = inspect.signature(made).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [name for name in parameters if name not in own]
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
+
+
+def _check_metric(cfg: DictConfig, data: ImageDataModule) -> None:
+    metric = str(cfg.optimized_metric)
+    if metric.startswith("val/") and data.val is None:
+        raise ConfigError(
+            f"optimized_metric={metric}: there is no validation data; set data.val_size"
+        )
+    if metric.endswith("/acc5") and data.num_classes < 10:
+        raise ConfigError(f"optimized_metric={metric}: needs at least 10 classes")
 
 
 def _check_checkpoint(path: str | None, model_config: dict[str, Any], model: Any) -> None:
@@ -247,6 +272,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

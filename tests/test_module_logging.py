@@ -154,6 +154,18 @@ def test_evaluation_is_exact_over_uneven_batches(classes):
     assert values["test/acc"] == pytest.approx((ranks[:9] == 0).float().mean().item())
 
 
+def test_evaluations_and_fits_follow_one_another_in_any_order():
+    data = batches([9, 5], torch.float32)
+    module = module_of(mlp(), rho=0.1)
+    trainer().test(module, loader(data), verbose=False)
+    (before,) = trainer().validate(module, loader(data), verbose=False)
+    recorder = Recorder()
+    trainer(logger=recorder).fit(module, loader(data), loader(data))
+    (after,) = trainer().validate(module, loader(data), verbose=False)
+    assert recorder.values("val/loss") == [(2, pytest.approx(after["val/loss"]))]
+    assert after["val/loss"] != before["val/loss"]
+
+
 def test_evaluation_uses_and_keeps_the_running_statistics():
     model = convnet(torch.float32)
     fit(model, batches([16] * 3, torch.float32), rho=0.1)
