@@ -268,8 +268,9 @@ class SAMModule(L.LightningModule):
     # --------------------------------------------------------------------------------- logging
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Every ``log_every_n_steps`` updates, log the means since the last time."""
-        due = self.global_step % (self.trainer.log_every_n_steps or 1) == 0  # type: ignore[attr-defined]
+        """Every ``log_every_n_steps`` updates and at an epoch's end, log the means since then."""
+        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        due = self.trainer.is_last_batch or self.global_step % every == 0
         if due and not self._micro_batches:
             self._log_window()
 

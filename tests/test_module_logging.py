@@ -49,6 +49,13 @@ class Recorder(L.pytorch.loggers.logger.Logger):
         return [(step, row[name]) for step, row in self.rows if name in row]
 
 
+def test_the_rest_of_an_epoch_is_logged_at_its_end():
+    data = batches([8] * 5, torch.float32)
+    recorder = Recorder()
+    fit(mlp(), data, {"logger": recorder, "log_every_n_steps": 3, "max_epochs": 2}, rho=0.1)
+    assert [step for step, _ in recorder.values("train/loss")] == [3, 5, 6, 9, 10]
+
+
 def test_logged_values_are_means_over_the_updates_since_the_last_log():
     data = batches([8] * 12)
     groups = [data[i : i + 2] for i in range(0, 12, 2)]
