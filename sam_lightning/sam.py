@@ -12,13 +12,14 @@ This file needs nothing but torch and ``perturbations.py``, and can be used with
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
 from sam_lightning.perturbations import AdaptiveAscent, GradientAscent, Perturbation
 
@@ -108,16 +109,10 @@ class SAM(Optimizer):
         if weights and self.climbs:
             direction, scaled = self.perturbation(weights, grads, names)
             norm = global_norm(scaled)
-            finite = norm.isfinite()
-            inv_norm = torch.where(finite, 1 / (norm + 1e-12), 0)
             saved = [torch.empty_like(w) for w in weights]
             torch._foreach_copy_(saved, weights)
             self._saved = weights, saved
-            for w, d, rho in zip(weights, direction, rhos, strict=True):
-                if rho > 0:
-                    # where() and not a product: 0 * inf would carry a NaN into the weights
-                    d = torch.where(finite.to(w.device), d, 0)
-                    w.addcmul_(d, (inv_norm * rho).to(w.device, w.dtype))
+            move(weights, direction, rhos, norm)
         if zero_grad:
             self.zero_grad()
 
@@ -126,17 +121,19 @@ class SAM(Optimizer):
     ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float]]:
         weights, grads, names, rhos, decays = [], [], [], [], []
         for group in self.param_groups:
+            rho, decay = group["rho"], group.get("weight_decay", 0.0)
             group_names = group.get("param_names") or [None] * len(group["params"])
             for name, p in zip(group_names, group["params"], strict=True):
-                if p.grad is None or not p.requires_grad:
+                grad = p.grad
+                if grad is None or not p.requires_grad:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise RuntimeError("SAM does not support sparse gradients")
                 weights.append(p)
-                grads.append(p.grad)
+                grads.append(grad)
                 names.append(name)
-                rhos.append(group["rho"])
-                decays.append(group.get("weight_decay", 0.0))
+                rhos.append(rho)
+                decays.append(decay)
         if inv_scale is not None and grads:
             grads = list(torch._foreach_mul(grads, inv_scale))
         if self.decay_in_ascent:
@@ -260,3 +257,65 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     ]
     device = norms[0].device
     return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+
+
+def move(
+    weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
+) -> None:
+    """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
+
+    That is a step of gradient ascent, and torch's fused SGD does it in one pass over the memory;
+    its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
+    """
+    found_inf = (~norm.isfinite()).to(torch.float32)
+    inv_norm = 1 / (norm + 1e-12)
+    alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
+    for w, d, rho in zip(weights, direction, rhos, strict=True):
+        if rho > 0:
+            ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
+            ws.append(w)
+            ds.append(d)
+    for (device, dtype, rho), (ws, ds) in alike.items():
+        step_size = (inv_norm * rho).to(device)
+        if device.type == "cuda":
+            step_size = step_size.float()  # what the fused kernel reads
+        # A float64 step is left to the general form on CUDA, for a float32 would round it.
+        fused = device.type == "cpu" or (device.type == "cuda" and dtype is not torch.float64)
+        if fused and dtype.is_floating_point and all(map(_same_memory_order, ws, ds)):
+            _ascend(ws, ds, step_size, found_inf)
+        else:
+            moved = found_inf.to(device) == 0
+            for w, d in zip(ws, ds, strict=True):
+                # where() and not a product: 0 * inf would carry a NaN into the weights
+                w.add_(torch.where(moved, d * step_size, 0).to(w.dtype))
+
+
+def _ascend(
+    weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
+) -> None:
+    sgd(
+        weights,
+        direction,
+        [None] * len(weights),
+        fused=True,
+        found_inf=found_inf,
+        lr=step_size,
+        maximize=True,
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+    )
+    # torch's fused kernels leave this out, and autograd would not notice that a graph of before
+    # the move is used after it.
+    for w in weights:
+        torch.autograd.graph.increment_version(w)
+
+
+def _same_memory_order(w: Tensor, d: Tensor) -> bool:
+    """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
+    return (
+        w.dtype is d.dtype
+        and w.stride() == d.stride()
+        and (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last))
+    )

@@ -92,8 +92,9 @@ def test_without_any_gradient_a_step_does_nothing():
     assert_equal(weights_of(model), before)
 
 
-def test_a_zero_gradient_moves_nothing_and_stays_finite():
-    w = nn.Parameter(torch.randn(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_zero_gradient_moves_nothing_and_stays_finite(dtype):
+    w = nn.Parameter(torch.randn(5, dtype=dtype))
     before = w.detach().clone()
     sam = SAM([w], torch.optim.SGD, rho=0.1, lr=0.1)
     (w * 0).sum().backward()
@@ -163,6 +164,50 @@ def test_perturbed_clears_the_gradients_unless_told_not_to():
         assert_equal([p.grad for p in model.parameters()], kept)
     with sam.perturbed():
         assert all(p.grad is None for p in model.parameters())
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def parameters_of(dtype, layout, grad_layout):
+    """A kernel, a vector and a transposed matrix, with gradients laid out their own way."""
+    torch.manual_seed(0)
+    kernel = torch.randn(4, 3, 3, 3).to(dtype).to(memory_format=layout)
+    params = [nn.Parameter(t) for t in (kernel, torch.randn(5).to(dtype))]
+    params.append(nn.Parameter(torch.randn(6, 5).to(dtype).t()))
+    for p in params:
+        p.grad = torch.randn(p.shape).to(dtype)
+    params[0].grad = params[0].grad.to(memory_format=grad_layout)
+    return params
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_dtype_and_memory_layout_moves_by_the_formula(dtype, layout, grad_layout, count):
+    params = parameters_of(dtype, layout, grad_layout)[:count]
+    groups = [{"params": params[:1], "rho": 0.3}, {"params": params[1:]}]
+    sam = SAM(groups, torch.optim.SGD, rho=0.1, lr=0.1)
+    before = [p.detach().clone() for p in params]
+    norm = torch.cat([p.grad.double().flatten() for p in params]).norm()
+    sam.perturb()
+    for p, w, rho in zip(params, before, [0.3, 0.1, 0.1], strict=False):
+        expected = w.double() + rho * p.grad.double() / (norm + 1e-12)
+        rounding = torch.finfo(dtype).eps * expected.abs().max()
+        assert (p.double() - expected).abs().max() <= rounding
+    sam.restore()
+    assert_equal(params, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_graph_from_before_the_move_cannot_be_used_after_it(dtype):
+    w = nn.Parameter(torch.randn(3, dtype=dtype))
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    sam = SAM([w], torch.optim.SGD, rho=0.1, lr=0.1)
+    with sam.perturbed(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,98 @@
+"""What Lightning's ``validate`` costs above a bare evaluation loop."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.loop import WIDTH, quieten, sam_module
+from benchmarks.step import resnet18
+from benchmarks.synthetic import data_module
+from benchmarks.timing import Measurement, interleave, ratio, summary
+from sam_lightning.data.augment import BatchAugment
+from sam_lightning.data.datamodule import ImageDataModule
+
+
+class Stopwatch(L.Callback):
+    """Seconds of the last validation epoch, metrics and log included."""
+
+    seconds = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self.started = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop."""
+        self.seconds = time.perf_counter() - self.started
+
+
+def measure(quick: bool) -> list[Measurement]:
+    """A validation epoch, in time over the bare loop's and in images a second."""
+    images, rounds = (512, 2) if quick else (10_000, 7)
+    quieten()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {
+            "validate": lightning_validation(data_module(128, images), Path(folder)),
+            "bare": bare_evaluation(data_module(128, images)),
+        }
+        seconds = interleave(cases, rounds)
+    model = f"ResNet-18 width {WIDTH}, {images:,} images in batches of 512"
+    speeds = [images / s for s in seconds["validate"]]
+    return [
+        ratio(
+            "evaluation",
+            f"Lightning validate / bare loop, {model}",
+            seconds["validate"],
+            seconds["bare"],
+        ),
+        summary("evaluation", f"Lightning validate, {model}", speeds, "images/s"),
+    ]
+
+
+def lightning_validation(data: ImageDataModule, folder: Path) -> Callable[[], float]:
+    """Each call validates once; the time is that of the epoch."""
+    stopwatch = Stopwatch()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        callbacks=[stopwatch],
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    module = sam_module()
+
+    def run() -> float:
+        trainer.validate(module, datamodule=data, verbose=False)
+        return stopwatch.seconds
+
+    return run
+
+
+def bare_evaluation(data: ImageDataModule) -> Callable[[], None]:
+    """Loss, top-1 and top-5 accuracy, by hand."""
+    model = resnet18(WIDTH)
+    assert data.mean is not None
+    assert data.std is not None
+    normalize = BatchAugment(data.mean, data.std).normalize
+    loader = data.val_dataloader()
+
+    @torch.inference_mode()
+    def run() -> None:
+        model.eval()
+        sums = torch.zeros(4)
+        for raw, labels in loader:
+            logits = model(normalize(raw))
+            hits = logits.topk(5).indices == labels[:, None]
+            loss = cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels))])
+        (sums[:3] / sums[3]).tolist()
+
+    return run

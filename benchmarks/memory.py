@@ -1,0 +1,105 @@
+"""The bytes that SAM needs above SGD, in multiples of the bytes of the weights.
+
+Counted from torch's own report of every allocation (``torch.profiler`` with ``profile_memory``),
+so temporaries inside an operator count as well. The counts do not vary: one round tells all.
+"""
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.peers import BASE, TwoStep, implementations
+from benchmarks.step import both_steps, resnet18, sam_step
+from benchmarks.timing import Measurement, summary
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing of the profiler's own on stderr
+BATCH_SIZE = 8  # small, so that the activations do not hide what the optimizer holds
+
+
+def measure(quick: bool) -> list[Measurement]:
+    """Peak of a whole step, peak of the optimizer alone, and what is left after a step."""
+    width = 8 if quick else 32
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # they change no count, and on a busy machine they wait
+    try:
+        return _measure(width)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(width: int) -> list[Measurement]:
+    steps, alone, kept = {}, {}, {}
+    makers: dict[str, Callable[[nn.Module], TwoStep]] = {"SGD": OnePass, **implementations()}
+    for name, make in makers.items():
+        steps[name], alone[name], kept[name] = peaks(make, width)
+    weights = sum(p.numel() * p.element_size() for p in resnet18(width).parameters())
+    unit = "x weights"
+    model_name = f"ResNet-18 width {width}"
+    return [
+        summary("memory", f"{name}: {what}", [(figures[name] - figures["SGD"]) / weights], unit)
+        for what, figures in (
+            (f"peak of a step above SGD's, {model_name}, batch {BATCH_SIZE}", steps),
+            (f"peak of perturb + restore + SGD step above the SGD step's, {model_name}", alone),
+            (f"kept between steps above SGD, {model_name}", kept),
+        )
+        for name in makers
+        if name != "SGD"
+    ]
+
+
+def peaks(make: Callable[[nn.Module], TwoStep], width: int) -> tuple[int, int, int]:
+    """Bytes beside the weights: peak of a step, peak of the optimizer alone, kept between steps."""
+    batch = torch.randn(BATCH_SIZE, 3, 32, 32), torch.randint(10, (BATCH_SIZE,))
+    model = resnet18(width)
+    sam_step(model, make(model), batch)()  # what the kernels keep for their next call
+    model = resnet18(width)
+    optimizers: list[TwoStep] = []
+
+    def first_steps() -> None:
+        optimizers.append(make(model))
+        step = sam_step(model, optimizers[0], batch)
+        step()
+        step()
+
+    kept = allocations(first_steps)[-1]
+    step = kept + max(allocations(sam_step(model, optimizers[0], batch)))
+    alone = kept + max(allocations(both_steps(optimizers[0])))
+    return step, alone, kept
+
+
+class OnePass:
+    """Plain SGD in the place of SAM: its first step moves nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.base = SGD(model.parameters(), **BASE)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Clear the gradients, as the others do."""
+        if zero_grad:
+            self.base.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Step."""
+        self.base.step()
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes alive after each allocation and release during a call, from 0 before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    return list(accumulate((nbytes for _, nbytes in sorted(changes)), initial=0))
