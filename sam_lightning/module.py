@@ -112,6 +112,7 @@ class SAMModule(L.LightningModule):
         self.eval_metrics = MetricCollection(metrics, compute_groups=False)
         self.eval_loss = MeanMetric()
         self._micro_batches: list[tuple[Batch, int]] = []
+        self.lr = 0.0
         self.window: Tensor | None = None
         self.skipped: Tensor | None = None
         if hparams is not None:
@@ -176,6 +177,7 @@ class SAMModule(L.LightningModule):
             first = self._gradient(micro_batches, sync=self.sync_perturbation)
             with sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
                 second = self._gradient(micro_batches, second_pass=True)
+        self.lr = sam.param_groups[0]["lr"]  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         assert self.window is not None
@@ -289,7 +291,7 @@ class SAMModule(L.LightningModule):
             "train/acc": acc / count,
             "train/sharpness": sharpness / count,
             "train/grad_norm": grad_norm / count,
-            "train/lr": self.sam.param_groups[0]["lr"],
+            "train/lr": self.lr,
             "train/skipped_steps": skipped,
         }
         self._log(values)

@@ -273,6 +273,7 @@ def _quieten() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+        ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

@@ -72,6 +72,7 @@ def test_logged_values_are_means_over_the_updates_since_the_last_log():
         assert [value for _, value in logged] == pytest.approx(means, rel=1e-5)
     assert all(value > 0 for _, value in recorder.values("train/sharpness"))
     assert [value for _, value in recorder.values("train/skipped_steps")] == [0, 0, 0]
+    assert [value for _, value in recorder.values("train/lr")] == lrs[1::2]
 
 
 def test_logged_accuracy_gradient_norm_and_learning_rate():

@@ -1,0 +1,515 @@
+"""Whole runs: what they leave, that they repeat and resume bit for bit, and that sweeps hold."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sam_lightning.command import CONF, _top_level
+from sam_lightning.configuration import METRICS, check
+from sam_lightning.errors import TrainingError
+from sam_lightning.training import train
+
+TRAIN = CONF.parent / "train.py"
+# Two updates an epoch on 100 images.
+SMALL = ["data=digits", "data.subset=100", "model.width=4", "trainer=cpu", "epochs=2"]
+SMALL += ["batch_size=50", "trainer.log_every_n_steps=1", "data.eval_batch_size=1000"]
+
+
+def configuration(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def run(folder: Path, *overrides: str) -> dict[str, float]:
+    """A run in this process."""
+    cfg = configuration(*SMALL, *overrides)
+    cfg.output_dir = str(folder)
+    return train(cfg)
+
+
+def command(cwd: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A run as a user starts it."""
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True, **options
+    )
+
+
+def started(cwd: Path, line: str, *arguments: str) -> subprocess.Popen[str]:
+    """A run in a process of its own that has just printed a line that starts like ``line``."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(TRAIN), *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert any(printed.startswith(line) for printed in process.stdout)
+    return process
+
+
+def only_run(cwd: Path) -> Path:
+    """The run folder below ``cwd``, beside which there is nothing."""
+    (folder,) = cwd.glob("logs/train/runs/*")
+    assert [p.name for p in cwd.iterdir()] == ["logs"]
+    return folder
+
+
+def jobs(cwd: Path) -> list[Path]:
+    """The folders of a sweep's jobs, in their order, beside which there is nothing."""
+    (sweep,) = cwd.glob("logs/train/multiruns/*")
+    assert {p.name for p in cwd.rglob("multirun*")} == {"multiruns", "multirun.yaml"}
+    assert [p.name for p in (cwd / "logs" / "train").iterdir()] == ["multiruns"]
+    folders = [p for p in sweep.iterdir() if p.name != "multirun.yaml"]
+    return sorted(folders, key=lambda p: int(p.name.partition("_")[0]))
+
+
+def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(folder) if row[name] != ""]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# ------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("finished")
+    done = command(cwd, *SMALL, "data.val_size=100")
+    assert done.returncode == 0, done.stderr
+    return done, only_run(cwd)
+
+
+def test_files(finished):
+    _, folder = finished
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    events = {f for f in files if f.startswith("tensorboard/events.out.tfevents.")}
+    assert events
+    assert files - events == {
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "metrics.json",
+        "tensorboard/hparams.yaml",
+        "train.log",
+    }
+
+
+def test_output_is_a_line_per_epoch_and_the_results(finished):
+    done, folder = finished
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("epoch 1/2  train/loss ")
+    assert lines[1].startswith("epoch 2/2  train/loss ")
+    assert "sam, rho 0.05" in lines[2]
+    for shown in ("test accuracy", "validation accuracy", f"logs/train/runs/{folder.name}"):
+        assert shown in done.stdout
+
+
+def test_summary(finished):
+    _, folder = finished
+    found = summary(folder)
+    assert found["status"] == found["exit_reason"] == "completed"
+    assert set(found["metrics"]) == set(METRICS)
+    assert found["metrics"]["test/error"] == pytest.approx(1 - found["metrics"]["test/acc"])
+    assert found["seconds"] > found["train_seconds"] > 0
+    assert found["images_per_second"] == pytest.approx(200 / found["train_seconds"])
+    assert found["peak_memory_bytes"] > 100e6
+    assert (found["epochs"], found["updates"], found["devices"]) == (2, 4, 1)
+    assert found["device"] == "cpu"
+    assert {"python", "torch", "lightning", "hydra-core"} <= found["versions"].keys()
+    commit = found["git_commit"]
+    assert commit is None or (len(commit) == 40 and int(commit, 16))
+    assert found["config"]["data"]["val_size"] == 100
+    assert found["config"]["optimizer"]["lr"] == 0.1  # resolved
+    assert found["config"]["output_dir"] == str(folder)
+
+
+def test_curves(finished):
+    _, folder = finished
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    train_names = {f"train/{n}" for n in ("loss", "acc", "sharpness", "grad_norm", "lr")}
+    for name in train_names:
+        assert sorted({e.step for e in events.Scalars(name)}) == [1, 2, 3, 4]  # updates
+    for name in ("loss", "acc", "acc5", "error"):
+        assert {e.step for e in events.Scalars(f"val/{name}")} == {2, 4}
+        assert {e.step for e in events.Scalars(f"test/{name}")} == {4}
+    logged = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert list(logged.values()) == pytest.approx(column(folder, "train/loss"))
+    assert events.Scalars("test/acc")[0].value == pytest.approx(
+        summary(folder)["metrics"]["test/acc"]
+    )
+    hparams = events.PluginTagToContent("hparams")
+    start = hparams["_hparams_/session_start_info"]
+    assert b"rho" in start
+    assert b"label_noise" in start
+    assert b"test/acc" in hparams["_hparams_/experiment"]
+
+
+def test_table_of_metrics(finished):
+    _, folder = finished
+    assert [int(row["step"]) for row in rows(folder)] == [1, 2, 2, 3, 4, 4, 4]
+    for name in ("train/loss", "train/acc", "train/sharpness", "train/grad_norm", "train/lr"):
+        assert len(column(folder, name)) == 4
+    assert len(column(folder, "val/acc")) == 2
+    assert len(column(folder, "test/acc")) == 1
+
+
+def test_best_is_of_the_epoch_with_the_best_validation_accuracy(finished):
+    _, folder = finished
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    accuracies = column(folder, "val/acc")
+    assert best["epoch"] == accuracies.index(max(accuracies))
+
+
+def test_best_needs_validation_data(tmp_path, recwarn):
+    run(tmp_path)
+    assert not [w for w in recwarn if "val/acc" in str(w.message)]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+# ---------------------------------------------------------------------------------------- choices
+
+
+def test_a_run_repeats_bit_for_bit(tmp_path, finished):
+    metrics = run(tmp_path / "same", "data.val_size=100")
+    _, folder = finished
+    assert equal(weights(tmp_path / "same"), weights(folder))
+    assert rows(tmp_path / "same") == rows(folder)
+    assert metrics == summary(folder)["metrics"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "rho=0.5", "method=asam", "method=sgd", "optimizer=adamw", "data.label_noise=0.5"],
+)
+def test_a_choice_has_an_effect(tmp_path, finished, change):
+    run(tmp_path, "data.val_size=100", change)
+    _, folder = finished
+    assert not equal(weights(tmp_path), weights(folder))
+
+
+def test_sgd_is_sam_without_radius(tmp_path):
+    run(tmp_path / "sgd", "method=sgd")
+    run(tmp_path / "zero", "rho=0")
+    assert equal(weights(tmp_path / "sgd"), weights(tmp_path / "zero"))
+    assert column(tmp_path / "sgd", "train/sharpness") == [0.0] * 4
+    assert summary(tmp_path / "sgd")["config"]["method"]["rho"] == 0
+
+
+def test_without_test(tmp_path):
+    metrics = run(tmp_path, "test=false")
+    assert not any(name.startswith("test/") for name in metrics)
+    assert "train/loss" in metrics
+
+
+def test_multistep_schedule(tmp_path):
+    run(tmp_path, "scheduler=multistep", "scheduler.milestones=[0.5]", "scheduler.gamma=0.1")
+    rates = column(tmp_path, "train/lr")
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.01)
+
+
+def test_without_loggers_and_callbacks(tmp_path):
+    run(tmp_path, "~logger", "~callbacks")
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_a_single_callback_may_be_left_out(tmp_path):
+    run(tmp_path, "callbacks.last=null", "test=false")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_clipping_and_accumulation_are_the_modules(tmp_path):
+    run(tmp_path, "trainer.gradient_clip_val=0.1", "trainer.accumulate_grad_batches=2")
+    assert summary(tmp_path)["updates"] == 2
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    longer = [*SMALL, "epochs=6", "data.val_size=100"]
+    process = started(tmp_path, "epoch 3/6", *longer)
+    process.kill()
+    process.wait()
+    folder = only_run(tmp_path)
+    stored = (folder / ".hydra" / "config.yaml").read_text()
+    checkpoint = (folder / "checkpoints" / "last.ckpt").relative_to(tmp_path)
+
+    done = command(tmp_path, f"ckpt_path={checkpoint}")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 6/6" in done.stdout
+    assert "epoch 2/6" not in done.stdout
+    assert only_run(tmp_path) == folder
+    assert (folder / ".hydra" / "config.yaml").read_text() == stored
+
+    run(tmp_path / "unbroken", "epochs=6", "data.val_size=100")
+    assert equal(weights(folder), weights(tmp_path / "unbroken"))
+    assert equal(weights(folder, "best"), weights(tmp_path / "unbroken", "best"))
+    assert rows(folder) == rows(tmp_path / "unbroken")
+    assert summary(folder)["metrics"] == summary(tmp_path / "unbroken")["metrics"]
+    curves = EventAccumulator(str(folder / "tensorboard"))
+    curves.Reload()
+    steps = [event.step for event in curves.Scalars("train/sharpness")]
+    assert steps == list(range(1, 13))
+
+
+def test_an_interrupted_run_says_so(tmp_path):
+    process = started(tmp_path, "epoch 1/", *SMALL, "epochs=10000")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    found = summary(only_run(tmp_path))
+    assert found["status"] == "interrupted"
+    assert found["updates"] < 20000
+
+
+def test_a_failed_run_leaves_its_summary(tmp_path):
+    with pytest.raises(TrainingError, match="1 steps in a row had a gradient that is not finite"):
+        run(tmp_path, "lr=1e30", "max_skipped_steps=1")
+    found = summary(tmp_path)
+    assert found["status"] == "failed"
+    assert "not finite" in found["exit_reason"]
+
+
+# ----------------------------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_and_the_resume_of_one_of_its_jobs(tmp_path):
+    arguments = [*SMALL, "++data.root=/a/b/c", "rho=0.05,0.1", "seed=0,1"]
+    done = command(tmp_path, *arguments, "+trainer.max_steps=2", "sweep=rho_grid")
+    assert done.returncode == 0, done.stderr
+    folders = jobs(tmp_path)
+    wanted = [("0.05", "0"), ("0.05", "1"), ("0.1", "0"), ("0.1", "1")]
+    for folder, (rho, seed) in zip(folders, wanted, strict=True):
+        assert {f"rho={rho}", f"seed={seed}"} <= set(folder.name.split(","))
+        assert "data.root" not in folder.name
+        config = summary(folder)["config"]
+        assert (config["rho"], config["seed"]) == (float(rho), int(seed))
+        assert summary(folder)["updates"] == 2
+
+    checkpoint = folders[3] / "checkpoints" / "last.ckpt"
+    done = command(tmp_path, f"ckpt_path={checkpoint}", "++trainer.max_steps=-1")
+    assert done.returncode == 0, done.stderr
+    assert jobs(tmp_path) == folders
+    run(tmp_path / "unbroken", "rho=0.1", "seed=1")
+    assert equal(weights(folders[3]), weights(tmp_path / "unbroken"))
+
+
+def test_a_job_that_fails_takes_no_other_down(tmp_path):
+    done = command(tmp_path, *SMALL, "-m", "lr=1e30,-1,0.1", "max_skipped_steps=1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: 1 steps in a row had a gradient")
+    diverged, refused, finished = jobs(tmp_path)
+    assert summary(diverged)["status"] == "failed"
+    assert "not finite" in (diverged / "train.log").read_text()
+    assert "lr=-1: allowed is a number > 0" in (refused / "train.log").read_text()
+    assert summary(finished)["status"] == "completed"
+
+
+def test_the_search_for_a_radius(tmp_path):
+    arguments = [*SMALL, "data.val_size=100", "hydra.sweeper.n_trials=3"]
+    done = command(tmp_path, "-m", "sweep=rho_optuna", *arguments)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = tmp_path.glob("logs/train/multiruns/*")
+    assert (sweep / "optuna.db").stat().st_size > 0
+    runs = [summary(file.parent) for file in sweep.glob("*/metrics.json")]
+    assert len(runs) == 3
+    assert all(0.005 <= found["config"]["rho"] <= 0.5 for found in runs)
+    best = max(runs, key=lambda found: found["metrics"]["val/acc"])
+    result = OmegaConf.load(sweep / "optimization_results.yaml")
+    assert result.best_value == best["metrics"]["val/acc"]
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    done = command(tmp_path, *SMALL, "trainer.devices=2", "data.val_size=101")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    found = summary(folder)
+    assert (found["devices"], found["updates"]) == (2, 4)
+    assert set(found["metrics"]) == set(METRICS)
+    assert len(column(folder, "train/loss")) == 4
+
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    done = command(tmp_path, f"ckpt_path={checkpoint}", "epochs=3", "lr=0.1")
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path) == folder
+    assert summary(folder)["updates"] == 6
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_with_two_processes(tmp_path):
+    done = command(tmp_path, *SMALL, "-m", "rho=0.05,0.1", "trainer=ddp_cpu", "trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    folders = jobs(tmp_path)
+    assert len(folders) == 2
+    for folder, rho in zip(folders, (0.05, 0.1), strict=True):
+        found = summary(folder)
+        assert (found["status"], found["devices"]) == ("completed", 2)
+        assert found["config"]["rho"] == rho
+    assert not equal(weights(folders[0]), weights(folders[1]))
+
+
+FAILING = '''
+import os
+from lightning.pytorch.callbacks import Callback
+
+class Fail(Callback):
+    """Ends one rank of the first job of a sweep; notes what each rank trains with."""
+    def on_train_start(self, trainer, module):
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{trainer.global_rank} {module.rho}\\n")
+        if module.rho == 0.05 and trainer.global_rank == int(os.environ["FAILING_RANK"]):
+            raise RuntimeError("this rank fails")
+'''
+ALLOWING = """
+import runpy, sys
+import sam_lightning.configuration as configuration
+configuration.TARGETS += ("failing.",)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_its_job_and_no_other(tmp_path, rank):
+    (tmp_path / "failing.py").write_text(FAILING)
+    notes, cwd = tmp_path / "notes", tmp_path / "cwd"
+    cwd.mkdir()
+    environment = {"PYTHONPATH": str(tmp_path), "NOTES": str(notes), "FAILING_RANK": str(rank)}
+    arguments = ["-m", *SMALL, "rho=0.05,0.1", "trainer=ddp_cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOWING, TRAIN, *arguments, "+callbacks.x._target_=failing.Fail"],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"error: rank {rank} of 2 failed: RuntimeError: this rank fails" in done.stderr
+    failed, other = jobs(cwd)
+    assert sorted(notes.read_text().split("\n")) == ["", "0 0.05", "0 0.1", "1 0.05", "1 0.1"]
+    assert summary(failed)["status"] == "failed"
+    assert "this rank fails" in summary(failed)["exit_reason"]
+    assert summary(other)["status"] == "completed"
+
+
+# ---------------------------------------------------------------------------------- configurations
+
+
+RECIPES = {
+    "quickstart": {"rho": 0.05, "epochs": 5, "batch_size": 64, "model.width": 8, "lr": 0.1},
+    # Du et al. 2022, batch 128
+    "cifar10_resnet18": {
+        "rho": 0.05,
+        "epochs": 200,
+        "batch_size": 128,
+        "lr": 0.05,
+        "weight_decay": 1e-3,
+        "data.val_size": 0,
+        "data.crop_padding": 4,
+        "data.flip": True,
+        "data.cutout": 0,
+        "model._target_": "sam_lightning.models.SAMResNet18",
+        "model.width": 64,
+    },
+    # Li et al. 2024, with Cutout
+    "cifar100_resnet18": {
+        "rho": 0.2,
+        "epochs": 200,
+        "batch_size": 128,
+        "lr": 0.05,
+        "weight_decay": 1e-3,
+        "data.val_size": 0,
+        "data.cutout": 16,
+        "data.source._target_": "sam_lightning.data.sources.cifar100",
+    },
+    # google-research/sam
+    "cifar10_wrn28_10": {
+        "model.depth": 28,
+        "model.widen_factor": 10,
+        "batch_size": 128,
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": True,
+        "scheduler._target_": "sam_lightning.schedules.cosine",
+        "scheduler.warmup_epochs": 0,
+        "weight_decay": 1e-3,
+        "optimizer.weight_decay": 1e-3,
+        "method.decay_in_ascent": True,
+        "trainer.gradient_clip_val": 5.0,
+        "label_smoothing": 0,
+        "rho": 0.05,
+        "data.val_size": 0,
+    },
+    # Foret et al. 2021, section 3.3
+    "label_noise": {"data.label_noise": 0.4, "epochs": 200, "rho": 0.1, "data.val_size": 0},
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+def test_recipe(name):
+    cfg = configuration(f"experiment={name}")
+    cfg.output_dir = "run"
+    check(cfg, _top_level())
+    assert cfg.task_name == name
+    assert {key: OmegaConf.select(cfg, key) for key in RECIPES[name]} == RECIPES[name]
+
+
+CHOICES = sorted(
+    f"{file.parent.name}={file.stem}"
+    for file in CONF.glob("*/*.yaml")
+    if file.parent.name not in ("experiment", "sweep") and file.stem != "base"
+)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_passes_the_check(choice, tmp_path):
+    root = [f"data.root={tmp_path}"] if choice == "data=image_folder" else []
+    cfg = configuration(choice, *root)
+    cfg.output_dir = "run"
+    check(cfg, _top_level())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "weight_decay"),
+    [("sgd", 0.1, 5e-4), ("adam", 1e-3, 0.0), ("adamw", 1e-3, 0.05)],
+)
+def test_optimizers_bring_their_learning_rate(optimizer, lr, weight_decay):
+    cfg = configuration(f"optimizer={optimizer}")
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (lr, weight_decay)
+    cfg = configuration(f"optimizer={optimizer}", "lr=0.3", "weight_decay=0.2")
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (0.3, 0.2)
