@@ -41,7 +41,7 @@ def guarded(main: Callable[[], Any]) -> None:
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
     tracebacks instead.
     """
-    sys.argv[1:] = resumed(multirun_first(sys.argv[1:]))
+    sys.argv[1:] = without_ghosts(resumed(multirun_first(sys.argv[1:])))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     if any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv):
         main()
@@ -152,6 +152,18 @@ def resumed(arguments: list[str]) -> list[str]:
         arguments = [*arguments, *into]
     # One run, also where the checkpoint is of a sweep that its configuration asked for.
     return [*kept, *arguments, "hydra.mode=RUN"]
+
+
+def without_ghosts(arguments: list[str]) -> list[str]:
+    """Under torchrun or SLURM, where every process composes for itself, rank 0 alone has a folder.
+
+    What the others are told to write goes nowhere: loggers and checkpoints are rank 0's.
+    """
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if int(rank) == 0:
+        return arguments
+    nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    return [*arguments, *nowhere]
 
 
 def _key(override: str) -> str:

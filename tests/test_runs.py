@@ -371,6 +371,23 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [str(TRAIN), *SMALL, "trainer.devices=2", "epochs=1"]
+    done = subprocess.run([*launcher, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert summary(folder)["devices"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"logs"}
+    done = subprocess.run(
+        [*launcher, *arguments, "rho=-1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "error: rho=-1: allowed is a number >= 0" in done.stderr
+    assert only_run(tmp_path) == folder
+
+
+@pytest.mark.slow
 def test_a_sweep_of_runs_with_two_processes(tmp_path):
     done = command(tmp_path, *SMALL, "-m", "rho=0.05,0.1", "trainer=ddp_cpu", "trainer.devices=2")
     assert done.returncode == 0, done.stderr
