@@ -9,21 +9,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
+from sam_lightning.classifier import Batch, Classifier
 from sam_lightning.data.augment import draw_seed
 from sam_lightning.errors import TrainingError
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import Perturbation
 from sam_lightning.sam import SAM, global_norm
-
-Batch = tuple[Tensor, Tensor]
 
 
 class ManualSAM(SAM):
@@ -40,7 +35,7 @@ class ManualSAM(SAM):
         return super().step()
 
 
-class SAMModule(L.LightningModule):
+class SAMModule(Classifier):
     """Trains an image classifier with SAM.
 
     Args:
@@ -84,9 +79,8 @@ class SAMModule(L.LightningModule):
         seed: int = 0,
         hparams: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, num_classes, memory_format)
         self.automatic_optimization = False
-        self.model = model
         self.base_optimizer = base_optimizer
         self.rho = rho
         self.perturbation = perturbation
@@ -99,18 +93,7 @@ class SAMModule(L.LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
-        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-        if memory_format not in formats:
-            raise ValueError(f"memory_format={memory_format}: allowed are {', '.join(formats)}")
-        self.memory_format = formats[memory_format]
-        self.model.to(memory_format=self.memory_format)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
-        metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}
-        if num_classes >= 10:
-            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, **fast)
-        self.eval_metrics = MetricCollection(metrics, compute_groups=False)
-        self.eval_loss = MeanMetric()
         self._micro_batches: list[tuple[Batch, int]] = []
         self.lr = 0.0
         self.window: Tensor | None = None
@@ -138,10 +121,6 @@ class SAMModule(L.LightningModule):
         return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
 
     # ------------------------------------------------------------------------------- one update
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images N x C x H x W -> logits N x num_classes."""
-        return self.model(images.contiguous(memory_format=self.memory_format))
 
     def on_train_start(self) -> None:
         """Put the running sums, also those of a checkpoint, on the device."""
@@ -294,18 +273,13 @@ class SAMModule(L.LightningModule):
             "train/lr": self.lr,
             "train/skipped_steps": skipped,
         }
-        self._log(values)
+        self.log_update(values)
         self.log_dict(
             {name: values[name] for name in ("train/loss", "train/acc")},
             prog_bar=True,
             logger=False,
         )
         self._stop_if_hopeless(longest)
-
-    def _log(self, values: dict[str, float]) -> None:
-        # The logged step is the update, where self.log would count batches.
-        for logger in self.loggers:
-            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step)
 
     def _stop_if_hopeless(self, longest: float) -> None:
         if longest >= self.max_skipped_steps:
@@ -320,56 +294,11 @@ class SAMModule(L.LightningModule):
         assert self.skipped is not None
         self._stop_if_hopeless(self.skipped[2].item())
 
-    # ------------------------------------------------------------------------------ evaluation
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the loss and the accuracies."""
-        images, labels = batch
-        logits = self(images)
-        self.eval_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
-        self.eval_metrics.update(logits, labels)
-
-    test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget earlier evaluations; evaluate with the running statistics of all devices."""
-        # Not at their end: sums made in inference mode cannot be updated in a later fit.
-        self.eval_loss.reset()
-        self.eval_metrics.reset()
-        self._average_running_stats()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def _average_running_stats(self) -> None:
-        """Average BatchNorm's statistics over devices, as the official JAX code does."""
-        if self.trainer.world_size > 1:
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/acc and, from 10 classes on, val/acc5, over all devices."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/acc, test/error and, from 10 classes on, test/acc5."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        values = {"loss": self.eval_loss.compute(), **self.eval_metrics.compute()}
-        values["error"] = 1 - values["acc"]
-        logged = {f"{split}/{name}": value for name, value in values.items()}
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log_dict(logged, prog_bar=True, logger=False)
-            self._log({name: float(value) for name, value in logged.items()})
-        else:  # the trainer returns what goes to its loggers, and takes the step from there
-            self.log_dict({**logged, "step": float(self.global_step)})
-
     # ------------------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the running sums, so that a resumed run logs what an unbroken one does."""
-        self._average_running_stats()  # the checkpoint's state dict refers to these buffers
+        self.average_running_stats()  # the checkpoint's state dict refers to these buffers
         checkpoint["running_sums"] = {"window": self.window, "skipped": self.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
