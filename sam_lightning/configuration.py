@@ -87,6 +87,8 @@ RULES: list[Rule] = [
     ("method.sync_perturbation", _boolean, "true, false"),
     ("method.decay_in_ascent", _boolean, "true, false"),
     ("method.ascent_per_micro_batch", _boolean, "true, false"),
+    ("method.ascent_fraction", _number(0, 1, open_low=True), "a number above 0 and up to 1"),
+    ("method.every", _integer(1), "a whole number >= 1"),
     ("method.same_randomness", _boolean, "true, false"),
     ("optimizer.lr", _number(0, open_low=True), "a number > 0"),
     ("optimizer.weight_decay", _number(0), "a number >= 0"),

@@ -6,6 +6,7 @@ then leaves to it: accumulation, clipping, skipping of non-finite steps, the sch
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from sam_lightning.errors import TrainingError
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import Perturbation
 from sam_lightning.sam import SAM, global_norm
+
+# a batch, and the seed of its dropout masks
+MicroBatch = tuple[Batch, int]
 
 
 class ManualSAM(SAM):
@@ -48,6 +52,11 @@ class SAMModule(Classifier):
             along its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
         ascent_per_micro_batch: under accumulation, climb for each micro-batch by itself
             (m-sharpness) and not along the gradient of the whole accumulated batch.
+        ascent_fraction: part of each batch, in (0, 1], whose gradient is climbed along; a step
+            costs ``1 + ascent_fraction`` passes. Loss, accuracy and running statistics are then
+            of that part, and ``train/sharpness`` also has the noise between it and the batch.
+        every: climb at one update in so many, starting with the first; the others are steps of
+            the base optimizer, of one pass each.
         same_randomness: the second pass uses the dropout masks of the first.
         label_smoothing: of the training loss, in [0, 1).
         accumulate_grad_batches: batches per update.
@@ -70,6 +79,8 @@ class SAMModule(Classifier):
         lr_factor: Callable[[int], float] | None = None,
         sync_perturbation: bool = False,
         ascent_per_micro_batch: bool = False,
+        ascent_fraction: float = 1.0,
+        every: int = 1,
         same_randomness: bool = True,
         label_smoothing: float = 0.0,
         accumulate_grad_batches: int = 1,
@@ -88,13 +99,15 @@ class SAMModule(Classifier):
         self.lr_factor = lr_factor or (lambda step: 1.0)
         self.sync_perturbation = sync_perturbation
         self.ascent_per_micro_batch = ascent_per_micro_batch
+        self.ascent_fraction = ascent_fraction
+        self.every = every
         self.same_randomness = same_randomness
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self._micro_batches: list[tuple[Batch, int]] = []
+        self._micro_batches: list[MicroBatch] = []
         self.lr = 0.0
         self.window: Tensor | None = None
         self.skipped: Tensor | None = None
@@ -124,8 +137,8 @@ class SAMModule(Classifier):
 
     def on_train_start(self) -> None:
         """Put the running sums, also those of a checkpoint, on the device."""
-        # sums of loss, accuracy, sharpness, gradient norm and updates since the last log
-        self.window = self._sums(self.window, 5)
+        # sums since the last log: loss, accuracy, sharpness, gradient norm, updates, ascents
+        self.window = self._sums(self.window, 6)
         # skipped updates: in all, in a row now, longest row
         self.skipped = self._sums(self.skipped, 3)
 
@@ -145,16 +158,17 @@ class SAMModule(Classifier):
             micro_batches, self._micro_batches = self._micro_batches, []
             self._update(micro_batches)
 
-    def _update(self, micro_batches: list[tuple[Batch, int]]) -> None:
+    def _update(self, micro_batches: list[MicroBatch]) -> None:
         sam = self.sam
         sam.zero_grad()
-        if not sam.climbs:
+        climbs = sam.climbs and self.global_step % self.every == 0
+        if not climbs:
             first = second = self._gradient(micro_batches)
         elif self.ascent_per_micro_batch:
             first, second = self._gradients_per_micro_batch(micro_batches)
         else:
-            first = self._gradient(micro_batches, sync=self.sync_perturbation)
-            with sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+            first = self._ascent_gradient(micro_batches)
+            with self._perturbed():
                 second = self._gradient(micro_batches, second_pass=True)
         self.lr = sam.param_groups[0]["lr"]  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
@@ -163,17 +177,33 @@ class SAMModule(Classifier):
         self.window[:2] += first
         self.window[2] += second[0] - first[0]
         self.window[4] += 1
+        self.window[5] += climbs
+
+    def _ascent_gradient(self, micro_batches: list[MicroBatch]) -> Tensor:
+        part = []
+        for (images, labels), seed in micro_batches:
+            size = math.ceil(self.ascent_fraction * len(labels))
+            part.append(((images[:size], labels[:size]), seed))
+        return self._gradient(part, sync=self.sync_perturbation)
+
+    @contextlib.contextmanager
+    def _perturbed(self) -> Iterator[None]:
+        with self.sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+            yield
 
     def _gradient(
         self,
-        micro_batches: list[tuple[Batch, int]],
+        micro_batches: list[MicroBatch],
         *,
         sync: bool = True,
         second_pass: bool = False,
         total: int | None = None,
     ) -> Tensor:
-        """Add the gradient of the mean loss to ``.grad``; return mean loss and accuracy."""
-        total = total or sum(len(labels) for (_, labels), _ in micro_batches)
+        """Add the gradient of the mean loss to ``.grad``; return mean loss and accuracy.
+
+        ``total`` is the number of samples that the gradient is a mean over, if not these alone.
+        """
+        count = sum(len(labels) for (_, labels), _ in micro_batches)
         sums = torch.zeros(2, device=self.device)
         for i, ((images, labels), seed) in enumerate(micro_batches):
             # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
@@ -183,31 +213,30 @@ class SAMModule(Classifier):
             logits = self(images)
             loss = self.criterion(logits, labels)
             with self._communication(sync and i + 1 == len(micro_batches)):
-                self.manual_backward(loss * (len(labels) / total))
+                self.manual_backward(loss * (len(labels) / (total or count)))
             with torch.no_grad():
                 accuracy = (logits.argmax(1) == labels).float().mean()
-                sums += torch.stack([loss.float(), accuracy]) * (len(labels) / total)
+                sums += torch.stack([loss.float(), accuracy]) * (len(labels) / count)
         return sums
 
-    def _gradients_per_micro_batch(
-        self, micro_batches: list[tuple[Batch, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def _gradients_per_micro_batch(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """As two calls of ``_gradient``, but each micro-batch climbs along its own gradient."""
-        sam = self.sam
-        params = [p for group in sam.param_groups for p in group["params"]]
+        params = [p for group in self.sam.param_groups for p in group["params"]]
         total = sum(len(labels) for (_, labels), _ in micro_batches)
         first = second = torch.zeros(2, device=self.device)
         kept: list[Tensor | None] = [None] * len(params)
         for i, micro_batch in enumerate(micro_batches):
-            sam.zero_grad()
-            first = first + self._gradient([micro_batch], sync=self.sync_perturbation, total=total)
-            with sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+            self.sam.zero_grad()
+            share = len(micro_batch[0][1]) / total
+            first = first + self._ascent_gradient([micro_batch]) * share
+            with self._perturbed():
                 for p, grad in zip(params, kept, strict=True):
                     p.grad = grad  # the second gradients add up over the micro-batches
                 last = i + 1 == len(micro_batches)
-                second = second + self._gradient(
+                loss_and_accuracy = self._gradient(
                     [micro_batch], sync=last, second_pass=True, total=total
                 )
+                second = second + loss_and_accuracy * share
                 kept = [p.grad for p in params]
         return first, second
 
@@ -261,14 +290,13 @@ class SAMModule(Classifier):
         window = self.window
         if self.trainer.world_size > 1:
             window = self.trainer.strategy.reduce(window.clone(), reduce_op="mean")
-        loss, acc, sharpness, grad_norm, count, skipped, _, longest = torch.cat(
-            [window, self.skipped]
-        ).tolist()
+        sums = torch.cat([window, self.skipped]).tolist()
+        loss, acc, sharpness, grad_norm, count, ascents, skipped, _, longest = sums
         self.window.zero_()
         values = {
             "train/loss": loss / count,
             "train/acc": acc / count,
-            "train/sharpness": sharpness / count,
+            "train/sharpness": sharpness / max(ascents, 1),
             "train/grad_norm": grad_norm / count,
             "train/lr": self.lr,
             "train/skipped_steps": skipped,

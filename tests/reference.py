@@ -121,21 +121,34 @@ def perturbed_gradient(model, group, grads, rho, adaptive, total=None, smoothing
 
 
 def plain_loop(
-    model, groups, rho, adaptive=False, clip=None, per_micro_batch=False, lrs=None, smoothing=0.0
+    model,
+    groups,
+    rho,
+    adaptive=False,
+    clip=None,
+    per_micro_batch=False,
+    lrs=None,
+    smoothing=0.0,
+    fraction=1.0,
+    every=1,
 ):
     """SGD with weight decay and Nesterov momentum around the gradient at w + e."""
     momentum = {}
     log = []
     for step, group in enumerate(groups):
-        if per_micro_batch:
+        if step % every:
+            second, _ = mean_gradient(model, group)
+        elif per_micro_batch:
             total = sum(len(labels) for _, labels in group)
             second = {name: 0.0 for name, _ in model.named_parameters()}
             for batch in group:
-                g, _ = mean_gradient(model, [batch], total)
+                g, _ = mean_gradient(model, [batch])
                 d, _ = perturbed_gradient(model, [batch], g, rho, adaptive, total)
                 second = {name: second[name] + d[name] for name in second}
         else:
-            first, loss = mean_gradient(model, group, smoothing=smoothing)
+            sizes = [math.ceil(fraction * len(labels)) for _, labels in group]
+            part = [(x[:n], y[:n]) for (x, y), n in zip(group, sizes, strict=True)]
+            first, loss = mean_gradient(model, part, smoothing=smoothing)
             second, up = perturbed_gradient(model, group, first, rho, adaptive, smoothing=smoothing)
             log.append((loss, up - loss))
         if clip is not None:

@@ -75,6 +75,16 @@ def test_logged_values_are_means_over_the_updates_since_the_last_log():
     assert [value for _, value in recorder.values("train/lr")] == lrs[1::2]
 
 
+def test_sharpness_is_the_mean_over_the_updates_that_climbed():
+    data = batches([8] * 6)
+    recorder = Recorder()
+    fit(convnet(), data, {"logger": recorder, "log_every_n_steps": 6}, rho=0.1, every=3)
+    expected = plain_loop(convnet(), [[b] for b in data], 0.1, every=3)
+    ((_, sharpness),) = recorder.values("train/sharpness")
+    assert len(expected) == 2
+    assert sharpness == pytest.approx(sum(rise for _, rise in expected) / 2, rel=1e-5)
+
+
 def test_logged_accuracy_gradient_norm_and_learning_rate():
     (batch,) = batches([20])
     recorder = Recorder()
