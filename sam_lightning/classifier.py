@@ -1,4 +1,4 @@
-"""A classifier under Lightning: logits, evaluation and its log; subclasses say how it is trained."""
+"""A classifier under Lightning: logits, evaluation and its log; how to train it is left open."""
 
 from typing import Any
 
