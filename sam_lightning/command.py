@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.configuration import check, did_you_mean, flat, no_such_key, one_line
 from sam_lightning.errors import ConfigError, TrainingError
+from sam_lightning.usage import usage
 
 CONF = Path(__file__).parent.parent / "conf"
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def guarded(main: Callable[[], Any]) -> None:
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
     tracebacks instead.
     """
+    if {"-h", "--help"} & {*sys.argv}:
+        print(usage(CONF))
+        return
     sys.argv[1:] = without_ghosts(resumed(multirun_first(sys.argv[1:])))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     if any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv):

@@ -1,6 +1,7 @@
 """The command line: wrong input ends in one clear line, before torch where it can."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -275,15 +276,32 @@ def test_processes_per_machine(monkeypatch, trainer, processes):
     assert local_processes(OmegaConf.create(trainer)) == processes
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="the sweeper's Optuna is older")
-def test_a_missing_sweeper_is_named_with_its_remedy(light, tmp_path):
-    try:
-        import hydra_plugins.hydra_optuna_sweeper  # noqa: F401
-    except ImportError:
-        result = light(tmp_path, "-m", "sweep=rho_optuna")
-        assert_refused(result, "sweep=rho_optuna: ", "pip install -e '.[sweep]'")
-        return
-    pytest.skip("the sweeper is installed")
+def test_a_missing_sweeper_is_named_with_its_remedy(tmp_path):
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "__init__.py").touch()  # hides the plugins that are installed
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), "-m", "sweep=rho_optuna"],
+        cwd=tmp_path / "cwd",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sweep=rho_optuna: ")
+    assert "pip install -e '.[sweep]'" in done.stderr
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_help_names_every_group_choice_and_knob(light, tmp_path):
+    out = light(tmp_path, "--help").out
+    for file in (TRAIN.parent / "conf").glob("*/*.yaml"):
+        (line,) = (x for x in out.splitlines() if x.strip().startswith(f"{file.parent.name}: "))
+        assert (file.stem in line.replace(",", "").split()) == (file.stem != "base")
+    primary = OmegaConf.load(TRAIN.parent / "conf" / "train.yaml")
+    for key in {*primary} - {"defaults", "hydra"}:
+        assert f"\n  {key}: " in out
+    assert "radius of the perturbation" in out
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--cfg job", "--cfg job --resolve", "--info"])
