@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow bench lint format clean
 
 install: $(INSTALLED)
 
@@ -21,6 +21,9 @@ test: install ## the default test suite: less than five minutes on two cores
 
 test-slow: install ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+bench: install ## the tables of benchmarks/: ten minutes on two cores
+	$(BIN)/python -m benchmarks
 
 lint: install
 	$(BIN)/ruff check .

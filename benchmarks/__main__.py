@@ -21,6 +21,7 @@ from benchmarks.timing import Measurement
 PARTS = {
     "step": "a SAM step over two passes and the base step, ours and the peers'",
     "loop": "Lightning's fit over a bare training loop of the same work",
+    "layout": "a SAM step in channels_last, and compiled, over the plain one",
     "input": "augmented training images a second, against torchvision's pipeline",
     "evaluation": "Lightning's validate over a bare evaluation loop",
     "startup": "seconds and memory from the command line to help, an error, the first step",

@@ -1,6 +1,8 @@
 """Augmented training images a second: batches at once, or torchvision's one image at a time."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +53,7 @@ def measure(quick: bool) -> list[Measurement]:
             [T.TrivialAugmentWide()],
             policy="trivialaugment",
         ),
+        *cost_of_cutout(images, 3 * rounds),
     ]
 
 
@@ -63,8 +66,9 @@ def compare(
     **options: Any,
 ) -> list[Measurement]:
     """Epochs over the images, ours and those of torchvision's loaders."""
-    cases = {"ours": batched_epochs(images, **options)}
+    cases = {}
     for workers in WORKERS:
+        cases[f"ours, {workers} workers"] = batched_epochs(images, workers, **options)
         transform = torchvision_pipeline(policy_of_peer, erasing_of_peer)
         loader = DataLoader(
             PILImages(noise(images), transform),
@@ -74,30 +78,51 @@ def compare(
             persistent_workers=workers > 0,
         )
         cases[f"torchvision, {workers} workers"] = partial(exhaust, loader)
-    seconds = interleave(cases, rounds)
-    speeds = {name: [images / s for s in values] for name, values in seconds.items()}
-    ours = speeds["ours"]
+    speeds = images_per_second(cases, images, rounds)
     return [
         *(
-            ratio("input", f"ours / {name} (images/s): {what}", ours, speeds[name])
-            for name in cases
-            if name != "ours"
+            ratio("input", f"{a} / {b} (images/s): {what}", speeds[a], speeds[b])
+            for a, b in itertools.product(cases, cases)
+            if a.startswith("ours") and b.startswith("torchvision")
         ),
         *(summary("input", f"{name}: {what}", speeds[name], "images/s") for name in cases),
     ]
 
 
-def batched_epochs(images: int, **options: Any) -> Callable[[], None]:
+def cost_of_cutout(images: int, rounds: int) -> list[Measurement]:
+    """Ours with Cutout and without, in turns."""
+    cases = {str(size): batched_epochs(images, cutout=size) for size in (CUTOUT, 0)}
+    speeds = images_per_second(cases, images, rounds)
+    what = f"ours, with cutout {CUTOUT} / without (images/s): crop + flip"
+    return [ratio("input", what, *speeds.values())]
+
+
+def images_per_second(
+    cases: Mapping[str, Callable[[], Any]], images: int, rounds: int
+) -> dict[str, list[float]]:
+    """Time epochs in turns."""
+    seconds = interleave(cases, rounds)
+    return {name: [images / s for s in values] for name, values in seconds.items()}
+
+
+def batched_epochs(images: int, workers: int = 0, **options: Any) -> Callable[[], float]:
     """The data module's training loader and what it does to a batch after the transfer."""
-    data = data_module(images, **options)
+    data = data_module(images, num_workers=workers, **options)
     assert data.mean is not None
     assert data.std is not None
     augment = BatchAugment(data.mean, data.std, **options)
+    after_transfer = augment if augment.policy is None else augment.finish
     loader = data.train_dataloader()
+    # An epoch without a policy is over in a moment, which is too short to time.
+    epochs = 5 if augment.policy is None else 1
 
-    def run() -> None:
-        for step, (raw, _) in enumerate(loader):
-            augment(raw, torch.Generator().manual_seed(draw_seed(0, step)))
+    def run() -> float:
+        started = time.perf_counter()
+        for epoch in range(epochs):
+            for step, (raw, _) in enumerate(loader):
+                seed = draw_seed(0, epoch, step)
+                after_transfer(raw, torch.Generator().manual_seed(seed))
+        return (time.perf_counter() - started) / epochs
 
     return run
 
