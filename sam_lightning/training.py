@@ -152,12 +152,26 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
         "gradient_clip_val": cfg.trainer.gradient_clip_val,
         "max_skipped_steps": cfg.max_skipped_steps,
-        "memory_format": cfg.memory_format,
+        "memory_format": memory_format(cfg),
         "seed": cfg.seed,
         "hparams": hparams,
     }
     _check_names("method", method, SAMModule, own)
     return SAMModule(**own, **method)
+
+
+def memory_format(cfg: DictConfig) -> str:
+    """The memory layout of weights and images; for ``auto`` what is fastest.
+
+    On CPUs that is what ``benchmarks/layout.py`` measures, on CUDA what PyTorch's documentation
+    recommends for its tensor cores.
+    """
+    if cfg.memory_format != "auto":
+        return str(cfg.memory_format)
+    apple = cfg.trainer.accelerator == "mps" or (
+        cfg.trainer.accelerator == "auto" and torch.backends.mps.is_available()
+    )
+    return "contiguous" if apple else "channels_last"
 
 
 def execute(

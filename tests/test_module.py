@@ -179,11 +179,16 @@ def test_a_compiled_model_trains_the_same_with_two_graphs():
     assert counter.frame_count == 2  # running statistics updated, and frozen
 
 
-def test_channels_last_trains_the_same():
+@pytest.mark.parametrize("fused", [False, True])
+def test_channels_last_trains_the_same(fused):
     data = batches([16] * 6)
+
+    def optimizer(params):
+        return sgd(params, fused=fused)
+
     ours, theirs = convnet(), convnet()
-    module, _ = fit(ours, data, rho=0.1, memory_format="channels_last")
-    fit(theirs, data, rho=0.1)
+    module, _ = fit(ours, data, optimizer=optimizer, rho=0.1, memory_format="channels_last")
+    fit(theirs, data, optimizer=optimizer, rho=0.1)
     assert module.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert_close(state(ours), state(theirs), atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="memory_format=nhwc"):
