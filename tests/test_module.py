@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 import torch._dynamo.testing
@@ -177,6 +178,30 @@ def test_a_compiled_model_trains_the_same_with_two_graphs():
     fit(theirs, data, rho=0.1)
     assert_close(state(ours), state(theirs), atol=1e-5, rtol=1e-4)
     assert counter.frame_count == 2  # running statistics updated, and frozen
+
+
+class CountGraphs(L.Callback):
+    """The number of graphs compiled by the end of each epoch."""
+
+    def __init__(self, counter):
+        self.counter, self.counts = counter, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.counts.append(self.counter.frame_count)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_nothing_is_compiled_after_the_first_epoch(memory_format):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = convnet(torch.float32)
+    model.compile(backend=counter, fullgraph=True)  # a graph break is an error
+    graphs = CountGraphs(counter)
+    module = module_of(model, rho=0.1, memory_format=memory_format)
+    train, val = batches([16, 16, 9], torch.float32), batches([16, 5], torch.float32)
+    trainer(max_epochs=4, callbacks=[graphs]).fit(module, loader(train), loader(val))
+    assert len(graphs.counts) == 4
+    assert len(set(graphs.counts)) == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
