@@ -1,38 +1,41 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+BASE := $(VENV)/.base
+DEV := $(VENV)/.dev
 
-.PHONY: install quickstart test test-slow bench lint format clean
+.PHONY: quickstart test test-slow bench lint format clean
 
-install: $(INSTALLED)
-
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
-
-quickstart: install ## train SAM on scans of digits: less than a minute on two cores
+quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
 
-test: install ## the default test suite: less than five minutes on two cores
+test: $(DEV) ## the default test suite: less than five minutes on two cores
 	$(BIN)/python -m pytest
 
-test-slow: install ## the tests that take longer
+test-slow: $(DEV) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
-bench: install ## the tables of benchmarks/: ten minutes on two cores
+bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores
 	$(BIN)/python -m benchmarks
 
-lint: install
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(BASE): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
 
 clean:
 	rm -rf $(VENV)
