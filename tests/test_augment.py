@@ -196,6 +196,22 @@ def test_a_policy_is_drawn_for_every_image_as_torchvision_draws_it(name):
     assert 0.8 * theirs < ours_unique < 1.25 * theirs
 
 
+def test_the_order_is_crop_and_flip_then_policy_then_normalisation_then_cutout():
+    images = random_images(32, 3, 12, 12) // 2
+    augment = BatchAugment(MEAN, STD, cutout=4, policy="trivialaugment")
+    plain = BatchAugment(MEAN, STD)
+    augment.policy = lambda image: 255 - image
+    generator = seeded(3)
+    changed = augment.transform(images, generator)
+    assert torch.equal(changed, 255 - plain.transform(images, seeded(3)))
+    assert (changed == 255).any()  # the black border was there before the policy
+    finished = augment.finish(changed, generator)
+    assert torch.equal(finished, augment(images, seeded(3)))
+    kept = finished != 0
+    assert 0 < (~kept).sum() < kept.numel() / 4
+    assert torch.equal(finished[kept], plain.normalize(changed)[kept])
+
+
 def test_grey_images_take_policies():
     images = random_images(8, 1, 12, 12)
     out = BatchAugment([0.5], [0.5], policy="trivialaugment")(images, seeded(0))

@@ -13,7 +13,8 @@ from scipy.stats import chisquare
 from torch.utils.data import DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.datamodule import ImageDataModule, SplitDataset
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.loading import SplitDataset
 from sam_lightning.data.sources import ImageSource, Split
 from sam_lightning.errors import ConfigError
 
@@ -55,13 +56,14 @@ def ready(read=source, **options):
     return datamodule
 
 
-def as_rank(datamodule, rank, world_size, epoch=0, step=0):
+def as_rank(datamodule, rank, world_size, epoch=0, step=0, device="cpu"):
     """Attach what the data module reads of a trainer."""
     progress = SimpleNamespace(processed=epoch, ready=step)
     datamodule.trainer = SimpleNamespace(
         world_size=world_size,
         global_rank=rank,
         training=True,
+        strategy=SimpleNamespace(root_device=torch.device(device)),
         fit_loop=SimpleNamespace(
             epoch_progress=SimpleNamespace(current=progress),
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=progress)),
@@ -198,6 +200,8 @@ def test_the_source_is_read_once():
         ({"batch_size": 121, "drop_last": True}, "data.batch_size=121"),
         ({"cutout": -1}, "data.cutout=-1"),
         ({"policy": "none"}, "data.policy='none'"),
+        ({"device": "tpu"}, "data.device='tpu'"),
+        ({"device": "cpu", "num_workers": 2}, "data.num_workers=2"),
         ({"mean": [0.1, 0.2], "std": [1, 1]}, "data.mean=[0.1, 0.2]"),
         ({"std": [1, 1]}, "data.std=[1.0, 1.0]"),
     ],
@@ -315,7 +319,46 @@ def test_augmentation_options_arrive():
     assert (augmented(**still, cutout=2)[:, 0] == 0).sum((1, 2)).max() == 4
     assert (augmented(flip=False, crop_padding=1)[:, 0, 1:-1, 1:-1] == 200).all()
     assert (augmented(crop_padding=1)[:, 0, 0] == 0).any()
-    assert len(augmented(**still, policy="trivialaugment").unique()) > 4
+
+
+def test_crop_flip_and_policy_are_done_in_the_loader_if_there_is_a_policy():
+    def batches(**options):
+        datamodule = as_rank(ready(batch_size=120, **options), 0, 1)
+        images, _ = batch = next(iter(datamodule.train_dataloader()))
+        return datamodule, images, datamodule.on_after_batch_transfer(batch, 0)[0]
+
+    still = {"crop_padding": 0, "flip": False}
+    _, plain, _ = batches(**still)
+    _, policy, _ = batches(**still, policy="trivialaugment")
+    assert policy.dtype == torch.uint8
+    assert 30 < (policy != plain).any(3).any(2).any(1).sum() < 120  # Identity is one of 14
+    datamodule, images, finished = batches(policy="trivialaugment")
+    assert (images[:, 0, 0] != policy[:, 0, 0]).any()  # cropped
+    assert torch.equal(finished, BatchAugment(datamodule.mean, datamodule.std).normalize(images))
+    _, images, finished = batches(policy="trivialaugment", mean=[0.0], cutout=6)
+    holes = (finished == 0) & (images > 0)
+    assert holes.any()
+
+
+def test_a_policy_draws_anew_for_seeds_epochs_ranks_and_batches():
+    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8) * 3
+
+    def loaded(count, batch_size, seed, epoch, rank):
+        split = Split(ramp.expand(count, 1, 8, 8).contiguous(), torch.zeros(count).long())
+        same = replace(source(), train=split)
+        datamodule = ready(lambda: same, seed=seed, batch_size=batch_size, policy="randaugment")
+        loader = as_rank(datamodule, rank, 2, epoch).train_dataloader()
+        batches, again = ([images for images, _ in loader] for _ in range(2))
+        assert all(map(torch.equal, batches, again))
+        return batches
+
+    # A single image, so that the order of the images does not tell these batches from each other.
+    keys = itertools.product(range(3), range(3), range(2))
+    seen = [loaded(1, 2, *key)[0] for key in keys]
+    seen += loaded(64, 8, 0, 0, 0)
+    assert len(seen) == 18 + 8
+    for one, two in itertools.combinations(seen, 2):
+        assert not torch.equal(one, two)
 
 
 class Recorder(LightningModule):
@@ -348,7 +391,7 @@ def trainer(**options):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(accelerator="cpu", **{**quiet, "max_epochs": 3, **options})
+    return Trainer(**{**quiet, "accelerator": "cpu", "max_epochs": 3, **options})
 
 
 def run(datamodule, ckpt_path=None, **options):
@@ -382,6 +425,7 @@ def test_a_run_repeats_bit_for_bit(uninterrupted):
     ("data_options", "trainer_options"),
     [
         ({"num_workers": 1}, {}),
+        ({"device": "cpu"}, {}),
         ({}, {"use_distributed_sampler": False}),
         ({}, {"val_check_interval": 2, "num_sanity_val_steps": 0}),
         ({}, {"accumulate_grad_batches": 4, "reload_dataloaders_every_n_epochs": 1}),
@@ -418,6 +462,19 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
     assert_same(training(resumed), later)
 
 
+def test_a_policy_draws_the_same_in_any_number_of_workers_and_after_a_resume(tmp_path):
+    options = {"val_size": 24, "cutout": 2, "policy": "trivialaugment"}
+    expected = run(make(**options))
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    saved = {"enable_checkpointing": True, "callbacks": [saver]}
+    torch.manual_seed(9)
+    assert_same(run(make(**options, num_workers=2), **saved), expected)
+    later = {k: v for k, v in training(expected).items() if k[1] >= 1}
+    for num_workers in (0, 1):
+        datamodule = make(**options, num_workers=num_workers)
+        assert_same(training(run(datamodule, ckpt_path=tmp_path / "epoch=0.ckpt")), later)
+
+
 def test_evaluation_batches_are_normalised_only():
     datamodule = make(val_size=24, eval_batch_size=10, cutout=3)
     module = Recorder()
@@ -438,17 +495,63 @@ def test_a_run_without_val_trains_and_skips_validation():
     assert {key[0] for key in run(make(), max_epochs=1)} == {"train"}
 
 
+# ---- devices
+
+
 @pytest.mark.parametrize(
-    ("asked", "accelerator", "pinned"),
+    ("options", "accelerator", "pinned"),
     [
-        (None, CPUAccelerator, False),
-        (None, CUDAAccelerator, True),
-        (True, CPUAccelerator, True),
-        (False, CUDAAccelerator, False),
+        ({}, CPUAccelerator, False),
+        ({}, CUDAAccelerator, True),
+        ({"device": "cpu"}, CUDAAccelerator, False),
+        ({"pin_memory": True}, CPUAccelerator, True),
+        ({"pin_memory": False}, CUDAAccelerator, False),
     ],
 )
-def test_memory_is_pinned_as_asked_or_for_cuda_only(asked, accelerator, pinned):
-    datamodule = as_rank(ready(pin_memory=asked), 0, 1)
+def test_memory_is_pinned_as_asked_or_for_cuda_only(options, accelerator, pinned):
+    datamodule = as_rank(ready(**options), 0, 1)
     datamodule.trainer.accelerator = accelerator()
     assert datamodule.train_dataloader().pin_memory is pinned
     assert datamodule.test_dataloader().pin_memory is pinned
+
+
+def test_images_move_to_the_training_device_and_batches_are_gathered_there(monkeypatch):
+    asked = []
+    take = Split.take
+    monkeypatch.setattr(Split, "take", lambda self, i: asked.append(i) or take(self, i))
+    datamodule = make(lambda: source(val=True))
+    datamodule.device = "meta"  # stands for a GPU: it has shapes, and no data of the host's
+    datamodule.setup("fit")  # for a look at the data: nothing is known of a device yet
+    assert datamodule.train.images.device.type == "cpu"
+    for _ in range(2):
+        as_rank(datamodule, 0, 1, device="meta").setup("fit")
+    for split in (datamodule.train, datamodule.val, datamodule.test):
+        images, labels = SplitDataset(split).__getitems__([3, 1])
+        assert images.device.type == labels.device.type == split.images.device.type == "meta"
+        assert (images.shape, labels.shape) == ((2, 1, 8, 8), (2,))
+        assert asked.pop().device.type == "meta"
+
+
+def test_a_device_that_is_not_there_or_not_the_trainers_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^data\.device=cuda: there is no CUDA device here"):
+        make(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"^data\.device=cuda: the trainer trains on cpu"):
+        as_rank(make(device="cuda"), 0, 1).setup("fit")
+    with pytest.raises(ConfigError, match=r"^data\.device=cpu: the trainer trains on cuda"):
+        as_rank(make(device="cpu"), 0, 1, device="cuda:1").setup("fit")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", [None, "trivialaugment"])
+def test_batches_from_the_gpu_are_those_from_the_host(policy):
+    options = {"val_size": 24, "policy": policy, "crop_padding": 0, "flip": False}
+    batches = {}
+    for device in ("cuda", None):
+        datamodule = make(**options, device=device)
+        batches[device] = run(datamodule, accelerator="cuda", devices=1)
+        assert (datamodule.train.images.device.type == "cuda") is (device == "cuda")
+    for key, (images, labels) in batches[None].items():
+        assert torch.equal(labels, batches["cuda"][key][1])
+        assert policy or torch.equal(images, batches["cuda"][key][0])

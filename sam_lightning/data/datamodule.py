@@ -4,7 +4,7 @@ Every random choice has its own stream, a hash of the seed and of what is drawn,
 a seed see the same batches bit for bit, whatever else they do with random numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,52 +13,24 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
+from sam_lightning.data.loading import EpochSampler, EvalShard, SplitDataset, TransformedDataset
 from sam_lightning.data.sources import ImageSource, Split, stratified_split
 from sam_lightning.errors import ConfigError
 
+DEVICES = (None, "cpu", "cuda")  # where images are kept
+
 # The first part of each stream's seed after the user's own.
-_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)
-
-
-class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A ``Split`` that serves a whole batch as one gather, to a loader that does not collate."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.split.images[index], self.split.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        batch = self.split.take(torch.tensor(indices))
-        return batch.images, batch.labels
-
-
-class EvalShard(DistributedSampler[int]):
-    """Every ``num_replicas``-th index, in order: over all ranks each one exactly once.
-
-    A plain ``DistributedSampler`` repeats examples until all ranks have equally many, and metrics
-    over them would be off. It is one still, for Lightning leaves those as they are.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices())
-
-    def __len__(self) -> int:
-        return len(self._indices())
-
-    def _indices(self) -> range:
-        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
 
 
 class ImageDataModule(LightningDataModule):
     """Serves an image source; batches are augmented after they are on the training device.
+
+    With a policy, which treats images one by one, crop, flip and policy are the work of the loader
+    and its processes; only normalisation and cutout are left to the training device.
 
     Args:
         source: reads the data, for instance ``partial(cifar10, root="data")``.
@@ -74,9 +46,12 @@ class ImageDataModule(LightningDataModule):
         mean: per channel, of pixels in 0..1; None: that of the training images.
         std: likewise.
         crop_padding, flip, cutout, policy: see ``BatchAugment``.
-        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory.
+        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory. A policy is
+            a reason for more.
         drop_last: leave out the last training batch of an epoch if it is not full.
-        pin_memory: None: if the trainer uses CUDA.
+        pin_memory: None: if the trainer uses CUDA and the images are not there yet.
+        device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
+            takes batches from there, in the training process; "cpu" and None: in host memory.
 
     Attributes, from ``setup`` on:
         classes (list of names), num_classes, in_channels, mean and std (tuples of floats),
@@ -111,6 +86,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 0,
         drop_last: bool = False,
         pin_memory: bool | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         for key, value, ok, allowed in [
@@ -123,6 +99,15 @@ class ImageDataModule(LightningDataModule):
         ]:
             if not ok:
                 raise ConfigError(f"data.{key}={value}: must be {allowed}")
+        if device not in DEVICES:
+            raise ConfigError(f"data.device={device!r}: must be null or one of {list(DEVICES[1:])}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("data.device=cuda: there is no CUDA device here; set it to null")
+        if device is not None and num_workers:
+            raise ConfigError(
+                f"data.num_workers={num_workers}: must be 0 with data.device={device}, as other "
+                "processes cannot load from there"
+            )
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -136,6 +121,7 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.drop_last = drop_last
         self.pin_memory = pin_memory
+        self.device = device
         self._make_augment = partial(
             BatchAugment, crop_padding=crop_padding, flip=flip, cutout=cutout, policy=policy
         )
@@ -149,15 +135,19 @@ class ImageDataModule(LightningDataModule):
             self._prepared = self.source()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the source and split it; once, whatever the stages."""
+        """Read the source and split it, once, whatever the stages; then move it to ``device``."""
         world_size, _ = self._world()
         if self.batch_size % world_size:
             raise ConfigError(
                 f"data.batch_size={self.batch_size}: must be a multiple of the {world_size} "
                 "processes that share a batch"
             )
-        if self._augment is not None:
-            return
+        if self._augment is None:
+            self._read()
+        if self.device is not None and self.trainer is not None:
+            self._move(self.trainer.strategy.root_device)
+
+    def _read(self) -> None:
         source = self._prepared or self.source()
         self._prepared = None
         self.classes, self.test = source.classes, source.test
@@ -174,6 +164,15 @@ class ImageDataModule(LightningDataModule):
         if len(self.mean) != self.in_channels:
             raise ConfigError(f"data.mean={list(self.mean)}: must be {self.in_channels} numbers")
         self._augment = self._make_augment(self.mean, self.std)
+
+    def _move(self, device: torch.device) -> None:
+        if device.type != self.device:
+            raise ConfigError(
+                f"data.device={self.device}: the trainer trains on {device.type}; set data.device "
+                "to that or to null"
+            )
+        self.train, self.test = self.train.to(device), self.test.to(device)
+        self.val = None if self.val is None else self.val.to(device)
 
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
         train, val = source.train, source.val
@@ -224,9 +223,14 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """This process's share of the training set, in an order that (seed, epoch) fixes."""
-        dataset = SplitDataset(self.train)
+        assert self._augment is not None
         world_size, rank = self._world()
-        sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, make_sampler = SplitDataset(self.train), DistributedSampler[Any]
+        if self._augment.policy is not None:
+            seed = draw_seed(self.seed, _TRANSFORM, rank)
+            dataset = TransformedDataset(self.train, self._augment, seed)
+            make_sampler = EpochSampler
+        sampler = make_sampler(
             dataset, world_size, rank, seed=draw_seed(self.seed, _SHUFFLE), drop_last=self.drop_last
         )
         if self.trainer is not None:
@@ -257,7 +261,7 @@ class ImageDataModule(LightningDataModule):
         pin_memory = self.pin_memory
         if pin_memory is None:
             accelerator = getattr(self.trainer, "accelerator", None)
-            pin_memory = isinstance(accelerator, CUDAAccelerator)
+            pin_memory = isinstance(accelerator, CUDAAccelerator) and self.device is None
         return DataLoader(
             dataset,
             batch_size,
@@ -270,7 +274,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment a training batch, normalise any other, on the batch's device."""
+        """Augment a training batch, or what is left of that, and normalise any other."""
         assert self._augment is not None
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
@@ -280,7 +284,9 @@ class ImageDataModule(LightningDataModule):
         step = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         seed = draw_seed(self.seed, _AUGMENT, _epoch(self.trainer), step, self.trainer.global_rank)
         generator = torch.Generator(images.device).manual_seed(seed)
-        return self._augment(images, generator), labels
+        in_loader = self._augment.policy is not None
+        augment = self._augment.finish if in_loader else self._augment
+        return augment(images, generator), labels
 
     def _world(self) -> tuple[int, int]:
         """Number of processes, and which of them this one is."""

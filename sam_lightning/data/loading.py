@@ -1,0 +1,79 @@
+"""What a ``DataLoader`` asks for examples and for their order: data sets and samplers."""
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from sam_lightning.data.augment import BatchAugment, draw_seed
+from sam_lightning.data.sources import Split
+
+
+class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
+    """A ``Split`` that serves a whole batch as one gather, to a loader that does not collate."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.split.images[index], self.split.labels[index]
+
+    def __getitems__(self, indices: list[Any]) -> tuple[Tensor, Tensor]:
+        images = self.split.images
+        # Pinned, or the copy of the indices would wait until the device has done its work.
+        on_device = torch.tensor(indices, pin_memory=images.is_cuda).to(
+            images.device, non_blocking=images.is_cuda
+        )
+        batch = self.split.take(on_device)
+        return batch.images, batch.labels
+
+
+class TransformedDataset(SplitDataset):
+    """A ``SplitDataset`` with the slow half of an augmentation, for loading processes to do.
+
+    It takes the keys of an ``EpochSampler``: a worker is not told when an epoch begins. What it
+    draws depends on the seed (another one for each rank), the epoch and which images make up the
+    batch, and so neither on the worker nor on what was loaded before.
+    """
+
+    def __init__(self, split: Split, augment: BatchAugment, seed: int) -> None:
+        super().__init__(split)
+        self.augment = augment
+        self.seed = seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        indices = [index for _, index in keys]
+        images, labels = super().__getitems__(indices)
+        seed = draw_seed(self.seed, keys[0][0], *indices)
+        generator = torch.Generator(images.device).manual_seed(seed)
+        return self.augment.transform(images, generator), labels
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A ``DistributedSampler`` that yields (epoch, index)."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(repeat(self.epoch), super().__iter__(), strict=False)
+
+
+class EvalShard(DistributedSampler[int]):
+    """Every ``num_replicas``-th index, in order: over all ranks each one exactly once.
+
+    A plain ``DistributedSampler`` repeats examples until all ranks have equally many, and metrics
+    over them would be off. It is one still, for Lightning leaves those as they are.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
+
+    def __len__(self) -> int:
+        return len(self._indices())
+
+    def _indices(self) -> range:
+        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
