@@ -287,6 +287,7 @@ def _quieten() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):

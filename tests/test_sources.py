@@ -93,7 +93,8 @@ def test_damaged_or_missing_cifar_files(tmp_path, monkeypatch, source, dataset, 
     assert advice in message
     file.unlink()
     assert advice in one_line_error(source, str(tmp_path), download=download)
-    assert advice in one_line_error(source, str(tmp_path / "empty"), download=download)
+    assert advice in one_line_error(source, str(tmp_path / "new"), download=download)
+    assert not (tmp_path / "new").exists()
 
 
 def write_fashion_mnist(root, monkeypatch, zipped):

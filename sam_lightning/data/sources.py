@@ -92,11 +92,14 @@ def fashion_mnist(root: str, download: bool = True) -> ImageSource:
 
 def _from_torchvision(dataset: Any, root: str, download: bool) -> ImageSource:
     root = os.path.expanduser(root)
+    is_new = not os.path.exists(root)
     try:
         # The test set is opened first: it is quick to read and shows most problems.
         test = dataset(root, train=False, download=download)
         train = dataset(root, train=True, download=download)
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
+        if is_new and os.path.isdir(root) and not os.listdir(root):
+            os.rmdir(root)  # torchvision makes it before it downloads
         advice = (
             "check the network, or put the original files there"
             if download
