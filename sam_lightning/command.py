@@ -9,20 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.configuration import check, did_you_mean, flat, no_such_key, one_line
+from sam_lightning.configuration import check, one_line
 from sam_lightning.errors import ConfigError, TrainingError
+from sam_lightning.explain import CONF, explain, key_of
 from sam_lightning.usage import usage
 
-CONF = Path(__file__).parent.parent / "conf"
 log = logging.getLogger(__name__)
 
 
@@ -138,7 +136,7 @@ def resumed(arguments: list[str]) -> list[str]:
     The run's stored overrides come first, then those given now, which win; the output goes on in
     the run's own folder, and its stored configuration is not written again.
     """
-    keys = [_key(a) for a in arguments]
+    keys = [key_of(a) for a in arguments]
     if "ckpt_path" not in keys or "-m" in arguments or "--multirun" in arguments:
         return arguments
     at = keys.index("ckpt_path")
@@ -150,7 +148,7 @@ def resumed(arguments: list[str]) -> list[str]:
     stored = folder / ".hydra" / "overrides.yaml"
     if not stored.is_file():
         return arguments
-    kept = [str(o) for o in OmegaConf.load(stored) if _key(str(o)) not in (*keys, "ckpt_path")]
+    kept = [str(o) for o in OmegaConf.load(stored) if key_of(str(o)) not in (*keys, "ckpt_path")]
     if "hydra.run.dir" not in keys:
         into = [f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
         arguments = [*arguments, *into]
@@ -170,53 +168,6 @@ def without_ghosts(arguments: list[str]) -> list[str]:
     return [*arguments, *nowhere]
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def _quoted(path: Path) -> str:
     escaped = str(path).replace("'", r"\'")
     return f"'{escaped}'"
-
-
-def explain(error: Exception, arguments: list[str]) -> str:
-    """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
-        return f"{error.override}: not of the form key=value ({_without_link(reason)})"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found.group(1)
-        argument = next((a for a in arguments if _key(a) == key), key)
-        known = [k for k in _known_keys(arguments) if k != key]
-        return f"{argument}: {no_such_key(key, known)}"
-    null = [a for a in arguments if a.endswith("=null") and _is_group(_key(a))]
-    if "Config group override must be" in text and null:
-        argument = null[0]
-        allowed = sorted({f.stem for f in (CONF / _key(argument)).glob("*.yaml")} - {"base"})
-        return f"{argument}: allowed are {', '.join(allowed)}"
-    if "Could not find 'hydra/sweeper/optuna'" in text:
-        return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, choice = found.groups()
-        options = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
-        allowed = [option for option in options if option != "base"]
-        hint = did_you_mean(choice, allowed)
-        return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
-    return _without_link(text)
-
-
-def _without_link(text: str) -> str:
-    return re.sub(r" ?See https?://\S+ for details\.?", "", " ".join(text.split()))
-
-
-def _is_group(key: str) -> bool:
-    return bool(key) and (CONF / key).is_dir()
-
-
-def _known_keys(arguments: list[str]) -> list[str]:
-    """The keys of the configuration with the groups as chosen, each known by its dotted form."""
-    choices = [a for a in arguments if _is_group(_key(a)) and "," not in a]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(flat(OmegaConf.to_container(compose("train", choices))))
