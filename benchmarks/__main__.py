@@ -22,6 +22,7 @@ PARTS = {
     "step": "a SAM step over two passes and the base step, ours and the peers'",
     "loop": "Lightning's fit over a bare training loop of the same work",
     "layout": "a SAM step in channels_last, and compiled, over the plain one",
+    "devices": "images a second of a run by one and by two processes",
     "input": "augmented training images a second, against torchvision's pipeline",
     "evaluation": "Lightning's validate over a bare evaluation loop",
     "startup": "seconds and memory from the command line to help, an error, the first step",
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them by default")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds: < 60 s")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: < 2 minutes")
     parser.add_argument("--threads", type=int, help="torch's threads; default: as torch chooses")
     parser.add_argument("--json", type=Path, default=Path("logs/benchmarks/benchmarks.json"))
     options = parser.parse_args(argv)

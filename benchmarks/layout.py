@@ -10,7 +10,7 @@ from benchmarks.timing import Measurement, interleave, ratio
 from sam_lightning.sam import SAM
 
 # width, batch size, rounds
-MODELS = [(8, 128, 8), (16, 128, 5)]
+MODELS = [(8, 128, 8)]
 QUICK_MODELS = [(8, 32, 4)]
 
 

@@ -1,0 +1,45 @@
+"""What more processes gain: images a second of real runs, each process with one thread."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.timing import Measurement, ratio, summary, turns
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+RUN = ["data=digits", "model.width=8", "batch_size=128", "trainer=cpu", "test=false"]
+CASES = {
+    "1 process": [],
+    "2 processes, each climbs by itself": ["trainer.devices=2"],
+    "2 processes, sync_perturbation": ["trainer.devices=2", "method.sync_perturbation=true"],
+}
+
+
+def measure(quick: bool) -> list[Measurement]:
+    """SAM on digits by 1 and by 2 processes, and what averaging the ascent gradient costs."""
+    rounds, epochs = (1, 1) if quick else (2, 3)
+    speed: dict[str, list[float]] = {name: [] for name in CASES}
+    for index in range(rounds):
+        for name in turns(list(CASES), index):
+            speed[name].append(images_per_second([*RUN, *CASES[name], f"epochs={epochs}"]))
+    first = "1 process"
+    of = "SAM, ResNet-18 width 8, batch 128 over all"
+    results = [summary("devices", f"{first}: {of}", speed[first], "images/s")]
+    for name in [name for name in CASES if name != first]:
+        results.append(
+            ratio("devices", f"{name} / {first} (images/s): {of}", speed[name], speed[first])
+        )
+    return results
+
+
+def images_per_second(arguments: list[str]) -> float:
+    """What a run says of itself; its start-up is not part of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(TRAIN), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        (found,) = Path(folder).glob("logs/train/runs/*/metrics.json")
+        return float(json.loads(found.read_text())["images_per_second"])
