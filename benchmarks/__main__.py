@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them by default")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds: < 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: 2 minutes")
     parser.add_argument("--threads", type=int, help="torch's threads; default: as torch chooses")
     parser.add_argument("--json", type=Path, default=Path("logs/benchmarks/benchmarks.json"))
     options = parser.parse_args(argv)
