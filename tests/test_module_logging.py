@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_syncs import HostSyncs
 from reference import (
     CLASSES,
     SGD,
@@ -109,18 +109,6 @@ def test_a_step_is_one_update():
     _, runner = fit(model, data, options, rho=0.1, accumulate_grad_batches=2)
     assert runner.global_step == 5  # an epoch has 4 updates, the last of one batch
     assert runner.fit_loop.epoch_loop.batch_progress.current.ready == 2
-
-
-class HostSyncs(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 class Watched(SAMModule):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_syncs import HostSyncs
 from sam_lightning import SAM
 from sam_lightning.sam import global_norm
 from steps import (
@@ -275,20 +275,6 @@ def test_mixed_dtypes_share_one_norm_which_does_not_overflow():
             halves[0].detach(), torch.full((4,), 0.3).half(), rtol=2e-3, atol=0
         )
         torch.testing.assert_close(halves[1].detach(), torch.full((4,), 0.4), rtol=2e-3, atol=0)
-
-
-class HostSyncs(TorchDispatchMode):
-    """Collects operations whose result the host has to wait for."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)
