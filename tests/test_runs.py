@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,12 @@ def command(cwd: Path, *arguments: str, **options: Any) -> subprocess.CompletedP
 def started(cwd: Path, line: str, *arguments: str) -> subprocess.Popen[str]:
     """A run in a process of its own that has just printed a line that starts like ``line``."""
     process = subprocess.Popen(
-        [sys.executable, "-u", str(TRAIN), *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", str(TRAIN), *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and so would what the tests start from one.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert any(printed.startswith(line) for printed in process.stdout)
