@@ -38,7 +38,8 @@ def count_images(model):
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_twenty_updates_equal_a_plain_loop_in_float64(method, clip, accumulate):
-    sizes = [12, 12, 7] * 20 if accumulate == 3 else [12, 9] * 10
+    # BatchNorm over a few samples would amplify rounding to the size of the bound below
+    sizes = [32, 32, 20] * 20 if accumulate == 3 else [32, 24] * 10
     data = batches(sizes)
     groups = [data[i : i + accumulate] for i in range(0, len(data), accumulate)]
     ours, theirs = convnet(), convnet()

@@ -45,6 +45,17 @@ def ascent(weights, grads, names, rho, method):
     ]
 
 
+def step_from(model, base, batch, e):
+    """Step ``base`` at w with the gradient at w + e, and leave the moving to plain additions."""
+    kept = weights_of(model)
+    set_weights(model, [w + d for w, d in zip(kept, e, strict=True)])
+    grads = gradient(model, batch)
+    set_weights(model, kept)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g
+    base.step()
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
@@ -59,12 +70,7 @@ def test_twenty_steps_follow_the_formula(method, base, step):
         torch.testing.assert_close(loss, loss_at(theirs, batch), atol=1e-12, rtol=0)
         kept = weights_of(theirs)
         e = ascent(kept, gradient(theirs, batch), names, 0.3, method)
-        set_weights(theirs, [w + d for w, d in zip(kept, e, strict=True)])
-        grads = gradient(theirs, batch)
-        set_weights(theirs, kept)
-        for p, g in zip(theirs.parameters(), grads, strict=True):
-            p.grad = g
-        reference.step()
+        step_from(theirs, reference, batch, e)
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-10, rtol=0)
 
 
@@ -124,10 +130,5 @@ def test_decay_in_ascent_adds_the_l2_term_to_the_ascent_only():
         kept = weights_of(theirs)
         l2 = [g + 0.2 * w for g, w in zip(gradient(theirs, batch), kept, strict=True)]
         e = ascent(kept, l2, [], 0.3, "sam")
-        set_weights(theirs, [w + d for w, d in zip(kept, e, strict=True)])
-        grads = gradient(theirs, batch)
-        set_weights(theirs, kept)
-        for p, g in zip(theirs.parameters(), grads, strict=True):
-            p.grad = g
-        reference.step()
+        step_from(theirs, reference, batch, e)
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-12, rtol=0)
