@@ -18,8 +18,8 @@ from sam_lightning.classifier import Batch, Classifier
 from sam_lightning.data.augment import draw_seed
 from sam_lightning.errors import TrainingError
 from sam_lightning.models.running_stats import frozen_running_stats
-from sam_lightning.perturbations import Perturbation
-from sam_lightning.sam import SAM, global_norm
+from sam_lightning.perturbations import Perturbation, global_norm
+from sam_lightning.sam import SAM
 
 # a batch, and the seed of its dropout masks
 MicroBatch = tuple[Batch, int]
@@ -207,9 +207,8 @@ class SAMModule(Classifier):
         sums = torch.zeros(2, device=self.device)
         for i, ((images, labels), seed) in enumerate(micro_batches):
             # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
-            torch.manual_seed(
-                seed if self.same_randomness or not second_pass else draw_seed(seed, 2)
-            )
+            fresh = second_pass and not self.same_randomness
+            self._seed_masks(draw_seed(seed, 2) if fresh else seed)
             logits = self(images)
             loss = self.criterion(logits, labels)
             with self._communication(sync and i + 1 == len(micro_batches)):
@@ -218,6 +217,13 @@ class SAMModule(Classifier):
                 accuracy = (logits.argmax(1) == labels).float().mean()
                 sums += torch.stack([loss.float(), accuracy]) * (len(labels) / count)
         return sums
+
+    def _seed_masks(self, seed: int) -> None:
+        # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
+        # trace for each kind of device that is not there.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(seed)
 
     def _gradients_per_micro_batch(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """As two calls of ``_gradient``, but each micro-batch climbs along its own gradient."""

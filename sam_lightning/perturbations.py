@@ -1,15 +1,15 @@
 """Where a SAM step climbs to: the direction and the norm that sets its length.
 
-A perturbation maps weights w and gradients g to two lists of tensors, ``(direction, scaled)``.
-The optimizer then moves the weights by
+A perturbation maps weights w and gradients g to a direction for every weight and one norm for all
+of them, and the optimizer moves the weights by
 
-    e = rho * direction / (||scaled||_2 + 1e-12)
+    e = rho * direction / (norm + 1e-12)
 
-with **one** norm over every tensor of ``scaled``. A new method is one class with this
-``__call__`` and one YAML file in ``conf/method``.
+A new method is one class with this ``__call__`` and one YAML file in ``conf/method``.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class Perturbation(Protocol):
-    """Maps weights and gradients to the direction of ascent and to what its norm is taken of."""
+    """Maps weights and gradients to the direction of ascent and the norm to divide it by."""
 
     def __call__(
         self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    ) -> tuple[Sequence[Tensor], Tensor]:
         """Compute the ascent direction.
 
         Args:
@@ -30,7 +30,8 @@ class Perturbation(Protocol):
             names: the parameter's name in its model, or None where the optimizer was not told.
 
         Returns:
-            direction and scaled, each as long and of the same shapes as ``weights``.
+            direction, as long and of the same shapes as ``weights``, and norm, 0-dim; a norm that
+            is not finite makes the optimizer move nothing.
         """
         ...
 
@@ -40,9 +41,9 @@ class GradientAscent:
 
     def __call__(
         self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the gradients for both."""
-        return grads, grads
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Return g and ||g||_2."""
+        return grads, global_norm(grads)
 
 
 class AdaptiveAscent:
@@ -65,8 +66,8 @@ class AdaptiveAscent:
 
     def __call__(
         self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return T^2 g and T g."""
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Return T^2 g and ||T g||_2."""
         chosen = list(range(len(weights)))
         if not self.normalize_bias:
             if None in names:
@@ -75,12 +76,50 @@ class AdaptiveAscent:
                     "pass model.named_parameters() to SAM, or use normalize_bias=True"
                 )
             chosen = [i for i, name in enumerate(names) if name and name.endswith("weight")]
-        direction, scaled = list(grads), list(grads)
-        if chosen:
-            size = torch._foreach_abs([weights[i] for i in chosen])
+        direction, norms = list(grads), []
+        for part in _parts(chosen, weights):
+            size = torch._foreach_abs([weights[i] for i in part])
             torch._foreach_add_(size, self.eta)
-            scaled_chosen = torch._foreach_mul(size, [grads[i] for i in chosen])
-            torch._foreach_mul_(size, scaled_chosen)
-            for i, t_g, t2_g in zip(chosen, scaled_chosen, size, strict=True):
-                scaled[i], direction[i] = t_g, t2_g
-        return direction, scaled
+            scaled = torch._foreach_mul(size, [grads[i] for i in part])
+            norms += norms_of(scaled)
+            torch._foreach_mul_(size, scaled)
+            for i, t2_g in zip(part, size, strict=True):
+                direction[i] = t2_g
+        rest = {*range(len(grads))} - {*chosen}
+        return direction, global_norm([*norms, *norms_of(grads[i] for i in rest)])
+
+
+def _parts(chosen: list[int], weights: list[Tensor]) -> Iterator[list[int]]:
+    """On a CPU, parts small enough that what is made on the way stays in the cache; else one."""
+    part, size = [], 0
+    for i in chosen:
+        part.append(i)
+        size += weights[i].numel() if weights[i].is_cpu else 0
+        if size >= 2**18:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
+    norms = norms_of(tensors)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+
+
+def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, 0-dim, those of one dtype together.
+
+    They are accumulated in float32 at least, so half precision neither overflows nor rounds to
+    zero.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for t in tensors:
+        by_dtype[t.dtype].append(t)
+    return [
+        norm
+        for dtype, same in by_dtype.items()
+        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+    ]

@@ -11,7 +11,6 @@ This file needs nothing but torch and ``perturbations.py``, and can be used with
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,8 +106,7 @@ class SAM(Optimizer):
             raise RuntimeError("the weights are perturbed already: call restore() first")
         weights, grads, names, rhos = self._ascent_inputs(inv_scale)
         if weights and self.climbs:
-            direction, scaled = self.perturbation(weights, grads, names)
-            norm = global_norm(scaled)
+            direction, norm = self.perturbation(weights, grads, names)
             saved = [torch.empty_like(w) for w in weights]
             torch._foreach_copy_(saved, weights)
             self._saved = weights, saved
@@ -240,23 +238,6 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
-
-
-def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync.
-
-    It is accumulated in float32 at least, so half precision neither overflows nor rounds to zero.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for t in tensors:
-        by_dtype[t.dtype].append(t)
-    norms = [
-        norm
-        for dtype, same in by_dtype.items()
-        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    ]
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
 
 
 def move(
