@@ -33,7 +33,9 @@ OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
 Rule = tuple[str, Callable[[Any], bool], str]
 
 
-def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[..., bool]:
+def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[..., bool]:
+    """A finite number from ``low`` (itself too, unless ``open_low``) to ``high``."""
+
     def holds(v: Any) -> bool:
         if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
             return False
@@ -42,85 +44,89 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Ca
     return holds
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
+def integer(low: int) -> Callable[[Any], bool]:
+    """A whole number >= ``low``."""
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
 
 
 def _devices(v: Any) -> bool:
     indices = list(v) if OmegaConf.is_list(v) else []
-    listed = bool(indices) and all(map(_integer(0), indices)) and len({*indices}) == len(indices)
-    return v == "auto" or _integer(1)(v) or listed
+    listed = bool(indices) and all(map(integer(0), indices)) and len({*indices}) == len(indices)
+    return v == "auto" or integer(1)(v) or listed
 
 
-def _or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Null too."""
     return lambda v: v is None or holds(v)
 
 
-def _one_of(allowed: Iterable[Any]) -> tuple[Callable[[Any], bool], str]:
+def one_of(allowed: Iterable[Any]) -> tuple[Callable[[Any], bool], str]:
+    """One of these, and how to say so."""
     return lambda v: v in allowed, ", ".join("null" if a is None else str(a) for a in allowed)
 
 
-def _boolean(v: Any) -> bool:
+def boolean(v: Any) -> bool:
+    """True or false."""
     return isinstance(v, bool)
 
 
 def _fractions(v: Any) -> bool:
-    return OmegaConf.is_list(v) and all(map(_number(0, 1), v))
+    return OmegaConf.is_list(v) and all(map(number(0, 1), v))
 
 
 RULES: list[Rule] = [
-    ("seed", lambda v: _integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
-    ("rho", _number(0), "a number >= 0"),
-    ("method.rho", _number(0), "a number >= 0"),
-    ("epochs", _integer(1), "a whole number >= 1"),
-    ("batch_size", _integer(1), "a whole number >= 1"),
-    ("lr", _number(0, open_low=True), "a number > 0"),
-    ("weight_decay", _number(0), "a number >= 0"),
-    ("label_smoothing", lambda v: _number(0)(v) and v < 1, "a number from 0 to below 1"),
-    ("memory_format", *_one_of(("auto", "contiguous", "channels_last"))),
-    ("compile", _boolean, "true, false"),
-    ("test", _boolean, "true, false"),
-    ("debug", _boolean, "true, false"),
-    ("max_skipped_steps", _integer(1), "a whole number >= 1"),
-    ("optimized_metric", *_one_of((None, *METRICS))),
-    ("model.width", _integer(1), "a whole number >= 1"),
-    ("method.sync_perturbation", _boolean, "true, false"),
-    ("method.decay_in_ascent", _boolean, "true, false"),
-    ("method.ascent_per_micro_batch", _boolean, "true, false"),
-    ("method.ascent_fraction", _number(0, 1, open_low=True), "a number above 0 and up to 1"),
-    ("method.every", _integer(1), "a whole number >= 1"),
-    ("method.same_randomness", _boolean, "true, false"),
-    ("optimizer.lr", _number(0, open_low=True), "a number > 0"),
-    ("optimizer.weight_decay", _number(0), "a number >= 0"),
-    ("scheduler.warmup_epochs", _number(0), "a number >= 0"),
+    ("seed", lambda v: integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
+    ("rho", number(0), "a number >= 0"),
+    ("method.rho", number(0), "a number >= 0"),
+    ("epochs", integer(1), "a whole number >= 1"),
+    ("batch_size", integer(1), "a whole number >= 1"),
+    ("lr", number(0, open_low=True), "a number > 0"),
+    ("weight_decay", number(0), "a number >= 0"),
+    ("label_smoothing", lambda v: number(0)(v) and v < 1, "a number from 0 to below 1"),
+    ("memory_format", *one_of(("auto", "contiguous", "channels_last"))),
+    ("compile", boolean, "true, false"),
+    ("test", boolean, "true, false"),
+    ("debug", boolean, "true, false"),
+    ("max_skipped_steps", integer(1), "a whole number >= 1"),
+    ("optimized_metric", *one_of((None, *METRICS))),
+    ("model.width", integer(1), "a whole number >= 1"),
+    ("method.sync_perturbation", boolean, "true, false"),
+    ("method.decay_in_ascent", boolean, "true, false"),
+    ("method.ascent_per_micro_batch", boolean, "true, false"),
+    ("method.ascent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
+    ("method.every", integer(1), "a whole number >= 1"),
+    ("method.same_randomness", boolean, "true, false"),
+    ("optimizer.lr", number(0, open_low=True), "a number > 0"),
+    ("optimizer.weight_decay", number(0), "a number >= 0"),
+    ("scheduler.warmup_epochs", number(0), "a number >= 0"),
     ("scheduler.milestones", _fractions, "a list of fractions of the run, from 0 to 1"),
-    ("scheduler.gamma", _number(0, open_low=True), "a number > 0"),
-    ("scheduler.final", _number(0, 1), "a fraction from 0 to 1"),
-    ("trainer.accelerator", *_one_of(ACCELERATORS)),
+    ("scheduler.gamma", number(0, open_low=True), "a number > 0"),
+    ("scheduler.final", number(0, 1), "a fraction from 0 to 1"),
+    ("trainer.accelerator", *one_of(ACCELERATORS)),
     ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
-    ("trainer.num_nodes", _integer(1), "a whole number >= 1"),
-    ("trainer.precision", *_one_of(PRECISIONS)),
+    ("trainer.num_nodes", integer(1), "a whole number >= 1"),
+    ("trainer.precision", *one_of(PRECISIONS)),
     (
         "trainer.gradient_clip_val",
-        _or_null(_number(0, open_low=True)),
+        or_null(number(0, open_low=True)),
         "a number > 0, or null",
     ),
-    ("trainer.accumulate_grad_batches", _integer(1), "a whole number >= 1"),
-    ("trainer.log_every_n_steps", _integer(1), "a whole number >= 1"),
-    ("data.val_size", _number(0), "a number of images, or a fraction below 1"),
-    ("data.subset", _number(0, open_low=True), "a fraction up to 1, or a number of images"),
-    ("data.label_noise", _number(0, 1), "a fraction from 0 to 1"),
-    ("data.crop_padding", _integer(0), "a whole number >= 0"),
-    ("data.cutout", _integer(0), "a whole number >= 0"),
-    ("data.flip", _boolean, "true, false"),
-    ("data.policy", *_one_of(POLICIES)),
-    ("data.device", *_one_of((None, "cpu", "cuda"))),
-    ("data.image_size", _or_null(_integer(1)), "a whole number >= 1, or null"),
-    ("data.split_seed", _integer(0), "a whole number >= 0"),
-    ("data.download", _boolean, "true, false"),
-    ("data.drop_last", _boolean, "true, false"),
-    ("data.num_workers", _integer(0), "a whole number >= 0"),
-    ("data.eval_batch_size", _integer(1), "a whole number >= 1"),
+    ("trainer.accumulate_grad_batches", integer(1), "a whole number >= 1"),
+    ("trainer.log_every_n_steps", integer(1), "a whole number >= 1"),
+    ("data.val_size", number(0), "a number of images, or a fraction below 1"),
+    ("data.subset", number(0, open_low=True), "a fraction up to 1, or a number of images"),
+    ("data.label_noise", number(0, 1), "a fraction from 0 to 1"),
+    ("data.crop_padding", integer(0), "a whole number >= 0"),
+    ("data.cutout", integer(0), "a whole number >= 0"),
+    ("data.flip", boolean, "true, false"),
+    ("data.policy", *one_of(POLICIES)),
+    ("data.device", *one_of((None, "cpu", "cuda"))),
+    ("data.image_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("data.split_seed", integer(0), "a whole number >= 0"),
+    ("data.download", boolean, "true, false"),
+    ("data.drop_last", boolean, "true, false"),
+    ("data.num_workers", integer(0), "a whole number >= 0"),
+    ("data.eval_batch_size", integer(1), "a whole number >= 1"),
 ]
 
 
@@ -148,15 +154,20 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         OmegaConf.resolve(copy := cfg.copy())
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    for key, holds, allowed in RULES:
-        value = OmegaConf.select(copy, key, default=(absent := object()))
-        if value is not absent and not holds(value):
-            shown = "null" if value is None else value
-            raise ConfigError(f"{key}={shown}: allowed is {allowed}")
+    check_values(copy, RULES)
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
     _check_targets(copy)
     _check_files(copy)
+
+
+def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
+    """Refuse the first value that breaks its rule; a key that is not there breaks none."""
+    for key, holds, allowed in rules:
+        value = OmegaConf.select(cfg, key, default=(absent := object()))
+        if value is not absent and not holds(value):
+            shown = "null" if value is None else value
+            raise ConfigError(f"{key}={shown}: allowed is {allowed}")
 
 
 def _check_targets(node: Any, key: str = "") -> None:
