@@ -45,14 +45,16 @@ class Classifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images N x C x H x W -> logits N x num_classes."""
-        return self.model(images.contiguous(memory_format=self.memory_format))
+        dtype = next(self.model.parameters()).dtype  # augmentation makes float32 for 64-true too
+        return self.model(images.to(dtype=dtype, memory_format=self.memory_format))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the loss and the accuracies."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to the loss and the accuracies; return its logits, for callbacks."""
         images, labels = batch
         logits = self(images)
         self.eval_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
         self.eval_metrics.update(logits, labels)
+        return logits
 
     test_step = validation_step
 

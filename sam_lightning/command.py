@@ -1,6 +1,7 @@
 """The command line around a run: errors in one line, no folder left by a refused run, resume."""
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -10,28 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.configuration import check, one_line
 from sam_lightning.errors import ConfigError, TrainingError
-from sam_lightning.explain import CONF, explain, key_of
+from sam_lightning.explain import COMPOSING, CONF, OF_ARGUMENTS, check_flags, explain, key_of
+from sam_lightning.launchers import launched
+from sam_lightning.overrides import replayable
+from sam_lightning.sweeps import SweepFolder, fail, summarized
 from sam_lightning.usage import usage
 
 log = logging.getLogger(__name__)
-
-
-class SweepFolder(Callback):
-    """Remembers where a sweep writes, for one that cannot be composed leaves no folder either."""
-
-    path: Path | None = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before the first job."""
-        SweepFolder.path = Path(config.hydra.sweep.dir)
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -43,25 +35,31 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage(CONF))
         return
-    sys.argv[1:] = without_ghosts(resumed(multirun_first(sys.argv[1:])))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
-    if any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv):
-        main()
-        return
+    debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
     try:
-        main()
-    except ConfigError as error:
-        _fail(one_line(error), 2)
-    except TrainingError as error:
-        _fail(one_line(error), 1)
-    except (HydraException, OmegaConfBaseException) as error:
-        if SweepFolder.path is not None:
-            _discard(SweepFolder.path)
-        _fail(explain(error, sys.argv[1:]), 2)
-    except ValueError as error:
-        if "Config group override must be" not in str(error):
+        arguments = multirun_first(sys.argv[1:])
+        check_flags(arguments)
+        sys.argv[1:] = without_ghosts(as_launched(resumed(arguments)))
+        with summarized():
+            main()
+    except Exception as error:
+        said = None if debug else _line_and_code(error)
+        if said is None:
             raise
-        _fail(explain(error, sys.argv[1:]), 2)
+        _fail(*said)
+
+
+def _line_and_code(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error that the user can mend, and the exit code; None for any other."""
+    if isinstance(error, ConfigError | TrainingError):
+        return one_line(error), 1 if isinstance(error, TrainingError) else 2
+    composing = isinstance(error, COMPOSING)
+    if composing and SweepFolder.path is not None:
+        _discard(SweepFolder.path)
+    if composing or any(text in str(error) for text in OF_ARGUMENTS):
+        return explain(error, sys.argv[1:]), 2
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -87,18 +85,25 @@ def run(cfg: DictConfig) -> float | None:
             raise ConfigError(
                 f"optimized_metric={cfg.optimized_metric}: this run logged {', '.join(metrics)}"
             )
-        return metrics[cfg.optimized_metric]
+        value = metrics[cfg.optimized_metric]
+        if math.isnan(value):  # no sweeper could compare it
+            raise TrainingError(f"optimized_metric={cfg.optimized_metric}: came out as nan")
+        return value
     except (ConfigError, TrainingError, OmegaConfBaseException) as error:
         if hydra.mode == RunMode.MULTIRUN:
             log.error("%s", one_line(error))
-            raise
+            fail(cfg, hydra, error)
+            return None
         if hydra.output_subdir is not None:  # else the folder is that of an earlier run
             _discard(Path(hydra.runtime.output_dir))
         if cfg.get("debug") is True:
             raise
         _fail(one_line(error), 1 if isinstance(error, TrainingError) else 2)
-    except Exception:
+    except Exception as error:
         log.exception("the run failed")  # Hydra itself leaves the log of a failed job empty
+        if hydra.mode == RunMode.MULTIRUN:
+            fail(cfg, hydra, error)
+            return None
         raise
 
 
@@ -131,29 +136,68 @@ def sqlite(path: str) -> str:
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """Complete ``ckpt_path=RUN/checkpoints/NAME.ckpt`` with what that run was started with.
+    """Complete ``ckpt_path=...`` with what the run of that checkpoint was started with.
 
-    The run's stored overrides come first, then those given now, which win; the output goes on in
-    the run's own folder, and its stored configuration is not written again.
+    It is a checkpoint, a run's folder, or ``last``: the folder of ``hydra.run.dir`` if that is
+    given, whether there is a run in it yet or not, else that of the newest run. The run's stored
+    overrides come first, then those given now, which win; the output goes on in the run's own
+    folder, and its stored configuration is not written again.
+
+    Raises:
+        ConfigError: there is no run to continue.
     """
-    keys = [key_of(a) for a in arguments]
-    if "ckpt_path" not in keys or "-m" in arguments or "--multirun" in arguments:
+    given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
+    if "ckpt_path" not in given or {"-m", "--multirun"} & {*arguments}:
         return arguments
-    at = keys.index("ckpt_path")
-    before, _, given = arguments[at].partition("=")
-    path = Path(given.strip("'\""))
-    if path.is_file():  # quoted, for the name of a sweep's folder has "=" and "," in it
-        arguments = [*arguments[:at], f"{before}={_quoted(path)}", *arguments[at + 1 :]]
-    folder = path.resolve().parent.parent
+    path = Path(given["ckpt_path"])
+    if given["ckpt_path"] == "last":
+        folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
+    elif given["ckpt_path"] and path.exists():
+        # Quoted, for the name of a sweep's folder has "=" and "," in it.
+        quoted = f"ckpt_path={_quoted(path)}"
+        arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
+        folder = path if path.is_dir() else path.parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+    else:
+        return arguments
+    folder = folder.resolve()
     stored = folder / ".hydra" / "overrides.yaml"
     if not stored.is_file():
         return arguments
-    kept = [str(o) for o in OmegaConf.load(stored) if key_of(str(o)) not in (*keys, "ckpt_path")]
-    if "hydra.run.dir" not in keys:
-        into = [f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
-        arguments = [*arguments, *into]
+    kept = replayable(stored, _top_level(), given)
+    if "hydra.run.dir" not in given:
+        arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
+    if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
+        arguments = [*arguments, "hydra.output_subdir=null"]
     # One run, also where the checkpoint is of a sweep that its configuration asked for.
     return [*kept, *arguments, "hydra.mode=RUN"]
+
+
+def _newest_run(given: dict[str, str]) -> Path:
+    """The run started last, of the task that the arguments tell, or of any; by its folder's name.
+
+    Its times are those of the start, where those of files would change with a copy.
+    """
+    task = given.get("task_name", "*")
+    if experiment := given.get("experiment"):
+        file = CONF / "experiment" / f"{experiment}.yaml"
+        if file.is_file():
+            task = OmegaConf.select(OmegaConf.load(file), "task_name", default=task)
+    runs = {file.parent.parent for file in Path("logs").glob(f"{task}/runs/*/checkpoints/*.ckpt")}
+    if not runs:
+        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in logs/{task}/runs")
+    return max(runs, key=lambda run: run.name)
+
+
+def as_launched(arguments: list[str]) -> list[str]:
+    """Under torchrun or SLURM, take the numbers of devices and nodes from there unless given."""
+    found = launched()
+    if found is None or found.per_node is None:
+        return arguments
+    counts = {"devices": found.per_node, "num_nodes": found.processes // found.per_node}
+    given = [key_of(a) for a in arguments]
+    added = [f"trainer.{k}={n}" for k, n in counts.items() if f"trainer.{k}" not in given]
+    return [*arguments, *added]
 
 
 def without_ghosts(arguments: list[str]) -> list[str]:

@@ -1,6 +1,9 @@
 """What a configuration may say, checked before torch is loaded."""
 
+import contextlib
+import errno
 import math
+import os
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,36 +13,38 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.errors import ConfigError
-
-# Where `_target_` may point to: a configuration names objects, it does not run code.
-TARGETS = (
-    "sam_lightning.",
-    "torch.optim.",
-    "torchvision.models.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-)
+from sam_lightning.targets import check_targets
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64)
 POLICIES = (None, "autoaugment", "trivialaugment", "randaugment")
+PARTS = ("train", "val", "test")
 METRICS = (
     *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
     *("train/acc", "train/loss"),
 )
-# Top-level keys that a configuration can do without.
+# Top-level keys that a configuration can do without, and others that it cannot.
 OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
+REQUIRED = (
+    *(f"{key}._target_" for key in ("data.source", "model", "optimizer", "scheduler")),
+    *(f"method.{key}" for key in ("name", "rho", "perturbation._target_")),
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "log_every_n_steps")),
+    *(f"trainer.{key}" for key in ("gradient_clip_val", "accumulate_grad_batches")),
+    "data.label_noise",
+)
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
 
-def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[..., bool]:
-    """A finite number from ``low`` (itself too, unless ``open_low``) to ``high``."""
+def number(
+    low: float, high: float = math.inf, *, open_low: bool = False, below: float = math.inf
+) -> Callable[..., bool]:
+    """A finite number from ``low`` (itself too, unless ``open_low``) to ``high``, < ``below``."""
 
     def holds(v: Any) -> bool:
         if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
             return False
-        return (v > low if open_low else v >= low) and v <= high
+        return (v > low if open_low else v >= low) and v <= high and v < below
 
     return holds
 
@@ -70,8 +75,16 @@ def boolean(v: Any) -> bool:
     return isinstance(v, bool)
 
 
-def _fractions(v: Any) -> bool:
-    return OmegaConf.is_list(v) and all(map(number(0, 1), v))
+def list_of(holds: Callable[[Any], bool], count: int | None = None) -> Callable[[Any], bool]:
+    """A list of values that hold, and of so many of them."""
+    return lambda v: OmegaConf.is_list(v) and all(map(holds, v)) and len(v) == (count or len(v))
+
+
+def _text(v: Any) -> bool:
+    return isinstance(v, str) and v != ""
+
+
+WORKERS = 16 * (os.cpu_count() or 1)
 
 
 RULES: list[Rule] = [
@@ -82,24 +95,42 @@ RULES: list[Rule] = [
     ("batch_size", integer(1), "a whole number >= 1"),
     ("lr", number(0, open_low=True), "a number > 0"),
     ("weight_decay", number(0), "a number >= 0"),
-    ("label_smoothing", lambda v: number(0)(v) and v < 1, "a number from 0 to below 1"),
+    ("label_smoothing", number(0, below=1), "a number from 0 to below 1"),
     ("memory_format", *one_of(("auto", "contiguous", "channels_last"))),
     ("compile", boolean, "true, false"),
     ("test", boolean, "true, false"),
     ("debug", boolean, "true, false"),
     ("max_skipped_steps", integer(1), "a whole number >= 1"),
+    ("checkpoint_every_n_steps", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("output_dir", _text, "the path of a folder"),
     ("optimized_metric", *one_of((None, *METRICS))),
     ("model.width", integer(1), "a whole number >= 1"),
+    ("model.depth", integer(1), "a whole number >= 1"),
+    ("model.widen_factor", integer(1), "a whole number >= 1"),
+    ("model.dropout", number(0, below=1), "a number from 0 to below 1"),
+    ("model.zero_init_residual", boolean, "true, false"),
+    ("method.name", _text, "a text"),
+    ("method.perturbation.eta", number(0), "a number >= 0"),
+    ("method.perturbation.normalize_bias", boolean, "true, false"),
     ("method.sync_perturbation", boolean, "true, false"),
     ("method.decay_in_ascent", boolean, "true, false"),
     ("method.ascent_per_micro_batch", boolean, "true, false"),
     ("method.ascent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
     ("method.every", integer(1), "a whole number >= 1"),
     ("method.same_randomness", boolean, "true, false"),
+    (
+        "optimizer._target_",
+        lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),
+        "an optimizer that takes dense gradients and no closure",
+    ),
     ("optimizer.lr", number(0, open_low=True), "a number > 0"),
     ("optimizer.weight_decay", number(0), "a number >= 0"),
+    ("optimizer.momentum", number(0), "a number >= 0"),
+    ("optimizer.nesterov", boolean, "true, false"),
+    ("optimizer.fused", or_null(boolean), "true, false, null"),
+    ("optimizer.betas", list_of(number(0, below=1), 2), "two numbers from 0 to below 1"),
     ("scheduler.warmup_epochs", number(0), "a number >= 0"),
-    ("scheduler.milestones", _fractions, "a list of fractions of the run, from 0 to 1"),
+    ("scheduler.milestones", list_of(number(0, 1)), "a list of fractions of the run, from 0 to 1"),
     ("scheduler.gamma", number(0, open_low=True), "a number > 0"),
     ("scheduler.final", number(0, 1), "a fraction from 0 to 1"),
     ("trainer.accelerator", *one_of(ACCELERATORS)),
@@ -113,9 +144,19 @@ RULES: list[Rule] = [
     ),
     ("trainer.accumulate_grad_batches", integer(1), "a whole number >= 1"),
     ("trainer.log_every_n_steps", integer(1), "a whole number >= 1"),
+    ("trainer.check_val_every_n_epoch", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("trainer.val_check_interval", or_null(number(0, open_low=True)), "a number > 0, or null"),
+    ("trainer.max_steps", integer(-1), "a whole number >= -1; -1 is no limit"),
+    *((f"trainer.limit_{p}_batches", or_null(number(0)), "a number >= 0, or null") for p in PARTS),
+    ("trainer.overfit_batches", number(0), "a number >= 0"),
+    ("trainer.deterministic", lambda v: boolean(v) or v == "warn", "true, false, warn"),
+    ("trainer.sync_batchnorm", boolean, "true, false"),
+    ("data.root", _text, "the path of a folder"),
     ("data.val_size", number(0), "a number of images, or a fraction below 1"),
     ("data.subset", number(0, open_low=True), "a fraction up to 1, or a number of images"),
     ("data.label_noise", number(0, 1), "a fraction from 0 to 1"),
+    ("data.mean", or_null(list_of(number(0, 1))), "a list of numbers from 0 to 1, or null"),
+    ("data.std", or_null(list_of(number(0, 1, open_low=True))), "a list of numbers > 0, or null"),
     ("data.crop_padding", integer(0), "a whole number >= 0"),
     ("data.cutout", integer(0), "a whole number >= 0"),
     ("data.flip", boolean, "true, false"),
@@ -125,7 +166,11 @@ RULES: list[Rule] = [
     ("data.split_seed", integer(0), "a whole number >= 0"),
     ("data.download", boolean, "true, false"),
     ("data.drop_last", boolean, "true, false"),
-    ("data.num_workers", integer(0), "a whole number >= 0"),
+    (
+        "data.num_workers",
+        lambda v: integer(0)(v) and v <= WORKERS,
+        f"a whole number from 0 to {WORKERS}, 16 for each processor",
+    ),
     ("data.eval_batch_size", integer(1), "a whole number >= 1"),
 ]
 
@@ -147,17 +192,21 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key in top_level:
         if key not in OPTIONAL and key not in cfg:
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    for key, value in flat(OmegaConf.to_container(cfg, resolve=False)).items():
-        if value == "???":
+    plain = flat(OmegaConf.to_container(cfg, resolve=False))
+    for key in (*REQUIRED, *plain):
+        if plain.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    try:
-        OmegaConf.resolve(copy := cfg.copy())
-    except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from error
+    for key, value in plain.items():
+        try:
+            OmegaConf.select(cfg, key)
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+    OmegaConf.resolve(copy := cfg.copy())
     check_values(copy, RULES)
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
-    _check_targets(copy)
+    check_targets(copy)
+    _check_output(Path(copy.output_dir).absolute())
     _check_files(copy)
 
 
@@ -170,22 +219,24 @@ def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
             raise ConfigError(f"{key}={shown}: allowed is {allowed}")
 
 
-def _check_targets(node: Any, key: str = "") -> None:
-    if OmegaConf.is_dict(node):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(TARGETS):
-            raise ConfigError(f"{key}._target_={target}: allowed are names in {', '.join(TARGETS)}")
-        for name, child in node.items():
-            _check_targets(child, f"{key}.{name}" if key else str(name))
-    elif OmegaConf.is_list(node):
-        for i, child in enumerate(node):
-            _check_targets(child, f"{key}.{i}")
+def _check_output(folder: Path) -> None:
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:  # to make it is the one sure test
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from error
+    with contextlib.suppress(OSError):  # the run may be refused yet, and then leaves none of it
+        for part in missing:
+            part.rmdir()
 
 
 def _check_files(cfg: DictConfig) -> None:
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file")
-    if str(cfg.data.source._target_).endswith(".image_folder") and not Path(cfg.data.root).is_dir():
+    if cfg.ckpt_path not in (None, "last") and not Path(str(cfg.ckpt_path)).exists():
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file or folder")
+    source = cfg.data.source._target_
+    if source.endswith(".image_folder") and not Path(str(cfg.data.root)).expanduser().is_dir():
         raise ConfigError(f"data.root={cfg.data.root}: no such folder")
 
 
@@ -221,6 +272,5 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line)
+    """An error's text on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,7 @@
 """The errors that end a command with one clear line instead of a traceback."""
 
+import signal
+
 
 class ConfigError(ValueError):
     """A setting or an input file is wrong.
@@ -11,3 +13,14 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on, for instance because every gradient is non-finite (exit code 1)."""
+
+
+class Interrupted(SystemExit):
+    """A signal has ended the run; the exit code is 128 + its number, as in shells."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"

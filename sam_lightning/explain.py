@@ -2,14 +2,22 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hydra.errors import OverrideParseException
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sam_lightning.configuration import did_you_mean, flat, no_such_key
+from sam_lightning.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
+# What is raised while a configuration is composed from files and arguments.
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+# What Hydra says in a ValueError of arguments that it cannot use.
+OF_ARGUMENTS = ("Config group override must be", "The --resolve flag", "Only one of --run")
 
 
 def key_of(override: str) -> str:
@@ -17,35 +25,72 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def check_flags(arguments: list[str]) -> None:
+    """Refuse what Hydra's own parser would refuse by listing all its flags.
+
+    Raises:
+        ConfigError: names the flag, and the nearest one.
+    """
+    parser = get_args_parser()
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and flag not in known:
+            hint = did_you_mean(flag, known) or "; a setting is given as key=value"
+            raise ConfigError(f"{argument}: no such flag{hint}")
+
+    def refuse(message: str) -> NoReturn:
+        _, late, settings = message.partition("unrecognized arguments: ")
+        raise ConfigError(f"{settings}: must stand before all flags" if late else message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
+
+
 def explain(error: Exception, arguments: list[str]) -> str:
     """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
     text = str(error)
+    if nameless := [a for a in arguments if not key_of(a).strip()]:
+        return f"{nameless[0]!r}: not of the form key=value"
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
-        return f"{error.override}: not of the form key=value ({_without_link(reason)})"
-    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{error.override}: not of the form key=value ({_shortened(reason)})"
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text):
         key = found.group(1)
         argument = next((a for a in arguments if key_of(a) == key), key)
+        if _is_group(key):
+            return f"{argument}: allowed are {', '.join(_options(key))}"
         known = [k for k in _known_keys(arguments) if k != key]
         return f"{argument}: {no_such_key(key, known)}"
-    null = [a for a in arguments if a.endswith("=null") and _is_group(key_of(a))]
-    if "Config group override must be" in text and null:
-        argument = null[0]
-        allowed = sorted({f.stem for f in (CONF / key_of(argument)).glob("*.yaml")} - {"base"})
-        return f"{argument}: allowed are {', '.join(allowed)}"
+    if "Config group override must be" in text or "force-add of config groups" in text:
+        for argument in arguments:
+            key, choice = key_of(argument), argument.partition("=")[2]
+            if _is_group(key) and (argument.startswith("+") or choice not in _options(key)):
+                without = ", without +" if argument.startswith("+") else ""
+                return f"{argument}: allowed are {', '.join(_options(key))}{without}"
     if "Could not find 'hydra/sweeper/optuna'" in text:
         return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):
         group, choice = found.groups()
-        options = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
-        allowed = [option for option in options if option != "base"]
+        listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or _options(group)
+        allowed = [option for option in listed if option != "base"]
         hint = did_you_mean(choice, allowed)
         return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
-    return _without_link(text)
+    if error.__cause__ is not None:
+        text = f"{text}: {error.__cause__}"
+    text = re.split(r"\n *full_key: ", text)[0]
+    at_fault = [a for a in arguments if key_of(a) == getattr(error, "full_key", None)]
+    return _shortened(": ".join([*at_fault[:1], text]))
 
 
-def _without_link(text: str) -> str:
-    return re.sub(r" ?See https?://\S+ for details\.?", "", " ".join(text.split()))
+def _shortened(text: str) -> str:
+    """On one line, without where Hydra searched and where its documentation is."""
+    text = re.sub(r"See https?://\S+ for details\.?", "", text.partition("Config search path:")[0])
+    return " ".join(text.split())
+
+
+def _options(group: str) -> list[str]:
+    return sorted({file.stem for file in (CONF / group).glob("*.yaml")} - {"base"})
 
 
 def _is_group(key: str) -> bool:

@@ -5,30 +5,63 @@ torch's elastic launcher starts them with the finished configuration instead, so
 always part of the run it was started for, and the end of one ends all.
 """
 
+import logging
 import os
+import signal
+import uuid
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sam_lightning.errors import ConfigError, TrainingError
-from sam_lightning.results import record_failure
+from sam_lightning.errors import ConfigError, Interrupted, TrainingError
+from sam_lightning.failures import record_failure
+from sam_lightning.launchers import launched
+
+log = logging.getLogger(__name__)
+
+# Data parallel, with a copy of the weights in every process.
+STRATEGIES = ("auto", "ddp")
 
 
 def externally_launched() -> bool:
     """Whether torchrun, SLURM or ``launch`` has started this process as one of several."""
-    return "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return launched() is not None
 
 
 def local_processes(trainer: DictConfig) -> int:
     """Number of processes on this machine.
 
     Raises:
-        ConfigError: there is no such accelerator here, or there are fewer devices.
+        ConfigError: there is no such accelerator here, there are fewer devices, the strategy does
+            not keep whole weights, or torchrun or SLURM has started another number of processes.
     """
+    strategy = trainer.get("strategy", "ddp")
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"trainer.strategy={strategy}: allowed is {', '.join(STRATEGIES)}: perturbing needs "
+            "whole weights in every process"
+        )
+    processes, nodes = _devices_here(trainer), trainer.get("num_nodes", 1)
+    found = launched()
+    if found is not None and processes * nodes != found.processes:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}, trainer.num_nodes={nodes}: {found.launcher} has "
+            f"started {found.processes} processes; leave both out, or give what makes that number"
+        )
+    return processes
+
+
+def _devices_here(trainer: DictConfig) -> int:
     accelerator, devices = trainer.accelerator, trainer.devices
     gpus = torch.cuda.device_count()
     if accelerator == "mps" and not torch.backends.mps.is_available():
@@ -38,6 +71,8 @@ def local_processes(trainer: DictConfig) -> int:
             f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use cpu or auto"
         )
     on_gpus = accelerator in ("cuda", "gpu") or (accelerator == "auto" and gpus > 0)
+    if trainer.get("sync_batchnorm") and not on_gpus:
+        raise ConfigError("trainer.sync_batchnorm=true: PyTorch has it for GPUs only; set false")
     if devices == "auto":
         return gpus if on_gpus else 1
     if not isinstance(devices, int):
@@ -53,9 +88,16 @@ def local_processes(trainer: DictConfig) -> int:
 
 def init_process_group(accelerator: str) -> None:
     """Connect the processes before Lightning does, for the data is prepared by one of them."""
-    if not dist.is_initialized() and "MASTER_ADDR" in os.environ:
-        cuda = accelerator != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.is_initialized():
+        return
+    options: dict[str, Any] = {}
+    if "WORLD_SIZE" not in os.environ:
+        slurm = SLURMEnvironment()
+        # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
+        log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
+        options = {"rank": slurm.global_rank(), "world_size": slurm.world_size()}
+    cuda = accelerator != "cpu" and torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
 def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
@@ -77,20 +119,44 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        run_id=uuid.uuid4().hex,
     )
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
     try:
         results = elastic_launch(options, _worker)(config, threads)
+    except SignalException as error:  # the processes have been told, and have saved
+        raise Interrupted(int(error.sigval)) from error
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error)
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
         message = f"rank {rank} of {processes} failed: {reason}"
         record_failure(cfg, message)
         raise TrainingError(message) from error
     return results[0]
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Whether to show a process's traceback: not of an error that is said in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return f"{ConfigError.__module__}." not in str(error)
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, and how.
+
+    A process that was killed is found to be dead only after others have failed to reach it, so it
+    goes before them. SIGTERM is how the launcher ends the others.
+    """
+    killed = {
+        rank: failure
+        for rank, failure in error.failures.items()
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    }
+    return next(iter(killed.items())) if killed else error.get_first_failure()
 
 
 @record

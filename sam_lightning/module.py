@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -111,6 +112,7 @@ class SAMModule(Classifier):
         self.lr = 0.0
         self.window: Tensor | None = None
         self.skipped: Tensor | None = None
+        self._running_stats: Tensor | None = None  # of this device, from a checkpoint
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
 
@@ -137,8 +139,16 @@ class SAMModule(Classifier):
 
     def on_train_start(self) -> None:
         """Put the running sums, also those of a checkpoint, on the device."""
-        # sums since the last log: loss, accuracy, sharpness, gradient norm, updates, ascents
-        self.window = self._sums(self.window, 6)
+        self._micro_batches.clear()
+        if self._running_stats is not None:
+            buffers = list(self._float_buffers().values())
+            parts = self._running_stats.to(self.device).split([b.numel() for b in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+            self._running_stats = None
+        # sums since the last log: loss, accuracy, sharpness, gradient norm, updates, ascents;
+        # perturbation norm, cosine, updates at which these two were measured
+        self.window = self._sums(self.window, 9)
         # skipped updates: in all, in a row now, longest row
         self.skipped = self._sums(self.skipped, 3)
 
@@ -156,9 +166,9 @@ class SAMModule(Classifier):
         last = batch_idx + 1 == self.trainer.num_training_batches or self.trainer.is_last_batch
         if last or len(self._micro_batches) == self.accumulate_grad_batches:
             micro_batches, self._micro_batches = self._micro_batches, []
-            self._update(micro_batches)
+            self._update(micro_batches, last)
 
-    def _update(self, micro_batches: list[MicroBatch]) -> None:
+    def _update(self, micro_batches: list[MicroBatch], last: bool) -> None:
         sam = self.sam
         sam.zero_grad()
         climbs = sam.climbs and self.global_step % self.every == 0
@@ -167,9 +177,8 @@ class SAMModule(Classifier):
         elif self.ascent_per_micro_batch:
             first, second = self._gradients_per_micro_batch(micro_batches)
         else:
-            first = self._ascent_gradient(micro_batches)
-            with self._perturbed():
-                second = self._gradient(micro_batches, second_pass=True)
+            measure = last or self._log_before_next_ascent()
+            first, second = self._two_passes(micro_batches, measure=measure)
         self.lr = sam.param_groups[0]["lr"]  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -178,6 +187,30 @@ class SAMModule(Classifier):
         self.window[2] += second[0] - first[0]
         self.window[4] += 1
         self.window[5] += climbs
+
+    def _log_before_next_ascent(self) -> bool:
+        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        return self.global_step // every != (self.global_step + self.every) // every
+
+    def _two_passes(
+        self, micro_batches: list[MicroBatch], *, measure: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the gradient at w + e in ``.grad``; return loss and accuracy at w and at w + e.
+
+        ``measure`` adds the norm of e, and the cosine of the two gradients, to the window. It
+        keeps the first gradient during the second pass, so it is not done at every update.
+        """
+        first = self._ascent_gradient(micro_batches)
+        params = [p for group in self.sam.param_groups for p in group["params"]]
+        ascent = [p.grad for p in params] if measure else []
+        with self._perturbed():
+            norm = self.sam.perturbation_norm() if measure else None
+            second = self._gradient(micro_batches, second_pass=True)
+        if norm is not None and any(g is not None for g in ascent):
+            values = [norm, cosine(ascent, [p.grad for p in params]), torch.ones_like(norm)]
+            assert self.window is not None
+            self.window[6:] += torch.stack(values)
+        return first, second
 
     def _ascent_gradient(self, micro_batches: list[MicroBatch]) -> Tensor:
         part = []
@@ -283,7 +316,11 @@ class SAMModule(Classifier):
 
     # --------------------------------------------------------------------------------- logging
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The log is written before callbacks save, as the module's own hooks would not be."""
+        return [LogUpdates()]
+
+    def log_training(self) -> None:
         """Every ``log_every_n_steps`` updates and at an epoch's end, log the means since then."""
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         due = self.trainer.is_last_batch or self.global_step % every == 0
@@ -297,7 +334,8 @@ class SAMModule(Classifier):
         if self.trainer.world_size > 1:
             window = self.trainer.strategy.reduce(window.clone(), reduce_op="mean")
         sums = torch.cat([window, self.skipped]).tolist()
-        loss, acc, sharpness, grad_norm, count, ascents, skipped, _, longest = sums
+        loss, acc, sharpness, grad_norm, count, ascents = sums[:6]
+        norm, similarity, measured, skipped, _, longest = sums[6:]
         self.window.zero_()
         values = {
             "train/loss": loss / count,
@@ -307,6 +345,9 @@ class SAMModule(Classifier):
             "train/lr": self.lr,
             "train/skipped_steps": skipped,
         }
+        if measured and math.isfinite(similarity):  # not so where a gradient is 0 or not finite
+            values["train/perturbation_norm"] = norm / measured
+            values["train/cosine"] = similarity / measured
         self.log_update(values)
         self.log_dict(
             {name: values[name] for name in ("train/loss", "train/acc")},
@@ -331,11 +372,56 @@ class SAMModule(Classifier):
     # ------------------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the running sums, so that a resumed run logs what an unbroken one does."""
-        self.average_running_stats()  # the checkpoint's state dict refers to these buffers
-        checkpoint["running_sums"] = {"window": self.window, "skipped": self.skipped}
+        """Keep the running sums and every device's running statistics, to continue exactly.
+
+        The weights' own state dict has the mean of these statistics, as evaluation does.
+        """
+        assert self.window is not None
+        buffers = self._float_buffers()
+        flat = [torch.zeros(0, device=self.device), *(b.flatten() for b in buffers.values())]
+        by_rank = {
+            "window": self._of_all(self.window),
+            "running_stats": self._of_all(torch.cat(flat)),
+        }
+        if self.trainer.world_size > 1:
+            means = by_rank["running_stats"].mean(0).split([b.numel() for b in buffers.values()])
+            for (name, buffer), mean in zip(buffers.items(), means, strict=True):
+                checkpoint["state_dict"][f"model.{name}"] = mean.view_as(buffer).to(buffer.dtype)
+        checkpoint["by_rank"] = by_rank
+        checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the running sums."""
-        sums = checkpoint.get("running_sums", {})
-        self.window, self.skipped = sums.get("window"), sums.get("skipped")
+        """Take up this device's sums and statistics; for another number of devices, the means."""
+        self.skipped = checkpoint.get("skipped")
+        by_rank = checkpoint.get("by_rank")
+        if by_rank is not None and len(by_rank["window"]) == self.trainer.world_size:
+            self.window = by_rank["window"][self.global_rank]
+            self._running_stats = by_rank["running_stats"][self.global_rank]
+
+    def _of_all(self, local: Tensor) -> Tensor:
+        """A row for each device, of a vector that each has."""
+        gathered = self.all_gather(local)
+        assert isinstance(gathered, Tensor)
+        return gathered.view(self.trainer.world_size, -1)
+
+    def _float_buffers(self) -> dict[str, Tensor]:
+        return {n: b for n, b in self.model.named_buffers() if b.is_floating_point()}
+
+
+@torch.no_grad()
+def cosine(ones: list[Tensor | None], others: list[Tensor | None]) -> Tensor:
+    """The cosine of the angle between two gradients, 0-dim; a missing part counts as zeros."""
+    norms = [global_norm(g for g in gradient if g is not None) for gradient in (ones, others)]
+    product = torch.zeros_like(norms[0])  # float32 at least
+    for a, b in zip(ones, others, strict=True):
+        if a is not None and b is not None:
+            product += torch.sum(a.to(product.dtype) * b)  # not of all at once, for the memory
+    return product / (norms[0] * norms[1])
+
+
+class LogUpdates(L.Callback):
+    """Calls ``SAMModule.log_training`` after every batch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Log if it is time."""
+        pl_module.log_training()

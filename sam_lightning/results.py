@@ -1,6 +1,5 @@
 """``metrics.json``: what came out of a run, how long it took, and what it was run with."""
 
-import json
 import os
 import platform
 import resource
@@ -21,9 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_lightning.callbacks import Throughput
-from sam_lightning.configuration import one_line
+from sam_lightning.configuration import flat, one_line
+from sam_lightning.files import write_json
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
+# Groups of the configuration whose settings tell runs apart.
+DETAILS = ("data", "model", "method", "optimizer", "scheduler", "trainer")
 
 
 class Record:
@@ -87,22 +89,34 @@ class Record:
         }
 
     def _log_hparams(self) -> None:
-        flat = {
-            "method": self.cfg.method.name,
-            "rho": self.cfg.method.rho,
-            "seed": self.cfg.seed,
-            "model": str(self.cfg.model._target_).rpartition(".")[2],
-            "data": str(self.cfg.data.source._target_).rpartition(".")[2],
-            "optimizer": str(self.cfg.optimizer._target_).rpartition(".")[2],
-            "label_noise": self.cfg.data.label_noise,
+        """Log the settings; TensorBoard's table has the final metrics from the curves."""
+        from torch.utils.tensorboard.summary import hparams
+
+        cfg = self.cfg
+        settings = {
+            "method": cfg.method.name,
+            "rho": cfg.method.rho,
+            "seed": cfg.seed,
+            "model": str(cfg.model._target_).rpartition(".")[2],
+            "data": str(cfg.data.source._target_).rpartition(".")[2],
+            "optimizer": str(cfg.optimizer._target_).rpartition(".")[2],
+            "label_noise": cfg.data.label_noise,
             **{
-                key: self.cfg[key]
-                for key in ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
+                k: cfg[k] for k in ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
             },
         }
+        groups = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in DETAILS}
+        for key, value in flat(groups).items():
+            known = key.rpartition(".")[2] in {*settings, "name", "_target_"}
+            if isinstance(value, int | float | str) and not known and ".source." not in key:
+                settings[key] = value
+        # Without a summary of the experiment, which would be that of one run, TensorBoard finds
+        # columns in all runs, and shows those first that differ.
+        _, start, end = hparams(settings, {})
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(flat, self.metrics, step=self.trainer.global_step)
+                for part in (start, end):
+                    logger.experiment._get_file_writer().add_summary(part)
                 logger.save()
 
     def _print_table(self, summary: dict[str, Any]) -> None:
@@ -122,23 +136,6 @@ class Record:
             table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
         table.add_row("folder", os.path.relpath(self.cfg.output_dir))
         Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def record_failure(cfg: DictConfig, reason: str) -> None:
-    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing."""
-    path = Path(cfg.output_dir) / "metrics.json"
-    summary: dict[str, Any] = {"metrics": {}, "config": OmegaConf.to_container(cfg, resolve=True)}
-    if path.is_file():
-        summary = json.loads(path.read_text())
-    write_json(path, {**summary, "status": "failed", "exit_reason": reason})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all or nothing: to a temporary name beside ``path``, which is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _peak_memory() -> int:

@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from sam_lightning.perturbations import AdaptiveAscent, GradientAscent, Perturbation
+from sam_lightning.perturbations import (
+    AdaptiveAscent,
+    GradientAscent,
+    Perturbation,
+    global_norm,
+    norms_of,
+)
 
 
 class SAM(Optimizer):
@@ -159,6 +165,15 @@ class SAM(Optimizer):
             yield
         finally:
             self.restore()
+
+    @torch.no_grad()
+    def perturbation_norm(self) -> Tensor:
+        """The distance ||e||_2 of the weights from their saved copy, 0-dim; 0 without one."""
+        if self._saved is None:
+            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        # One difference at a time, for all of them would take the memory of the weights again.
+        differences = zip(*self._saved, strict=True)
+        return global_norm([norm for w, old in differences for norm in norms_of([w - old])])
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights; the familiar name of ``perturb()``."""

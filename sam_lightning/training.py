@@ -1,29 +1,35 @@
 """From a configuration to objects, to trained weights, to the files of a run."""
 
-import inspect
 import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from sam_lightning.building import build, check_names, factory
 from sam_lightning.callbacks import MetricsCSV, Throughput
-from sam_lightning.configuration import no_such_key, one_line
+from sam_lightning.checkpoint import AtomicCheckpointIO, newest, read
+from sam_lightning.configuration import one_line
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.errors import ConfigError
+from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.launch import externally_launched, init_process_group, launch, local_processes
 from sam_lightning.module import SAMModule
 from sam_lightning.results import Record
+from sam_lightning.saving import LastCheckpoint, StopSignal
+
+log = logging.getLogger(__name__)
 
 # Keys of the data configuration that belong to its source; the rest is the data module's.
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
@@ -54,13 +60,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"multiple of their number, {world_size}"
         )
     _quieten()
-    if world_size > 1 and not externally_launched():
+    external = externally_launched()
+    if world_size > 1 and external:
+        init_process_group(cfg.trainer.accelerator)
+    resume(cfg)
+    if world_size > 1 and not external:
         data = make_data(cfg)  # what is wrong is said once, before processes start
         make_module(cfg, data)
         _check_metric(cfg, data)
         return launch(cfg, processes)
-    if world_size > 1:
-        init_process_group(cfg.trainer.accelerator)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
     trainer = make_trainer(cfg, processes, throughput)
@@ -70,14 +78,39 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return execute(cfg, trainer, data, module, throughput)
 
 
+def resume(cfg: DictConfig) -> None:
+    """Replace a ``ckpt_path`` that is ``last`` or a run's folder by the newest whole checkpoint.
+
+    ``last`` is that of this run's own folder; where there is none yet, the run starts anew.
+
+    Raises:
+        ConfigError: the folder given has no checkpoint that is whole.
+    """
+    if cfg.ckpt_path is None or Path(cfg.ckpt_path).is_file():
+        return
+    found: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:  # rank 0 alone knows the run's folder
+        own = cfg.ckpt_path == "last"
+        folder = Path(cfg.output_dir if own else cfg.ckpt_path)
+        path = newest(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+        if path is None and not own:
+            raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no checkpoint in it")
+        found = [None if path is None else str(path)]
+        log.info("%s", "starting anew" if path is None else f"continuing from {path}")
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    cfg.ckpt_path = found[0]
+
+
 def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
     """The trainer, with the loggers and callbacks that the configuration names."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     for key in MODULE_KEYS:
         options.pop(key)
+    options.pop("strategy", None)  # one of launch.STRATEGIES: this one
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
-        options.setdefault("strategy", DDPStrategy(broadcast_buffers=False))
+        options["strategy"] = DDPStrategy(broadcast_buffers=False)
     if options["accelerator"] == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "mps" if torch.backends.mps.is_available() else "cpu"
     callbacks = _build_all(cfg, "callbacks")
@@ -90,21 +123,22 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": sys.stdout.isatty(),
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "plugins": [AtomicCheckpointIO()],
     }
-    _check_names("trainer", options, L.Trainer, own)
+    check_names("trainer", options, L.Trainer, own)
     try:
         return L.Trainer(**own, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
 
 
 def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
     """The data module, set up: downloaded and decoded by one process, loaded by all."""
     options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
-    own = {"source": build(cfg, "data.source", _partial_=True)}
+    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
     own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
-    _check_names("data", options, ImageDataModule, own)
+    check_names("data", options, ImageDataModule, own)
     data = ImageDataModule(**own, **options)
     data.trainer = trainer
     if trainer is None or trainer.local_rank == 0:
@@ -121,7 +155,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     model = build(cfg, "model", **shape)
     if cfg.compile:
         model.compile()
-    base_optimizer = build(cfg, "optimizer", _partial_=True)
+    base_optimizer = factory(cfg, "optimizer")
     try:
         base_optimizer(model.parameters())
     except (TypeError, ValueError) as error:
@@ -139,6 +173,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "epochs": cfg.epochs,
         "batch_size": cfg.batch_size,
         "label_smoothing": cfg.label_smoothing,
+        "image_size": list(data.train.images.shape[-2:]),
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
@@ -160,7 +195,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "seed": cfg.seed,
         "hparams": hparams,
     }
-    _check_names("method", method, SAMModule, own)
+    check_names("method", method, SAMModule, own)
     return SAMModule(**own, **method)
 
 
@@ -191,14 +226,10 @@ def execute(
         callbacks[:] = [
             c for c in callbacks if not str(getattr(c, "monitor", "")).startswith("val/")
         ]
-    with Record(cfg, trainer, throughput) as record:
-        if cfg.ckpt_path is not None:
-            step = torch.load(cfg.ckpt_path, weights_only=True, mmap=True)["global_step"]
-            for logger in trainer.loggers:
-                if isinstance(logger, MetricsCSV):
-                    logger.continue_from(step)
-                elif isinstance(logger, TensorBoardLogger):  # likewise drops what lost work drew
-                    logger._kwargs["purge_step"] = step + 1
+    savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]  # type: ignore[attr-defined]
+    stop = savers[0].stop if savers else StopSignal()
+    with Record(cfg, trainer, throughput) as record, stop, _out_of_memory(cfg):
+        _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         record.add(trainer.callback_metrics)
         if cfg.test:
@@ -207,42 +238,35 @@ def execute(
     return record.metrics
 
 
-def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
-    """Make the object that ``cfg[key]`` describes; its errors become ones about ``key``."""
-    node = OmegaConf.select(cfg, key)
+def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Drop from the logs in the run's folder what is behind the checkpoint: lost work."""
+    step = -1
+    if cfg.ckpt_path is not None:
+        step = torch.load(cfg.ckpt_path, weights_only=True, mmap=True)["global_step"]
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV) and cfg.ckpt_path is not None:
+            logger.continue_from(step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1
+
+
+@contextmanager
+def _out_of_memory(cfg: DictConfig) -> Iterator[None]:
     try:
-        made = get_object(node._target_)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={node._target_}: {one_line(error)}") from error
-    _check_names(key, {k: v for k, v in node.items() if not str(k).startswith("_")}, made, kwargs)
-    try:
-        return instantiate(node, **kwargs)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from error
-        if isinstance(cause, ValueError | TypeError):
-            text = one_line(cause)
-            raise ConfigError(text if text.startswith(key) else f"{key}: {text}") from error
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise TrainingError(
+                f"out of memory: lower batch_size={cfg.batch_size}, or divide it and raise "
+                "trainer.accumulate_grad_batches="
+                f"{cfg.trainer.accumulate_grad_batches} by as much ({one_line(error)})"
+            ) from error
         raise
 
 
 def _build_all(cfg: DictConfig, group: str) -> list[Any]:
     chosen = cfg.get(group) or {}  # ~callbacks leaves all out, callbacks.best=null one
     return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
-
-
-def _check_names(
-    key: str, options: Mapping[Any, Any], made: Callable[..., Any], own: Mapping[str, Any]
-) -> None:
-    """Refuse options that ``made`` does not take, or that are ``own``: those the run sets."""
-    parameters = inspect.signature(made).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = [name for name in parameters if name not in own]
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
 
 
 def _check_metric(cfg: DictConfig, data: ImageDataModule) -> None:
@@ -258,14 +282,9 @@ def _check_metric(cfg: DictConfig, data: ImageDataModule) -> None:
 def _check_checkpoint(path: str | None, model_config: dict[str, Any], model: Any) -> None:
     if path is None:
         return
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
-        saved_config = checkpoint["hyper_parameters"]["model"]
-    except Exception as error:
-        raise ConfigError(
-            f"ckpt_path={path}: not a readable checkpoint of a run ({type(error).__name__})"
-        ) from error
+    checkpoint = read(path, mmap=True)
+    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
+    saved_config = checkpoint["hyper_parameters"]["model"]
     for key in sorted({*saved_config, *model_config}):
         saved, now = saved_config.get(key), model_config.get(key)
         if saved != now:
@@ -284,7 +303,6 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 def _quieten() -> None:
     """Leave out what Lightning says of every run; what matters is said by the run itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # its errors are raised too
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -293,6 +311,8 @@ def _quieten() -> None:
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
+        ".*broadcast_buffers.* is deprecated.*",
+        ".*all_gather.* is deprecated.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

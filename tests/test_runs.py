@@ -1,103 +1,33 @@
 """Whole runs: what they leave, that they repeat and resume bit for bit, and that sweeps hold."""
 
-import csv
-import json
 import os
 import signal
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runs import (
+    SMALL,
+    TRAIN,
+    column,
+    command,
+    configuration,
+    equal,
+    jobs,
+    only_run,
+    rows,
+    run,
+    started,
+    summary,
+    weights,
+)
 from sam_lightning.command import CONF, _top_level
 from sam_lightning.configuration import METRICS, check
 from sam_lightning.errors import TrainingError
-from sam_lightning.training import train
-
-TRAIN = CONF.parent / "train.py"
-# Two updates an epoch on 100 images.
-SMALL = ["data=digits", "data.subset=100", "model.width=4", "trainer=cpu", "epochs=2"]
-SMALL += ["batch_size=50", "trainer.log_every_n_steps=1", "data.eval_batch_size=1000"]
-
-
-def configuration(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
-
-
-def run(folder: Path, *overrides: str) -> dict[str, float]:
-    """A run in this process."""
-    cfg = configuration(*SMALL, *overrides)
-    cfg.output_dir = str(folder)
-    return train(cfg)
-
-
-def command(cwd: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A run as a user starts it."""
-    return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True, **options
-    )
-
-
-def started(cwd: Path, line: str, *arguments: str) -> subprocess.Popen[str]:
-    """A run in a process of its own that has just printed a line that starts like ``line``."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(TRAIN), *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell's background jobs ignore SIGINT, and so would what the tests start from one.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    assert any(printed.startswith(line) for printed in process.stdout)
-    return process
-
-
-def only_run(cwd: Path) -> Path:
-    """The run folder below ``cwd``, beside which there is nothing."""
-    (folder,) = cwd.glob("logs/train/runs/*")
-    assert [p.name for p in cwd.iterdir()] == ["logs"]
-    return folder
-
-
-def jobs(cwd: Path) -> list[Path]:
-    """The folders of a sweep's jobs, in their order, beside which there is nothing."""
-    (sweep,) = cwd.glob("logs/train/multiruns/*")
-    assert {p.name for p in cwd.rglob("multirun*")} == {"multiruns", "multirun.yaml"}
-    assert [p.name for p in (cwd / "logs" / "train").iterdir()] == ["multiruns"]
-    folders = [p for p in sweep.iterdir() if p.name != "multirun.yaml"]
-    return sorted(folders, key=lambda p: int(p.name.partition("_")[0]))
-
-
-def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return checkpoint["state_dict"]
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(folder: Path, name: str) -> list[float]:
-    return [float(row[name]) for row in rows(folder) if row[name] != ""]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
 
 # ------------------------------------------------------------------------------- what a run leaves
 

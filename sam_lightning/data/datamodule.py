@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
-from sam_lightning.data.loading import EpochSampler, EvalShard, SplitDataset, TransformedDataset
+from sam_lightning.data.loading import (
+    EpochSampler,
+    EvalShard,
+    SplitDataset,
+    TrainLoader,
+    TrainSampler,
+    TransformedDataset,
+)
 from sam_lightning.data.sources import ImageSource, Split, stratified_split
 from sam_lightning.errors import ConfigError
 
@@ -221,11 +228,11 @@ class ImageDataModule(LightningDataModule):
         """Training batches of one process in one epoch."""
         return len(self.train_dataloader())
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> TrainLoader:
         """This process's share of the training set, in an order that (seed, epoch) fixes."""
         assert self._augment is not None
         world_size, rank = self._world()
-        dataset, make_sampler = SplitDataset(self.train), DistributedSampler[Any]
+        dataset, make_sampler = SplitDataset(self.train), TrainSampler
         if self._augment.policy is not None:
             seed = draw_seed(self.seed, _TRANSFORM, rank)
             dataset = TransformedDataset(self.train, self._augment, seed)
@@ -237,7 +244,16 @@ class ImageDataModule(LightningDataModule):
             # Lightning sets it too, but in a resumed run only after workers took their first
             # indices from the sampler.
             sampler.set_epoch(_epoch(self.trainer))
-        return self._loader(dataset, sampler, self.batch_size // world_size, self.drop_last)
+        options = self._loader_options(sampler, self.batch_size // world_size)
+        loader = TrainLoader(dataset, drop_last=self.drop_last, **options)
+        loader.done = self._batches_done
+        return loader
+
+    def _batches_done(self) -> int:
+        """Batches of this epoch that were fetched for training, also where it was resumed."""
+        # The count is saved and restored with the loop, whatever the loader has fetched in advance.
+        ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # type: ignore[union-attr]
+        return ready
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """This process's share of the validation set, in order; an empty list without one."""
@@ -249,29 +265,22 @@ class ImageDataModule(LightningDataModule):
 
     def _eval_loader(self, split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
         dataset = SplitDataset(split)
-        return self._loader(dataset, EvalShard(dataset, *self._world()), self.eval_batch_size)
+        sampler = EvalShard(dataset, *self._world())
+        return DataLoader(dataset, **self._loader_options(sampler, self.eval_batch_size))
 
-    def _loader(
-        self,
-        dataset: SplitDataset,
-        sampler: DistributedSampler[Any],
-        batch_size: int,
-        drop_last: bool = False,
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _loader_options(self, sampler: DistributedSampler[Any], batch_size: int) -> dict[str, Any]:
         pin_memory = self.pin_memory
         if pin_memory is None:
             accelerator = getattr(self.trainer, "accelerator", None)
             pin_memory = isinstance(accelerator, CUDAAccelerator) and self.device is None
-        return DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=tuple,  # the dataset returns whole batches
-            pin_memory=pin_memory,
-            drop_last=drop_last,
-            persistent_workers=self.num_workers > 0,
-        )
+        return {
+            "batch_size": batch_size,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "collate_fn": tuple,  # the dataset returns whole batches
+            "pin_memory": pin_memory,
+            "persistent_workers": self.num_workers > 0,
+        }
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment a training batch, or what is left of that, and normalise any other."""
@@ -279,9 +288,7 @@ class ImageDataModule(LightningDataModule):
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
             return self._augment.normalize(images), labels
-        # Of this epoch's batches, those before this one are "ready". The count is saved and
-        # restored with the loop, and is right whatever the loader has fetched in advance.
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        step = self._batches_done()  # this one is not counted yet
         seed = draw_seed(self.seed, _AUGMENT, _epoch(self.trainer), step, self.trainer.global_rank)
         generator = torch.Generator(images.device).manual_seed(seed)
         in_loader = self._augment.policy is not None

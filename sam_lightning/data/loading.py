@@ -1,12 +1,12 @@
 """What a ``DataLoader`` asks for examples and for their order: data sets and samplers."""
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment, draw_seed
 from sam_lightning.data.sources import Split
@@ -55,11 +55,41 @@ class TransformedDataset(SplitDataset):
         return self.augment.transform(images, generator), labels
 
 
-class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index)."""
+class TrainSampler(DistributedSampler[Any]):
+    """A ``DistributedSampler`` whose next epoch may start with its ``first``-th example."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.first = self.first, 0
+        return islice(super().__iter__(), first, None)
+
+
+class EpochSampler(TrainSampler):
+    """A ``TrainSampler`` that yields (epoch, index)."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(repeat(self.epoch), super().__iter__(), strict=False)
+
+
+class TrainLoader(DataLoader[tuple[Tensor, Tensor]]):
+    """A ``DataLoader`` that continues an epoch behind the batches done before a checkpoint.
+
+    Lightning saves and restores the state of loaders that have these two methods. What has been
+    fetched in advance does not matter: ``done`` returns how many batches were trained on.
+    """
+
+    done: Callable[[], int]
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches done in this epoch, 0 at its end."""
+        return {"batches": self.done() % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration leave out the batches done."""
+        assert isinstance(self.sampler, TrainSampler)
+        assert self.batch_size is not None
+        self.sampler.first = state["batches"] * self.batch_size
 
 
 class EvalShard(DistributedSampler[int]):

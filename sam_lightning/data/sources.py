@@ -4,20 +4,17 @@ A source reads its files once into uint8 tensors in memory, so an epoch costs no
 data set is one function here (or anywhere) and one YAML file in ``conf/data``.
 """
 
-import hashlib
-import json
 import os
-import tempfile
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sam_lightning.configuration import one_line
+from sam_lightning.data.decoding import decode_cached
 from sam_lightning.errors import ConfigError
 
 _FOLDERS = "train/<class>/* and test/<class>/* (val/<class>/* as well, or instead of test)"
@@ -50,12 +47,33 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """What a data set offers; ``val`` is None unless it has a validation set of its own."""
+    """What a data set offers; ``val`` is None unless it has a validation set of its own.
+
+    Raises:
+        ConfigError: images and labels are not those of a ``Split`` of these classes.
+    """
 
     train: Split
     test: Split
     classes: list[str]
     val: Split | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test", "val"):
+            split = getattr(self, name)
+            if split is not None and (wrong := _misfit(split, len(self.classes))):
+                raise ConfigError(f"data.source: {name} {wrong}")
+
+
+def _misfit(split: Split, classes: int) -> str | None:
+    images, labels = split.images, split.labels
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        return f"images are {images.dtype} {tuple(images.shape)}, not uint8 N x C x H x W"
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
+        return f"labels are {labels.dtype} {tuple(labels.shape)} for {len(images)} images"
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        return f"labels reach from {labels.min()} to {labels.max()}, with {classes} classes"
+    return None
 
 
 def cifar10(root: str, download: bool = True) -> ImageSource:
@@ -97,6 +115,9 @@ def _from_torchvision(dataset: Any, root: str, download: bool) -> ImageSource:
         # The test set is opened first: it is quick to read and shows most problems.
         test = dataset(root, train=False, download=download)
         train = dataset(root, train=True, download=download)
+        if _altered_contents(dataset, root):
+            raise ValueError("unzipped files are damaged")
+        return ImageSource(_as_split(train), _as_split(test), list(train.classes))
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
         if is_new and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)  # torchvision makes it before it downloads
@@ -105,20 +126,58 @@ def _from_torchvision(dataset: Any, root: str, download: bool) -> ImageSource:
             if download
             else "set data.download=true, or put the original files there"
         )
+        odd = [*_altered(dataset, root), *_altered_contents(dataset, root)]
+        reasons = "; ".join([*odd, one_line(error)])
         raise ConfigError(
-            f"data.root={root!r}: cannot load {dataset.__name__} ({_one_line(error)}); {advice}"
+            f"data.root={root!r}: cannot load {dataset.__name__} ({reasons}); {advice}"
         ) from error
-    return ImageSource(_as_split(train), _as_split(test), list(train.classes))
+
+
+def _altered(dataset: Any, root: str) -> list[str]:
+    """Every file that is there and is not the original one, with both checksums."""
+    from torchvision.datasets.utils import calculate_md5
+
+    if hasattr(dataset, "resources"):  # the family of MNIST
+        folder = _raw_folder(dataset, root)
+        sums = {folder / name: md5 for name, md5 in dataset.resources}
+    else:  # that of CIFAR
+        folder = Path(root, dataset.base_folder)
+        meta = (dataset.meta["filename"], dataset.meta["md5"])
+        parts = [*dataset.train_list, *dataset.test_list, meta]
+        sums = {folder / name: md5 for name, md5 in parts}
+        sums[Path(root, dataset.filename)] = dataset.tgz_md5
+    found = {file: calculate_md5(file) for file in sums if file.is_file()}
+    return [
+        f"{file} has MD5 {found[file]} and must have {sums[file]}"
+        for file in found
+        if found[file] != sums[file]
+    ]
+
+
+def _altered_contents(dataset: Any, root: str) -> list[str]:
+    """Of MNIST's family, unzipped files that differ from their archives, which alone are checked.
+
+    An archive ends with the CRC-32 of what was compressed, and its length (RFC 1952).
+    """
+    odd = []
+    for name, _ in getattr(dataset, "resources", ()):
+        archive = _raw_folder(dataset, root) / name
+        file = archive.with_suffix("")
+        if archive.is_file() and file.is_file():
+            stored = archive.read_bytes()[-8:-4]
+            if zlib.crc32(file.read_bytes()).to_bytes(4, "little") != stored:
+                odd.append(f"{file} is not what {name} holds; delete it")
+    return odd
+
+
+def _raw_folder(dataset: Any, root: str) -> Path:
+    return Path(root, dataset.__name__, "raw")
 
 
 def _as_split(dataset: Any) -> Split:
     images = torch.as_tensor(dataset.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def digits() -> ImageSource:
@@ -198,7 +257,8 @@ def image_folder(
     for missing in {"train", "test"} - set(names):
         if missing == "train" or "val" not in names:
             raise ConfigError(f"data.root={root!r}: no folder {base / missing}; need {_FOLDERS}")
-    classes, listed = [], []
+    classes: list[list[str]] = []
+    listed = []
     for name in names:
         found, samples = _list_images(base / name)
         classes.append(found)
@@ -208,8 +268,10 @@ def image_folder(
                 f"data.root={root!r}: class {odd!r} is not in both {base / 'train'} and "
                 f"{base / name}; they must have the same classes"
             )
+    if len(classes[0]) < 2:
+        raise ConfigError(f"data.root={root!r}: needs two classes, {base / 'train'} has one")
     paths = [[Path(path) for path, _ in samples] for samples in listed]
-    images = _cached(base, paths, image_size, Path(cache_dir or "data/cache"))
+    images = decode_cached(base, paths, image_size, Path(cache_dir or "data/cache"))
     labels = [torch.tensor([label for _, label in samples]) for samples in listed]
     splits = dict(zip(names, map(Split, images, labels), strict=True))
     test = splits["test"] if "test" in splits else splits.pop("val")
@@ -223,70 +285,4 @@ def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         classes, class_to_idx = find_classes(folder)
         return classes, make_dataset(folder, class_to_idx, IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise ConfigError(f"data.root: folder {folder}: {_one_line(error)}") from error
-
-
-def _cached(
-    base: Path, paths: list[list[Path]], image_size: int | None, cache_dir: Path
-) -> list[Tensor]:
-    """``_decode``, or what it returned in an earlier run for files that are still the same."""
-    listing: list[Any] = [image_size]
-    for path in (path for split in paths for path in split):
-        stat = path.stat()
-        listing.append([str(path.relative_to(base)), stat.st_size, stat.st_mtime_ns])
-    key = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
-    file = cache_dir / f"images-{key}.pt"
-    if file.exists():
-        try:
-            images: list[Tensor] = torch.load(file, weights_only=True)
-            if [len(split) for split in images] == [len(split) for split in paths]:
-                return images
-        except Exception as error:  # a damaged file fails in the ways of zip, pickle and torch
-            warnings.warn(f"{file} is damaged and made anew: {_one_line(error)}", stacklevel=2)
-    images = _decode(paths, image_size)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            torch.save(images, Path(folder) / "images.pt")
-            os.replace(Path(folder) / "images.pt", file)  # readers see all of it or nothing
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        warnings.warn(f"cannot keep decoded images in {cache_dir}: {error}", stacklevel=2)
-    return images
-
-
-def _decode(paths: list[list[Path]], image_size: int | None) -> list[Tensor]:
-    """Read each list of files into one uint8 N x 3 x H x W tensor."""
-    first = paths[0][0]
-    height, width = _read(first, image_size).shape[:2]
-    images = [torch.empty(len(split), 3, height, width, dtype=torch.uint8) for split in paths]
-
-    def fill(path: Path, out: np.ndarray) -> None:
-        pixels = _read(path, image_size)
-        if pixels.shape[:2] != (height, width):
-            raise ConfigError(
-                f"data.image_size=null: {path} has {pixels.shape[1]} x {pixels.shape[0]} pixels "
-                f"and {first} has {width} x {height}; set data.image_size to bring them to one size"
-            )
-        out[:] = pixels.transpose(2, 0, 1)
-
-    # Threads, as PIL decodes without the GIL and all can write to one tensor. On thumbnails they
-    # would rather wait for the GIL: one thread reads files of 1 kB twice as fast as two do.
-    with ThreadPoolExecutor() as pool:
-        run = pool.map if first.stat().st_size > 8_000 else map
-        for split, out in zip(paths, images, strict=True):
-            for _ in run(fill, split, out.numpy()):
-                pass
-    return images
-
-
-def _read(path: Path, image_size: int | None) -> np.ndarray:
-    from torchvision.datasets.folder import pil_loader
-    from torchvision.transforms.functional import center_crop, resize
-
-    try:
-        image: Any = pil_loader(path)
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more
-        raise ConfigError(f"data.root: cannot decode {path} ({_one_line(error)})") from error
-    if image_size is not None:
-        image = center_crop(resize(image, [image_size]), [image_size])
-    return np.asarray(image)
+        raise ConfigError(f"data.root: folder {folder}: {one_line(error)}") from error

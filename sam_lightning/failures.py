@@ -1,0 +1,27 @@
+"""``metrics.json`` of a run that failed, written without torch: a refused run never loads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.files import write_json
+
+
+def record_failure(cfg: DictConfig, reason: str) -> None:
+    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing."""
+    path = Path(cfg.output_dir) / "metrics.json"
+    if path.is_file():
+        summary = json.loads(path.read_text())
+    else:
+        summary = {"metrics": {}, "config": _plain(cfg)}
+    write_json(path, {**summary, "status": "failed", "exit_reason": reason})
+
+
+def _plain(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # that may be what the run was refused for
+        return OmegaConf.to_container(cfg)

@@ -1,0 +1,71 @@
+"""The folder of a run: one that can be written, and that no other run has."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.configuration import check_values
+from sam_lightning.errors import ConfigError
+
+# Folders of that name are made below logs, so it must not lead out of there.
+TASK_NAME = (
+    "task_name",
+    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", str(v))) and v is not None,
+    "a name of letters, digits, -, _ and .",
+)
+
+
+class RunFolder(Callback):
+    """Makes the folder before Hydra does, whose errors say neither key nor remedy.
+
+    It ends the process with one line and exit code 2 where that cannot be done, by SystemExit, for
+    Hydra turns other errors of its callbacks into warnings.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it writes anything."""
+        part = config.hydra.output_subdir
+        if part is None:  # the run goes on in the folder of an earlier one
+            return
+        folder = _made(config, "hydra.run.dir")
+        try:
+            # Of two runs that start at once, one succeeds; one that is started over and over with
+            # ckpt_path=last may find what was killed before it had written anything.
+            (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
+        except FileExistsError:
+            _refuse(
+                f"hydra.run.dir={folder}: has a run already; continue it with ckpt_path=last "
+                f"hydra.run.dir={folder}, or name another folder"
+            )
+        except OSError as error:
+            _refuse(f"hydra.output_subdir={part}: cannot be made ({error.strerror})")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before the first job of a sweep."""
+        _made(config, "hydra.sweep.dir")
+
+
+def _made(config: DictConfig, key: str) -> Path:
+    try:
+        check_values(config, [TASK_NAME])
+        path = OmegaConf.select(config, key)
+        if not path:
+            raise ConfigError(f"{key}={path or ''}: must be the path of a folder")
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except ConfigError as error:
+        _refuse(str(error))
+    except OmegaConfBaseException as error:
+        _refuse(f"{key}: {str(error).splitlines()[0]}")
+    except OSError as error:
+        _refuse(f"{key}={path}: cannot be made ({error.strerror})")
+    return Path(path)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,274 @@
+"""Who starts a run's processes, and what happens if one of them does not live: real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from runs import SMALL, TRAIN, command, only_run, summary
+from sam_lightning.command import as_launched
+from sam_lightning.errors import ConfigError
+from sam_lightning.launch import local_processes
+from sam_lightning.launchers import Launched, launched
+
+TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_NTASKS_PER_NODE": "3"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set variables; those that a launcher around the tests has set are not there."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+
+    def set_all(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, None),
+        (TORCHRUN, Launched("torchrun", rank=5, processes=8, per_node=4)),
+        (SLURM, Launched("SLURM", rank=4, processes=6, per_node=3)),
+        (SLURM | TORCHRUN, Launched("torchrun", rank=5, processes=8, per_node=4)),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),  # a shell on a node
+    ],
+)
+def test_who_has_started_this_process(environment, variables, found):
+    environment(variables)
+    assert launched() == found
+
+
+def test_slurm_has_to_say_where_its_tasks_are(environment):
+    environment({"SLURM_NTASKS": "6", "SLURM_PROCID": "4"})
+    with pytest.raises(ConfigError, match="give --nodes and --ntasks-per-node, not --ntasks=6"):
+        launched()
+
+
+def test_numbers_of_devices_and_nodes_come_from_the_launcher_unless_given(environment):
+    assert as_launched(["rho=0.1"]) == ["rho=0.1"]
+    environment(TORCHRUN)
+    assert as_launched(["rho=0.1"]) == ["rho=0.1", "trainer.devices=4", "trainer.num_nodes=2"]
+    assert as_launched(["trainer.devices=8"]) == ["trainer.devices=8", "trainer.num_nodes=2"]
+
+
+def trainer(**options):
+    return OmegaConf.create({"accelerator": "cpu", "devices": 4, "num_nodes": 2, **options})
+
+
+def test_other_numbers_than_the_launchers_are_refused(environment):
+    environment(TORCHRUN)
+    assert local_processes(trainer()) == 4
+    for wrong in ({"devices": 1}, {"num_nodes": 1}, {"devices": 8}):
+        with pytest.raises(ConfigError, match="torchrun has started 8 processes; leave both out"):
+            local_processes(trainer(**wrong))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "model_parallel", "ddp_spawn", "fdsp"])
+def test_strategies_without_whole_weights_are_refused(environment, name):
+    with pytest.raises(ConfigError, match=f"trainer.strategy={name}: allowed is auto, ddp: "):
+        local_processes(trainer(strategy=name))
+
+
+def test_strategies_with_whole_weights(environment):
+    assert local_processes(trainer(strategy="ddp")) == local_processes(trainer(strategy="auto"))
+
+
+# ----------------------------------------------------------------------------------- real launchers
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def torchrun(*arguments):
+    return [sys.executable, "-m", "torch.distributed.run", *arguments, str(TRAIN), *SMALL]
+
+
+def together(cwd, *processes):
+    """Run several commands, each with variables of its own, at the same time."""
+    running = [
+        subprocess.Popen(
+            line,
+            cwd=cwd,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for line, variables in processes
+    ]
+    try:
+        return [(p.communicate(timeout=250)[0], p.returncode) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+
+
+@pytest.mark.slow
+def test_torchrun_says_how_many_devices(tmp_path):
+    ((output, code),) = together(tmp_path, (torchrun("--standalone", "--nproc_per_node=2"), {}))
+    assert code == 0, output
+    found = summary(only_run(tmp_path))
+    assert (found["status"], found["devices"]) == ("completed", 2)
+    assert (found["config"]["trainer"]["devices"], found["updates"]) == (2, 4)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_are_one_run(tmp_path):
+    meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    given = ["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", "data.val_size=100"]
+    nodes = [
+        [*torchrun(*meeting, f"--node_rank={rank}", "--nproc_per_node=1"), *given]
+        for rank in range(2)
+    ]
+    for output, code in together(tmp_path, *((node, {}) for node in nodes)):
+        assert code == 0, output
+    found = summary(only_run(tmp_path))
+    assert (found["status"], found["devices"]) == ("completed", 2)
+    assert found["config"]["trainer"]["num_nodes"] == 2
+
+
+@pytest.mark.slow
+def test_two_nodes_of_slurm_are_one_run(tmp_path):
+    port = free_port()
+    job = {"SLURM_JOB_ID": "71234", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
+    tasks = [
+        job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"}
+        for rank in range(2)
+    ]
+    line = [sys.executable, str(TRAIN), *SMALL]
+    for output, code in together(tmp_path, *((line, task) for task in tasks)):
+        assert code == 0, output
+    found = summary(only_run(tmp_path))
+    assert (found["status"], found["devices"]) == ("completed", 2)
+    assert found["config"]["trainer"]["num_nodes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [["-m", "rho=0.1,0.2"], ["sweep=rho_grid"]])
+def test_a_sweep_under_torchrun_is_refused(tmp_path, sweep):
+    line = [*torchrun("--standalone", "--nproc_per_node=2"), *sweep]
+    ((output, code),) = together(tmp_path, (line, {}))
+    assert code != 0
+    assert output.count("error: a sweep is started by one process, and torchrun has started 2") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------ ranks that are lost
+
+LOSING = '''
+import json, os, signal, time
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+class Lose(Callback):
+    """Kills the rank that ``losing`` gives for the radius; notes where each rank trains."""
+    def __init__(self, losing: dict[float, int], notes: str):
+        self.losing, self.notes = losing, notes
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step != 3:
+            return
+        note = {"rank": trainer.global_rank, "rho": module.rho, "time": time.time()}
+        note |= {"env": dict(os.environ), "group": dist.is_initialized()}
+        with open(self.notes, "a") as file:
+            file.write(json.dumps(note) + "\\n")
+        if self.losing.get(module.rho) == trainer.global_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+@pytest.fixture
+def losing(tmp_path):
+    """A sweep, some of whose processes are killed amid training: its result, folders and notes."""
+    (tmp_path / "losing.py").write_text(LOSING)
+    cwd, notes = tmp_path / "cwd", tmp_path / "notes"
+    cwd.mkdir()
+
+    def sweep(losing, *arguments):
+        callback = [f"+callbacks.lose.notes={notes}", "+callbacks.lose._target_=losing.Lose"]
+        callback += [f"+callbacks.lose.losing={losing}"]
+        trust = {"PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "losing"}
+        done = command(cwd, "-m", *SMALL, *callback, *arguments, env={**os.environ, **trust})
+        (folder,) = cwd.glob("logs/train/multiruns/*")
+        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
+        return done, folder, jobs, [json.loads(line) for line in notes.read_text().splitlines()]
+
+    return sweep
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_its_job_at_once_and_no_other(losing):
+    done, sweep, jobs, notes = losing("{0.1:0,0.2:1}", "rho=0.1,0.2,0.3", "trainer.devices=2")
+    assert done.returncode == 1
+    for rank, job in enumerate(jobs[:2]):
+        said = f"rank {rank} of 2 failed: Signal {signal.SIGKILL:d} (SIGKILL) received"
+        found = summary(sweep / job["folder"])
+        assert (job["status"], found["status"]) == ("failed", "failed")
+        assert said in found["exit_reason"]
+        assert said in (sweep / job["folder"] / "train.log").read_text()
+        (killed,) = (n["time"] for n in notes if (n["rho"], n["rank"]) == ([0.1, 0.2][rank], rank))
+        assert (sweep / job["folder"] / "metrics.json").stat().st_mtime - killed < 60
+    assert "error: rank 0 of 2 failed: Signal 9 (SIGKILL)" in done.stderr
+    assert "(job 0; 2 of 3 jobs failed)" in done.stderr
+    assert jobs[2]["status"] == "completed"
+    assert summary(sweep / jobs[2]["folder"])["devices"] == 2
+
+
+@pytest.mark.slow
+def test_processes_of_a_job_leave_nothing_to_the_next(losing):
+    done, _, jobs, notes = losing("{}", "trainer.devices=1,2,1")
+    assert done.returncode == 0, done.stderr
+    assert [job["status"] for job in jobs] == ["completed"] * 3
+    before, *_, after = notes
+    assert [note["group"] for note in notes] == [False, True, True, False]
+    # torch sets this one for its launcher; it says which signals that listens to.
+    after["env"].pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
+    assert before["env"] == after["env"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    arguments = [*SMALL, "trainer.devices=2", "epochs=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(TRAIN), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line.startswith("epoch 1/") for line in process.stdout)
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = [int(pid) for pid in tasks.read_text().split()]
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.2)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
