@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from sam_lightning.models import SAMResNet18, frozen_running_stats
     from sam_lightning.module import SAMModule
     from sam_lightning.sam import SAM
+    from sam_lightning.trained import load
 
-__all__ = ["SAM", "ImageDataModule", "SAMModule", "SAMResNet18", "frozen_running_stats"]
+__all__ = ["SAM", "ImageDataModule", "SAMModule", "SAMResNet18", "frozen_running_stats", "load"]
 
 _HOME = {
     "SAM": "sam_lightning.sam",
@@ -21,6 +22,7 @@ _HOME = {
     "SAMModule": "sam_lightning.module",
     "SAMResNet18": "sam_lightning.models",
     "frozen_running_stats": "sam_lightning.models",
+    "load": "sam_lightning.trained",
 }
 
 
