@@ -3,8 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
+TASK := experiment=digits_label_noise
+RUNS := logs/digits_label_noise
 
-.PHONY: quickstart test test-slow bench lint format clean
+.PHONY: quickstart test test-slow figures bench lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -14,6 +16,16 @@ test: $(DEV) ## the default test suite: less than five minutes on two cores
 
 test-slow: $(DEV) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) rho=0,0.05,0.1,0.2,0.5 \
+		seed=0,1,2 hydra.sweep.dir=$(RUNS)/epochs_15 ckpt_path=last
+	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) epochs=30 rho=0 \
+		seed=0,1,2 hydra.sweep.dir=$(RUNS)/epochs_30 ckpt_path=last
+	$(BIN)/python -m sam_lightning.report $(RUNS)/epochs_15 $(RUNS)/epochs_30 out=images/report
+	$(BIN)/python -m sam_lightning.landscape labels=SGD,SAM out=images \
+		ckpt_path=$(RUNS)/epochs_15/0_$(TASK),rho=0,seed=0,$(RUNS)/epochs_15/9_$(TASK),rho=0.2,seed=0
+	$(BIN)/python -m sam_lightning.figures update out=images/sam_update
 
 bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores
 	$(BIN)/python -m benchmarks
