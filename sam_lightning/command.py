@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -38,9 +39,9 @@ def guarded(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
     try:
-        arguments = multirun_first(sys.argv[1:])
+        arguments = flags_first(sys.argv[1:])
         check_flags(arguments)
-        sys.argv[1:] = without_ghosts(as_launched(resumed(arguments)))
+        sys.argv[1:] = flags_first(without_ghosts(as_launched(resumed(arguments))))
         with summarized():
             main()
     except Exception as error:
@@ -124,9 +125,23 @@ def _discard(folder: Path) -> None:
         parent.rmdir()
 
 
-def multirun_first(arguments: list[str]) -> list[str]:
-    """Put ``-m`` in front, for behind some overrides argparse would not take any more of them."""
-    return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put Hydra's flags and their values in front of settings.
+
+    Behind one flag its parser takes settings, but not on both sides of it.
+    """
+    actions = get_args_parser()._option_string_actions
+    first, settings, last = [], [], []
+    rest = iter(arguments)
+    for argument in rest:
+        nargs = getattr(actions.get(argument), "nargs", 0)
+        if not argument.startswith("-"):
+            settings.append(argument)
+        elif nargs == "?":  # would take a setting for its value
+            last.append(argument)
+        else:
+            first += [argument, *(next(rest, "") for _ in range(nargs is None))]
+    return [*first, *settings, *last]
 
 
 def sqlite(path: str) -> str:

@@ -135,10 +135,22 @@ class SAMModule(Classifier):
         """The optimizer itself, without Lightning's wrapper around ``step``."""
         return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
 
+    def _apply_settings(self) -> None:
+        """Let the settings of this run count, also where its checkpoint has others."""
+        given = self.base_optimizer([torch.zeros(1, requires_grad=True)]).defaults
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
+        for group in self.sam.param_groups:
+            group.update({name: given[name] for name in given if name in group})
+            group.update(rho=self.rho, initial_lr=given["lr"])
+            group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
+
     # ------------------------------------------------------------------------------- one update
 
     def on_train_start(self) -> None:
         """Put the running sums, also those of a checkpoint, on the device."""
+        self._apply_settings()
         self._micro_batches.clear()
         if self._running_stats is not None:
             buffers = list(self._float_buffers().values())
@@ -368,6 +380,10 @@ class SAMModule(Classifier):
         """Check for a hopeless run before the epoch's checkpoint replaces the last good one."""
         assert self.skipped is not None
         self._stop_if_hopeless(self.skipped[2].item())
+
+    def on_train_end(self) -> None:
+        """Keep the mean of all devices' running statistics, which is what a checkpoint has."""
+        self.average_running_stats()  # Lightning copies those of rank 0 to all before a test
 
     # ------------------------------------------------------------------------------ checkpoint
 

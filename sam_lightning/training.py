@@ -169,6 +169,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "model": model_config,
         "data": _plain(cfg.data),
         "method": _plain(cfg.method),
+        "optimizer": _plain(cfg.optimizer),
         "seed": cfg.seed,
         "epochs": cfg.epochs,
         "batch_size": cfg.batch_size,
@@ -178,7 +179,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    _check_checkpoint(cfg.ckpt_path, model_config, model)
+    _check_checkpoint(cfg.ckpt_path, hparams, model)
     own = {
         "model": model,
         "num_classes": data.num_classes,
@@ -228,7 +229,7 @@ def execute(
         ]
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]  # type: ignore[attr-defined]
     stop = savers[0].stop if savers else StopSignal()
-    with Record(cfg, trainer, throughput) as record, stop, _out_of_memory(cfg):
+    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         record.add(trainer.callback_metrics)
@@ -251,9 +252,11 @@ def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
 
 
 @contextmanager
-def _out_of_memory(cfg: DictConfig) -> Iterator[None]:
+def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
+    except MisconfigurationException as error:  # of the trainer or a callback
+        raise ConfigError(one_line(error)) from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise TrainingError(
@@ -279,21 +282,23 @@ def _check_metric(cfg: DictConfig, data: ImageDataModule) -> None:
         raise ConfigError(f"optimized_metric={metric}: needs at least 10 classes")
 
 
-def _check_checkpoint(path: str | None, model_config: dict[str, Any], model: Any) -> None:
+def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> None:
     if path is None:
         return
     checkpoint = read(path, mmap=True)
-    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
-    saved_config = checkpoint["hyper_parameters"]["model"]
-    for key in sorted({*saved_config, *model_config}):
-        saved, now = saved_config.get(key), model_config.get(key)
-        if saved != now:
+    saved, now = checkpoint["hyper_parameters"], hparams
+    keys = [("model", key) for key in sorted({*saved["model"], *now["model"]})]
+    # Other settings may change; another optimizer could do nothing with the state of this one.
+    for group, key in [*keys, ("optimizer", "_target_")]:
+        of_run, given = saved.get(group, {}).get(key), now[group].get(key)
+        if of_run != given:
             raise ConfigError(
-                f"ckpt_path={path}: is of another model, with model.{key}={saved}; "
-                f"the configuration has {now}"
+                f"ckpt_path={path}: is of another {group}, with {group}.{key}={of_run}; "
+                f"the configuration has {given}"
             )
+    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
     if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
-        raise ConfigError(f"ckpt_path={path}: its weights are not those of {model_config}")
+        raise ConfigError(f"ckpt_path={path}: its weights are not those of {now['model']}")
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:

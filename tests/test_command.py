@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import TRAIN, assert_refused, serve
-from sam_lightning.command import CONF, _top_level, multirun_first, resumed
+from sam_lightning.command import CONF, _top_level, flags_first, resumed
 from sam_lightning.configuration import check
 from sam_lightning.errors import ConfigError
 from sam_lightning.launch import local_processes
@@ -465,6 +465,8 @@ def test_a_refused_resume_keeps_the_earlier_run(light, tmp_path):
     assert (tmp_path / "run" / ".hydra" / "overrides.yaml").is_file()
 
 
-def test_multirun_may_stand_anywhere():
-    assert multirun_first(["rho=1,2", "-m", "seed=0"]) == ["-m", "rho=1,2", "seed=0"]
-    assert multirun_first(["rho=1", "seed=0"]) == ["rho=1", "seed=0"]
+def test_flags_may_stand_anywhere():
+    assert flags_first(["rho=1,2", "-m", "seed=0"]) == ["-m", "rho=1,2", "seed=0"]
+    assert flags_first(["rho=1", "seed=0"]) == ["rho=1", "seed=0"]
+    assert flags_first(["a=1", "--cfg", "job", "b=2"]) == ["--cfg", "job", "a=1", "b=2"]
+    assert flags_first(["a=1", "--config-dir=x", "--info"]) == ["--config-dir=x", "a=1", "--info"]

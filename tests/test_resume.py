@@ -1,5 +1,6 @@
 """A run that is stopped, whatever stops it, continues as if it never had been."""
 
+import math
 import os
 import random
 import shutil
@@ -54,6 +55,7 @@ def unbroken(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_change_a_run(unbroken, tmp_path):
     run_without = [o for o in RUN if not o.startswith("checkpoint")]
     assert forked(tmp_path, *run_without, f"hydra.run.dir={tmp_path / 'run'}").returncode == 0
@@ -75,6 +77,7 @@ def test_killed_amid_an_epoch(unbroken, tmp_path, number):
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_killed_as_it_saves(unbroken, tmp_path):
     folder = tmp_path / "run"
     assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "save:6")).returncode < 0
@@ -82,6 +85,7 @@ def test_killed_as_it_saves(unbroken, tmp_path):
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
     folder = tmp_path / "run"
     assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "pass:5")).returncode < 0
@@ -89,8 +93,18 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
     assert_same_run(folder, unbroken)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("at", ["pass:19", "pass:20", "between:10", "pass:32"])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("SIGINT", "pass:32"),
+        ("SIGTERM", "pass:20"),
+        *(
+            pytest.param(name, at, marks=pytest.mark.slow)
+            for name in ("SIGINT", "SIGTERM")
+            for at in ("pass:19", "between:10")
+        ),
+    ],
+)
 def test_told_to_stop(unbroken, tmp_path, name, at):
     folder = tmp_path / "run"
     stopped = forked(tmp_path, *RUN, *into(folder), fault=(name, at))
@@ -104,6 +118,7 @@ def test_told_to_stop(unbroken, tmp_path, name, at):
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path):
     folder = tmp_path / "run"
     scontrol = tmp_path / "scontrol"
@@ -118,6 +133,7 @@ def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path):
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_a_dropout_network_with_a_policy_in_workers(tmp_path):
     extra = ["data.policy=trivialaugment", "data.num_workers=2", "optimizer=adamw", "epochs=2"]
     options = [*(o for o in WIDE if not o.startswith("epochs")), *extra]
@@ -128,6 +144,7 @@ def test_a_dropout_network_with_a_policy_in_workers(tmp_path):
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_accumulation_continues_between_updates(tmp_path):
     options = [*RUN, "trainer.accumulate_grad_batches=3", "checkpoint_every_n_steps=1"]
     folder, whole = tmp_path / "run", tmp_path / "whole"
@@ -176,6 +193,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(unbroken, with_previous
     assert_same_run(with_previous, unbroken)
 
 
+@pytest.mark.slow
 def test_all_damaged(with_previous):
     for path in (with_previous / "checkpoints").glob("*.ckpt"):
         truncate(path)
@@ -209,6 +227,7 @@ def test_out_of_memory_in_the_second_pass(unbroken, tmp_path):
 # ---------------------------------------------------------------------------- which is the last run
 
 
+@pytest.mark.slow
 def test_last_is_the_run_started_last(tmp_path):
     for name in ("2030-01-01_00-00-00-000000", "2031-01-01_00-00-00-000000"):
         folder = tmp_path / "logs/train/runs" / name
@@ -229,6 +248,7 @@ def test_no_last_run(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_continue_in_their_folders(unbroken, tmp_path):
     jobs = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}", "ckpt_path=last"]
     stopped = forked(tmp_path, *RUN, *jobs, fault=("SIGTERM", "pass:20"))
@@ -240,6 +260,21 @@ def test_jobs_of_a_sweep_continue_in_their_folders(unbroken, tmp_path):
     (second,) = tmp_path.glob("sweep/1_*")
     assert_same_run(first, unbroken)
     assert summary(second)["updates"] == 32
+
+
+def test_settings_given_on_resuming_count(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    given = ["epochs=6", "rho=0", "lr=0.01", "optimizer.momentum=0.5", "scheduler.warmup_epochs=0"]
+    assert forked(tmp_path, f"ckpt_path={folder}", *given).returncode == 0
+    (group,) = read(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert (group["rho"], group["initial_lr"], group["momentum"]) == (0, 0.01, 0.5)
+    lrs = {int(row["step"]): float(row["train/lr"]) for row in rows(folder) if row["train/lr"]}
+    later = {step: lr for step, lr in lrs.items() if step > 32}
+    # The rate of an update is that of the number of updates before it, of 48 in all.
+    expected = {step: 0.005 * (1 + math.cos(math.pi * (step - 1) / 48)) for step in later}
+    assert later == pytest.approx(expected)
+    assert 33 in later
 
 
 # ----------------------------------------------------------------------------------- two processes

@@ -348,13 +348,6 @@ class Fail(Callback):
         if module.rho == 0.05 and trainer.global_rank == int(os.environ["FAILING_RANK"]):
             raise RuntimeError("this rank fails")
 '''
-ALLOWING = """
-import runpy, sys
-import sam_lightning.configuration as configuration
-configuration.TARGETS += ("failing.",)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow
@@ -364,9 +357,10 @@ def test_a_rank_that_fails_ends_its_job_and_no_other(tmp_path, rank):
     notes, cwd = tmp_path / "notes", tmp_path / "cwd"
     cwd.mkdir()
     environment = {"PYTHONPATH": str(tmp_path), "NOTES": str(notes), "FAILING_RANK": str(rank)}
+    environment["SAM_LIGHTNING_TRUST"] = "failing"
     arguments = ["-m", *SMALL, "rho=0.05,0.1", "trainer=ddp_cpu"]
     done = subprocess.run(
-        [sys.executable, "-c", ALLOWING, TRAIN, *arguments, "+callbacks.x._target_=failing.Fail"],
+        [sys.executable, TRAIN, *arguments, "+callbacks.x._target_=failing.Fail"],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
@@ -386,6 +380,7 @@ def test_a_rank_that_fails_ends_its_job_and_no_other(tmp_path, rank):
 
 RECIPES = {
     "quickstart": {"rho": 0.05, "epochs": 5, "batch_size": 64, "model.width": 8, "lr": 0.1},
+    "digits_label_noise": {"rho": 0.2, "epochs": 15, "data.label_noise": 0.4, "data.val_size": 200},
     # Du et al. 2022, batch 128
     "cifar10_resnet18": {
         "rho": 0.05,

@@ -1,0 +1,301 @@
+"""The documentation: its examples run, its commands compose, and what it names is there."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from torch import nn
+
+from inject import forked
+from reference import batches, mlp
+from runs import summary
+from sam_lightning import SAM
+from sam_lightning.arguments import parse
+from sam_lightning.command import CONF, _top_level
+from sam_lightning.configuration import RULES, check, check_values, flat
+from sam_lightning.data.sources import digits
+from sam_lightning.errors import ConfigError
+from sam_lightning.figures import FIGURES
+from sam_lightning.targets import TARGETS, TRUST
+
+ROOT = CONF.parent
+PAGES = {
+    page.name: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+EXTENDING = PAGES["extending.md"]
+
+
+def blocks(text, language=""):
+    """What is between fences; commands have no language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    return [content for name, content in fenced if name == language]
+
+
+def lines(text):
+    """Every command on a page as a list of words, those in running text too."""
+    shown = "".join(blocks(text)).replace("\\\n", " ").splitlines()
+    inline = re.findall(r"`((?:python|torchrun|srun) [^`\n]+)`", text)
+    return [words for line in [*shown, *inline] if (words := shlex.split(line, True))]
+
+
+def arguments_of(words):
+    """Those of ``train.py``, or None if that is not what is started."""
+    return words[words.index("train.py") + 1 :] if "train.py" in words else None
+
+
+# ------------------------------------------------------------------------------ docs/extending.md
+
+# Blocks of code that begin with the name of their file.
+FILES = [
+    re.fullmatch(r"# (\w+/\S+)\n(.*)", block, re.S).groups()
+    for block in [*blocks(EXTENDING, "python"), *blocks(EXTENDING, "yaml")]
+]
+
+
+def archive(file, images, labels):
+    cuts = {"train": slice(0, 100), "val": slice(100, 140), "test": slice(140, 200)}
+    named = {f"{n}_images": images[cut].numpy() for n, cut in cuts.items()}
+    np.savez(file, **named, **{f"{n}_labels": labels[cut].numpy() for n, cut in cuts.items()})
+    return cuts
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the project with the files of the page in it, and data for its first example."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copy(ROOT / "train.py", folder)
+    shutil.copytree(CONF, folder / "conf")
+    (folder / "sam_lightning").symlink_to(ROOT / "sam_lightning")
+    for name, content in FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        assert not (folder / name).exists()
+        (folder / name).write_text(content)
+    scans = digits().train
+    archive(folder / "scans.npz", scans.images[:, 0], scans.labels[:, None])
+    return folder
+
+
+@pytest.fixture
+def my_project(clone, monkeypatch):
+    monkeypatch.syspath_prepend(str(clone))
+    yield lambda name: importlib.import_module(f"my_project.{name}")
+    for name in [name for name in sys.modules if name.startswith("my_project")]:
+        del sys.modules[name]
+
+
+EXAMPLES = [a for words in lines(EXTENDING) if (a := arguments_of(words)) and "--help" not in a]
+
+
+@pytest.mark.parametrize("arguments", EXAMPLES, ids=" ".join)
+def test_every_example_trains(clone, my_project, tmp_path, arguments):
+    # In forks of a process that has imported torch, and on few images, as the examples are many.
+    options = ["--config-dir=conf", *arguments, "data.subset=100", f"hydra.run.dir={tmp_path}"]
+    done = forked(clone, *options, **{TRUST: "my_project"})
+    assert done.returncode == 0, done.stderr
+    found = summary(tmp_path)
+    assert (found["status"], found["epochs"]) == ("completed", 1)
+    chosen = {f"conf/{a.replace('=', '/')}.yaml" for a in arguments}
+    (content,) = (content for name, content in FILES if name in chosen)
+    (target,) = re.findall(r"_target_: (\S+)", content)
+    assert f'"{target}"' in json.dumps(found["config"])
+
+
+@pytest.mark.slow
+def test_the_commands_as_they_stand(clone):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k not in (TRUST, "PYTHONPATH")}
+    done = subprocess.run(
+        ["bash", "-euc", "".join(blocks(EXTENDING))],
+        cwd=clone,
+        env={**environment, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(file.read_text()) for file in clone.glob("logs/*/runs/*/metrics.json")]
+    assert [run["status"] for run in runs] == ["completed"] * len(EXAMPLES)
+    assert "linf" in (clone / "logs/quickstart/report/report.md").read_text()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 6, 3)])
+@pytest.mark.parametrize("columns", [(), (1,)])
+def test_the_data_set_has_the_pixels_of_the_file(my_project, tmp_path, shape, columns):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (200, *shape), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(200, dtype=torch.uint8) % 7
+    cuts = archive(tmp_path / "x.npz", images, labels.view(200, *columns))
+    source = my_project("npz").npz(str(tmp_path / "x.npz"))
+    assert source.classes == list("0123456")
+    for name, cut in cuts.items():
+        split = getattr(source, name)
+        rows = images[cut].view(len(split), *shape[:2], -1)
+        assert torch.equal(
+            split.images, torch.stack([rows[..., c] for c in range(rows.shape[3])], 1)
+        )
+        assert split.labels.tolist() == labels[cut].tolist()
+    with pytest.raises(ConfigError, match=r"data.source.file=nothing: .*No such file"):
+        my_project("npz").npz("nothing")
+
+
+def test_the_model_keeps_the_resolution(my_project):
+    model = my_project("mobilenet").mobilenet(num_classes=7, in_channels=1, width_mult=0.5)
+    images = torch.randn(2, 1, 32, 32)
+    assert model.features[0](images).shape[2:] == images.shape[2:]
+    assert model(images).shape == (2, 7)
+
+
+def test_the_perturbation_moves_every_weight_by_rho(my_project):
+    w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 4.0]))
+    sam = SAM([w], torch.optim.SGD, rho=0.25, perturbation=my_project("linf").SignAscent(), lr=1)
+    w.grad = torch.tensor([1e-3, -50.0, 0.0, 2.0])
+    with sam.perturbed():
+        assert w.tolist() == [1.25, -2.25, 3.0, 4.25]
+    w.grad = torch.tensor([1.0, float("nan"), 0.0, 2.0])
+    with sam.perturbed():
+        assert w.tolist() == [1.0, -2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_the_schedule_is_torchs(my_project, power):
+    factor = my_project("polynomial").polynomial(20, 5, power=power)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, 20, power)
+    for step in range(25):
+        assert factor(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_what_a_configuration_may_name():
+    rows = re.findall(r"^\| `(\S+)` \| (.*?) \|", EXTENDING, re.M)
+    table = {key: {*re.findall(r"`(.*?)`", packages)} for key, packages in rows}
+    assert table == {key: {*packages} for key, packages in TARGETS.items()}
+
+
+# ------------------------------------------------------------------------------ what pages name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not re.match(r"https?://", target):
+            file, _, heading = target.partition("#")
+            assert (folder / file).exists(), target
+            text = (folder / file).read_text() if file else PAGES[page]
+            names = re.findall(r"^#+ (.*)", text, re.M)
+            anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names}
+            assert not heading or heading in anchors, target
+
+
+@cache
+def functions_of(file):
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", ["semantics.md", "reliability.md"])
+def test_tests_that_are_named_exist(page):
+    named = re.findall(r"`(?:test_)?(\w+?)(?:\.py)?::(\w+)`", PAGES[page])
+    assert len(named) > 20
+    missing = [(file, name) for file, name in named if name not in functions_of(f"test_{file}.py")]
+    assert missing == []
+
+
+def jobs(arguments):
+    """The overrides of as many jobs as it takes for each value of a sweep to be in one."""
+    overrides = get_args_parser().parse_args(arguments).overrides
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = [
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in parsed
+    ]
+    return [[v[i % len(v)] for v in values] for i in range(max(map(len, values), default=1))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_compose(page, clone, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(TRUST, "my_project")
+    given = [a for words in lines(PAGES[page]) if (a := arguments_of(words)) is not None]
+    with initialize_config_dir(str(clone / "conf"), version_base="1.3"):
+        for overrides in {tuple(job) for arguments in given for job in jobs(arguments)}:
+            cfg = compose("train", list(overrides))
+            cfg.output_dir = "run"
+            for path in (cfg.ckpt_path, cfg.data.get("root")):  # which the reader has
+                Path(path or ".").mkdir(parents=True, exist_ok=True)
+            check(cfg, _top_level())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_take_their_arguments(page):
+    for python, m, name, *arguments in filter(lambda words: len(words) > 3, lines(PAGES[page])):
+        if (python, m) != ("python", "-m") or not name.startswith("sam_lightning."):
+            continue
+        module = importlib.import_module(name)
+        if name == "sam_lightning.figures":
+            figure = FIGURES[arguments.pop(0)]
+            defaults, rules = figure.defaults, figure.rules
+        else:
+            if hasattr(module, "__path__"):
+                module = importlib.import_module(f"{name}.__main__")
+            defaults, rules = module.DEFAULTS, module.RULES
+        parse("", defaults, rules, [a for a in arguments if "=" in a])
+
+
+def configured():
+    """Every key of every file of the configuration, in dotted form."""
+    for file in CONF.glob("**/*.yaml"):
+        top = file.parent == CONF or "@package _global_" in file.read_text()
+        node = OmegaConf.to_container(OmegaConf.load(file))
+        yield from flat(node if top else {file.parent.name: node})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_in_running_text_exist(page):
+    keys = {*configured(), *(folder.name for folder in CONF.iterdir())}
+    for key, value in re.findall(r"`([a-z_][\w.]*)=([^`\s]+)`", PAGES[page]):
+        if key.partition(".")[0] not in _top_level():
+            continue  # of another command
+        assert key in keys, key
+        for one in [value] if value.startswith("[") else value.split(","):
+            if (CONF / key).is_dir():
+                assert (CONF / key / f"{one}.yaml").exists(), f"{key}={one}"
+            else:
+                check_values(OmegaConf.from_dotlist([f"{key}={one}"]), RULES)
+
+
+def test_the_optimizer_alone():
+    (code,) = (code for code in blocks(PAGES["README.md"], "python") if " SAM(" in code)
+    ours, theirs = mlp(), mlp()
+    (x, y), *_ = batches([8], torch.float32)
+    loss_fn = nn.CrossEntropyLoss()
+    exec(code, {"torch": torch, "model": ours, "x": x, "y": y, "loss_fn": loss_fn})
+    w = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    loss_fn(theirs(x), y).backward()
+    norm = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.05 * p.grad / norm
+    theirs.zero_grad()
+    loss_fn(theirs(x), y).backward()
+    for name, p in ours.named_parameters():
+        expected = w[name] - 0.1 * theirs.get_parameter(name).grad
+        torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)
