@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,12 +136,13 @@ def flags_first(arguments: list[str]) -> list[str]:
     rest = iter(arguments)
     for argument in rest:
         nargs = getattr(actions.get(argument), "nargs", 0)
+        value = list(islice(rest, 1)) if nargs is None else []
         if not argument.startswith("-"):
             settings.append(argument)
-        elif nargs == "?":  # would take a setting for its value
+        elif nargs == "?" or (nargs is None and not value):  # would take a setting for its value
             last.append(argument)
         else:
-            first += [argument, *(next(rest, "") for _ in range(nargs is None))]
+            first += [argument, *value]
     return [*first, *settings, *last]
 
 

@@ -29,15 +29,14 @@ CHARTS = {
     "Learning": {
         "loss": ["train/loss", "val/loss"],
         "accuracy": ["train/acc", "val/acc"],
+        "learning rate": ["train/lr"],
     },
     "Sharpness": {
         "loss at the perturbed weights minus loss": ["train/sharpness", "sharpness/worst"],
         "cosine of the two passes' gradients": ["train/cosine"],
-        "norm of the perturbation": ["train/perturbation_norm"],
-        "norm of the gradient stepped with": ["train/grad_norm"],
+        "norms of gradient and perturbation": ["train/grad_norm", "train/perturbation_norm"],
     },
-    "Schedule and speed": {
-        "learning rate": ["train/lr"],
+    "Speed": {
         "training images per second": ["train/images_per_second"],
     },
 }
@@ -140,22 +139,21 @@ class Dashboard(Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the confusion matrix and the wrong predictions."""
-        confusion, self._confusion = self._confusion, None
-        if confusion is None or not self._wrong:
+        if self._confusion is None:
             return
-        confusion = trainer.strategy.reduce(confusion, reduce_op="sum").cpu()
+        confusion = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu()
         data, step = _data(trainer), trainer.global_step
-        losses, labels, predicted, probabilities, images = self._wrong
-        self._wrong = []
-        wrong = losses != -math.inf
         for writer in _writers(trainer):
             writer.add_figure("test/confusion", draw_confusion(confusion, data.classes), step)
-            if wrong.any():
+            losses, *wrong = self._wrong
+            labels, predicted, probabilities, images = (v[losses != -math.inf] for v in wrong)
+            if len(images):
                 names = [_short(name, 12) for name in data.classes]
-                found = zip(labels[wrong], predicted[wrong], probabilities[wrong], strict=True)
+                found = zip(labels, predicted, probabilities, strict=True)
                 titles = [f"{names[i]}\n→ {names[j]}, {100 * p:.0f} %" for i, j, p in found]
-                figure = draw_images(_pixels(images[wrong], data), titles)
+                figure = draw_images(_pixels(images, data), titles)
                 writer.add_figure("test/most_wrong", figure, step)
+        self._confusion, self._wrong = None, []
 
 
 def _loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
@@ -184,7 +182,8 @@ def _first(values: list[Tensor]) -> list[Tensor]:
 
 
 def _short(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    short = name if len(name) <= length else f"{name[: length - 1]}…"
+    return short.replace("$", r"\$")  # or matplotlib would read formulas
 
 
 def _pixels(images: Tensor, data: ImageDataModule) -> Tensor:

@@ -139,6 +139,7 @@ def test_quick_part(part, tmp_path):
     assert all(f"| {part} | {m['what']} | " in done.stdout for m in report["measurements"])
 
 
+@pytest.mark.slow
 def test_memory_counts_one_copy_and_nothing_kept(tmp_path):
     file = tmp_path / "benchmarks.json"
     done = benchmarks("memory", "--quick", "--json", str(file))

@@ -23,7 +23,7 @@ IGNORED = {
 }
 IGNORED_PARTS = ("logger.", "data.source.")
 # Callbacks that watch; others, such as early stopping, change what comes out.
-WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary")
+WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary", "Dashboard")
 
 
 @dataclass(frozen=True)
