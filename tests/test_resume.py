@@ -180,7 +180,7 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_a_damaged_checkpoint_is_left_for_the_one_before(unbroken, with_previous, damage, capfd):
+def test_a_damaged_checkpoint_is_left_for_the_one_before(unbroken, with_previous, damage):
     last = with_previous / "checkpoints" / "last.ckpt"
     damage(last)
     done = forked(with_previous.parent, f"ckpt_path={last}")
