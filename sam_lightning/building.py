@@ -32,6 +32,7 @@ KINDS: dict[str, Any] = {
     "scheduler": LRFactor,
     "data.source": ImageSource,
     "method.perturbation": collections.abc.Callable,
+    "method.descent": collections.abc.Callable,
     "callbacks.*": Callback,
     "logger.*": Logger,
 }

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.errors import ConfigError
+from sam_lightning.launchers import launched
 from sam_lightning.targets import check_targets
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -32,6 +33,8 @@ REQUIRED = (
     *(f"trainer.{key}" for key in ("gradient_clip_val", "accumulate_grad_batches")),
     "data.label_noise",
 )
+# What loggers and callbacks call a folder that they write to.
+FOLDERS = ("save_dir", "root_dir", "dirpath")
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -108,14 +111,25 @@ RULES: list[Rule] = [
     ("model.depth", integer(1), "a whole number >= 1"),
     ("model.widen_factor", integer(1), "a whole number >= 1"),
     ("model.dropout", number(0, below=1), "a number from 0 to below 1"),
+    ("model.alpha", integer(1), "a whole number >= 1"),
+    ("model.bottleneck", boolean, "true, false"),
+    ("model.p_last", number(0, 1), "a number from 0 to 1"),
     ("model.zero_init_residual", boolean, "true, false"),
     ("method.name", _text, "a text"),
     ("method.perturbation.eta", number(0), "a number >= 0"),
     ("method.perturbation.normalize_bias", boolean, "true, false"),
+    ("method.perturbation.sigma", number(0), "a number >= 0"),
+    ("method.perturbation.decay", number(0, below=1), "a number from 0 to below 1"),
+    ("method.perturbation.beta", number(0, 1, open_low=True), "a number above 0 and up to 1"),
+    ("method.descent.alpha", number(0), "a number >= 0"),
+    ("method.rho_min", or_null(number(0)), "a number >= 0, or null"),
+    ("method.perturbed_layers", *one_of(("all", "normalization"))),
     ("method.sync_perturbation", boolean, "true, false"),
     ("method.decay_in_ascent", boolean, "true, false"),
     ("method.ascent_per_micro_batch", boolean, "true, false"),
     ("method.ascent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
+    ("method.ascent_steps", integer(1), "a whole number >= 1"),
+    ("method.descent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
     ("method.every", integer(1), "a whole number >= 1"),
     ("method.same_randomness", boolean, "true, false"),
     (
@@ -206,7 +220,9 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
     check_targets(copy)
-    _check_output(Path(copy.output_dir).absolute())
+    if (found := launched()) is None or found.rank == 0:  # the others write nothing
+        for key, path in _folders(copy).items():
+            _check_folder(key, path)
     _check_files(copy)
 
 
@@ -219,14 +235,27 @@ def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
             raise ConfigError(f"{key}={shown}: allowed is {allowed}")
 
 
-def _check_output(folder: Path) -> None:
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+def _folders(cfg: DictConfig) -> dict[str, Any]:
+    """What a run writes to, by key."""
+    of_others = {
+        key: path
+        for key, path in flat(OmegaConf.to_container(cfg)).items()
+        if key.startswith(("logger.", "callbacks.")) and key.rpartition(".")[2] in FOLDERS
+    }
+    return {"output_dir": cfg.output_dir} | {k: v for k, v in of_others.items() if v is not None}
+
+
+def _check_folder(key: str, path: Any) -> None:
+    if not _text(path):
+        raise ConfigError(f"{key}={path}: allowed is the path of a folder")
+    folder = Path(path).absolute()
     try:  # to make it is the one sure test
+        missing = [part for part in (folder, *folder.parents) if not part.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"{key}={path}: cannot be written ({error.strerror})") from error
     with contextlib.suppress(OSError):  # the run may be refused yet, and then leaves none of it
         for part in missing:
             part.rmdir()

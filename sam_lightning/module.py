@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sam_lightning.classifier import Batch, Classifier
+from sam_lightning.by_rank import load_by_rank, save_by_rank
+from sam_lightning.classifier import Batch
 from sam_lightning.data.augment import draw_seed
-from sam_lightning.errors import TrainingError
+from sam_lightning.errors import ConfigError, TrainingError
+from sam_lightning.gradients import GradientModule, MicroBatch
+from sam_lightning.methods.sam_on import normalization_parameters
 from sam_lightning.models.running_stats import frozen_running_stats
-from sam_lightning.perturbations import Perturbation, global_norm
+from sam_lightning.perturbations import Descent, Perturbation, global_norm
 from sam_lightning.sam import SAM
-
-# a batch, and the seed of its dropout masks
-MicroBatch = tuple[Batch, int]
+from sam_lightning.update_log import LogUpdates, UpdateSums, cosine
 
 
 class ManualSAM(SAM):
@@ -40,14 +41,18 @@ class ManualSAM(SAM):
         return super().step()
 
 
-class SAMModule(Classifier):
-    """Trains an image classifier with SAM.
+class SAMModule(GradientModule):
+    """Trains an image classifier with SAM and its relatives.
 
     Args:
         model: images N x C x H x W -> logits N x num_classes.
         num_classes: number of classes.
         base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
-        rho, perturbation, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no more.
+        rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no
+            more.
+        rho_min: where the radius ends as the learning rate falls: rho_min + (rho - rho_min) times
+            the schedule's factor (Zhuang et al. 2022, equation 8); None for a constant radius.
+        perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
         lr_factor: from the number of updates done to the factor on the learning rates.
         sync_perturbation: average the ascent gradient over devices. Otherwise each device climbs
             along its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
@@ -56,6 +61,10 @@ class SAMModule(Classifier):
         ascent_fraction: part of each batch, in (0, 1], whose gradient is climbed along; a step
             costs ``1 + ascent_fraction`` passes. Loss, accuracy and running statistics are then
             of that part, and ``train/sharpness`` also has the noise between it and the batch.
+        ascent_steps: climb in so many steps of rho / ascent_steps, each along the gradient where it
+            starts; a step costs ``1 + ascent_steps`` passes.
+        descent_fraction: part of each batch, in (0, 1], whose gradient at w + e is taken: the
+            images whose loss rises most (Du et al. 2022, section 3.2).
         every: climb at one update in so many, starting with the first; the others are steps of
             the base optimizer, of one pass each.
         same_randomness: the second pass uses the dropout masks of the first.
@@ -66,6 +75,9 @@ class SAMModule(Classifier):
         memory_format: ``contiguous`` or ``channels_last``.
         seed: of the dropout masks, together with epoch, batch and rank.
         hparams: plain values kept in checkpoints, to build model and data again.
+
+    Raises:
+        ConfigError: options that cannot be combined, or layers that the model does not have.
     """
 
     def __init__(
@@ -76,11 +88,16 @@ class SAMModule(Classifier):
         rho: float = 0.05,
         perturbation: Perturbation | None = None,
         *,
+        descent: Descent | None = None,
         decay_in_ascent: bool = False,
+        rho_min: float | None = None,
+        perturbed_layers: str = "all",
         lr_factor: Callable[[int], float] | None = None,
         sync_perturbation: bool = False,
         ascent_per_micro_batch: bool = False,
         ascent_fraction: float = 1.0,
+        ascent_steps: int = 1,
+        descent_fraction: float = 1.0,
         every: int = 1,
         same_randomness: bool = True,
         label_smoothing: float = 0.0,
@@ -91,28 +108,44 @@ class SAMModule(Classifier):
         seed: int = 0,
         hparams: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, num_classes, memory_format)
-        self.automatic_optimization = False
+        super().__init__(
+            model,
+            num_classes,
+            memory_format,
+            label_smoothing=label_smoothing,
+            same_randomness=same_randomness,
+        )
+        if ascent_fraction < 1 and descent_fraction < 1:
+            raise ConfigError(
+                f"method.descent_fraction={descent_fraction}: needs the loss of every image before "
+                f"the ascent, so not with method.ascent_fraction={ascent_fraction}"
+            )
+        if ascent_per_micro_batch and descent is not None:
+            raise ConfigError(
+                "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
+                "gradients of the whole accumulated batch"
+            )
         self.base_optimizer = base_optimizer
         self.rho = rho
+        self.rho_min = rho if rho_min is None else rho_min
+        self.only = normalization_parameters(model) if perturbed_layers != "all" else None
         self.perturbation = perturbation
+        self.descent = descent
         self.decay_in_ascent = decay_in_ascent
         self.lr_factor = lr_factor or (lambda step: 1.0)
         self.sync_perturbation = sync_perturbation
         self.ascent_per_micro_batch = ascent_per_micro_batch
         self.ascent_fraction = ascent_fraction
+        self.ascent_steps = ascent_steps
+        self.descent_fraction = descent_fraction
         self.every = every
-        self.same_randomness = same_randomness
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.sums = UpdateSums()
         self._micro_batches: list[MicroBatch] = []
-        self.lr = 0.0
-        self.window: Tensor | None = None
-        self.skipped: Tensor | None = None
-        self._running_stats: Tensor | None = None  # of this device, from a checkpoint
+        self._own_state: dict[str, Tensor] | None = None  # this device's part of a checkpoint
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
 
@@ -126,6 +159,8 @@ class SAMModule(Classifier):
             self.base_optimizer,
             rho=self.rho,
             perturbation=self.perturbation,
+            descent=self.descent,
+            only=self.only and self.only & {name for name, _ in trainable},
             decay_in_ascent=self.decay_in_ascent,
         )
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
@@ -134,6 +169,11 @@ class SAMModule(Classifier):
     def sam(self) -> SAM:
         """The optimizer itself, without Lightning's wrapper around ``step``."""
         return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the present update."""
+        return float(self.sam.param_groups[0]["lr"])
 
     def _apply_settings(self) -> None:
         """Let the settings of this run count, also where its checkpoint has others."""
@@ -149,23 +189,13 @@ class SAMModule(Classifier):
     # ------------------------------------------------------------------------------- one update
 
     def on_train_start(self) -> None:
-        """Put the running sums, also those of a checkpoint, on the device."""
+        """Take up what a checkpoint has of this device, and put the running sums on it."""
         self._apply_settings()
         self._micro_batches.clear()
-        if self._running_stats is not None:
-            buffers = list(self._float_buffers().values())
-            parts = self._running_stats.to(self.device).split([b.numel() for b in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
-            self._running_stats = None
-        # sums since the last log: loss, accuracy, sharpness, gradient norm, updates, ascents;
-        # perturbation norm, cosine, updates at which these two were measured
-        self.window = self._sums(self.window, 9)
-        # skipped updates: in all, in a row now, longest row
-        self.skipped = self._sums(self.skipped, 3)
-
-    def _sums(self, value: Tensor | None, size: int) -> Tensor:
-        return (torch.zeros(size) if value is None else value).to(self.device)
+        self.sums.to(self.device)
+        if self._own_state is not None:
+            load_by_rank(self, self._own_state)
+            self._own_state = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, update.
@@ -184,94 +214,105 @@ class SAMModule(Classifier):
         sam = self.sam
         sam.zero_grad()
         climbs = sam.climbs and self.global_step % self.every == 0
+        # What combines gradients does so on each device, and the results are averaged.
+        average_late = sam.climbs and self.descent is not None and not self.sync_perturbation
         if not climbs:
-            first = second = self._gradient(micro_batches)
+            first = second = self.gradient(micro_batches, sync=not average_late)
+        elif sam.along_momentum:
+            with sam.perturbed(length=self._length()):
+                first = second = self.gradient(micro_batches, sync=not average_late)
         elif self.ascent_per_micro_batch:
             first, second = self._gradients_per_micro_batch(micro_batches)
         else:
             measure = last or self._log_before_next_ascent()
-            first, second = self._two_passes(micro_batches, measure=measure)
-        self.lr = sam.param_groups[0]["lr"]  # before the schedule sets that of the next update
+            first, second = self._two_passes(micro_batches, measure, sync=not average_late)
+        if average_late:
+            sam.combine()
+            self.average_gradients()
+        self._logged_lr = self.lr  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        assert self.window is not None
-        self.window[:2] += first
-        self.window[2] += second[0] - first[0]
-        self.window[4] += 1
-        self.window[5] += climbs
+        self.sums.add_update(first, second, climbs)
 
     def _log_before_next_ascent(self) -> bool:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         return self.global_step // every != (self.global_step + self.every) // every
 
     def _two_passes(
-        self, micro_batches: list[MicroBatch], *, measure: bool
+        self, micro_batches: list[MicroBatch], measure: bool, *, sync: bool
     ) -> tuple[Tensor, Tensor]:
         """Leave the gradient at w + e in ``.grad``; return loss and accuracy at w and at w + e.
 
-        ``measure`` adds the norm of e, and the cosine of the two gradients, to the window. It
-        keeps the first gradient during the second pass, so it is not done at every update.
+        ``measure`` adds the norm of e, and the cosine of the two gradients, to the log. It keeps
+        the first gradient during the second pass, so it is not done at every update.
         """
-        first = self._ascent_gradient(micro_batches)
+        losses: list[Tensor] = []
+        first = self._ascent_gradient(micro_batches, losses=losses)
         params = [p for group in self.sam.param_groups for p in group["params"]]
         ascent = [p.grad for p in params] if measure else []
-        with self._perturbed():
+        with self._perturbed(micro_batches):
             norm = self.sam.perturbation_norm() if measure else None
-            second = self._gradient(micro_batches, second_pass=True)
+            second = self._descent_gradient(micro_batches, losses, sync=sync)
         if norm is not None and any(g is not None for g in ascent):
-            values = [norm, cosine(ascent, [p.grad for p in params]), torch.ones_like(norm)]
-            assert self.window is not None
-            self.window[6:] += torch.stack(values)
+            self.sums.add_geometry(norm, cosine(ascent, [p.grad for p in params]))
         return first, second
 
-    def _ascent_gradient(self, micro_batches: list[MicroBatch]) -> Tensor:
+    def _ascent_gradient(
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        losses: list[Tensor] | None = None,
+        second_pass: bool = False,
+    ) -> Tensor:
         part = []
         for (images, labels), seed in micro_batches:
             size = math.ceil(self.ascent_fraction * len(labels))
             part.append(((images[:size], labels[:size]), seed))
-        return self._gradient(part, sync=self.sync_perturbation)
+        return self.gradient(
+            part,
+            sync=self.sync_perturbation,
+            second_pass=second_pass,
+            losses=losses if self.descent_fraction < 1 else None,
+        )
 
     @contextlib.contextmanager
-    def _perturbed(self) -> Iterator[None]:
-        with self.sam.perturbed(inv_scale=self._inv_scale()), frozen_running_stats(self.model):
+    def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
+        """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
+        scale: dict[str, Any] = {"inv_scale": self.inv_scale(), "length": self._length()}
+        with self.sam.perturbed(**scale), frozen_running_stats(self.model):
+            for _ in range(self.ascent_steps - 1):
+                self._ascent_gradient(micro_batches, second_pass=True)
+                self.sam.perturb(zero_grad=True, further=True, **scale)
             yield
 
-    def _gradient(
+    def _length(self) -> float:
+        """The length of a step of ascent now, in units of rho."""
+        if self.rho_min == self.rho:
+            return 1 / self.ascent_steps
+        fraction = self.lr / self.sam.param_groups[0]["initial_lr"]
+        rho = self.rho_min + (self.rho - self.rho_min) * fraction
+        return rho / self.rho / self.ascent_steps
+
+    def _descent_gradient(
         self,
         micro_batches: list[MicroBatch],
+        losses: list[Tensor],
         *,
         sync: bool = True,
-        second_pass: bool = False,
-        total: int | None = None,
+        total: float | None = None,
     ) -> Tensor:
-        """Add the gradient of the mean loss to ``.grad``; return mean loss and accuracy.
-
-        ``total`` is the number of samples that the gradient is a mean over, if not these alone.
-        """
-        count = sum(len(labels) for (_, labels), _ in micro_batches)
-        sums = torch.zeros(2, device=self.device)
-        for i, ((images, labels), seed) in enumerate(micro_batches):
-            # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
-            fresh = second_pass and not self.same_randomness
-            self._seed_masks(draw_seed(seed, 2) if fresh else seed)
-            logits = self(images)
-            loss = self.criterion(logits, labels)
-            with self._communication(sync and i + 1 == len(micro_batches)):
-                self.manual_backward(loss * (len(labels) / (total or count)))
-            with torch.no_grad():
-                accuracy = (logits.argmax(1) == labels).float().mean()
-                sums += torch.stack([loss.float(), accuracy]) * (len(labels) / count)
-        return sums
-
-    def _seed_masks(self, seed: int) -> None:
-        # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
-        # trace for each kind of device that is not there.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).manual_seed(seed)
+        """Add the gradient at w + e; return loss and accuracy there, the loss of all images."""
+        if self.descent_fraction == 1:
+            return self.gradient(micro_batches, sync=sync, second_pass=True, total=total)
+        chosen, loss = self.most_sensitive(micro_batches, losses, self.descent_fraction)
+        if total is not None:  # the images of one micro-batch weigh as all of them did
+            size = sum(len(labels) for (_, labels), _ in micro_batches)
+            total = total * sum(len(labels) for (_, labels), _ in chosen) / size
+        second = self.gradient(chosen, sync=sync, second_pass=True, total=total)
+        return torch.stack([loss, second[1]])
 
     def _gradients_per_micro_batch(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """As two calls of ``_gradient``, but each micro-batch climbs along its own gradient."""
+        """As ``_two_passes``, but each micro-batch climbs along its own gradient."""
         params = [p for group in self.sam.param_groups for p in group["params"]]
         total = sum(len(labels) for (_, labels), _ in micro_batches)
         first = second = torch.zeros(2, device=self.device)
@@ -279,33 +320,18 @@ class SAMModule(Classifier):
         for i, micro_batch in enumerate(micro_batches):
             self.sam.zero_grad()
             share = len(micro_batch[0][1]) / total
-            first = first + self._ascent_gradient([micro_batch]) * share
-            with self._perturbed():
+            losses: list[Tensor] = []
+            first = first + self._ascent_gradient([micro_batch], losses=losses) * share
+            with self._perturbed([micro_batch]):
                 for p, grad in zip(params, kept, strict=True):
                     p.grad = grad  # the second gradients add up over the micro-batches
                 last = i + 1 == len(micro_batches)
-                loss_and_accuracy = self._gradient(
-                    [micro_batch], sync=last, second_pass=True, total=total
+                loss_and_accuracy = self._descent_gradient(
+                    [micro_batch], losses, sync=last, total=total
                 )
                 second = second + loss_and_accuracy * share
                 kept = [p.grad for p in params]
         return first, second
-
-    @contextlib.contextmanager
-    def _communication(self, sync: bool) -> Iterator[None]:
-        """Run a backward pass outside autocast, averaging its gradient over devices or not."""
-        # Lightning runs training_step inside autocast, where torch advises against backward.
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if not sync and hasattr(self.trainer.strategy, "block_backward_sync"):
-                stack.enter_context(self.trainer.strategy.block_backward_sync())
-            yield
-
-    def _inv_scale(self) -> Tensor | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return None
-        return 1 / scaler.scale(torch.ones((), device=self.device))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the (unscaled) gradient, or skip the step if it is not finite; all on the device."""
@@ -313,131 +339,52 @@ class SAMModule(Classifier):
         if not grads:
             raise TrainingError("the model has no trainable parameter with a gradient")
         norm = global_norm(grads)
-        skip = (~norm.isfinite()).float()
-        self.sam.found_inf = skip
+        self.sam.found_inf = self.sums.add_gradient(norm)
         if self.gradient_clip_val is not None:
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, factor)
-        assert self.window is not None
-        assert self.skipped is not None
-        self.window[3] += norm
-        in_a_row = (self.skipped[1] + 1) * skip
-        self.skipped = torch.stack(
-            [self.skipped[0] + skip, in_a_row, torch.maximum(self.skipped[2], in_a_row)]
-        )
 
-    # --------------------------------------------------------------------------------- logging
+    # ------------------------------------------------------------------- logging and checkpoint
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The log is written before callbacks save, as the module's own hooks would not be."""
         return [LogUpdates()]
 
     def log_training(self) -> None:
-        """Every ``log_every_n_steps`` updates and at an epoch's end, log the means since then."""
+        """Every ``log_every_n_steps`` updates and at an epoch's end, log the means since then.
+
+        Raises:
+            TrainingError: too many updates in a row were skipped. A checkpoint of this epoch has
+                not been written then, and the last good one is still there.
+        """
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         due = self.trainer.is_last_batch or self.global_step % every == 0
-        if due and not self._micro_batches:
-            self._log_window()
-
-    def _log_window(self) -> None:
-        assert self.window is not None
-        assert self.skipped is not None
-        window = self.window
-        if self.trainer.world_size > 1:
-            window = self.trainer.strategy.reduce(window.clone(), reduce_op="mean")
-        sums = torch.cat([window, self.skipped]).tolist()
-        loss, acc, sharpness, grad_norm, count, ascents = sums[:6]
-        norm, similarity, measured, skipped, _, longest = sums[6:]
-        self.window.zero_()
-        values = {
-            "train/loss": loss / count,
-            "train/acc": acc / count,
-            "train/sharpness": sharpness / max(ascents, 1),
-            "train/grad_norm": grad_norm / count,
-            "train/lr": self.lr,
-            "train/skipped_steps": skipped,
-        }
-        if measured and math.isfinite(similarity):  # not so where a gradient is 0 or not finite
-            values["train/perturbation_norm"] = norm / measured
-            values["train/cosine"] = similarity / measured
-        self.log_update(values)
-        self.log_dict(
-            {name: values[name] for name in ("train/loss", "train/acc")},
-            prog_bar=True,
-            logger=False,
-        )
-        self._stop_if_hopeless(longest)
-
-    def _stop_if_hopeless(self, longest: float) -> None:
-        if longest >= self.max_skipped_steps:
+        if not due or self._micro_batches:
+            return
+        values, skipped_in_a_row = self.sums.means(self.trainer.strategy, self.trainer.world_size)
+        self.log_update({**values, "train/lr": self._logged_lr})
+        shown = {name: values[name] for name in ("train/loss", "train/acc")}
+        self.log_dict(shown, prog_bar=True, logger=False)
+        if skipped_in_a_row >= self.max_skipped_steps:
             raise TrainingError(
-                f"{longest:.0f} steps in a row had a gradient that is not finite "
+                f"{skipped_in_a_row:.0f} steps in a row had a gradient that is not finite "
                 f"(max_skipped_steps={self.max_skipped_steps}): lower lr or rho, clip with "
                 "trainer.gradient_clip_val, or check the data"
             )
-
-    def on_train_epoch_end(self) -> None:
-        """Check for a hopeless run before the epoch's checkpoint replaces the last good one."""
-        assert self.skipped is not None
-        self._stop_if_hopeless(self.skipped[2].item())
 
     def on_train_end(self) -> None:
         """Keep the mean of all devices' running statistics, which is what a checkpoint has."""
         self.average_running_stats()  # Lightning copies those of rank 0 to all before a test
 
-    # ------------------------------------------------------------------------------ checkpoint
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the running sums and every device's running statistics, to continue exactly.
-
-        The weights' own state dict has the mean of these statistics, as evaluation does.
-        """
-        assert self.window is not None
-        buffers = self._float_buffers()
-        flat = [torch.zeros(0, device=self.device), *(b.flatten() for b in buffers.values())]
-        by_rank = {
-            "window": self._of_all(self.window),
-            "running_stats": self._of_all(torch.cat(flat)),
-        }
-        if self.trainer.world_size > 1:
-            means = by_rank["running_stats"].mean(0).split([b.numel() for b in buffers.values()])
-            for (name, buffer), mean in zip(buffers.items(), means, strict=True):
-                checkpoint["state_dict"][f"model.{name}"] = mean.view_as(buffer).to(buffer.dtype)
-        checkpoint["by_rank"] = by_rank
-        checkpoint["skipped"] = self.skipped
+        """Keep what differs between devices, to continue exactly."""
+        save_by_rank(self, checkpoint)
+        checkpoint["skipped"] = self.sums.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up this device's sums and statistics; for another number of devices, the means."""
-        self.skipped = checkpoint.get("skipped")
+        """Take up the running sums, and this device's part of what differs between devices."""
+        if "skipped" in checkpoint:
+            self.sums.skipped = checkpoint["skipped"]
         by_rank = checkpoint.get("by_rank")
         if by_rank is not None and len(by_rank["window"]) == self.trainer.world_size:
-            self.window = by_rank["window"][self.global_rank]
-            self._running_stats = by_rank["running_stats"][self.global_rank]
-
-    def _of_all(self, local: Tensor) -> Tensor:
-        """A row for each device, of a vector that each has."""
-        gathered = self.all_gather(local)
-        assert isinstance(gathered, Tensor)
-        return gathered.view(self.trainer.world_size, -1)
-
-    def _float_buffers(self) -> dict[str, Tensor]:
-        return {n: b for n, b in self.model.named_buffers() if b.is_floating_point()}
-
-
-@torch.no_grad()
-def cosine(ones: list[Tensor | None], others: list[Tensor | None]) -> Tensor:
-    """The cosine of the angle between two gradients, 0-dim; a missing part counts as zeros."""
-    norms = [global_norm(g for g in gradient if g is not None) for gradient in (ones, others)]
-    product = torch.zeros_like(norms[0])  # float32 at least
-    for a, b in zip(ones, others, strict=True):
-        if a is not None and b is not None:
-            product += torch.sum(a.to(product.dtype) * b)  # not of all at once, for the memory
-    return product / (norms[0] * norms[1])
-
-
-class LogUpdates(L.Callback):
-    """Calls ``SAMModule.log_training`` after every batch."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Log if it is time."""
-        pl_module.log_training()
+            self._own_state = {name: rows[self.global_rank] for name, rows in by_rank.items()}

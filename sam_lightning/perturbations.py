@@ -5,7 +5,8 @@ of them, and the optimizer moves the weights by
 
     e = rho * direction / (norm + 1e-12)
 
-A new method is one class with this ``__call__`` and one YAML file in ``conf/method``.
+A new method is one class with this ``__call__`` and one YAML file in ``conf/method``; those of
+``sam_lightning/methods`` are examples.
 """
 
 from collections import defaultdict
@@ -15,12 +16,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
+# the optimizer's state, for each device.
+Memory = dict[str, Tensor]
+
 
 class Perturbation(Protocol):
-    """Maps weights and gradients to the direction of ascent and the norm to divide it by."""
+    """Maps weights and gradients to the direction of ascent and the norm to divide it by.
+
+    One with an attribute ``along = "momentum"`` is given the base optimizer's momentum in place of
+    the gradients, and needs no pass at w.
+    """
 
     def __call__(
-        self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str | None],
+        memory: Sequence[Memory],
     ) -> tuple[Sequence[Tensor], Tensor]:
         """Compute the ascent direction.
 
@@ -28,6 +41,7 @@ class Perturbation(Protocol):
             weights: the trainable weights that have a gradient, of any shapes; read only.
             grads: their gradients, same shapes, dtypes and devices; read only.
             names: the parameter's name in its model, or None where the optimizer was not told.
+            memory: a dict for each weight to keep tensors of its shape in; empty at first.
 
         Returns:
             direction, as long and of the same shapes as ``weights``, and norm, 0-dim; a norm that
@@ -36,11 +50,33 @@ class Perturbation(Protocol):
         ...
 
 
+class Descent(Protocol):
+    """Combines the gradient at w and the one at w + e to the gradient that is stepped with."""
+
+    def __call__(
+        self, first: list[Tensor] | None, second: list[Tensor], memory: Sequence[Memory]
+    ) -> None:
+        """Change ``second`` in place.
+
+        Both may be scaled by one loss scale, so the result has to scale with them.
+
+        Args:
+            first: the gradients at w; None at an update that does not climb. Read only.
+            second: those at w + e, of the same shapes; at w where the update does not climb.
+            memory: as for a perturbation.
+        """
+        ...
+
+
 class GradientAscent:
     """Climb along the gradient: SAM, Foret et al. 2021 (arXiv 2010.01412), eq. 2 with p = 2."""
 
     def __call__(
-        self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str | None],
+        memory: Sequence[Memory],
     ) -> tuple[Sequence[Tensor], Tensor]:
         """Return g and ||g||_2."""
         return grads, global_norm(grads)
@@ -65,7 +101,11 @@ class AdaptiveAscent:
         self.normalize_bias = normalize_bias
 
     def __call__(
-        self, weights: list[Tensor], grads: list[Tensor], names: Sequence[str | None]
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str | None],
+        memory: Sequence[Memory],
     ) -> tuple[Sequence[Tensor], Tensor]:
         """Return T^2 g and ||T g||_2."""
         chosen = list(range(len(weights)))
@@ -123,3 +163,17 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
         for dtype, same in by_dtype.items()
         for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
     ]
+
+
+def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
+    """The sum of all products of two lists of tensors of the same shapes, 0-dim, float32 at least.
+
+    It is summed tensor by tensor, for the products of all would take the memory of the weights.
+    """
+    total: Tensor | None = None
+    for a, b in zip(ones, others, strict=True):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = torch.sum(a.to(dtype) * b)
+        total = product if total is None else total + product.to(total.device)
+    assert total is not None
+    return total

@@ -11,7 +11,8 @@ This file needs nothing but torch and ``perturbations.py``, and can be used with
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.optim.sgd import sgd
 
 from sam_lightning.perturbations import (
     AdaptiveAscent,
+    Descent,
     GradientAscent,
+    Memory,
     Perturbation,
     global_norm,
     norms_of,
@@ -42,13 +45,16 @@ class SAM(Optimizer):
         rho: radius of the perturbation, >= 0 in the units of the weights; 0 is the base optimizer.
         adaptive: climb as the usual adaptive SAM does, |w| on every parameter. For the ASAM of the
             paper pass ``perturbation=AdaptiveAscent()`` and named parameters.
-        perturbation: where to climb; the gradient if not given.
+        perturbation: where to climb; along the gradient if not given.
+        descent: what to step with, made of the gradients at w and w + e; the latter if not given.
+        only: names of the parameters to perturb, which then have to be named; all if not given.
         decay_in_ascent: climb along g + weight_decay * w, as the official JAX code does, where the
             L2 term is part of the loss. The base optimizer decays the weights in either case.
         **kwargs: passed to ``base_optimizer``.
 
     Raises:
-        ValueError: a rho is negative or not finite, or both ways to choose a perturbation are used.
+        ValueError: a rho is negative or not finite, both ways to choose a perturbation are used,
+            the base optimizer has no momentum to climb along, or ``only`` has an unknown name.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class SAM(Optimizer):
         *,
         adaptive: bool = False,
         perturbation: Perturbation | None = None,
+        descent: Descent | None = None,
+        only: Collection[str] | None = None,
         decay_in_ascent: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -67,14 +75,30 @@ class SAM(Optimizer):
         if adaptive:
             perturbation = AdaptiveAscent(eta=0.0, normalize_bias=True)
         self.perturbation = perturbation or GradientAscent()
+        self.descent = descent
+        self.only = None if only is None else frozenset(only)
         self.decay_in_ascent = decay_in_ascent
+        self.memory: dict[Tensor, Memory] = defaultdict(dict)  # of perturbation and descent
         # 0-dim tensor; non-zero makes the next step() a no-op, decided on the device.
         self.found_inf: Tensor | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+        self._at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
+        self._combined = False
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.defaults = {**self.base_optimizer.defaults, "rho": rho}
         self._share()
+        self._check()
+
+    def _check(self) -> None:
+        defaults = self.base_optimizer.defaults
+        if self.along_momentum and not (defaults.get("momentum") or "betas" in defaults):
+            raise ValueError(
+                f"momentum={defaults.get('momentum')}: must be above 0 to climb along it"
+            )
+        names = {name for group in self.param_groups for name in group.get("param_names", ())}
+        if self.only is not None and not self.only <= names:
+            raise ValueError(f"only={min(self.only - names)}: no parameter of this name")
 
     def _share(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
@@ -95,8 +119,20 @@ class SAM(Optimizer):
         """Whether any group has rho > 0, that is, whether a step needs its second pass."""
         return any(group["rho"] > 0 for group in self.param_groups)
 
+    @property
+    def along_momentum(self) -> bool:
+        """Whether the perturbation needs no gradient at w, that is, whether one pass is enough."""
+        return getattr(self.perturbation, "along", "gradient") == "momentum"
+
     @torch.no_grad()
-    def perturb(self, *, zero_grad: bool = False, inv_scale: Tensor | None = None) -> None:
+    def perturb(
+        self,
+        *,
+        zero_grad: bool = False,
+        inv_scale: Tensor | None = None,
+        length: float = 1.0,
+        further: bool = False,
+    ) -> None:
         """Move the weights to w + e along the present gradients, keeping a copy of w.
 
         A gradient with a non-finite norm moves nothing; that is decided on the device.
@@ -104,21 +140,37 @@ class SAM(Optimizer):
         Args:
             zero_grad: clear the gradients afterwards.
             inv_scale: 1 / loss scale, 0-dim, where the gradients are those of a scaled loss.
+            length: factor on every rho.
+            further: the weights may be perturbed already, and move on from where they are.
 
         Raises:
             RuntimeError: the weights are perturbed already, or a gradient is sparse.
         """
-        if self._saved is not None:
+        if self._saved is not None and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
+        if self.descent is not None and self._saved is None:
+            self._keep_gradients(clone=not zero_grad)
         weights, grads, names, rhos = self._ascent_inputs(inv_scale)
         if weights and self.climbs:
-            direction, norm = self.perturbation(weights, grads, names)
-            saved = [torch.empty_like(w) for w in weights]
-            torch._foreach_copy_(saved, weights)
-            self._saved = weights, saved
-            move(weights, direction, rhos, norm)
+            memory = [self.memory[w] for w in weights]
+            direction, norm = self.perturbation(weights, grads, names, memory)
+            self._save(weights)
+            move(weights, direction, [rho * length for rho in rhos], norm)
         if zero_grad:
             self.zero_grad()
+
+    def _keep_gradients(self, *, clone: bool) -> None:
+        grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
+        self._at_w = {p: g.clone() for p, g in grads.items()} if clone else grads
+
+    def _save(self, weights: list[Tensor]) -> None:
+        known, saved = self._saved or ([], [])
+        ids = {id(w) for w in known}
+        new = [w for w in weights if id(w) not in ids]
+        copies = [torch.empty_like(w) for w in new]
+        if new:
+            torch._foreach_copy_(copies, new)
+        self._saved = [*known, *new], [*saved, *copies]
 
     def _ascent_inputs(
         self, inv_scale: Tensor | None
@@ -128,8 +180,10 @@ class SAM(Optimizer):
             rho, decay = group["rho"], group.get("weight_decay", 0.0)
             group_names = group.get("param_names") or [None] * len(group["params"])
             for name, p in zip(group_names, group["params"], strict=True):
-                grad = p.grad
+                grad = self._momentum(p) if self.along_momentum else p.grad
                 if grad is None or not p.requires_grad:
+                    continue
+                if self.only is not None and name not in self.only:
                     continue
                 if grad.is_sparse:
                     raise RuntimeError("SAM does not support sparse gradients")
@@ -138,11 +192,19 @@ class SAM(Optimizer):
                 names.append(name)
                 rhos.append(rho)
                 decays.append(decay)
+        if self.along_momentum:
+            return weights, grads, names, rhos
         if inv_scale is not None and grads:
             grads = list(torch._foreach_mul(grads, inv_scale))
         if self.decay_in_ascent:
             grads = [g.add(w, alpha=wd) for g, w, wd in zip(grads, weights, decays, strict=True)]
         return weights, grads, names, rhos
+
+    def _momentum(self, p: Tensor) -> Tensor | None:
+        state = self.state.get(p, {})
+        momentum = state.get("momentum_buffer", state.get("exp_avg"))
+        assert momentum is None or isinstance(momentum, Tensor)
+        return momentum
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -153,18 +215,43 @@ class SAM(Optimizer):
 
     @contextmanager
     def perturbed(
-        self, *, zero_grad: bool = True, inv_scale: Tensor | None = None
+        self, *, zero_grad: bool = True, inv_scale: Tensor | None = None, length: float = 1.0
     ) -> Iterator[None]:
         """Hold the weights at w + e; they are restored however the block ends.
 
         The gradients are cleared on entry, for those of the two passes must not add up;
-        ``zero_grad=False`` keeps them. ``inv_scale`` is that of ``perturb()``.
+        ``zero_grad=False`` keeps them. ``inv_scale`` and ``length`` are those of ``perturb()``.
         """
         try:
-            self.perturb(zero_grad=zero_grad, inv_scale=inv_scale)
+            self.perturb(zero_grad=zero_grad, inv_scale=inv_scale, length=length)
             yield
+        except BaseException:
+            self._at_w = None
+            raise
         finally:
             self.restore()
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Make what is stepped with of the gradients at w and the present ones at w + e.
+
+        That is what ``descent`` does, once a step: ``step()`` calls this unless it was called
+        before, which several devices need, to combine first and average then.
+        """
+        if self.descent is None or self._combined:
+            return
+        at_w, self._at_w, self._combined = self._at_w, None, True
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        second = [p.grad for p in params if p.grad is not None]
+        first = None
+        if at_w is not None:
+            first = [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]
+        self.descent(first, second, [self.memory[p] for p in params])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; what comes then is new to ``combine()``."""
+        self._combined = False
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def perturbation_norm(self) -> Tensor:
@@ -190,21 +277,26 @@ class SAM(Optimizer):
 
         Args:
             closure: computes the loss and its gradient, and returns the loss. It is called twice,
-                at w and at w + e (once if every rho is 0), each time with cleared gradients.
+                at w and at w + e (once if every rho is 0, or if the perturbation is along the
+                momentum), each time with cleared gradients.
 
         Returns:
-            the loss at w, or None without a closure.
+            the loss of the first call, or None without a closure.
         """
         loss = None
         if closure is not None:
             self.restore()
+            self.zero_grad()
             with torch.enable_grad():
-                self.zero_grad()
-                loss = closure()
-                if self.climbs:
+                if not self.along_momentum:
+                    loss = closure()
+                if self.climbs or self.along_momentum:
                     with self.perturbed():
-                        closure()
+                        loss_there = closure()
+                    loss = loss_there if self.along_momentum else loss
         self.restore()
+        self.combine()
+        self._combined = False
         self._base_step()
         return loss
 
@@ -229,13 +321,26 @@ class SAM(Optimizer):
             self.base_optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, ``rho`` among them; never any weights."""
-        return self.base_optimizer.state_dict()
+        """The base optimizer's state and groups, ``rho`` among them; never any weights.
+
+        A method with a memory adds it, as ``memory``: for each parameter's index its tensors.
+        """
+        state = self.base_optimizer.state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        memory = {i: dict(self.memory[p]) for i, p in enumerate(params) if self.memory.get(p)}
+        return {**state, "memory": memory} if memory else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one."""
-        self.base_optimizer.load_state_dict(state_dict)
+        memory = state_dict.get("memory", {})
+        self.base_optimizer.load_state_dict(
+            {name: value for name, value in state_dict.items() if name != "memory"}
+        )
         self._share()
+        self.memory.clear()
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            for name, value in memory.get(i, {}).items():
+                self.memory[p][name] = value.to(p.device, copy=True)
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
 
@@ -245,9 +350,14 @@ class SAM(Optimizer):
             **super().__getstate__(),
             "base_optimizer": self.base_optimizer,
             "perturbation": self.perturbation,
+            "descent": self.descent,
+            "only": self.only,
             "decay_in_ascent": self.decay_in_ascent,
+            "memory": self.memory,
             "found_inf": None,
             "_saved": None,
+            "_at_w": None,
+            "_combined": False,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

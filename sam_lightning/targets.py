@@ -17,6 +17,7 @@ TARGETS = {
     "scheduler": ("sam_lightning",),
     "data.source": ("sam_lightning",),
     "method.perturbation": ("sam_lightning",),
+    "method.descent": ("sam_lightning",),
     "callbacks.*": ("sam_lightning", "lightning.pytorch.callbacks"),
     "logger.*": ("sam_lightning", "lightning.pytorch.loggers"),
 }

@@ -27,6 +27,7 @@ from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.launch import externally_launched, init_process_group, launch, local_processes
 from sam_lightning.module import SAMModule
 from sam_lightning.results import Record
+from sam_lightning.sam import SAM
 from sam_lightning.saving import LastCheckpoint, StopSignal
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
 # Keys of the trainer configuration that the module acts on; Lightning would refuse them.
 MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
+# Keys of the method's configuration that are not passed on as they are.
+OWN_KEYS = {"name", "perturbation", "descent"}
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -156,12 +159,13 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     if cfg.compile:
         model.compile()
     base_optimizer = factory(cfg, "optimizer")
+    perturbation = build(cfg, "method.perturbation")
     try:
-        base_optimizer(model.parameters())
+        SAM(model.parameters(), base_optimizer, perturbation=perturbation)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
     updates = math.ceil(data.steps_per_epoch / cfg.trainer.accumulate_grad_batches)
-    method = {str(k): v for k, v in cfg.method.items() if k not in ("name", "perturbation")}
+    method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     assert data.mean is not None
     assert data.std is not None
     model_config = {**_plain(cfg.model), **shape}
@@ -184,7 +188,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "model": model,
         "num_classes": data.num_classes,
         "base_optimizer": base_optimizer,
-        "perturbation": build(cfg, "method.perturbation"),
+        "perturbation": perturbation,
+        "descent": build(cfg, "method.descent") if cfg.method.get("descent") else None,
         "lr_factor": build(
             cfg, "scheduler", total_steps=cfg.epochs * updates, steps_per_epoch=updates
         ),

@@ -83,7 +83,7 @@ def program(folder):
         results[case] = {
             "weights": watch.weights,
             "buckets": watch.buckets,
-            "skipped": module.skipped,
+            "skipped": module.sums.skipped,
             "updates": runner.global_step,
         }
     torch.save(results, folder / f"{rank}.pt")
