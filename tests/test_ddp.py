@@ -16,6 +16,10 @@ from torch import nn
 
 import reference
 from sam_lightning import SAMModule
+from sam_lightning.methods.friendly import FriendlyAscent
+from sam_lightning.methods.gsam import SurrogateGap
+from sam_lightning.methods.looksam import Reuse
+from sam_lightning.methods.msam import MomentumAscent
 from sam_lightning.perturbations import AdaptiveAscent
 
 RANKS, STEPS, SHARD = 2, 6, 8
@@ -30,7 +34,15 @@ CASES = {
     "micro": {"accumulate_grad_batches": 2, "ascent_per_micro_batch": True},
     "sgd": {"rho": 0.0},
     "skipped": {},
+    "gsam": {"descent": SurrogateGap(0.4)},
+    "gsam, clipped": {"descent": SurrogateGap(0.4), "gradient_clip_val": 0.1},
+    "gsam, synced": {"descent": SurrogateGap(0.4), "sync_perturbation": True},
+    "looksam": {"descent": Reuse(0.7), "every": 2},
+    "friendly": {"perturbation": FriendlyAscent()},
+    "esam": {"descent_fraction": 0.5},
+    "msam": {"perturbation": MomentumAscent()},
 }
+REMEMBERS = {"perturbation": FriendlyAscent(), "descent": Reuse(0.7), "every": 2}
 
 
 def data_of(case):
@@ -86,7 +98,29 @@ def program(folder):
             "skipped": module.sums.skipped,
             "updates": runner.global_step,
         }
+    module, _ = epochs(2, rank)
+    results["unbroken"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
+    _, runner = epochs(1, rank)
+    runner.save_checkpoint(folder / "half.ckpt")
+    module, _ = epochs(2, rank, folder / "half.ckpt")
+    results["resumed"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     torch.save(results, folder / f"{rank}.pt")
+
+
+def epochs(count, rank, ckpt_path=None):
+    """Train with a method that remembers what this device found."""
+    module = SAMModule(model(), reference.CLASSES, reference.sgd, rho=0.2, **REMEMBERS)
+    strategy = DDPStrategy(broadcast_buffers=False)
+    runner = reference.trainer(
+        devices=RANKS, strategy=strategy, use_distributed_sampler=False, max_epochs=count
+    )
+    data = reference.loader([shard(batch, rank) for batch in data_of("resumed")])
+    runner.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return module, runner
+
+
+def memory_of(module):
+    return [dict(kept) for kept in module.sam.memory.values()]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +197,7 @@ def test_without_sync_each_device_climbs_by_itself(ranks, case):
     reference.assert_close(ranks[0][case]["weights"][-1], expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["synced", "synced, accumulated", "sgd"])
+@pytest.mark.parametrize("case", ["synced", "synced, accumulated", "gsam, synced", "msam", "sgd"])
 def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):
     options = {k: v for k, v in CASES[case].items() if k != "sync_perturbation"}
     net = model()
@@ -177,6 +211,51 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(ranks):
         reference.assert_equal(weights[1], weights[2])
         assert not torch.equal(weights[2]["1.weight"], weights[3]["1.weight"])
         assert rank["skipped"]["skipped"].tolist() == [1, 0, 1]
+
+
+def test_what_each_device_remembers_is_taken_up_again(ranks):
+    for rank in ranks:
+        reference.assert_equal(rank["resumed"]["weights"], rank["unbroken"]["weights"])
+        for one, two in zip(rank["resumed"]["memory"], rank["unbroken"]["memory"], strict=True):
+            assert {*one} == {"mean", "direction"}
+            reference.assert_equal(one, two)
+    one, two = (rank["unbroken"]["memory"][0]["mean"] for rank in ranks)
+    assert not torch.equal(one, two)
+
+
+def flat(grads):
+    return torch.cat([g.flatten() for g in grads.values()])
+
+
+@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "looksam"])
+def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
+    net = model()
+    optimizer = reference.sgd(net.parameters())
+    sizes = [p.numel() for p in net.parameters()]
+    directions = [None] * RANKS
+    for step, batch in enumerate(data_of(case)):
+        combined = []
+        for rank in range(RANKS):
+            group = [shard(batch, rank)]
+            first, _ = reference.mean_gradient(net, group)
+            g = flat(first)
+            if case == "looksam" and step % 2:
+                v = directions[rank]
+                combined.append(g + 0.7 * g.norm() * v / v.norm())
+                continue
+            there = flat(reference.perturbed_gradient(net, group, first, 0.2, adaptive=False)[0])
+            if case == "looksam":
+                directions[rank] = there - (there @ g) / (g @ g) * g
+                combined.append(there)
+            else:
+                combined.append(there - 0.4 * (g - (g @ there) / (there @ there) * there))
+        grads = sum(combined) / RANKS
+        for p, part in zip(net.parameters(), grads.split(sizes), strict=True):
+            p.grad = part.view_as(p).clone()
+        if "gradient_clip_val" in CASES[case]:
+            nn.utils.clip_grad_norm_(net.parameters(), CASES[case]["gradient_clip_val"])
+        optimizer.step()
+    reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
 
 
 if __name__ == "__main__":
