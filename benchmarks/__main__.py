@@ -113,15 +113,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds[name] = round(time.perf_counter() - started, 1)
         print(table(new), flush=True)
         measurements += new
+        report = {  # after each part, for a later one may fail
+            "environment": where,
+            "quick": options.quick,
+            "seconds": seconds,
+            "measurements": [dataclasses.asdict(m) for m in measurements],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     print("\nseconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
-    report = {
-        "environment": where,
-        "quick": options.quick,
-        "seconds": seconds,
-        "measurements": [dataclasses.asdict(m) for m in measurements],
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {options.json}", file=sys.stderr)
 
 

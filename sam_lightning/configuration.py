@@ -122,6 +122,7 @@ RULES: list[Rule] = [
     ("method.perturbation.decay", number(0, below=1), "a number from 0 to below 1"),
     ("method.perturbation.beta", number(0, 1, open_low=True), "a number above 0 and up to 1"),
     ("method.descent.alpha", number(0), "a number >= 0"),
+    ("method.passes", or_null(number(0, open_low=True)), "a number > 0, or null"),
     ("method.rho_min", or_null(number(0)), "a number >= 0, or null"),
     ("method.perturbed_layers", *one_of(("all", "normalization"))),
     ("method.sync_perturbation", boolean, "true, false"),

@@ -37,7 +37,7 @@ SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
 # Keys of the trainer configuration that the module acts on; Lightning would refuse them.
 MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
 # Keys of the method's configuration that are not passed on as they are.
-OWN_KEYS = {"name", "perturbation", "descent"}
+OWN_KEYS = {"name", "perturbation", "descent", "passes"}
 
 
 def train(cfg: DictConfig) -> dict[str, float]:

@@ -11,7 +11,7 @@ from sam_lightning.building import build
 
 CONF = Path(__file__).parents[1] / "conf" / "method"
 FAMILY = sorted(file.stem for file in CONF.glob("*.yaml"))
-OWN = ("defaults", "name", "perturbation", "descent")
+OWN = ("defaults", "name", "perturbation", "descent", "passes")
 
 
 def options_of(name, **options):

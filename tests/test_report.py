@@ -259,6 +259,10 @@ def test_metrics_that_are_not_finite_are_left_out_with_a_warning(tmp_path):
         ({"name": "asam", "rho": 1, "ascent_fraction": 0.5, "every": 2}, 1.25),
         ({"name": "new", "rho": 0.1, "passes": 3}, 3),
         ({}, None),
+        ({"name": "sam", "rho": 0.1, "ascent_steps": 3}, 4),
+        ({"name": "sam", "rho": 0.1, "ascent_steps": 3, "every": 2}, 2.5),
+        ({"name": "esam", "rho": 0.1, "descent_fraction": 0.5}, pytest.approx(11 / 6)),
+        ({"name": "msam", "rho": 0.1, "passes": 1}, 1),
     ],
 )
 def test_passes_per_step(method, passes):

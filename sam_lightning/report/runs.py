@@ -178,8 +178,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def passes_per_step(method: Mapping[str, Any]) -> float | None:
     """The cost of a step in passes, on average; None if the method is not known.
 
-    One with the base optimizer alone, else what ``method.passes`` says, else two, or less where a
-    part of the batch climbs (``ascent_fraction``) or not every update does (``every``).
+    One with the base optimizer alone, else what ``method.passes`` says, else what follows from the
+    parts of the batch (``ascent_fraction``, ``descent_fraction``, which needs a forward pass more),
+    the steps of ascent and how often there is one (``ascent_steps``, ``every``).
     """
     if method.get("name") == "sgd" or method.get("rho") == 0:
         return 1.0
@@ -187,8 +188,12 @@ def passes_per_step(method: Mapping[str, Any]) -> float | None:
         return stored
     if "rho" not in method:
         return None
-    fraction, every = _number(method.get("ascent_fraction", 1)), _number(method.get("every", 1))
-    return 1 + fraction / every if fraction and every else None
+    keys = ("ascent_fraction", "ascent_steps", "descent_fraction", "every")
+    fraction, steps, descent, every = (_number(method.get(key, 1)) for key in keys)
+    if not (fraction and steps and descent and every):
+        return None
+    climbing = fraction * steps + (1 if descent == 1 else descent + 1 / 3)
+    return 1 + (climbing - 1) / every
 
 
 def curve(run: Run, name: str) -> dict[int, float]:
