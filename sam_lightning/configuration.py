@@ -18,7 +18,7 @@ from sam_lightning.targets import check_targets
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64)
-POLICIES = (None, "autoaugment", "trivialaugment", "randaugment")
+POLICIES = (None, "autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
 PARTS = ("train", "val", "test")
 METRICS = (
     *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),

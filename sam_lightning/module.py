@@ -22,9 +22,10 @@ from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.gradients import GradientModule, MicroBatch
 from sam_lightning.methods.sam_on import normalization_parameters
 from sam_lightning.models.running_stats import frozen_running_stats
-from sam_lightning.perturbations import Descent, Perturbation, global_norm
+from sam_lightning.perturbations import Descent, Perturbation
 from sam_lightning.sam import SAM
 from sam_lightning.update_log import LogUpdates, UpdateSums, cosine
+from sam_lightning.vectors import global_norm
 
 
 class ManualSAM(SAM):

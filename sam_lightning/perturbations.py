@@ -9,12 +9,13 @@ A new method is one class with this ``__call__`` and one YAML file in ``conf/met
 ``sam_lightning/methods`` are examples.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sam_lightning.vectors import global_norm, norms_of
 
 # What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
 # the optimizer's state, for each device.
@@ -140,40 +141,3 @@ def _parts(chosen: list[int], weights: list[Tensor]) -> Iterator[list[int]]:
             part, size = [], 0
     if part:
         yield part
-
-
-def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
-    norms = norms_of(tensors)
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
-
-
-def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, 0-dim, those of one dtype together.
-
-    They are accumulated in float32 at least, so half precision neither overflows nor rounds to
-    zero.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for t in tensors:
-        by_dtype[t.dtype].append(t)
-    return [
-        norm
-        for dtype, same in by_dtype.items()
-        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    ]
-
-
-def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
-    """The sum of all products of two lists of tensors of the same shapes, 0-dim, float32 at least.
-
-    It is summed tensor by tensor, for the products of all would take the memory of the weights.
-    """
-    total: Tensor | None = None
-    for a, b in zip(ones, others, strict=True):
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        product = torch.sum(a.to(dtype) * b)
-        total = product if total is None else total + product.to(total.device)
-    assert total is not None
-    return total

@@ -7,19 +7,19 @@
         loss_fn(model(x), y).backward()     # g' = grad L(w + e)
     optimizer.step()                        # w is back, bit for bit; the base optimizer uses g'
 
-This file needs nothing but torch and ``perturbations.py``, and can be used without Lightning.
+This file needs nothing but torch, ``perturbations.py`` and ``vectors.py``, and can be used without
+Lightning.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.sgd import sgd
 
 from sam_lightning.perturbations import (
     AdaptiveAscent,
@@ -27,9 +27,8 @@ from sam_lightning.perturbations import (
     GradientAscent,
     Memory,
     Perturbation,
-    global_norm,
-    norms_of,
 )
+from sam_lightning.vectors import global_norm, move, norms_of
 
 
 class SAM(Optimizer):
@@ -363,65 +362,3 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
-
-
-def move(
-    weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
-) -> None:
-    """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
-
-    That is a step of gradient ascent, and torch's fused SGD does it in one pass over the memory;
-    its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
-    """
-    found_inf = (~norm.isfinite()).to(torch.float32)
-    inv_norm = 1 / (norm + 1e-12)
-    alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
-    for w, d, rho in zip(weights, direction, rhos, strict=True):
-        if rho > 0:
-            ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
-            ws.append(w)
-            ds.append(d)
-    for (device, dtype, rho), (ws, ds) in alike.items():
-        step_size = (inv_norm * rho).to(device)
-        if device.type == "cuda":
-            step_size = step_size.float()  # what the fused kernel reads
-        # A float64 step is left to the general form on CUDA, for a float32 would round it.
-        fused = device.type == "cpu" or (device.type == "cuda" and dtype is not torch.float64)
-        if fused and dtype.is_floating_point and all(map(_same_memory_order, ws, ds)):
-            _ascend(ws, ds, step_size, found_inf)
-        else:
-            moved = found_inf.to(device) == 0
-            for w, d in zip(ws, ds, strict=True):
-                # where() and not a product: 0 * inf would carry a NaN into the weights
-                w.add_(torch.where(moved, d * step_size, 0).to(w.dtype))
-
-
-def _ascend(
-    weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
-) -> None:
-    sgd(
-        weights,
-        direction,
-        [None] * len(weights),
-        fused=True,
-        found_inf=found_inf,
-        lr=step_size,
-        maximize=True,
-        weight_decay=0.0,
-        momentum=0.0,
-        dampening=0.0,
-        nesterov=False,
-    )
-    # torch's fused kernels leave this out, and autograd would not notice that a graph of before
-    # the move is used after it.
-    for w in weights:
-        torch.autograd.graph.increment_version(w)
-
-
-def _same_memory_order(w: Tensor, d: Tensor) -> bool:
-    """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
-    return (
-        w.dtype is d.dtype
-        and w.stride() == d.stride()
-        and (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last))
-    )

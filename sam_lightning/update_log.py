@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sam_lightning.perturbations import global_norm, inner_product
+from sam_lightning.vectors import global_norm, inner_product
 
 # loss, accuracy, sharpness, gradient norm, updates, ascents; perturbation norm, cosine, and the
 # number of updates at which these two were measured

@@ -108,7 +108,9 @@ def test_normalize_is_torchvisions():
     torch.testing.assert_close(out, reference_normalize(images), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("policy", [None, "autoaugment", "trivialaugment", "randaugment"])
+@pytest.mark.parametrize(
+    "policy", [None, "autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"]
+)
 def test_output_depends_on_the_generator_only(policy):
     images = random_images(16, 3, 12, 12)
     before = images.clone()
@@ -162,6 +164,7 @@ def test_an_odd_cutout_has_the_asked_side():
 def torchvision_policy(name):
     return {
         "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+        "autoaugment_svhn": v2.AutoAugment(v2.AutoAugmentPolicy.SVHN),
         "trivialaugment": v2.TrivialAugmentWide(),
         "randaugment": v2.RandAugment(),
     }[name]
@@ -172,7 +175,9 @@ def changes(outputs, image):
     return (outputs.float() - image.float()).abs().mean((1, 2, 3)).numpy()
 
 
-@pytest.mark.parametrize("name", ["autoaugment", "trivialaugment", "randaugment"])
+@pytest.mark.parametrize(
+    "name", ["autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"]
+)
 def test_a_policy_is_drawn_for_every_image_as_torchvision_draws_it(name):
     ramp = torch.arange(20 * 20).view(20, 20) % 251
     image = torch.stack([ramp, ramp.T, 250 - ramp]).to(torch.uint8)
@@ -180,7 +185,7 @@ def test_a_policy_is_drawn_for_every_image_as_torchvision_draws_it(name):
     augment = BatchAugment([0.0] * 3, [1 / 255] * 3, **UNCHANGED, policy=name)
     ours = augment(image.expand(n, 3, 20, 20), seeded(8)).round()
     reference = {}
-    for other in ("autoaugment", "trivialaugment", "randaugment"):
+    for other in ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"):
         policy = torchvision_policy(other)
         with torch.random.fork_rng():
             torch.manual_seed(1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from host_syncs import HostSyncs
 from sam_lightning import SAM
-from sam_lightning.perturbations import global_norm
+from sam_lightning.vectors import global_norm
 from steps import (
     BASES,
     METHODS,

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from sam_lightning.errors import ConfigError
 
-POLICIES = ("autoaugment", "trivialaugment", "randaugment")
+POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
 
 
 def draw_seed(*parts: int) -> int:
@@ -52,9 +52,9 @@ class BatchAugment:
         flip: mirror every other image, left to right, on average.
         cutout: side in pixels of a square of the mean colour around a uniformly drawn pixel, cut
             off at the borders (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
-        policy: torchvision's AutoAugment with its CIFAR-10 policy, TrivialAugmentWide, RandAugment,
-            or None. It treats one image after the other, and is much slower than all the rest: best
-            done on the CPU, by several processes.
+        policy: torchvision's AutoAugment with its policy for CIFAR-10 or for SVHN, its
+            TrivialAugmentWide or RandAugment, or None. It treats one image after the other, and is
+            much slower than all the rest: best done on the CPU, by several processes.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -167,4 +167,6 @@ def _policy(name: str) -> Callable[[Tensor], Tensor]:
 
     if name == "autoaugment":
         return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    if name == "autoaugment_svhn":
+        return v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
     return v2.TrivialAugmentWide() if name == "trivialaugment" else v2.RandAugment()

@@ -7,6 +7,7 @@ of your own that the environment variable SAM_LIGHTNING_TRUST lists.
 
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sam_lightning.configuration import one_line
 from sam_lightning.data.decoding import decode_cached
 from sam_lightning.errors import ConfigError
 
+# Arguments of torchvision's classes, in the order in which they are opened.
+TEST_AND_TRAIN = ({"train": False}, {"train": True})
 _FOLDERS = "train/<class>/* and test/<class>/* (val/<class>/* as well, or instead of test)"
 
 
@@ -109,16 +112,39 @@ def fashion_mnist(root: str, download: bool = True) -> ImageSource:
     return _from_torchvision(FashionMNIST, root, download)
 
 
-def _from_torchvision(dataset: Any, root: str, download: bool) -> ImageSource:
+def svhn(root: str, extra: bool = False, download: bool = True) -> ImageSource:
+    """SVHN: 73,257 + 26,032 colour crops of house numbers, 32 x 32, 10 digits (Netzer et al. 2011).
+
+    Args:
+        root: the folder that holds, or is to hold, ``train_32x32.mat`` and ``test_32x32.mat``.
+        extra: train on the 531,131 crops of ``extra_32x32.mat`` too, which are easier.
+        download: fetch files that are missing or damaged.
+
+    Raises:
+        ConfigError: the files are missing or damaged and cannot be downloaded.
+    """
+    from torchvision.datasets import SVHN
+
+    parts = [{"split": "test"}, {"split": "train"}, *([{"split": "extra"}] if extra else [])]
+    return _from_torchvision(SVHN, root, download, parts)
+
+
+def _from_torchvision(
+    dataset: Any, root: str, download: bool, parts: Sequence[dict[str, Any]] = TEST_AND_TRAIN
+) -> ImageSource:
     root = os.path.expanduser(root)
     is_new = not os.path.exists(root)
     try:
+        splits, classes = [], [str(digit) for digit in range(10)]
         # The test set is opened first: it is quick to read and shows most problems.
-        test = dataset(root, train=False, download=download)
-        train = dataset(root, train=True, download=download)
+        for part in parts:
+            opened = dataset(root, download=download, **part)
+            splits.append(_as_split(opened))
+            classes = list(getattr(opened, "classes", classes))
         if _altered_contents(dataset, root):
             raise ValueError("unzipped files are damaged")
-        return ImageSource(_as_split(train), _as_split(test), list(train.classes))
+        test, *train = splits
+        return ImageSource(train[0] if len(train) == 1 else _joined(train), test, classes)
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
         if is_new and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)  # torchvision makes it before it downloads
@@ -141,6 +167,8 @@ def _altered(dataset: Any, root: str) -> list[str]:
     if hasattr(dataset, "resources"):  # the family of MNIST
         folder = _raw_folder(dataset, root)
         sums = {folder / name: md5 for name, md5 in dataset.resources}
+    elif hasattr(dataset, "split_list"):  # SVHN
+        sums = {Path(root, name): md5 for _, name, md5 in dataset.split_list.values()}
     else:  # that of CIFAR
         folder = Path(root, dataset.base_folder)
         meta = (dataset.meta["filename"], dataset.meta["md5"])
@@ -177,8 +205,16 @@ def _raw_folder(dataset: Any, root: str) -> Path:
 
 def _as_split(dataset: Any) -> Split:
     images = torch.as_tensor(dataset.data)
+    if hasattr(dataset, "labels"):  # SVHN, N x C x H x W already
+        return Split(images.contiguous(), torch.as_tensor(dataset.labels))
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))
+
+
+def _joined(splits: list[Split]) -> Split:
+    return Split(
+        torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits])
+    )
 
 
 def digits() -> ImageSource:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sam_lightning.perturbations import Memory, global_norm, inner_product
+from sam_lightning.perturbations import Memory
+from sam_lightning.vectors import global_norm, inner_product
 
 
 class SurrogateGap:

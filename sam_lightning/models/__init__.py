@@ -1,7 +1,15 @@
 """Models: images in, logits out."""
 
+from sam_lightning.models.pyramidnet import PyramidNet
 from sam_lightning.models.resnet import SAMResNet18, SAMResNet34, SAMResNet50
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.models.wide_resnet import WideResNet
 
-__all__ = ["SAMResNet18", "SAMResNet34", "SAMResNet50", "WideResNet", "frozen_running_stats"]
+__all__ = [
+    "PyramidNet",
+    "SAMResNet18",
+    "SAMResNet34",
+    "SAMResNet50",
+    "WideResNet",
+    "frozen_running_stats",
+]

@@ -1,0 +1,107 @@
+"""All weights as one vector, which is never made: its norm, its products, a step along it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
+    norms = norms_of(tensors)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+
+
+def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, 0-dim, those of one dtype together.
+
+    They are accumulated in float32 at least, so half precision neither overflows nor rounds to
+    zero.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for t in tensors:
+        by_dtype[t.dtype].append(t)
+    return [
+        norm
+        for dtype, same in by_dtype.items()
+        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+    ]
+
+
+def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
+    """The sum of all products of two lists of tensors of the same shapes, 0-dim, float32 at least.
+
+    It is summed tensor by tensor, for the products of all would take the memory of the weights.
+    """
+    total: Tensor | None = None
+    for a, b in zip(ones, others, strict=True):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = torch.sum(a.to(dtype) * b)
+        total = product if total is None else total + product.to(total.device)
+    assert total is not None
+    return total
+
+
+def move(
+    weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
+) -> None:
+    """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
+
+    That is a step of gradient ascent, and torch's fused SGD does it in one pass over the memory;
+    its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
+    """
+    found_inf = (~norm.isfinite()).to(torch.float32)
+    inv_norm = 1 / (norm + 1e-12)
+    alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
+    for w, d, rho in zip(weights, direction, rhos, strict=True):
+        if rho > 0:
+            ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
+            ws.append(w)
+            ds.append(d)
+    for (device, dtype, rho), (ws, ds) in alike.items():
+        step_size = (inv_norm * rho).to(device)
+        if device.type == "cuda":
+            step_size = step_size.float()  # what the fused kernel reads
+        # A float64 step is left to the general form on CUDA, for a float32 would round it.
+        fused = device.type == "cpu" or (device.type == "cuda" and dtype is not torch.float64)
+        if fused and dtype.is_floating_point and all(map(_same_memory_order, ws, ds)):
+            _ascend(ws, ds, step_size, found_inf)
+        else:
+            moved = found_inf.to(device) == 0
+            for w, d in zip(ws, ds, strict=True):
+                # where() and not a product: 0 * inf would carry a NaN into the weights
+                w.add_(torch.where(moved, d * step_size, 0).to(w.dtype))
+
+
+def _ascend(
+    weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
+) -> None:
+    sgd(
+        weights,
+        direction,
+        [None] * len(weights),
+        fused=True,
+        found_inf=found_inf,
+        lr=step_size,
+        maximize=True,
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+    )
+    # torch's fused kernels leave this out, and autograd would not notice that a graph of before
+    # the move is used after it.
+    for w in weights:
+        torch.autograd.graph.increment_version(w)
+
+
+def _same_memory_order(w: Tensor, d: Tensor) -> bool:
+    """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
+    return (
+        w.dtype is d.dtype
+        and w.stride() == d.stride()
+        and (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last))
+    )
