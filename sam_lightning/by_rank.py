@@ -34,8 +34,8 @@ def load_by_rank(module: "SAMModule", rows: dict[str, Tensor]) -> None:
     """Take up this device's rows, once the model is on the device and the optimizer is loaded."""
     module.sums.window = rows["window"].to(module.device)
     _fill(list(_float_buffers(module).values()), rows["running_stats"])
-    if "memory" in rows:
-        _fill(_memory(module), rows["memory"])
+    if "memory" in rows and (memory := _memory(module)):  # not of another method
+        _fill(memory, rows["memory"])
 
 
 def _float_buffers(module: "SAMModule") -> dict[str, Tensor]:

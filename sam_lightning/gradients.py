@@ -3,9 +3,9 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_lightning.classifier import Batch, Classifier
@@ -101,6 +101,10 @@ class GradientModule(Classifier):
     def _seed_masks(self, seed: int, second_pass: bool) -> None:
         if second_pass and not self.same_randomness:
             seed = draw_seed(seed, 2)
+        self.seed_draws(seed)
+
+    def seed_draws(self, seed: int) -> None:
+        """Seed what torch draws from now on, on the CPU and on this device."""
         # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
         # trace for each kind of device that is not there.
         torch.default_generator.manual_seed(seed)
@@ -122,11 +126,12 @@ class GradientModule(Classifier):
         """Average over devices the gradients that no backward pass has averaged."""
         if self.trainer.world_size == 1:
             return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         flat = torch.cat([g.flatten() for g in grads])  # one message for all
-        mean: Any = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
+        dist.all_reduce(flat.div_(self.trainer.world_size))  # the strategy's would wait for it
+        for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p
 
     def inv_scale(self) -> Tensor | None:
         """1 / loss scale, 0-dim, or None where the loss is not scaled."""

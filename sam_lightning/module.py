@@ -36,10 +36,15 @@ class ManualSAM(SAM):
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call the closure once, then step the base optimizer with the present gradients."""
+        """Call the closure once, then step the base optimizer with the present gradients.
+
+        ``combine()`` was called before, for it takes gradients that are not yet unscaled, clipped
+        or averaged.
+        """
         if closure is not None:
             closure()
-        return super().step()
+        self.restore()
+        self._base_step()
 
 
 class SAMModule(GradientModule):
@@ -51,8 +56,8 @@ class SAMModule(GradientModule):
         base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
         rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no
             more.
-        rho_min: where the radius ends as the learning rate falls: rho_min + (rho - rho_min) times
-            the schedule's factor (Zhuang et al. 2022, equation 8); None for a constant radius.
+        rho_min: where the radius ends as the learning rate falls to 0: rho_min + (rho - rho_min)
+            times the schedule's factor (Zhuang et al. 2022, algorithm 1); None for a constant one.
         perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
         lr_factor: from the number of updates done to the factor on the learning rates.
         sync_perturbation: average the ascent gradient over devices. Otherwise each device climbs
@@ -65,7 +70,7 @@ class SAMModule(GradientModule):
         ascent_steps: climb in so many steps of rho / ascent_steps, each along the gradient where it
             starts; a step costs ``1 + ascent_steps`` passes.
         descent_fraction: part of each batch, in (0, 1], whose gradient at w + e is taken: the
-            images whose loss rises most (Du et al. 2022, section 3.2).
+            images whose loss rises most (Du et al. 2022, sharpness-sensitive data selection).
         every: climb at one update in so many, starting with the first; the others are steps of
             the base optimizer, of one pass each.
         same_randomness: the second pass uses the dropout masks of the first.
@@ -126,6 +131,14 @@ class SAMModule(GradientModule):
                 "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
                 "gradients of the whole accumulated batch"
             )
+        if getattr(perturbation, "along", "gradient") == "momentum":
+            whole = ascent_fraction == descent_fraction == ascent_steps == 1
+            if not whole or ascent_per_micro_batch or decay_in_ascent:
+                raise ConfigError(
+                    "method.perturbation: one along the momentum has one pass, so ascent_fraction, "
+                    "descent_fraction, ascent_steps, ascent_per_micro_batch and decay_in_ascent "
+                    "must be as in conf/method/sam.yaml"
+                )
         self.base_optimizer = base_optimizer
         self.rho = rho
         self.rho_min = rho if rho_min is None else rho_min
@@ -161,7 +174,7 @@ class SAMModule(GradientModule):
             rho=self.rho,
             perturbation=self.perturbation,
             descent=self.descent,
-            only=self.only and self.only & {name for name, _ in trainable},
+            only=self.only,
             decay_in_ascent=self.decay_in_ascent,
         )
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
@@ -227,13 +240,13 @@ class SAMModule(GradientModule):
         else:
             measure = last or self._log_before_next_ascent()
             first, second = self._two_passes(micro_batches, measure, sync=not average_late)
+        sam.combine()
         if average_late:
-            sam.combine()
             self.average_gradients()
         self._logged_lr = self.lr  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.sums.add_update(first, second, climbs)
+        self.sums.add_update(first, second, climbs and not sam.along_momentum)
 
     def _log_before_next_ascent(self) -> bool:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
@@ -280,6 +293,9 @@ class SAMModule(GradientModule):
     def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
         scale: dict[str, Any] = {"inv_scale": self.inv_scale(), "length": self._length()}
+        # of a perturbation that draws: the same on all devices where their gradient is
+        rank = 0 if self.sync_perturbation else self.global_rank
+        self.seed_draws(draw_seed(self.seed, self.global_step, 1, rank))
         with self.sam.perturbed(**scale), frozen_running_stats(self.model):
             for _ in range(self.ascent_steps - 1):
                 self._ascent_gradient(micro_batches, second_pass=True)

@@ -53,7 +53,8 @@ class SAM(Optimizer):
 
     Raises:
         ValueError: a rho is negative or not finite, both ways to choose a perturbation are used,
-            the base optimizer has no momentum to climb along, or ``only`` has an unknown name.
+            the base optimizer has no momentum to climb along, that is combined with a descent, or
+            ``only`` has an unknown name.
     """
 
     def __init__(
@@ -82,7 +83,6 @@ class SAM(Optimizer):
         self.found_inf: Tensor | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
         self._at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
-        self._combined = False
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.defaults = {**self.base_optimizer.defaults, "rho": rho}
@@ -95,6 +95,8 @@ class SAM(Optimizer):
             raise ValueError(
                 f"momentum={defaults.get('momentum')}: must be above 0 to climb along it"
             )
+        if self.along_momentum and self.descent is not None:
+            raise ValueError("descent: combines two gradients, and along the momentum there is one")
         names = {name for group in self.param_groups for name in group.get("param_names", ())}
         if self.only is not None and not self.only <= names:
             raise ValueError(f"only={min(self.only - names)}: no parameter of this name")
@@ -117,6 +119,10 @@ class SAM(Optimizer):
     def climbs(self) -> bool:
         """Whether any group has rho > 0, that is, whether a step needs its second pass."""
         return any(group["rho"] > 0 for group in self.param_groups)
+
+    @property
+    def _method(self) -> list[str]:
+        return [type(self.perturbation).__name__, type(self.descent).__name__]
 
     @property
     def along_momentum(self) -> bool:
@@ -147,20 +153,22 @@ class SAM(Optimizer):
         """
         if self._saved is not None and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        if self.descent is not None and self._saved is None:
-            self._keep_gradients(clone=not zero_grad)
+        first = self._saved is None
+        at_w = self._gradients(clone=not zero_grad) if first and self.descent else self._at_w
         weights, grads, names, rhos = self._ascent_inputs(inv_scale)
         if weights and self.climbs:
-            memory = [self.memory[w] for w in weights]
+            # What is remembered is of the gradient at w, and changes once an update.
+            memory = [self.memory[w] if first else dict(self.memory[w]) for w in weights]
             direction, norm = self.perturbation(weights, grads, names, memory)
             self._save(weights)
             move(weights, direction, [rho * length for rho in rhos], norm)
         if zero_grad:
             self.zero_grad()
+        self._at_w = at_w
 
-    def _keep_gradients(self, *, clone: bool) -> None:
+    def _gradients(self, *, clone: bool) -> dict[Tensor, Tensor]:
         grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
-        self._at_w = {p: g.clone() for p, g in grads.items()} if clone else grads
+        return {p: g.clone() for p, g in grads.items()} if clone else grads
 
     def _save(self, weights: list[Tensor]) -> None:
         known, saved = self._saved or ([], [])
@@ -234,12 +242,11 @@ class SAM(Optimizer):
     def combine(self) -> None:
         """Make what is stepped with of the gradients at w and the present ones at w + e.
 
-        That is what ``descent`` does, once a step: ``step()`` calls this unless it was called
-        before, which several devices need, to combine first and average then.
+        That is what ``descent`` does, once a step. ``step()`` calls this.
         """
-        if self.descent is None or self._combined:
+        at_w, self._at_w = self._at_w, None
+        if self.descent is None or not self.climbs:
             return
-        at_w, self._at_w, self._combined = self._at_w, None, True
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         second = [p.grad for p in params if p.grad is not None]
         first = None
@@ -248,8 +255,9 @@ class SAM(Optimizer):
         self.descent(first, second, [self.memory[p] for p in params])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; what comes then is new to ``combine()``."""
-        self._combined = False
+        """Clear the gradients, and at w forget those that a step left behind."""
+        if self._saved is None:
+            self._at_w = None
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -295,7 +303,6 @@ class SAM(Optimizer):
                     loss = loss_there if self.along_momentum else loss
         self.restore()
         self.combine()
-        self._combined = False
         self._base_step()
         return loss
 
@@ -323,11 +330,12 @@ class SAM(Optimizer):
         """The base optimizer's state and groups, ``rho`` among them; never any weights.
 
         A method with a memory adds it, as ``memory``: for each parameter's index its tensors.
+        Another method does not take it up.
         """
         state = self.base_optimizer.state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
         memory = {i: dict(self.memory[p]) for i, p in enumerate(params) if self.memory.get(p)}
-        return {**state, "memory": memory} if memory else state
+        return {**state, "memory": {"of": self._method, **memory}} if memory else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one."""
@@ -337,6 +345,8 @@ class SAM(Optimizer):
         )
         self._share()
         self.memory.clear()
+        if memory.get("of") != self._method:
+            memory = {}
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             for name, value in memory.get(i, {}).items():
                 self.memory[p][name] = value.to(p.device, copy=True)
@@ -356,7 +366,6 @@ class SAM(Optimizer):
             "found_inf": None,
             "_saved": None,
             "_at_w": None,
-            "_combined": False,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

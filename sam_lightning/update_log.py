@@ -67,10 +67,11 @@ class UpdateSums:
         values = {
             "train/loss": loss / count,
             "train/acc": acc / count,
-            "train/sharpness": sharpness / max(ascents, 1),
             "train/grad_norm": grad_norm / count,
             "train/skipped_steps": skipped,
         }
+        if ascents:
+            values["train/sharpness"] = sharpness / ascents
         if measured and math.isfinite(similarity):  # not so where a gradient is 0 or not finite
             values["train/perturbation_norm"] = norm / measured
             values["train/cosine"] = similarity / measured

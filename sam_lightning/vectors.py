@@ -45,6 +45,15 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
+    """The factor c, 0-dim, that makes c * along the part of ``of`` in that direction.
+
+    c = <of, along> / ||along||^2, by a unit vector, for the square of a scaled norm may overflow.
+    """
+    norm = global_norm(along) + 1e-12
+    return inner_product(of, (a / norm for a in along)) / norm
+
+
 def move(
     weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
 ) -> None:

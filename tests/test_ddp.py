@@ -16,8 +16,10 @@ from torch import nn
 
 import reference
 from sam_lightning import SAMModule
+from sam_lightning.methods.esam import RandomSubsetAscent
 from sam_lightning.methods.friendly import FriendlyAscent
 from sam_lightning.methods.gsam import SurrogateGap
+from sam_lightning.methods.linf import SignAscent
 from sam_lightning.methods.looksam import Reuse
 from sam_lightning.methods.msam import MomentumAscent
 from sam_lightning.perturbations import AdaptiveAscent
@@ -39,7 +41,17 @@ CASES = {
     "gsam, synced": {"descent": SurrogateGap(0.4), "sync_perturbation": True},
     "looksam": {"descent": Reuse(0.7), "every": 2},
     "friendly": {"perturbation": FriendlyAscent()},
-    "esam": {"descent_fraction": 0.5},
+    "esam": {"perturbation": RandomSubsetAscent(beta=0.6), "descent_fraction": 0.5},
+    "esam, synced": {"perturbation": RandomSubsetAscent(beta=0.6), "sync_perturbation": True},
+    "gsam, accumulated": {"descent": SurrogateGap(0.4), "accumulate_grad_batches": 2},
+    "looksam, synced": {
+        "descent": Reuse(0.7),
+        "every": 2,
+        "sync_perturbation": True,
+        "gradient_clip_val": 0.1,
+    },
+    "linf": {"perturbation": SignAscent(), "rho": 0.002},
+    "three steps": {"ascent_steps": 3, "sync_perturbation": True},
     "msam": {"perturbation": MomentumAscent()},
 }
 REMEMBERS = {"perturbation": FriendlyAscent(), "descent": Reuse(0.7), "every": 2}
@@ -197,7 +209,13 @@ def test_without_sync_each_device_climbs_by_itself(ranks, case):
     reference.assert_close(ranks[0][case]["weights"][-1], expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["synced", "synced, accumulated", "gsam, synced", "msam", "sgd"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("synced", "synced, accumulated", "sgd", "msam", "three steps"),
+        *("gsam, synced", "looksam, synced", "esam, synced"),
+    ],
+)
 def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):
     options = {k: v for k, v in CASES[case].items() if k != "sync_perturbation"}
     net = model()
@@ -227,16 +245,18 @@ def flat(grads):
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "looksam"])
+@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "gsam, accumulated", "looksam"])
 def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
     net = model()
     optimizer = reference.sgd(net.parameters())
     sizes = [p.numel() for p in net.parameters()]
     directions = [None] * RANKS
-    for step, batch in enumerate(data_of(case)):
+    data = data_of(case)
+    size = CASES[case].get("accumulate_grad_batches", 1)
+    for step, start in enumerate(range(0, STEPS, size)):
         combined = []
         for rank in range(RANKS):
-            group = [shard(batch, rank)]
+            group = [shard(batch, rank) for batch in data[start : start + size]]
             first, _ = reference.mean_gradient(net, group)
             g = flat(first)
             if case == "looksam" and step % 2:

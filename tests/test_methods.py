@@ -199,8 +199,9 @@ def test_the_layers_that_sam_on_perturbs():
     assert any("downsample" in name for name in found)  # not told by the name of the layer
     layers = nn.Sequential(nn.Conv1d(2, 2, 1), nn.GroupNorm(1, 2), nn.LayerNorm([2, 3]))
     assert normalization_parameters(layers) == {"1.weight", "1.bias", "2.weight", "2.bias"}
-    with pytest.raises(ConfigError, match=r"perturbed_layers=normalization: .* no normalisation"):
-        normalization_parameters(nn.Linear(2, 2))
+    for without in (nn.Linear(2, 2), layers.requires_grad_(False)):
+        with pytest.raises(ConfigError, match=r"perturbed_layers=normalization: .* no normalis"):
+            normalization_parameters(without)
 
 
 def test_the_other_weights_do_not_count_for_the_norm():
@@ -277,10 +278,63 @@ def test_a_gradient_that_is_not_finite_is_not_remembered(method):
     assert all(w.isfinite().all() for w in weights_of(model))
 
 
+def test_friendly_sam_remembers_the_gradients_at_w_once_an_update():
+    model = network()
+    sam = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.01, perturbation=FriendlyAscent())
+    one, two = batches(2)
+    step_with_closure(model, sam, one)
+    means = [sam.memory[p]["mean"].clone() for p in model.parameters()]
+    sam.zero_grad()
+    loss_at(model, two).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    for further in (False, True, True):
+        sam.perturb(zero_grad=True, length=1 / 3, further=further)
+        loss_at(model, two).backward()
+    sam.step()
+    expected = [0.9 * m + 0.1 * g for m, g in zip(means, grads, strict=True)]
+    assert_close([sam.memory[p]["mean"] for p in model.parameters()], expected)
+
+
+def test_looksam_corrects_what_it_has_a_direction_for():
+    first, second = torch.randn(2, 3, 4, dtype=torch.float64)
+    memory = [{}, {}, {}]
+    Reuse(0.7)(list(first[:2]), list(second[:2].clone()), memory[:2])
+    found = list(second.clone())
+    Reuse(0.7)(None, found, memory)
+    assert not torch.equal(found[0], second[0])
+    assert torch.equal(found[2], second[2])
+
+
+def test_looksam_keeps_no_direction_that_is_rounding():
+    g = [torch.randn(100)]
+    memory = [{}]
+    Reuse(0.7)(g, [g[0].clone()], memory)
+    assert memory[0]["direction"].norm() == 0
+
+
+def test_what_a_step_left_behind_is_not_combined_with_the_next():
+    model = network()
+    sam = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.1, descent=SurrogateGap())
+    one, two = batches(2)
+    sam.zero_grad()
+    loss_at(model, one).backward()
+    with sam.perturbed():
+        loss_at(model, one).backward()
+    sam.zero_grad()  # and no step
+    loss_at(model, two).backward()
+    expected = [p - 0.1 * p.grad for p in model.parameters()]
+    sam.step()
+    assert_close(weights_of(model), expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"perturbation": MomentumAscent()}, "momentum=0: must be above 0"),
+        (
+            {"perturbation": MomentumAscent(), "momentum": 0.9, "descent": SurrogateGap()},
+            "descent: combines two gradients",
+        ),
         ({"only": {"0.weight", "nothing"}}, "only=nothing: no parameter"),
     ],
 )

@@ -14,8 +14,8 @@ class FriendlyAscent:
 
     e = rho * d / ||d|| with d = g - sigma * m, where m, the mean of earlier gradients, stands for
     the gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d is taken
-    with the m of the updates before (the paper's equations use the one that has g in it, which
-    gives decay * d for sigma = 1: the same direction), and the first update climbs along g, m = g.
+    with the m of the updates before (with one that has g in it, sigma = 1 gives decay * d, the same
+    direction), and the first update climbs along g and sets m = g.
 
     Args:
         sigma: how much of the mean is left out; 0 is SAM, 1 the authors' choice.
@@ -50,5 +50,5 @@ class FriendlyAscent:
                 continue
             mean = kept["mean"]
             direction.append(torch.sub(g, mean, alpha=self.sigma))
-            mean.copy_(torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean))
+            kept["mean"] = torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean)
         return direction, global_norm(direction)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.perturbations import Memory
-from sam_lightning.vectors import global_norm, inner_product
+from sam_lightning.vectors import projection
 
 
 class SurrogateGap:
@@ -18,7 +18,7 @@ class SurrogateGap:
     the results are averaged.
 
     Args:
-        alpha: >= 0; 0 is SAM. The authors use 0.4 for ResNets.
+        alpha: >= 0; 0 is SAM. The authors' code has 0.6 for ViT-B/32 on ImageNet.
 
     Raises:
         ValueError: alpha is negative.
@@ -35,8 +35,5 @@ class SurrogateGap:
         """Subtract alpha * g_o from g'; leave the gradient of an update that does not climb."""
         if first is None:
             return
-        # by unit vectors, for the square of a scaled norm may overflow
-        norm = global_norm(second) + 1e-12
-        share = inner_product(first, torch._foreach_div(second, norm)) / norm
-        torch._foreach_mul_(second, 1 + self.alpha * share)
+        torch._foreach_mul_(second, 1 + self.alpha * projection(first, second))
         torch._foreach_add_(second, first, alpha=-self.alpha)

@@ -16,8 +16,8 @@ def normalization_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of normalisation layers: SAM-ON, Mueller et al. 2023 (2306.04226).
 
     The norm of the ascent is then taken over these alone (the authors' code). They are told by the
-    type of their layer; the authors look for "bn" or "norm" in the name, which misses those of a
-    shortcut.
+    type of their layer; the authors look for "bn" or "norm" in the name, which would miss those of
+    a torchvision ResNet's shortcuts.
 
     Raises:
         ConfigError: the model has none.
@@ -26,10 +26,12 @@ def normalization_parameters(model: nn.Module) -> set[str]:
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in model.named_modules()
         if isinstance(layer, LAYERS)
-        for name, _ in layer.named_parameters(recurse=False)
+        for name, p in layer.named_parameters(recurse=False)
+        if p.requires_grad
     }
     if not names:
         raise ConfigError(
-            "method.perturbed_layers=normalization: the model has no normalisation layer"
+            "method.perturbed_layers=normalization: the model has no normalisation layer with "
+            "trainable weights"
         )
     return names
