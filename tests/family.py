@@ -98,7 +98,7 @@ class PlainLoop:
         self.memory = g if self.memory is None else decay * self.memory + (1 - decay) * g
         return self.gradient(w + self.rho * d / d.norm(), group)
 
-    def looksam(self, w, group, alpha=0.7, k=5):
+    def looksam(self, w, group, alpha=0.2, k=5):
         g = self.gradient(w, group)
         if self.step % k:
             return g + alpha * g.norm() / self.memory.norm() * self.memory

@@ -256,6 +256,10 @@ def test_other_commands_take_their_arguments(page):
         if (python, m) != ("python", "-m") or not name.startswith("sam_lightning."):
             continue
         module = importlib.import_module(name)
+        if name == "sam_lightning.study":  # takes settings of train.py too
+            file, _, _ = module.arguments(arguments)
+            assert (ROOT / file).is_file()
+            continue
         if name == "sam_lightning.figures":
             figure = FIGURES[arguments.pop(0)]
             defaults, rules = figure.defaults, figure.rules

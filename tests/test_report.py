@@ -271,10 +271,8 @@ def test_passes_per_step(method, passes):
 
 def test_costs_of_a_run(tmp_path):
     leave(tmp_path / "a", "rho=0.1", "epochs=7")
-    leave(tmp_path / "b", "rho=0.1", "epochs=7", "ckpt_path=x/last.ckpt", seed=1)
-    first, resumed = gather([tmp_path])[0]
-    assert (first.total_passes, first.train_seconds) == (14, 10)
-    assert (resumed.total_passes, resumed.train_seconds) == (14, None)
+    (run,), _, _ = gather([tmp_path])
+    assert (run.total_passes, run.train_seconds) == (14, 10)
 
 
 def test_curves_by_epoch(tmp_path):

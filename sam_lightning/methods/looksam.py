@@ -18,14 +18,14 @@ class Reuse:
     often to climb is ``method.every``, the paper's k.
 
     Args:
-        alpha: >= 0; 0 climbs at every k-th update and forgets. 0.7 is the authors' for vision
-            transformers; the correction is so large a part of the gradient whatever rho is.
+        alpha: >= 0; 0 climbs at every k-th update and forgets. the correction is so large a part
+            of the gradient whatever rho is. The authors use 0.7 for vision transformers.
 
     Raises:
         ValueError: alpha is negative.
     """
 
-    def __init__(self, alpha: float = 0.7) -> None:
+    def __init__(self, alpha: float = 0.2) -> None:
         if not alpha >= 0:
             raise ValueError(f"alpha={alpha}: must be a number >= 0")
         self.alpha = alpha

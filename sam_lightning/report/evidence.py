@@ -47,8 +47,8 @@ def write_runs(
 def results(run: Run) -> dict[str, Any]:
     """What a completed run came to.
 
-    ``passes`` are those over all training images; ``train_seconds`` of a run that was ``resumed``
-    are those of its last part; ``curves`` have a value per ``epoch``, null where none was logged.
+    ``passes`` are those over all training images; ``curves`` have a value per ``epoch``, null where
+    none was logged.
     """
     summary = _summary(run)
     curves = {name: curve(run, name) for name in CURVES}

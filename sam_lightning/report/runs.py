@@ -32,7 +32,7 @@ class Run:
 
     ``settings`` are the configuration's keys that may matter to the result, without the seed;
     ``passes`` is the cost of a step in passes (one forward and backward of the batch);
-    ``train_seconds`` is None for a resumed run, which knows those of its last part only.
+    ``train_seconds`` are those of training batches, also from before a run was resumed.
     """
 
     folder: Path
@@ -127,7 +127,6 @@ def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
     if not metrics:
         return LeftOut(folder, "damaged", "metrics.json has no metrics")
     config = _dict(summary.get("config"))
-    resumed = config.get("ckpt_path") is not None
     return Run(
         folder=folder,
         seed=config.get("seed"),
@@ -135,7 +134,7 @@ def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
         metrics=metrics,
         passes=passes_per_step(_dict(config.get("method"))),
         epochs=_number(summary.get("epochs", config.get("epochs"))),
-        train_seconds=None if resumed else _number(summary.get("train_seconds")),
+        train_seconds=_number(summary.get("train_seconds")),
         images_per_second=_number(summary.get("images_per_second")),
         device=str(summary.get("device", "unknown")),
         written=written,

@@ -14,7 +14,8 @@ from sam_lightning.report.tables import interval, spoken
 
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
 NOTABLE = (
-    *("data", "data.label_noise", "data.subset", "data.val_size", "data.crop_padding", "data.flip"),
+    *("data", "data.image_size", "data.label_noise", "data.subset", "data.val_size"),
+    *("data.crop_padding", "data.flip"),
     *("data.cutout", "data.policy", "model", "model.width", "model.depth", "model.widen_factor"),
     *("batch_size", "optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.weight_decay"),
     *("scheduler", "scheduler.warmup_epochs", "label_smoothing", "trainer.precision"),
@@ -22,8 +23,7 @@ NOTABLE = (
 READING = (
     "Mean ± half of the 95 % interval of the mean over n seeds (Student's t; none for one seed). "
     "A pass is one forward and backward of every training image; seconds are those of training "
-    "batches, evaluation left out, and are not counted for resumed runs. In bold: the rho with "
-    "the best validation accuracy."
+    "batches, evaluation left out. In bold: the rho with the best validation accuracy."
 )
 TESTING = (
     "The difference is a mean over pairs of runs with the same seed, with its 95 % interval. "
