@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam_lightning.files import replacing
-from sam_lightning.report.runs import Run, curve
+from sam_lightning.report.runs import IGNORED, Run, curve
 
 if TYPE_CHECKING:
     from sam_lightning.plan import Plan
@@ -34,7 +34,8 @@ def write_runs(
             outcome = outcomes[run.folder]
             line |= {"state": outcome.state, "reason": outcome.reason}
         lines.append(json.dumps(line))
-    head = {"study": plan.name, "file": plan.content, "overrides": list(plan.overrides)}
+    given = [o for o in plan.overrides if o.partition("=")[0] not in IGNORED]  # no paths
+    head = {"study": plan.name, "file": plan.content, "overrides": given}
     with replacing(path) as temporary:
         temporary.write_text(
             json.dumps(head, indent=1)[:-2]
