@@ -45,8 +45,8 @@ class EpochLines(Callback):
 class Throughput(Callback):
     """Counts training images and the seconds spent on training batches, evaluation left out.
 
-    ``seconds`` and ``images`` are of this process; all devices together see ``world_size`` times
-    as many images.
+    ``images`` are those of all devices. A run that is resumed goes on with the sums of its
+    checkpoint, so lost work does not count.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,28 @@ class Throughput(Callback):
         self.images = 0
         self._started: float | None = None  # None while the clock stands
         self._validation_amid_epoch = False
+        self._began: float | None = None
+        self._earlier = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the start of the run until now, evaluation included."""
+        return self._earlier + _since(self._began)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note when the run begins."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums up to now, also amid an epoch."""
+        seconds = self.seconds + _since(self._started)
+        return {"seconds": seconds, "images": self.images, "elapsed": self.elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the sums of a checkpoint."""
+        self.seconds, self.images = state_dict["seconds"], state_dict["images"]
+        self._earlier = state_dict["elapsed"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock: a run resumed amid an epoch has no start of that epoch."""
@@ -72,7 +94,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         """Count; after the epoch's last batch wait for the device and stop the clock."""
-        self.images += len(batch[1])
+        self.images += len(batch[1]) * trainer.world_size
         if trainer.is_last_batch:
             self._stop(pl_module)
 
@@ -101,8 +123,13 @@ class Throughput(Callback):
             return
         if wait_for is not None and wait_for.device.type == "cuda":
             torch.cuda.synchronize(wait_for.device)
-        self.seconds += time.perf_counter() - self._started
+        self.seconds += _since(self._started)
         self._started = None
+
+
+def _since(start: float | None) -> float:
+    """Seconds since a clock was started; 0 where it was not."""
+    return 0.0 if start is None else time.perf_counter() - start
 
 
 class MetricsCSV(CSVLogger):

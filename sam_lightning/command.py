@@ -19,7 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.configuration import check, one_line
 from sam_lightning.errors import ConfigError, TrainingError
-from sam_lightning.explain import COMPOSING, CONF, OF_ARGUMENTS, check_flags, explain, key_of
+from sam_lightning.explain import (
+    COMPOSING,
+    CONF,
+    OF_ARGUMENTS,
+    check_flags,
+    explain,
+    key_of,
+    unreadable,
+)
 from sam_lightning.launchers import launched
 from sam_lightning.overrides import replayable
 from sam_lightning.sweeps import SweepFolder, fail, summarized
@@ -61,6 +69,8 @@ def _line_and_code(error: Exception) -> tuple[str, int] | None:
         _discard(SweepFolder.path)
     if composing or any(text in str(error) for text in OF_ARGUMENTS):
         return explain(error, sys.argv[1:]), 2
+    if isinstance(error, OSError | UnicodeDecodeError) and (said := unreadable(sys.argv[1:])):
+        return said, 2  # Hydra's error would not name the file
     return None
 
 
@@ -77,7 +87,7 @@ def run(cfg: DictConfig) -> float | None:
     """
     hydra = HydraConfig.get()
     try:
-        check(cfg, _top_level())
+        check(cfg, top_level())
         from sam_lightning.training import train  # torch and Lightning, only now
 
         metrics = train(cfg)
@@ -109,7 +119,8 @@ def run(cfg: DictConfig) -> float | None:
         raise
 
 
-def _top_level() -> list[str]:
+def top_level() -> list[str]:
+    """The keys that may stand at the top of a configuration, and the names of its groups."""
     primary = OmegaConf.load(CONF / "train.yaml")
     groups = [str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry]
     return [*groups, *(str(key) for key in primary if key not in ("defaults", "hydra"))]
@@ -181,7 +192,7 @@ def resumed(arguments: list[str]) -> list[str]:
     stored = folder / ".hydra" / "overrides.yaml"
     if not stored.is_file():
         return arguments
-    kept = replayable(stored, _top_level(), given)
+    kept = replayable(stored, top_level(), given)
     if "hydra.run.dir" not in given:
         arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
     if Path(given.get("hydra.run.dir", folder)).resolve() == folder:

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.arguments import one_line_errors, parse
-from sam_lightning.command import _top_level
+from sam_lightning.command import top_level
 from sam_lightning.configuration import Rule, check, number
 from sam_lightning.errors import ConfigError
 from sam_lightning.explain import COMPOSING, CONF, OF_ARGUMENTS, explain
@@ -100,7 +100,7 @@ def configuration(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(explain(error, list(overrides))) from error
         raise
     cfg.output_dir = tempfile.gettempdir()  # Hydra's own is that of a run
-    check(cfg, _top_level())
+    check(cfg, top_level())
     return cfg
 
 

@@ -99,8 +99,7 @@ class Dashboard(Callback):
         self._seen = _throughput(trainer)
         for writer in _writers(trainer):
             if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short runs still
-                speed = images * trainer.world_size / seconds
-                writer.add_scalar("train/images_per_second", speed, trainer.global_step)
+                writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
             if trainer.current_epoch == 0:
                 add_graph(writer, pl_module.model, _data(trainer).train.images.shape[1:])
 
@@ -170,7 +169,7 @@ def _data(trainer: Any) -> Any:
 
 
 def _throughput(trainer: Any) -> tuple[int, float]:
-    """Images and seconds of this process up to now."""
+    """Images and seconds up to now."""
     counters = [c for c in trainer.callbacks if isinstance(c, Throughput)]
     return (counters[0].images, counters[0].seconds) if counters else (0, 0.0)
 

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import Rule, boolean, integer, one_of, or_null
 from sam_lightning.errors import ConfigError
-from sam_lightning.files import checkpoint_file, replacing
+from sam_lightning.files import checkpoint_file, replacing, run_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,8 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
-    in_run = file.resolve().parent.name == "checkpoints"
-    out = Path(options.out or file.resolve().parents[1 if in_run else 0]).expanduser()
+    out = Path(options.out or run_folder(file)).expanduser()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: is not a folder")
 
@@ -200,8 +199,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(out: Path, result: dict[str, Any], classes: list[str], confusion: list[Any]) -> None:
-    from sam_lightning.files import write_json
-
     rows = [[name, *counts] for name, counts in zip(classes, confusion, strict=True)]
     with (
         replacing(out / "confusion_matrix.csv") as path,

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from sam_lightning.configuration import did_you_mean, flat, no_such_key
+from sam_lightning.configuration import did_you_mean, flat, no_such_key, one_line
 from sam_lightning.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -45,6 +45,18 @@ def check_flags(arguments: list[str]) -> None:
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(arguments)
+
+
+def unreadable(arguments: list[str]) -> str | None:
+    """What keeps the first YAML file of the configuration that is no text from being read."""
+    given, _ = get_args_parser().parse_known_args(arguments)
+    for folder in (CONF, *filter(None, (given.config_path, given.config_dir))):
+        for file in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                return f"{file}: cannot be read ({one_line(error)})"
+    return None
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
@@ -94,7 +106,7 @@ def _options(group: str) -> list[str]:
 
 
 def _is_group(key: str) -> bool:
-    return bool(key) and (CONF / key).is_dir()
+    return key not in ("", "study") and (CONF / key).is_dir()
 
 
 def _known_keys(arguments: list[str]) -> list[str]:

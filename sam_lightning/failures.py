@@ -1,6 +1,7 @@
 """``metrics.json`` of a run that failed, written without torch: a refused run never loads it."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ def record_failure(cfg: DictConfig, reason: str) -> None:
         summary = json.loads(path.read_text())
     else:
         summary = {"metrics": {}, "config": _plain(cfg)}
-    write_json(path, {**summary, "status": "failed", "exit_reason": reason})
+    failed = {"status": "failed", "exit_reason": reason, "finished": now()}
+    write_json(path, {**summary, **failed}, "output_dir")
+
+
+def now() -> str:
+    """The time with its zone, in seconds: ISO 8601."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _plain(cfg: DictConfig) -> Any:

@@ -1,6 +1,7 @@
 """Files of commands: found before torch is loaded, and whole whenever they are there."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,12 @@ from typing import Any
 
 from sam_lightning.configuration import one_line
 from sam_lightning.errors import ConfigError
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint."""
+    checkpoint = checkpoint.resolve()
+    return checkpoint.parents[1 if checkpoint.parent.name == "checkpoints" else 0]
 
 
 def checkpoint_file(ckpt_path: str) -> Path:
@@ -28,11 +35,11 @@ def checkpoint_file(ckpt_path: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, key: str = "out") -> Iterator[Path]:
     """A name beside ``path`` to write to; it becomes ``path`` if the block ends without an error.
 
     Raises:
-        ConfigError: it cannot be written; what was there stays.
+        ConfigError: it cannot be written, to where ``key`` says; what was there stays.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -40,15 +47,26 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"out={path}: cannot be written ({one_line(error)})") from error
+        raise ConfigError(f"{key}={path}: cannot be written ({one_line(error)})") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all or nothing: to a temporary name beside ``path``, which is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+def write_json(path: Path, content: dict[str, Any], key: str = "out") -> None:
+    """Write all or nothing; NaN and infinity, which JSON does not have, become null.
+
+    Raises:
+        ConfigError: as ``replacing``.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    with replacing(path, key) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(child) for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.configuration import check_values
 from sam_lightning.errors import ConfigError
+from sam_lightning.launchers import launched
 
 # Folders of that name are made below logs, so it must not lead out of there.
 TASK_NAME = (
@@ -23,8 +24,7 @@ TASK_NAME = (
 class RunFolder(Callback):
     """Makes the folder before Hydra does, whose errors say neither key nor remedy.
 
-    It ends the process with one line and exit code 2 where that cannot be done, by SystemExit, for
-    Hydra turns other errors of its callbacks into warnings.
+    It refuses the run where that cannot be done.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -38,12 +38,12 @@ class RunFolder(Callback):
             # ckpt_path=last may find what was killed before it had written anything.
             (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
         except FileExistsError:
-            _refuse(
+            refuse(
                 f"hydra.run.dir={folder}: has a run already; continue it with ckpt_path=last "
                 f"hydra.run.dir={folder}, or name another folder"
             )
         except OSError as error:
-            _refuse(f"hydra.output_subdir={part}: cannot be made ({error.strerror})")
+            refuse(f"hydra.output_subdir={part}: cannot be made ({error.strerror})")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job of a sweep."""
@@ -58,14 +58,20 @@ def _made(config: DictConfig, key: str) -> Path:
             raise ConfigError(f"{key}={path or ''}: must be the path of a folder")
         Path(path).mkdir(parents=True, exist_ok=True)
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except OmegaConfBaseException as error:
-        _refuse(f"{key}: {str(error).splitlines()[0]}")
+        refuse(f"{key}: {str(error).splitlines()[0]}")
     except OSError as error:
-        _refuse(f"{key}={path}: cannot be made ({error.strerror})")
+        refuse(f"{key}={path}: cannot be made ({error.strerror})")
     return Path(path)
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def refuse(message: str) -> NoReturn:
+    """End the process with one line and exit code 2, from a callback of Hydra.
+
+    By SystemExit, for Hydra turns other errors of its callbacks into warnings. Of the processes of
+    torchrun or SLURM, the first one says it for all.
+    """
+    if (found := launched()) is None or found.rank == 0:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

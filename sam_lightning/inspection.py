@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sam_lightning.configuration import Rule, integer, one_of
 from sam_lightning.errors import ConfigError
-from sam_lightning.files import checkpoint_file
+from sam_lightning.files import checkpoint_file, run_folder
 
 if TYPE_CHECKING:
     from sam_lightning.loss_surface import LossSurface
@@ -73,12 +73,6 @@ def checkpoint_files(value: Any) -> list[Path]:
     if name or not files:
         raise ConfigError(f"ckpt_path={name or value}: no such file or folder")
     return files
-
-
-def run_folder(file: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
-    file = file.resolve()
-    return file.parents[1 if file.parent.name == "checkpoints" else 0]
 
 
 def load_subjects(options: DictConfig) -> list[Subject]:

@@ -11,7 +11,7 @@ from sam_lightning import inspection
 from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import integer, number, one_of
 from sam_lightning.errors import ConfigError
-from sam_lightning.files import write_json
+from sam_lightning.files import run_folder, write_json
 from sam_lightning.inspection import Subject, labels_of, stage, surface_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ two checkpoints of one architecture instead, on images of the first.
 A folder stands for its checkpoints/last.ckpt. Images are fixed and not augmented. BatchNorm uses
 its stored statistics, as in evaluation (on the line: those between the two); batch_norm=batch
 takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the folder landscape
-of the first run, or into out. A 2d picture takes points x points passes over the images.
+of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
+checkpoint. A 2d picture takes points x points passes over the images.
 """
 DEFAULTS = inspection.DEFAULTS | {
     "images": 512,
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     coordinates = spaced(0.0 if line else -options.span, 1.0 if line else options.span, options)
     out = subjects[0].out if options.out is not None else subjects[0].out / "landscape"
 
-    from sam_lightning.landscape_plots import draw
+    from sam_lightning.checkpoint import read
+    from sam_lightning.landscape_plots import draw, show_in_tensorboard
 
     measured = subjects[:1] if line else subjects
     surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
@@ -81,10 +83,16 @@ def main(argv: list[str] | None = None) -> None:
         "images": surfaces[0].examples,
         "guessing": math.log(len(subjects[0].model.classes)),
         "coordinates": coordinates,
-        "loss": [_plain(loss) for loss in losses],
+        "loss": losses,
     }
     write_json(out / "landscape.json", result)
-    print(*map(os.path.relpath, [out / "landscape.json", *draw(result, out)]))
+    pictures = draw(result, out)
+    print(*map(os.path.relpath, [out / "landscape.json", *pictures]))
+    for subject in subjects:
+        events = run_folder(subject.file) / "tensorboard"
+        if events.is_dir():
+            update = read(subject.file, mmap=True)["global_step"]
+            show_in_tensorboard(events / "landscape", update, options.kind, pictures)
 
 
 def around(
@@ -141,13 +149,6 @@ def _check_pair(subjects: Sequence[Subject]) -> None:
     shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in subjects]
     if shapes[0] != shapes[1]:
         raise ConfigError(f"kind=line: {files} are of different models")
-
-
-def _plain(values: list[Any]) -> list[Any]:
-    """For JSON, which knows no infinity: None where the loss is not finite."""
-    if isinstance(values[0], list):
-        return [_plain(row) for row in values]
-    return [value if math.isfinite(value) else None for value in values]
 
 
 if __name__ == "__main__":

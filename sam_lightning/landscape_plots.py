@@ -1,6 +1,7 @@
 """What ``landscape.json`` holds, as pictures."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from sam_lightning import plots
+from sam_lightning.configuration import one_line
 
 COLOURS = matplotlib.colormaps[plots.HEIGHTS].with_extremes(over="#E8E8E8")
 AXES = ("along the first direction", "along the second direction")
@@ -28,6 +31,30 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
         else:
             figures = {"landscape_line": line(result)}
         return [file for name, figure in figures.items() for file in plots.save(figure, out / name)]
+
+
+def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence[Path]) -> None:
+    """Log pictures of a kind, in place of earlier ones of it; where that fails, only say so.
+
+    The folder is one below that of the run's own events, and so a run of its own to TensorBoard,
+    which takes a newer file beside another for a sign that the other is complete, and would miss
+    the curves of a run that goes on.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    earlier = [*folder.glob(f"*.{kind}")]
+    try:
+        with SummaryWriter(folder, filename_suffix=f".{kind}") as writer:
+            for picture in pictures:
+                if picture.suffix == ".png":
+                    name = picture.stem.partition("_")[2] or kind
+                    with Image.open(picture) as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    writer.add_image(f"landscape/{name}", pixels, update, dataformats="HWC")
+        for file in earlier:
+            file.unlink()
+    except OSError as error:
+        print(f"warning: {folder}: gets no pictures ({one_line(error)})", file=sys.stderr)
 
 
 def bounds(result: Mapping[str, Any]) -> tuple[float, float]:

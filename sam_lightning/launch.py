@@ -6,6 +6,7 @@ always part of the run it was started for, and the end of one ends all.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import uuid
@@ -163,5 +164,8 @@ def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 def _worker(config: dict[str, Any], threads: int) -> dict[str, float]:
     from sam_lightning.training import train
 
+    # Back from the way that this process was started in, by which each of its loading processes
+    # would import everything anew, to the platform's own.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
     return train(OmegaConf.create(config))

@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sam_lightning.command import _top_level
+from sam_lightning.command import top_level
 from sam_lightning.configuration import METRICS, RULES, check, check_values, did_you_mean, one_line
 from sam_lightning.errors import ConfigError
 from sam_lightning.explain import COMPOSING, CONF, OF_ARGUMENTS, explain, key_of
@@ -226,13 +226,13 @@ def _check_folders(runs: Sequence[Planned]) -> None:
 
 def _checked(runs: Sequence[Planned]) -> list[Planned]:
     """The runs with their costs; of those that differ in the seed only, the first is composed."""
-    top_level = _top_level()
+    known = top_level()
     costs: dict[str, float] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for run in runs:
             if _seedless(run) not in costs:
                 try:
-                    costs[_seedless(run)] = _cost(run, top_level)
+                    costs[_seedless(run)] = _cost(run, known)
                 except ConfigError as error:
                     raise ConfigError(f"arms.{run.arm}: {error}") from error
     return [replace(run, cost=costs[_seedless(run)]) for run in runs]
@@ -242,7 +242,7 @@ def _seedless(run: Planned) -> str:
     return run.folder.name.rpartition(",")[0]
 
 
-def _cost(run: Planned, top_level: Sequence[str]) -> float:
+def _cost(run: Planned, known: Sequence[str]) -> float:
     """Compose and check as ``train.py`` does."""
     overrides = [f"{key}={value}" for key, value in run.overrides.items()]
     try:
@@ -252,6 +252,6 @@ def _cost(run: Planned, top_level: Sequence[str]) -> float:
             raise ConfigError(explain(error, overrides)) from error
         raise
     cfg.output_dir = str(run.folder.parent)
-    check(cfg, top_level)
+    check(cfg, known)
     method: Any = OmegaConf.to_container(cfg.method, resolve=True)
     return cfg.epochs * (passes_per_step(method) or 2)

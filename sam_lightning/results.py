@@ -1,11 +1,11 @@
 """``metrics.json``: what came out of a run, how long it took, and what it was run with."""
 
+import logging
 import os
 import platform
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,11 @@ from rich.table import Table
 
 from sam_lightning.callbacks import Throughput
 from sam_lightning.configuration import flat, one_line
+from sam_lightning.errors import ConfigError
+from sam_lightning.failures import now
 from sam_lightning.files import write_json
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 # Groups of the configuration whose settings tell runs apart.
@@ -46,7 +50,6 @@ class Record:
         self.metrics.update({k: float(v) for k, v in metrics.items() if "/" in k})
 
     def __enter__(self) -> "Record":
-        self.started = time.perf_counter()
         return self
 
     def __exit__(
@@ -63,21 +66,26 @@ class Record:
             status = "interrupted" if interrupted else "failed"
             reason = f"{type(error).__name__}: {one_line(error)}"
         summary = self._summary(status, reason)
-        write_json(Path(self.cfg.output_dir) / "metrics.json", summary)
+        try:
+            write_json(Path(self.cfg.output_dir) / "metrics.json", summary, "output_dir")
+        except ConfigError as unwritten:
+            if error is None:
+                raise
+            log.error("%s", unwritten)  # why the run has ended matters more
         if error is None:
             self._log_hparams()
             self._print_table(summary)
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
         trained = self.throughput.seconds
-        images = self.throughput.images * self.trainer.world_size
         return {
             "status": status,
             "exit_reason": reason,
+            "finished": now(),
             "metrics": self.metrics,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.throughput.elapsed,
             "train_seconds": trained,
-            "images_per_second": images / trained if trained else None,
+            "images_per_second": self.throughput.images / trained if trained else None,
             "peak_memory_bytes": _peak_memory(),
             "epochs": self.trainer.current_epoch,
             "updates": self.trainer.global_step,

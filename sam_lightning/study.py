@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_lightning.arguments import one_line_errors, parse
-from sam_lightning.command import _top_level
+from sam_lightning.command import top_level
 from sam_lightning.configuration import (
     Rule,
     boolean,
@@ -92,7 +92,7 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
         raise ConfigError(
             f"FILE: give one, as in conf/study/quick.yaml, not {' and '.join(files) or 'none'}"
         )
-    known = [*DEFAULTS, *_top_level()]
+    known = [*DEFAULTS, *top_level()]
     for override in overrides:
         if key_of(override).partition(".")[0] not in (*known, "hydra"):
             raise ConfigError(f"{override}: {no_such_key(key_of(override), known)}")

@@ -20,14 +20,26 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.configuration import one_line
+from sam_lightning.configuration import Rule, check_values, integer, one_line, or_null
 from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.failures import record_failure
 from sam_lightning.files import write_json
+from sam_lightning.folders import refuse
 from sam_lightning.launchers import launched
 
 log = logging.getLogger(__name__)
 
+RULES: list[Rule] = [
+    ("hydra.sweeper.n_trials", integer(1), "a whole number >= 1"),
+    (
+        "hydra.sweeper.direction",
+        lambda v: getattr(v, "name", v) in ("minimize", "maximize"),
+        "minimize, maximize",
+    ),
+    ("hydra.sweeper.n_jobs", integer(1), "a whole number >= 1"),
+    ("hydra.sweeper.max_batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
+]
 LONGEST_NAME = 255  # bytes that file systems allow a folder
 
 
@@ -92,9 +104,16 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
-        _refuse_several_processes(config)
+        metric = OmegaConf.select(config, "optimized_metric")
+        try:
+            _check_processes(config)
+            check_values(config, RULES)
+            if "n_trials" in config.hydra.sweeper and metric is None:
+                raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+        except ConfigError as error:
+            refuse(str(error))
         SweepFolder.path = Path(config.hydra.sweep.dir)
-        SweepFolder.metric = OmegaConf.select(config, "optimized_metric")
+        SweepFolder.metric = metric
         SweepFolder.earlier = _started(SweepFolder.path)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -105,26 +124,19 @@ class SweepFolder(Callback):
             multiprocessing.set_start_method(None, force=True)
 
 
-def _refuse_several_processes(config: DictConfig) -> None:
-    # By SystemExit, for Hydra turns other errors of its callbacks into warnings.
-    found = launched()
-    launcher = config.hydra.launcher
-    tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
-    message = None
-    if found is not None:
-        message = (
+def _check_processes(config: DictConfig) -> None:
+    if (found := launched()) is not None:
+        raise ConfigError(
             f"a sweep is started by one process, and {found.launcher} has started "
             f"{found.processes}: leave it out, and give each job trainer.devices=N"
         )
-    elif tasks > 1 and launcher._target_.endswith("LocalLauncher"):
-        message = (
+    launcher = config.hydra.launcher
+    tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
+    if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
+        raise ConfigError(
             f"hydra/launcher=submitit_local: would train each job {tasks} times; leave "
             "tasks_per_node and nodes at 1 and give trainer.devices=N"
         )
-    if message is not None:
-        if found is None or found.rank == 0:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
@@ -184,7 +196,9 @@ def _summarize() -> Exception | None:
         return None
     names = (SweepFolder.metric, "test/acc", "val/acc")
     metric = next((n for n in names if n and any(n in job.metrics for job in jobs)), "test/acc")
-    write_json(SweepFolder.path / "sweep.json", {"jobs": [asdict(job) for job in jobs]})
+    write_json(
+        SweepFolder.path / "sweep.json", {"jobs": [asdict(job) for job in jobs]}, "hydra.sweep.dir"
+    )
     _print_table(SweepFolder.path, jobs, metric)
     failed = [job for job in new if job.status != "completed"]
     if not failed:
@@ -209,12 +223,13 @@ def _job(sweep: Path, started: Path) -> Job:
     if file.is_file() and file.stat().st_mtime_ns >= started.stat().st_mtime_ns:
         found = json.loads(file.read_text())
     overrides: Any = OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml")))
+    metrics: Any = found.get("metrics", {})
     return Job(
         job=folder.name.partition("_")[0],
         overrides=overrides,
         status=found["status"],
         exit_reason=found["exit_reason"],
-        metrics=found.get("metrics", {}),  # type: ignore[arg-type]
+        metrics={name: value for name, value in metrics.items() if value is not None},
         folder=str(folder.relative_to(sweep)),
     )
 

@@ -78,6 +78,7 @@ def inject(name, at):
 
 
 def main(cwd, arguments, fault, environment):
+    multiprocessing.set_start_method(None, force=True)  # loaders', as in a process of one's own
     os.chdir(cwd)
     os.environ.update(environment)
     for fd, name in enumerate(("stdout", "stderr"), 1):
@@ -93,10 +94,16 @@ def main(cwd, arguments, fault, environment):
         sys.stderr.flush()
 
 
-def forked(cwd, *arguments, fault=None, kill_after=None, **environment):
-    """Run ``train.py`` in ``cwd``; what it prints goes to files there."""
+def begin(cwd, *arguments, fault=None, **environment):
+    """Start ``train.py`` in ``cwd``; what it prints goes to files there."""
     process = SERVER.Process(target=main, args=(str(cwd), arguments, fault, environment))
     process.start()
+    return process
+
+
+def forked(cwd, *arguments, fault=None, kill_after=None, **environment):
+    """Run it to its end, or kill it after so many seconds."""
+    process = begin(cwd, *arguments, fault=fault, **environment)
     process.join(kill_after or 120)
     if process.is_alive():
         assert kill_after, "the run hangs"

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,27 @@ def started(cwd: Path, line: str, *arguments: str) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert any(printed.startswith(line) for printed in process.stdout)
     return process
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, as Linux tells; elsewhere none."""
+    told = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in told.read_text().split()] if told.is_file() else []
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Wait until none of these processes lives, at most a minute."""
+    deadline = time.monotonic() + 60
+    while any(map(_alive, pids)):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def only_run(cwd: Path) -> Path:

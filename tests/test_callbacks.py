@@ -221,6 +221,19 @@ def test_a_run_resumed_amid_an_epoch_is_watched(tmp_path, clock, capsys):
     ]
 
 
+def test_the_parts_of_a_resumed_run_add_up(tmp_path, clock):
+    throughput = Throughput()
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(throughput, saving, model=Ticking(clock), max_epochs=1)
+    assert (throughput.seconds, throughput.elapsed) == (BATCHES, 100 + BATCHES)
+    clock.now += 1000  # before it is resumed, amid its first epoch
+    throughput = Throughput()
+    options = {"max_epochs": 2, "ckpt_path": tmp_path / "step=3.ckpt"}
+    fit(throughput, model=Ticking(clock), **options)
+    assert (throughput.images, throughput.seconds) == (2 * TRAIN, 2 * BATCHES)
+    assert throughput.elapsed == 2 * (100 + BATCHES)
+
+
 # ---- metrics.csv
 
 

@@ -33,7 +33,7 @@ import reference
 from host_syncs import HostSyncs
 from inject import forked
 from runs import SMALL, column, equal, rows, summary, weights
-from sam_lightning import dashboard
+from sam_lightning import dashboard, landscape
 from sam_lightning.callbacks import MetricsCSV, Throughput
 from sam_lightning.dashboard import CHARTS, Dashboard, add_graph, draw_confusion, draw_images, grid
 from sam_lightning.data.datamodule import ImageDataModule
@@ -248,12 +248,26 @@ def logs(tmp_path_factory):
     return folder
 
 
+DRAWN = ["0_rho=0,seed=0", "2_rho=0.2,seed=0"]
+
+
 @pytest.fixture(scope="module")
-def server(logs):
+def pictures(logs, tmp_path_factory):
+    """The landscapes of two of the runs; that along one direction was drawn twice."""
+    out = tmp_path_factory.mktemp("pictures")
+    subjects = "ckpt_path=" + ",".join(str(logs / run) for run in DRAWN)
+    for kind, seed in (("2d", 0), ("1d", 0), ("1d", 1)):
+        few = ["images=10", "points=3", f"kind={kind}", f"seed={seed}", f"out={out}"]
+        landscape.main([subjects, *few])
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(logs, pictures):
     server = Server(logs)
     try:
         deadline = time.monotonic() + 60
-        while len(server.sessions()) < len(RUNS):
+        while len(server.sessions()) < len(RUNS) or len(server.get("images/tags")) < 6:
             assert time.monotonic() < deadline, "TensorBoard has not read the runs"
             time.sleep(0.1)
         yield server
@@ -315,6 +329,26 @@ def test_each_image_is_there_once(server, run):
                 assert image.size == (8 * 34 + 2, 7 * 34 + 2)  # 50 images of 32 x 32
 
 
+def test_landscapes_are_at_the_update_of_their_checkpoint(server, pictures):
+    found = server.get("images/tags")
+    names = {"2d": "landscape", "3d": "landscape_3d", "1d": "landscape_1d"}
+    assert {run for run in found if run.endswith("/landscape")} == {
+        f"{run}/tensorboard/landscape" for run in DRAWN
+    }
+    for run in (f"{run}/tensorboard/landscape" for run in DRAWN):
+        assert set(found[run]) == {f"landscape/{name}" for name in names}
+        for name, file in names.items():
+            tag = f"landscape/{name}"
+            (entry,) = server.get("images/images", run=run, tag=tag, sample=0)
+            assert entry["step"] == 4
+            png = server.raw(f"images/individualImage?{entry['query']}")
+            with (
+                Image.open(io.BytesIO(png)) as shown,
+                Image.open(pictures / f"{file}.png") as drawn,
+            ):
+                assert shown.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+
+
 def test_the_graph_has_the_layers_of_the_model(server):
     found = server.get("graphs/info")
     assert {name.removesuffix("/tensorboard") for name in found} == {*RUNS}
@@ -351,7 +385,10 @@ def test_a_resumed_run_has_each_image_and_point_once(tmp_path):
     options = [*OPTIONS, f"hydra.run.dir={folder}", "ckpt_path=last"]
     killed = forked(tmp_path, *options, fault=("SIGKILL", "pass:8"))  # in the second epoch
     assert killed.returncode == -signal.SIGKILL
+    landscape.main([f"ckpt_path={folder}", "kind=1d", "images=10", "points=3"])
     assert forked(tmp_path, *options).returncode == 0
+    events = EventAccumulator(str(folder / "tensorboard" / "landscape")).Reload()
+    assert [e.step for e in events.Images("landscape/1d")] == [2]
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert events.Graph().node
     for tag, step in (("train/first_batch", 0), ("test/confusion", 4), ("test/most_wrong", 4)):

@@ -1,6 +1,7 @@
 """Files and folders that are damaged, missing, closed or taken: one line, and nothing is lost."""
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -27,6 +28,8 @@ from torchvision import datasets
 from commands import assert_refused, serve
 from runs import run
 from sam_lightning.data.sources import ImageSource, Split, cifar10, fashion_mnist, image_folder
+from sam_lightning.errors import ConfigError, TrainingError
+from sam_lightning.files import write_json
 
 # ------------------------------------------------------------------------------ archives and files
 
@@ -234,6 +237,14 @@ def test_resuming_goes_on_in_the_folder_of_the_run(light, tmp_path):
     assert (tmp_path / "run" / ".hydra" / "overrides.yaml").read_text() == "- rho=0.1\n"
 
 
+def test_stored_overrides_that_are_no_text_are_named(light, tmp_path):
+    taken(tmp_path / "run", "interrupted")
+    stored = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    stored.write_bytes(b"- task_name=caf\xe9\n")
+    result = light(tmp_path, f"ckpt_path={tmp_path}/run")
+    assert_refused(result, f"{stored}: not a list of overrides ('utf-8' codec can't decode byte ")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(light, tmp_path):
     (tmp_path / "closed").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
@@ -241,7 +252,6 @@ def test_a_folder_that_may_not_be_written(light, tmp_path):
     assert_refused(
         result, f"hydra.run.dir={tmp_path}/closed/run: cannot be made (Permission denied"
     )
-    result = light(tmp_path / "closed", "data=digits")
 
 
 def test_of_runs_that_start_at_once_in_one_folder_one_goes_on(tmp_path):
@@ -261,6 +271,33 @@ def start_in(folder: Path) -> int:
     except SystemExit as end:
         return int(str(end.code))
     return 0
+
+
+# ------------------------------------------------------------------------------------ metrics.json
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    content = {"a": [1.5, float("nan"), (float("inf"), 2)], "b": {"c": -float("inf"), "d": None}}
+    write_json(tmp_path / "new" / "a.json", content)
+    text = (tmp_path / "new" / "a.json").read_text()
+    plain = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert plain == {"a": [1.5, None, [None, 2]], "b": {"c": None, "d": None}}
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path):
+    metrics = run(tmp_path, "lr=1e30")
+    assert math.isnan(metrics["test/loss"])
+    found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert found["metrics"]["test/loss"] is None
+    assert found["metrics"]["test/acc"] == metrics["test/acc"]
+
+
+def test_results_that_cannot_be_written_are_said_so(tmp_path):
+    (tmp_path / "metrics.json").mkdir()
+    with pytest.raises(ConfigError, match=r"output_dir=.*metrics\.json: cannot be written \("):
+        run(tmp_path, "epochs=1", "test=false")
+    with pytest.raises(TrainingError, match="had a gradient that is not finite"):  # said first
+        run(tmp_path, "lr=1e30", "max_skipped_steps=1")
 
 
 # ------------------------------------------------------------------------------------------- clock

@@ -26,7 +26,7 @@ from reference import batches, mlp
 from runs import summary
 from sam_lightning import SAM
 from sam_lightning.arguments import parse
-from sam_lightning.command import CONF, _top_level
+from sam_lightning.command import CONF, top_level
 from sam_lightning.configuration import RULES, check, check_values, flat
 from sam_lightning.data.sources import digits
 from sam_lightning.errors import ConfigError
@@ -247,7 +247,7 @@ def test_commands_compose(page, clone, monkeypatch, tmp_path):
             cfg.output_dir = "run"
             for path in (cfg.ckpt_path, cfg.data.get("root")):  # which the reader has
                 Path(path or ".").mkdir(parents=True, exist_ok=True)
-            check(cfg, _top_level())
+            check(cfg, top_level())
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -282,7 +282,7 @@ def configured():
 def test_settings_in_running_text_exist(page):
     keys = {*configured(), *(folder.name for folder in CONF.iterdir())}
     for key, value in re.findall(r"`([a-z_][\w.]*)=([^`\s]+)`", PAGES[page]):
-        if key.partition(".")[0] not in _top_level():
+        if key.partition(".")[0] not in top_level():
             continue  # of another command
         assert key in keys, key
         for one in [value] if value.startswith("[") else value.split(","):

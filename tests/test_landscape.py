@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -161,6 +162,18 @@ def test_one_direction_into_the_folder_of_the_run(trained):
     names = {"landscape.json", "landscape_1d.png", "landscape_1d.svg"}
     assert {p.name for p in folder.iterdir()} == names
     assert len(result(folder)["loss"][0]) == 3
+
+
+def test_a_tensorboard_that_cannot_be_written_is_said_in_a_line(trained, tmp_path, capsys):
+    blocked = trained / "sgd" / "tensorboard" / "landscape"
+    shutil.rmtree(blocked, ignore_errors=True)
+    blocked.touch()
+    landscape.main([f"ckpt_path={trained}/sgd", "kind=1d", *SMALL, f"out={tmp_path}"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {blocked}: gets no pictures (")
+    assert error.count("\n") == 1
+    assert (tmp_path / "landscape_1d.png").is_file()
+    blocked.unlink()
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,26 @@
 """Who starts a run's processes, and what happens if one of them does not live: real processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from runs import SMALL, TRAIN, command, only_run, summary
+from runs import (
+    SMALL,
+    TRAIN,
+    children,
+    command,
+    only_run,
+    summary,
+    wait_for_end,
+)
 from sam_lightning.command import as_launched
 from sam_lightning.errors import ConfigError
 from sam_lightning.launch import local_processes
@@ -122,27 +130,18 @@ def together(cwd, *processes):
 
 
 @pytest.mark.slow
-def test_torchrun_says_how_many_devices(tmp_path):
-    ((output, code),) = together(tmp_path, (torchrun("--standalone", "--nproc_per_node=2"), {}))
-    assert code == 0, output
-    found = summary(only_run(tmp_path))
-    assert (found["status"], found["devices"]) == ("completed", 2)
-    assert (found["config"]["trainer"]["devices"], found["updates"]) == (2, 4)
-
-
-@pytest.mark.slow
 def test_two_nodes_of_torchrun_are_one_run(tmp_path):
     meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    given = ["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", "data.val_size=100"]
     nodes = [
-        [*torchrun(*meeting, f"--node_rank={rank}", "--nproc_per_node=1"), *given]
+        [*torchrun(*meeting, f"--node_rank={rank}", "--nproc_per_node=1"), "data.val_size=100"]
         for rank in range(2)
     ]
     for output, code in together(tmp_path, *((node, {}) for node in nodes)):
         assert code == 0, output
     found = summary(only_run(tmp_path))
-    assert (found["status"], found["devices"]) == ("completed", 2)
-    assert found["config"]["trainer"]["num_nodes"] == 2
+    assert (found["status"], found["devices"], found["updates"]) == ("completed", 2, 4)
+    counts = found["config"]["trainer"]
+    assert (counts["devices"], counts["num_nodes"]) == (1, 2)  # torchrun has said so
 
 
 @pytest.mark.slow
@@ -162,43 +161,63 @@ def test_two_nodes_of_slurm_are_one_run(tmp_path):
     assert found["config"]["trainer"]["num_nodes"] == 2
 
 
-@pytest.mark.slow
+def as_ranks(cwd, *arguments):
+    """What two processes that torchrun would start so print, and their exit codes."""
+    line = [sys.executable, str(TRAIN), *SMALL, *arguments]
+    ranks = [{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank)} for rank in range(2)]
+    return together(cwd, *((line, rank) for rank in ranks))
+
+
 @pytest.mark.parametrize("sweep", [["-m", "rho=0.1,0.2"], ["sweep=rho_grid"]])
 def test_a_sweep_under_torchrun_is_refused(tmp_path, sweep):
-    line = [*torchrun("--standalone", "--nproc_per_node=2"), *sweep]
-    ((output, code),) = together(tmp_path, (line, {}))
-    assert code != 0
-    assert output.count("error: a sweep is started by one process, and torchrun has started 2") == 1
+    (first, code), other = as_ranks(tmp_path, *sweep)
+    assert code == 2
+    assert first.startswith("error: a sweep is started by one process, and torchrun has started 2")
+    assert first.count("\n") == 1
+    assert other == ("", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_value_under_torchrun_is_refused_by_all(tmp_path):
+    said = ("error: rho=-1: allowed is a number >= 0\n", 2)
+    assert as_ranks(tmp_path, "rho=-1") == [said, said]
     assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------ ranks that are lost
 
 LOSING = '''
-import json, os, signal, time
+import json, multiprocessing, os, signal, time
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 class Lose(Callback):
-    """Kills the rank that ``losing`` gives for the radius; notes where each rank trains."""
-    def __init__(self, losing: dict[float, int], notes: str):
+    """Ends a rank as ``losing`` says for the radius; notes where each rank trains."""
+    def __init__(self, losing: dict[float, list], notes: str):
         self.losing, self.notes = losing, notes
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step != 3:
-            return
-        note = {"rank": trainer.global_rank, "rho": module.rho, "time": time.time()}
-        note |= {"env": dict(os.environ), "group": dist.is_initialized()}
+    def note(self, trainer, module, **more):
+        note = {"rank": trainer.global_rank, "rho": module.rho, "time": time.time(), **more}
         with open(self.notes, "a") as file:
             file.write(json.dumps(note) + "\\n")
-        if self.losing.get(module.rho) == trainer.global_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_start(self, trainer, module):
+        how = multiprocessing.get_start_method()
+        self.note(trainer, module, env=dict(os.environ), group=dist.is_initialized(), loaders=how)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        rank, how = self.losing.get(module.rho, [None, None])
+        if trainer.global_step == 3 and rank == trainer.global_rank:
+            self.note(trainer, module, lost=True)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank fails")
 '''
 
 
 @pytest.fixture
 def losing(tmp_path):
-    """A sweep, some of whose processes are killed amid training: its result, folders and notes."""
+    """A sweep, some of whose processes are lost amid training: its result, folders and notes."""
     (tmp_path / "losing.py").write_text(LOSING)
     cwd, notes = tmp_path / "cwd", tmp_path / "notes"
     cwd.mkdir()
@@ -215,22 +234,32 @@ def losing(tmp_path):
     return sweep
 
 
+SAID = {"killed": f"Signal {signal.SIGKILL:d} (SIGKILL) received", "raises": "RuntimeError: this "}
+
+
 @pytest.mark.slow
-def test_a_killed_rank_ends_its_job_at_once_and_no_other(losing):
-    done, sweep, jobs, notes = losing("{0.1:0,0.2:1}", "rho=0.1,0.2,0.3", "trainer.devices=2")
+def test_a_rank_that_is_lost_ends_its_job_at_once_and_no_other(losing):
+    lost = {0.1: (0, "killed"), 0.2: (1, "raises")}
+    given = ",".join(f"{rho}:[{rank},{how}]" for rho, (rank, how) in lost.items())
+    radii = [*lost, 0.3]
+    sweep = ["rho=" + ",".join(map(str, radii)), "trainer.devices=2"]
+    done, folder, jobs, notes = losing(f"{{{given}}}", *sweep)
     assert done.returncode == 1
-    for rank, job in enumerate(jobs[:2]):
-        said = f"rank {rank} of 2 failed: Signal {signal.SIGKILL:d} (SIGKILL) received"
-        found = summary(sweep / job["folder"])
+    started = sorted((n["rho"], n["rank"]) for n in notes if "env" in n)
+    assert started == [(rho, rank) for rho in radii for rank in range(2)]
+    times = {(n["rho"], n["rank"]): n["time"] for n in notes if n.get("lost")}
+    for job, (rho, (rank, how)) in zip(jobs, lost.items(), strict=False):
+        said = f"rank {rank} of 2 failed: {SAID[how]}"
+        found = summary(folder / job["folder"])
         assert (job["status"], found["status"]) == ("failed", "failed")
         assert said in found["exit_reason"]
-        assert said in (sweep / job["folder"] / "train.log").read_text()
-        (killed,) = (n["time"] for n in notes if (n["rho"], n["rank"]) == ([0.1, 0.2][rank], rank))
-        assert (sweep / job["folder"] / "metrics.json").stat().st_mtime - killed < 60
+        assert said in (folder / job["folder"] / "train.log").read_text()
+        ended = (folder / job["folder"] / "metrics.json").stat().st_mtime
+        assert ended - times[rho, rank] < 60
     assert "error: rank 0 of 2 failed: Signal 9 (SIGKILL)" in done.stderr
     assert "(job 0; 2 of 3 jobs failed)" in done.stderr
-    assert jobs[2]["status"] == "completed"
-    assert summary(sweep / jobs[2]["folder"])["devices"] == 2
+    found = summary(folder / jobs[2]["folder"])
+    assert (found["status"], found["devices"], found["config"]["rho"]) == ("completed", 2, 0.3)
 
 
 @pytest.mark.slow
@@ -240,6 +269,7 @@ def test_processes_of_a_job_leave_nothing_to_the_next(losing):
     assert [job["status"] for job in jobs] == ["completed"] * 3
     before, *_, after = notes
     assert [note["group"] for note in notes] == [False, True, True, False]
+    assert {note["loaders"] for note in notes} == {multiprocessing.get_start_method()}
     # torch sets this one for its launcher; it says which signals that listens to.
     after["env"].pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
     assert before["env"] == after["env"]
@@ -256,19 +286,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
         text=True,
     )
     assert any(line.startswith("epoch 1/") for line in process.stdout)
-    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    children = [int(pid) for pid in tasks.read_text().split()]
-    assert len(children) >= 2
+    others = children(process.pid)
+    assert len(others) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(map(alive, children)):
-        assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.2)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_for_end(others)

@@ -17,7 +17,7 @@ from torchvision import datasets
 
 from runs import column, configuration, summary
 from sam_lightning import cost
-from sam_lightning.command import CONF, _top_level
+from sam_lightning.command import CONF, top_level
 from sam_lightning.configuration import check
 from sam_lightning.data.sources import digits, svhn
 from sam_lightning.errors import ConfigError
@@ -192,7 +192,7 @@ def composed():
         for row in SAM_ROWS:
             cfg = compose("train", row["arguments"].split())
             cfg.output_dir = "run"
-            check(cfg, _top_level())
+            check(cfg, top_level())
             found.append((row, cfg))
     return found
 

@@ -5,16 +5,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 
 import pytest
 
-from inject import forked
-from runs import TRAIN, command, equal, rows, summary, weights
+from inject import begin, forked
+from runs import children, command, equal, rows, summary, wait_for_end, weights
 from sam_lightning.checkpoint import newest, read
+from sam_lightning.configuration import METRICS
 from sam_lightning.errors import ConfigError
 
 # Four epochs of eight updates, everything random on: order, crops, label noise, validation.
@@ -23,7 +21,8 @@ RUN += ["model.width=4", "trainer=cpu", "batch_size=32", "trainer.log_every_n_st
 RUN += ["data.eval_batch_size=1000", "scheduler.warmup_epochs=1", "checkpoint_every_n_steps=3"]
 WIDE = ["model=wide_resnet28_10", "model.depth=10", "model.widen_factor=1", "model.dropout=0.3"]
 WIDE += [o for o in RUN if not o.startswith("model")]
-DDP = [*(o for o in RUN if not o.startswith("trainer=")), "trainer=ddp_cpu"]
+DDP = [o for o in RUN if not o.startswith(("trainer=", "epochs="))]
+DDP += ["trainer=ddp_cpu", "epochs=6"]
 
 
 def into(folder):
@@ -36,12 +35,17 @@ def continued(folder, *arguments):
     return done
 
 
+def images(folder):
+    return summary(folder)["images_per_second"] * summary(folder)["train_seconds"]
+
+
 def assert_same_run(folder, unbroken):
     for name in ("last", "best"):
         assert equal(weights(folder, name), weights(unbroken, name))
     assert rows(folder) == rows(unbroken)
     assert summary(folder)["metrics"] == summary(unbroken)["metrics"]
     assert summary(folder)["updates"] == summary(unbroken)["updates"]
+    assert images(folder) == pytest.approx(images(unbroken))  # of all parts
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
@@ -96,13 +100,10 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("name", "at"),
     [
-        ("SIGINT", "pass:32"),
+        ("SIGINT", "pass:32"),  # an epoch's last update
         ("SIGTERM", "pass:20"),
-        *(
-            pytest.param(name, at, marks=pytest.mark.slow)
-            for name in ("SIGINT", "SIGTERM")
-            for at in ("pass:19", "between:10")
-        ),
+        pytest.param("SIGINT", "pass:19", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "between:10", marks=pytest.mark.slow),
     ],
 )
 def test_told_to_stop(unbroken, tmp_path, name, at):
@@ -116,6 +117,8 @@ def test_told_to_stop(unbroken, tmp_path, name, at):
     assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == found["updates"]
     continued(folder)
     assert_same_run(folder, unbroken)
+    for name in ("seconds", "train_seconds"):
+        assert summary(folder)[name] > found[name]
 
 
 @pytest.mark.slow
@@ -160,13 +163,19 @@ def test_accumulation_continues_between_updates(tmp_path):
 # ------------------------------------------------------------------------------ damaged checkpoints
 
 
-@pytest.fixture
-def with_previous(tmp_path):
-    """A killed run, which has two checkpoints."""
-    folder = tmp_path / "run"
-    forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "pass:42"))
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed when it had two checkpoints."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    forked(folder.parent, *RUN, *into(folder), fault=("SIGKILL", "pass:42"))
     assert {"previous.ckpt", "last.ckpt"} <= {p.name for p in (folder / "checkpoints").iterdir()}
     return folder
+
+
+@pytest.fixture
+def with_previous(killed, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(killed, tmp_path / "run")
 
 
 def truncate(path):
@@ -193,7 +202,6 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(unbroken, with_previous
     assert_same_run(with_previous, unbroken)
 
 
-@pytest.mark.slow
 def test_all_damaged(with_previous):
     for path in (with_previous / "checkpoints").glob("*.ckpt"):
         truncate(path)
@@ -283,67 +291,73 @@ def test_settings_given_on_resuming_count(unbroken, tmp_path):
 @pytest.fixture(scope="module")
 def unbroken_pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair") / "run"
-    assert command(folder.parent, *DDP, *into(folder)).returncode == 0
+    done = command(folder.parent, *DDP, *into(folder))
+    assert done.returncode == 0, done.stderr
+    found = summary(folder)
+    assert (found["status"], found["devices"], found["updates"]) == ("completed", 2, 48)
+    assert set(found["metrics"]) == set(METRICS)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
-def test_two_processes(unbroken_pair, tmp_path, name):
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), *DDP, *into(folder)],
-        cwd=tmp_path,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and newest(folder / "checkpoints") is None:
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    code = process.wait(60)
-    if name == "SIGKILL":
-        assert code == -signal.SIGKILL
-        time.sleep(5)  # until the other processes have noticed
-    else:
-        assert code == 128 + getattr(signal, name)
-        assert summary(folder)["status"] == "interrupted"
-    assert newest(folder / "checkpoints") is not None
+def test_two_processes(unbroken_pair, tmp_path):
+    folder, saved = tmp_path / "run", 0
+    for name in ("SIGTERM", "SIGINT", "SIGKILL"):
+        process = begin(tmp_path, *DDP, *into(folder))
+        while process.is_alive() and updates(folder) <= saved:
+            time.sleep(0.1)
+        others = children(process.pid)
+        os.kill(process.pid, getattr(signal, name))
+        process.join(60)
+        if name == "SIGKILL":
+            assert process.exitcode == -signal.SIGKILL
+            wait_for_end(others)
+        else:
+            assert process.exitcode == 128 + getattr(signal, name)
+            assert summary(folder)["status"] == "interrupted"
+        assert saved < updates(folder) < 48
+        saved = updates(folder)
     continued(folder)
     assert_same_run(folder, unbroken_pair)
+
+
+def updates(folder):
+    """Those of the newest checkpoint, between two of which it may have another name."""
+    try:
+        path = newest(folder / "checkpoints")
+        return 0 if path is None else read(path)["global_step"]
+    except ConfigError:
+        return 0
 
 
 @pytest.mark.slow
 def test_ten_random_kills(unbroken, tmp_path):
     folder, generator, kills = tmp_path / "run", random.Random(0), 0
     while kills < 10:
-        process = subprocess.Popen([sys.executable, str(TRAIN), *RUN, *into(folder)], cwd=tmp_path)
-        try:
-            process.wait(generator.uniform(3, 7))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        else:
-            assert process.returncode == 0
+        done = forked(tmp_path, *RUN, *into(folder), kill_after=generator.uniform(0.3, 2.5))
+        if done.returncode == 0:  # it was complete: kill another one
             assert_same_run(folder, unbroken)
-            folder = tmp_path / f"run{kills}"  # it was complete: kill another one
+            folder = tmp_path / f"run{kills}"
+        else:
+            assert done.returncode == -signal.SIGKILL
+            kills += 1
     continued(folder, *RUN)
     assert_same_run(folder, unbroken)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4])
-def test_results_do_not_depend_on_the_number_of_processes(unbroken, tmp_path, devices):
+def test_results_do_not_depend_on_the_number_of_processes(unbroken_pair, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(unbroken, folder)
-    # The run is complete: with the checkpoint and nothing to train, only the test is left.
-    options = ["trainer=ddp_cpu", f"trainer.devices={devices}", "data.eval_batch_size=37"]
-    done = command(tmp_path, f"ckpt_path={folder}", *options)
+    shutil.copytree(unbroken_pair, folder)
+    # The run is complete: with the checkpoint and nothing to train, only the test is left. The two
+    # processes had 180 and 179 of its images.
+    done = forked(tmp_path, f"ckpt_path={folder}", "trainer=cpu", "data.eval_batch_size=37")
     assert done.returncode == 0, done.stderr
     assert "epoch" not in done.stdout
     found, expected = (
         {k: v for k, v in summary(f)["metrics"].items() if k.startswith("test/")}
-        for f in (folder, unbroken)
+        for f in (folder, unbroken_pair)
     )
-    assert summary(folder)["devices"] == devices
+    assert summary(folder)["devices"] == 1
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["test/acc"] == expected["test/acc"]

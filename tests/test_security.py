@@ -20,7 +20,7 @@ from commands import TRAIN, assert_refused, serve
 from runs import run
 from sam_lightning.building import build
 from sam_lightning.checkpoint import AtomicCheckpointIO, read
-from sam_lightning.command import _top_level
+from sam_lightning.command import top_level
 from sam_lightning.data.sources import cifar10
 from sam_lightning.overrides import replayable
 from sam_lightning.targets import check_targets
@@ -205,26 +205,26 @@ def stored(folder: Path, overrides: object) -> Path:
 
 def test_settings_of_a_run_are_replayed(tmp_path):
     file = stored(tmp_path, [*REPLAYED, "ckpt_path=old", "seed=1"])
-    assert replayable(file, _top_level(), ["seed"]) == REPLAYED
-    assert replayable(stored(tmp_path / "none", []), _top_level()) == []
+    assert replayable(file, top_level(), ["seed"]) == REPLAYED
+    assert replayable(stored(tmp_path / "none", []), top_level()) == []
 
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_is_no_setting_of_a_run_is_not_replayed(tmp_path, override):
     override = override.format(folder=tmp_path, made=tmp_path / "made", pickle=tmp_path / "p")
-    message = one_line_error(replayable, stored(tmp_path, ["rho=1", override]), _top_level())
+    message = one_line_error(replayable, stored(tmp_path, ["rho=1", override]), top_level())
     assert message.startswith(f"{tmp_path}/.hydra/overrides.yaml: ")
     assert override in message
 
 
 @pytest.mark.parametrize("overrides", [None, 5, "rho=1", {"rho": 1}, [["rho=1"]], [1]])
 def test_what_is_no_list_of_overrides(tmp_path, overrides):
-    one_line_error(replayable, stored(tmp_path, overrides), _top_level())
+    one_line_error(replayable, stored(tmp_path, overrides), top_level())
 
 
 def test_a_key_that_is_given_anew_may_be_anything(tmp_path):
     file = stored(tmp_path, ["rho=1", "task_name=${oc.env:HOME}"])
-    assert replayable(file, _top_level(), ["task_name"]) == ["rho=1"]
+    assert replayable(file, top_level(), ["task_name"]) == ["rho=1"]
 
 
 @pytest.fixture(scope="module")

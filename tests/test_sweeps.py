@@ -195,11 +195,11 @@ def test_a_job_whose_process_is_killed(tmp_path, launcher):
 @pytest.mark.slow
 def test_processes_and_loaders_in_the_workers_of_joblib(tmp_path):
     loading = ["data.num_workers=1", "data.policy=trivialaugment"]
-    done = side_by_side(tmp_path, "joblib", "rho=0.1,0.2", "trainer.devices=2", *loading)
+    done = side_by_side(tmp_path, "joblib", "rho=0.1", "trainer.devices=2", *loading)
     assert done.returncode == 0, done.stderr
     sweep = only_sweep(tmp_path / "cwd")
-    assert [job["status"] for job in table(sweep)] == ["completed", "completed"]
-    assert [summary(sweep / job["folder"])["devices"] for job in table(sweep)] == [2, 2]
+    (job,) = table(sweep)
+    assert (job["status"], summary(sweep / job["folder"])["devices"]) == ("completed", 2)
 
 
 # ----------------------------------------------------------------------------------------- searches

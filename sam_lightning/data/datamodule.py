@@ -171,6 +171,13 @@ class ImageDataModule(LightningDataModule):
         if len(self.mean) != self.in_channels:
             raise ConfigError(f"data.mean={list(self.mean)}: must be {self.in_channels} numbers")
         self._augment = self._make_augment(self.mean, self.std)
+        height, width = self.train.images.shape[-2:]
+        side = min(height, width)
+        for key, most in (("crop_padding", side - 1), ("cutout", side)):
+            if (value := getattr(self._augment, key)) > most:  # some images would be all black
+                raise ConfigError(
+                    f"data.{key}={value}: must be <= {most} for images of {width} x {height} pixels"
+                )
 
     def _move(self, device: torch.device) -> None:
         if device.type != self.device:
