@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 TRAIN = Path(__file__).parent.parent / "train.py"
+SMALL = ["data=digits", "model.width=8", "trainer=cpu", "data.subset=100", "epochs=1"]
 
 # Runs train.py in a fork for each line of stdin, so that what it imports is imported once for all.
 SERVER = """

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from runs import (
@@ -94,6 +95,34 @@ def test_strategies_without_whole_weights_are_refused(environment, name):
 
 def test_strategies_with_whole_weights(environment):
     assert local_processes(trainer(strategy="ddp")) == local_processes(trainer(strategy="auto"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"accelerator": "cuda", "devices": 3}, "trainer.devices=3: there are 2 GPUs here"),
+        ({"accelerator": "auto", "devices": 3}, "trainer.devices=3: there are 2 GPUs here"),
+        ({"accelerator": "gpu", "devices": [1, 2]}, r"devices=\[1, 2\]: the GPUs here are 0 to 1"),
+    ],
+)
+def test_more_gpus_than_there_are(monkeypatch, trainer, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        local_processes(OmegaConf.create(trainer))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "processes"),
+    [
+        ({"accelerator": "cuda", "devices": "auto"}, 2),
+        ({"accelerator": "auto", "devices": [1]}, 1),
+        ({"accelerator": "cpu", "devices": "auto"}, 1),
+        ({"accelerator": "cpu", "devices": 4}, 4),
+    ],
+)
+def test_processes_per_machine(monkeypatch, trainer, processes):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_processes(OmegaConf.create(trainer)) == processes
 
 
 # ----------------------------------------------------------------------------------- real launchers

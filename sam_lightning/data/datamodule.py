@@ -173,10 +173,10 @@ class ImageDataModule(LightningDataModule):
         self._augment = self._make_augment(self.mean, self.std)
         height, width = self.train.images.shape[-2:]
         side = min(height, width)
-        for key, most in (("crop_padding", side - 1), ("cutout", side)):
-            if (value := getattr(self._augment, key)) > most:  # some images would be all black
+        for key in ("crop_padding", "cutout"):
+            if (value := getattr(self._augment, key)) > side:  # little would be left of an image
                 raise ConfigError(
-                    f"data.{key}={value}: must be <= {most} for images of {width} x {height} pixels"
+                    f"data.{key}={value}: must be <= {side} for images of {width} x {height} pixels"
                 )
 
     def _move(self, device: torch.device) -> None:
