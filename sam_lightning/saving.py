@@ -81,7 +81,16 @@ class LastCheckpoint(Checkpoint):
         self.dirpath = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.stop = StopSignal()
+        self.metrics: dict[str, float] = {}  # as logged before the last checkpoint
         self._saved = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics, for a run that was stopped when it had only the test left."""
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up those of the checkpoint."""
+        self.metrics = state_dict["metrics"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen again: Lightning has set handlers that would end the run between two passes."""
@@ -140,6 +149,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._saved = trainer.global_step
+        self.metrics = {name: float(v) for name, v in trainer.callback_metrics.items()}
         new, last = self.dirpath / "new.ckpt", self.dirpath / "last.ckpt"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:

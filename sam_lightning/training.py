@@ -237,6 +237,8 @@ def execute(
     with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        for saver in savers:
+            record.add(saver.metrics)
         record.add(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, datamodule=data, verbose=False)

@@ -1,8 +1,8 @@
 """``train.py`` with a fault, in forks of a process that has imported torch and Lightning.
 
 A fault is ``(name, at)``: what happens, and when: ``pass:N`` in the N-th forward pass of training
-(a SAM step has two), ``between:N`` behind the N-th perturbation, before its second pass, or
-``save:N`` as the N-th checkpoint begins to be written.
+(a SAM step has two), ``between:N`` behind the N-th perturbation, before its second pass,
+``save:N`` as the N-th checkpoint begins to be written, or ``test:1`` as the test begins.
 """
 
 import multiprocessing
@@ -21,6 +21,7 @@ import sam_lightning.checkpoint as checkpoint
 import sam_lightning.sam as sam
 from sam_lightning.classifier import Classifier
 from sam_lightning.command import CONF
+from sam_lightning.saving import LastCheckpoint
 
 TRAIN = str(CONF.parent / "train.py")
 SERVER = multiprocessing.get_context("forkserver")
@@ -73,6 +74,8 @@ def inject(name, at):
         at_call(Classifier, "forward", int(number), name)
     elif where == "between":
         between_passes(int(number), name)
+    elif where == "test":
+        at_call(LastCheckpoint, "on_test_start", int(number), name)
     else:
         at_call(checkpoint.AtomicCheckpointIO, "save_checkpoint", int(number), name)
 

@@ -46,6 +46,11 @@ def blocks(text, language=""):
     return [content for name, content in fenced if name == language]
 
 
+def shell(text):
+    """The lines of the commands, as they stand."""
+    return "".join(blocks(text)).splitlines(keepends=True)
+
+
 def lines(text):
     """Every command on a page as a list of words, those in running text too."""
     shown = "".join(blocks(text)).replace("\\\n", " ").splitlines()
@@ -117,10 +122,15 @@ def test_every_example_trains(clone, my_project, tmp_path, arguments):
 
 @pytest.mark.slow
 def test_the_commands_as_they_stand(clone):
+    # Of those that train and start alike only the first: the test above has all of them.
+    shown = {" ".join(line.split()[:3]): line for line in reversed(shell(EXTENDING))}
+    script = [line for line in shell(EXTENDING) if line in shown.values()]
+    trained = [line for line in script if "train.py" in line]
+    assert len(trained) >= 3
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if k not in (TRUST, "PYTHONPATH")}
     done = subprocess.run(
-        ["bash", "-euc", "".join(blocks(EXTENDING))],
+        ["bash", "-euc", "".join(script)],
         cwd=clone,
         env={**environment, "PATH": path},
         capture_output=True,
@@ -128,7 +138,7 @@ def test_the_commands_as_they_stand(clone):
     )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(file.read_text()) for file in clone.glob("logs/*/runs/*/metrics.json")]
-    assert [run["status"] for run in runs] == ["completed"] * len(EXAMPLES)
+    assert [run["status"] for run in runs] == ["completed"] * len(trained)
     assert "noise" in (clone / "logs/quickstart/report/report.md").read_text()
 
 

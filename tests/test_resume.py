@@ -90,6 +90,15 @@ def test_killed_as_it_saves(unbroken, tmp_path):
 
 
 @pytest.mark.slow
+def test_killed_when_only_the_test_is_left(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "test:1")).returncode < 0
+    assert not (folder / "metrics.json").exists()
+    continued(folder)
+    assert_same_run(folder, unbroken)
+
+
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
     folder = tmp_path / "run"
     assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "pass:5")).returncode < 0
