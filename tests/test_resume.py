@@ -355,18 +355,20 @@ def test_ten_random_kills(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_processes(unbroken_pair, tmp_path):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_results_do_not_depend_on_the_number_of_processes(unbroken_pair, tmp_path, processes):
     folder = tmp_path / "run"
     shutil.copytree(unbroken_pair, folder)
     # The run is complete: with the checkpoint and nothing to train, only the test is left. The two
     # processes had 180 and 179 of its images.
-    done = forked(tmp_path, f"ckpt_path={folder}", "trainer=cpu", "data.eval_batch_size=37")
+    trainer = ["trainer=ddp_cpu", "trainer.devices=4"] if processes == 4 else ["trainer=cpu"]
+    done = forked(tmp_path, f"ckpt_path={folder}", *trainer, "data.eval_batch_size=37")
     assert done.returncode == 0, done.stderr
     assert "epoch" not in done.stdout
     found, expected = (
         {k: v for k, v in summary(f)["metrics"].items() if k.startswith("test/")}
         for f in (folder, unbroken_pair)
     )
-    assert summary(folder)["devices"] == 1
+    assert summary(folder)["devices"] == processes
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["test/acc"] == expected["test/acc"]
