@@ -18,7 +18,7 @@ PRUNED = {".hydra", ".git", "checkpoints", "tensorboard"}
 IGNORED = {
     *("seed", "rho", "lr", "weight_decay", "task_name", "output_dir", "ckpt_path", "debug"),
     *("test", "optimized_metric", "max_skipped_steps", "checkpoint_every_n_steps"),
-    *("experiment", "sweep"),
+    *("experiment", "sweep", "method.passes"),
     *("data.root", "data.cache_dir", "data.download", "trainer.log_every_n_steps"),
 }
 IGNORED_PARTS = ("logger.", "data.source.")
