@@ -198,9 +198,14 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """Beside the axes, where it hides nothing."""
+    """Beside the axes, where it hides nothing; names too long for that below them."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper")
+    if max(map(len, names), default=0) <= 60:
+        figure.legend(handles, names, loc="outside right upper")
+        return
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * len(names))
+    figure.legend(handles, names, loc="outside lower left")
 
 
 def _rho(group: Group) -> float:
