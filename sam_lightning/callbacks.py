@@ -136,7 +136,8 @@ class MetricsCSV(CSVLogger):
     """``metrics.csv`` in the run folder: a row per logged step, kept when a run is resumed.
 
     Lightning's logger starts an existing file anew. On resume, the rows up to the checkpoint's
-    step are written again before the new ones, and those after it, of lost work, are dropped.
+    step are written again before the new ones. Those after it, of lost work, are dropped, and so
+    is a test's row: the test follows the training, and is done again.
     """
 
     def __init__(self, root_dir: str) -> None:
@@ -152,12 +153,16 @@ class MetricsCSV(CSVLogger):
     @rank_zero_only
     def continue_from(self, step: int) -> None:
         """Keep the rows up to ``step``, as they are; called before the resumed run logs."""
-        kept = [row for row in self._previous if int(row["step"]) <= step]
+        kept = [row for row in self._previous if int(row["step"]) <= step and not _is_test(row)]
         for row in kept:
             values: dict[str, Any] = {name: value for name, value in row.items() if value}
             self.experiment.log_metrics(values, step=int(row["step"]))
         self.save()
         rank_zero_info(f"metrics.csv: kept {len(kept)} rows up to step {step}")
+
+
+def _is_test(row: dict[str, str]) -> bool:
+    return any(value for name, value in row.items() if name.startswith("test/"))
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
 A fault is ``(name, at)``: what happens, and when: ``pass:N`` in the N-th forward pass of training
 (a SAM step has two), ``between:N`` behind the N-th perturbation, before its second pass,
-``save:N`` as the N-th checkpoint begins to be written, or ``test:1`` as the test begins.
+``save:N`` as the N-th checkpoint begins to be written, ``test:1`` as the test begins, or
+``tested:1`` when its results are logged and ``metrics.json`` is not yet written.
 """
 
 import multiprocessing
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 import sam_lightning.checkpoint as checkpoint
+import sam_lightning.results as results
 import sam_lightning.sam as sam
 from sam_lightning.classifier import Classifier
 from sam_lightning.command import CONF
@@ -74,6 +76,8 @@ def inject(name, at):
         at_call(Classifier, "forward", int(number), name)
     elif where == "between":
         between_passes(int(number), name)
+    elif where == "tested":
+        at_call(results.Record, "_summary", int(number), name)
     elif where == "test":
         at_call(LastCheckpoint, "on_test_start", int(number), name)
     else:

@@ -90,9 +90,10 @@ def test_killed_as_it_saves(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_when_only_the_test_is_left(unbroken, tmp_path):
+@pytest.mark.parametrize("at", ["test:1", "tested:1"])
+def test_killed_when_trained(unbroken, tmp_path, at):
     folder = tmp_path / "run"
-    assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", "test:1")).returncode < 0
+    assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", at)).returncode < 0
     assert not (folder / "metrics.json").exists()
     continued(folder)
     assert_same_run(folder, unbroken)
