@@ -69,7 +69,7 @@ class GradientModule(Classifier):
                 if losses is not None:
                     losses.append(self._losses(logits, labels))
                 accuracy = (logits.argmax(1) == labels).float().mean()
-                sums += torch.stack([loss.float(), accuracy]) * (len(labels) / count)
+                sums.add_(torch.stack([loss.float(), accuracy]), alpha=len(labels) / count)
         return sums
 
     @torch.no_grad()

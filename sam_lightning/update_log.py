@@ -33,23 +33,24 @@ class UpdateSums:
 
     def add_update(self, first: Tensor, second: Tensor, climbs: bool) -> None:
         """Add an update with these losses and accuracies at w and at w + e, each 1-dim of 2."""
-        self.window[:2] += first
-        self.window[2] += second[0] - first[0]
-        self.window[4] += 1
-        self.window[5] += climbs
+        self.window[:2].add_(first)
+        self.window[4].add_(1)
+        if climbs:
+            self.window[2].add_(second[0] - first[0])
+            self.window[5].add_(1)
 
     def add_geometry(self, norm: Tensor, similarity: Tensor) -> None:
         """Add the norm of a perturbation and the cosine of the two gradients."""
-        self.window[6:] += torch.stack([norm, similarity, torch.ones_like(norm)])
+        self.window[6:].add_(torch.stack([norm, similarity, torch.ones_like(norm)]))
 
     def add_gradient(self, norm: Tensor) -> Tensor:
         """Add the norm of the gradient to step with; return 1 if it is not finite, else 0."""
         skip = (~norm.isfinite()).float()
-        self.window[3] += norm
-        in_a_row = (self.skipped[1] + 1) * skip
-        self.skipped = torch.stack(
-            [self.skipped[0] + skip, in_a_row, torch.maximum(self.skipped[2], in_a_row)]
-        )
+        self.window[3].add_(norm)
+        in_all, in_a_row, longest = self.skipped.unbind()
+        in_all.add_(skip)
+        in_a_row.add_(1).mul_(skip)
+        torch.maximum(longest, in_a_row, out=longest)
         return skip
 
     def means(self, strategy: Any, world_size: int) -> tuple[dict[str, float], float]:

@@ -11,8 +11,9 @@ from torch.optim.sgd import sgd
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
     norms = norms_of(tensors)
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    if len({n.device for n in norms}) > 1:
+        norms = [n.to(norms[0].device) for n in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
