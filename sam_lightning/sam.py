@@ -157,9 +157,13 @@ class SAM(Optimizer):
         at_w = self._gradients(clone=not zero_grad) if first and self.descent else self._at_w
         weights, grads, names, rhos = self._ascent_inputs(inv_scale)
         if weights and self.climbs:
+            known = self.memory  # looked up by weight only where there is one: a look-up is slow
+            memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
             # What is remembered is of the gradient at w, and changes once an update.
-            memory = [self.memory[w] if first else dict(self.memory[w]) for w in weights]
+            memory = memory if first else [dict(kept) for kept in memory]
             direction, norm = self.perturbation(weights, grads, names, memory)
+            if first and any(memory):
+                known.update(zip(weights, memory, strict=True))
             self._save(weights)
             move(weights, direction, [rho * length for rho in rhos], norm)
         if zero_grad:
@@ -173,7 +177,7 @@ class SAM(Optimizer):
     def _save(self, weights: list[Tensor]) -> None:
         known, saved = self._saved or ([], [])
         ids = {id(w) for w in known}
-        new = [w for w in weights if id(w) not in ids]
+        new = [w for w in weights if id(w) not in ids] if ids else weights
         copies = [torch.empty_like(w) for w in new]
         if new:
             torch._foreach_copy_(copies, new)

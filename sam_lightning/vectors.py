@@ -104,14 +104,13 @@ def _ascend(
     )
     # torch's fused kernels leave this out, and autograd would not notice that a graph of before
     # the move is used after it.
-    for w in weights:
-        torch.autograd.graph.increment_version(w)
+    torch.autograd.graph.increment_version(weights)
 
 
 def _same_memory_order(w: Tensor, d: Tensor) -> bool:
     """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
     return (
-        w.dtype is d.dtype
-        and w.stride() == d.stride()
+        w.stride() == d.stride()
+        and w.dtype is d.dtype
         and (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last))
     )
