@@ -259,6 +259,8 @@ def test_a_state_dict_has_what_a_method_remembers(method, base):
     plain = base(models[0].parameters(), lr=0.01)
     two = SAM(models[1].parameters(), base, 0.2, lr=0.01)
     two.load_state_dict(plain.state_dict())  # of a run without a memory
+    assert not any(two.memory.values())
+    assert not any(two.state.values())
 
 
 @pytest.mark.parametrize("method", MEMORIES)

@@ -23,7 +23,7 @@ from sam_lightning.command import CONF
 from sam_lightning.errors import ConfigError
 from sam_lightning.report import figures, tables
 from sam_lightning.report.__main__ import main
-from sam_lightning.report.groups import analyse
+from sam_lightning.report.groups import Study, analyse
 from sam_lightning.report.runs import curve, gather, passes_per_step
 from sam_lightning.report.statistics import estimate, holm, paired
 from sam_lightning.report.write import chosen, uncompared
@@ -622,6 +622,21 @@ def test_figures_show_the_numbers(sweep, tmp_path):
     passes, seconds = figure.axes
     assert [c[0].get_xdata()[0] for c in passes.containers] == pytest.approx([5, 6], rel=0.02)
     assert [c[0].get_xdata()[0] for c in seconds.containers] == [10, 10]
+
+
+@pytest.mark.parametrize("length", [5, 40, 100])
+def test_a_legend_covers_nothing(sweep, monkeypatch, length):
+    study = analyse(gather([sweep])[0], "test/acc", "sgd")
+    monkeypatch.setattr(
+        Study, "describe", lambda self, group, without: group.values["method"] * length
+    )
+    figure = Figure(layout="constrained")
+    figures.radius(study, study.groups, figure, [])
+    figure.draw_without_rendering()
+    legend, axes = (part[0].get_tightbbox() for part in (figure.legends, figure.axes))
+    assert not legend.overlaps(axes)
+    assert axes.height > 200  # of 400 pixels
+    assert axes.width > 200
 
 
 def test_a_figure_for_each_data_set(sweep, tmp_path):

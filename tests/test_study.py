@@ -512,7 +512,6 @@ def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
         for key in ("metrics", "seconds", "train_seconds", "epochs", "git_commit", "device"):
             assert line[key] == of_run[key]
         assert line["passes"] == passes
-        assert not line["resumed"]
         epochs = list(range(1, of_run["epochs"] + 1))
         assert line["curves"] == {
             "epoch": epochs,

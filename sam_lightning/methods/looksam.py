@@ -18,7 +18,7 @@ class Reuse:
     often to climb is ``method.every``, the paper's k.
 
     Args:
-        alpha: >= 0; 0 climbs at every k-th update and forgets. the correction is so large a part
+        alpha: >= 0; 0 climbs at every k-th update and forgets. The correction is so large a part
             of the gradient whatever rho is. The authors use 0.7 for vision transformers.
 
     Raises:

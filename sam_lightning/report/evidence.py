@@ -58,7 +58,6 @@ def results(run: Run) -> dict[str, Any]:
     return {
         "metrics": summary["metrics"],
         "passes": run.total_passes,
-        "resumed": summary["config"].get("ckpt_path") is not None,
         **{key: summary.get(key) for key in COPIED},
         "curves": {
             "epoch": epochs,
