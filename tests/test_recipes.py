@@ -7,6 +7,9 @@ import re
 import struct
 import subprocess
 import sys
+from collections import Counter
+from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,12 +147,15 @@ def test_damaged_or_missing_svhn_files(tmp_path, monkeypatch, download):
 
 PAGE = (CONF.parent / "docs" / "results.md").read_text()
 ROW = re.compile(
-    r"^\| (?P<data>CIFAR-10|CIFAR-100|SVHN|Fashion-MNIST) \| (?P<augmentation>\w+) "
-    r"\| (?P<epochs>[\d, and]+) \| (?P<method>SAM|SGD) \| (?P<published>.*?) \| (?P<ours>.*?) "
-    r"\| (?P<hours>[\d.+ ]+) \| `(?P<arguments>.*?)` \|$",
+    r"^\| (?:(?P<model>WRN-28-10|PyramidNet-110|ResNet-18) \| )?"
+    r"(?P<data>CIFAR-10|CIFAR-100|SVHN|Fashion-MNIST) \| (?P<augmentation>\w+) "
+    r"\| (?P<epochs>[\d, and]+) (?:\| (?P<method>SAM|SGD) )?\| (?P<published>\S.*?) "
+    r"\| (?P<ours>.*?) \| (?P<hours>[\d.+ ]+) \| `(?P<arguments>.*?)` \|$",
     re.M,
 )
-ROWS = [match.groupdict() for match in ROW.finditer(PAGE)]
+ALL_ROWS = [match.groupdict() for match in ROW.finditer(PAGE)]
+# Those that name no model stand under its heading, and have a row for SGD below that for SAM.
+ROWS, OTHERS = ([row for row in ALL_ROWS if bool(row["model"]) == other] for other in (0, 1))
 SAM_ROWS, SGD_ROWS = ([row for row in ROWS if row["method"] == m] for m in ("SAM", "SGD"))
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 NAMES |= {"fashion_mnist": "Fashion-MNIST"}
@@ -158,7 +164,7 @@ IMAGES["SVHN"] = 73_257 + 531_131
 AUGMENTATIONS = {"basic": (0, None), "Cutout": (16, None), "AutoAugment": (16, "autoaugment")}
 
 # Learning rate, weight decay and rho of SAM by model, data and epochs: Foret et al. 2021, tables 6
-# and 7; for 300 epochs and for ResNet-18, ESAM's run.sh.
+# and 7; for 300 epochs and for ResNet-18, ESAM's run.sh; for what is in no paper, see below.
 SETTINGS = {
     ("WideResNet", "CIFAR-10", 200): (0.1, 0.0005, 0.05),
     ("WideResNet", "CIFAR-100", 200): (0.1, 0.0005, 0.1),
@@ -173,7 +179,15 @@ SETTINGS = {
     ("SAMResNet18", "CIFAR-10", 200): (0.05, 0.001, 0.05),
     ("SAMResNet18", "CIFAR-100", 200): (0.05, 0.001, 0.05),
 }
-FRIENDLY_SAM_LOG = ("SAMResNet18", "CIFAR-100", "Cutout"), 0.2  # with another rho
+for name, known, epochs in (("PyramidNet", 1800, 200), ("SAMResNet18", 200, 1800)):
+    for data in ("CIFAR-10", "CIFAR-100"):
+        SETTINGS[name, data, epochs] = SETTINGS[name, data, known]
+for name in ("WideResNet", "PyramidNet", "SAMResNet18"):
+    for epochs in (200, 1800):
+        as_cifar10 = SETTINGS[name, "CIFAR-10", epochs]
+        SETTINGS.setdefault((name, "Fashion-MNIST", epochs), as_cifar10)
+        SETTINGS.setdefault((name, "SVHN", epochs), (0.01, as_cifar10[1], 0.01))
+FRIENDLY_SAM_LOG = ("SAMResNet18", "CIFAR-100", 200, "Cutout"), 0.2  # with another rho
 
 
 def last_name(target):
@@ -187,19 +201,37 @@ def epochs_of(row):
 @pytest.fixture(scope="module")
 def composed():
     """The rows of SAM with their configurations."""
-    found = []
+    found, known = [], top_level()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for row in SAM_ROWS:
+        for row in [*SAM_ROWS, *OTHERS]:
             cfg = compose("train", row["arguments"].split())
             cfg.output_dir = "run"
-            check(cfg, top_level())
+            check(cfg, known)
             found.append((row, cfg))
     return found
 
 
 def test_every_row_of_a_table_is_read():
-    assert len(ROWS) == len(re.findall(r"^\|.*\| `experiment=.*\|$", PAGE, re.M)) > 50
-    assert len({row["arguments"] for row in ROWS}) == len(ROWS)
+    assert len(ALL_ROWS) == len(re.findall(r"^\|.*\| `experiment=.*\|$", PAGE, re.M)) > 100
+    assert len({row["arguments"] for row in ALL_ROWS}) == len(ALL_ROWS)
+
+
+def name_of(model):
+    shakes = model.get("p_last", 0.5) < 1
+    names = {"WideResNet": "WRN-28-10", "SAMResNet18": "ResNet-18"}
+    names["PyramidNet"] = f"PyramidNet-{model.get('depth')}{'' if shakes else ' unshaken'}"
+    return names[last_name(model._target_)]
+
+
+def test_every_combination_has_one_row(composed):
+    models = "WRN-28-10", "PyramidNet-110", "ResNet-18"
+    wanted = [*product(models, NAMES.values(), AUGMENTATIONS, (200, 1800))]
+    rows = Counter(
+        (name_of(cfg.model), row["data"], row["augmentation"], cfg.epochs) for row, cfg in composed
+    )
+    assert {one: rows[one] for one in wanted} == dict.fromkeys(wanted, 1)
+    for row, cfg in composed:
+        assert row["model"] in (None, name_of(cfg.model)), row["arguments"]
 
 
 def test_each_row_is_what_its_arguments_run(composed):
@@ -237,11 +269,11 @@ def test_settings_are_those_of_the_papers(composed):
         model = last_name(cfg.model._target_)
         used.add(key := (model, row["data"], cfg.epochs))
         expected = SETTINGS[key]
-        if (model, row["data"], row["augmentation"]) == FRIENDLY_SAM_LOG[0]:
+        if (*key, row["augmentation"]) == FRIENDLY_SAM_LOG[0]:
             expected = (*expected[:2], FRIENDLY_SAM_LOG[1])
         assert (cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.method.rho) == expected, said
         assert cfg.batch_size == (128 if model == "SAMResNet18" else 256), said
-        of_the_paper = model == "WideResNet" or cfg.epochs == 1800
+        of_the_paper = model != "SAMResNet18" and cfg.epochs != 300
         assert cfg.optimizer.nesterov == of_the_paper, said
         assert cfg.method.decay_in_ascent == of_the_paper, said
         assert cfg.data.drop_last == of_the_paper, said
@@ -279,10 +311,21 @@ def test_files_and_page_agree_on_what_is_published():
         assert all(published in text for published in single)
         assert in_file == [published for published in on_page if "±" in published]
         assert len(in_file) >= 4
+        commands = re.findall(r"train.py -m sweep=seeds (.*)", text.replace("\\\n#     ", ""))
+        assert {*commands} <= {row["arguments"] for row in ALL_ROWS}
+        assert len(commands) >= 4
 
 
 def test_nothing_is_claimed_to_be_measured():
-    assert {row["ours"] for row in ROWS} == {"not measured"}
+    assert {row["ours"] for row in ROWS} == {""}
+    assert {(row["published"], row["ours"]) for row in OTHERS} == {("–", " | ")}
+
+
+@pytest.mark.parametrize("experiment", ["wrn28_10", "pyramidnet", "resnet18"])
+def test_a_row_of_sgd_takes_one_pass(experiment):
+    row = next(row for row in SGD_ROWS if f"experiment={experiment} " in row["arguments"])
+    cfg = cost.configuration(row["arguments"].rpartition(",")[0].split())
+    assert (cfg.method.name, cfg.method.rho, cfg.epochs) == ("sgd", 0, epochs_of(row)[0])
 
 
 def test_five_seeds():
@@ -291,6 +334,46 @@ def test_five_seeds():
         cfg = compose("train", ["sweep=seeds"], return_hydra_config=True)
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert cfg.hydra.sweeper.params == {"seed": "0,1,2,3,4"}
+
+
+def test_the_job_of_slurm(tmp_path):
+    script, submits = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
+    (tmp_path / "row.sh").write_text(script)
+    # What SLURM is given as options is left out, and the arguments are printed instead of used.
+    (tmp_path / "srun").write_text('#!/bin/bash\n[[ $1 == --cpus-per-task=9 ]] && "${@:2}"\n')
+    (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    for name in ("srun", "python"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "4"}
+    assert "--array=0-4 " in script
+    runs, folders = set(), set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for line in submits.splitlines():
+            submitted = ["bash", *line.split()[1:]]
+            printed = subprocess.check_output(submitted, cwd=tmp_path, env=environment, text=True)
+            file, *arguments = printed.split()
+            cfg = compose("train", arguments, return_hydra_config=True)
+            assert (file, cfg.seed, cfg.ckpt_path) == ("train.py", 4, "last")
+            assert cfg.hydra.run.dir.startswith(f"logs/{cfg.task_name}/")
+            folders.add(cfg.hydra.run.dir)
+            runs.add(" ".join(arguments[: arguments.index("seed=4")]))
+    on_page = {
+        re.sub(r"(\d+),(\d+)$", kept, row["arguments"]) for row in ROWS for kept in (r"\1", r"\2")
+    }
+    assert runs <= on_page
+    assert len(folders) == len(runs) == 3
+
+
+def test_the_data_sets_can_be_fetched_beforehand(tmp_path, monkeypatch):
+    (code,) = re.findall(r'^python -c "(.*)"$', PAGE, re.M)
+    assert {*re.findall(r"(\w+)\(", code)} == {*WRITERS}
+    monkeypatch.chdir(tmp_path)
+    for name, write in WRITERS.items():
+        write(Path("data"), monkeypatch, name, 4)
+    exec(code, {})
+    Path("data/extra_32x32.mat").unlink()
+    with pytest.raises(ConfigError, match="cannot load SVHN"):
+        exec(code, {})
 
 
 # ------------------------------------------------------------------------------------------- cost
@@ -435,17 +518,24 @@ def test_cost_as_a_command(tmp_path):
 
 # -------------------------------------------------------------------------------- two steps of each
 
-# Each model with each of its data sets, and every augmentation.
+# Of model, data set and augmentation every pair that is on the page.
 RECIPES = [
-    "experiment=wrn28_10 data.policy=autoaugment data.cutout=16",
+    "experiment=wrn28_10",
     "experiment=wrn28_10 data=cifar100 rho=0.1 data.cutout=16",
-    "experiment=wrn28_10 data=svhn data.source.extra=true lr=0.01 rho=0.01",
-    "experiment=wrn28_10 data=fashion_mnist data.cutout=16",
+    "experiment=wrn28_10 data=svhn data.source.extra=true lr=0.01 rho=0.01 "
+    "data.policy=autoaugment_svhn data.flip=false data.crop_padding=0 data.cutout=16",
+    "experiment=wrn28_10 data=fashion_mnist",
+    "experiment=pyramidnet model=pyramidnet110 data.cutout=16",
+    "experiment=pyramidnet data=cifar100 model=pyramidnet110 lr=0.05 "
+    "data.policy=autoaugment data.cutout=16",
+    "experiment=pyramidnet data=svhn model=pyramidnet110 data.source.extra=true lr=0.01 rho=0.01",
+    "experiment=pyramidnet data=fashion_mnist model=pyramidnet110 data.cutout=16",
+    "experiment=resnet18 data.policy=autoaugment data.cutout=16",
+    "experiment=resnet18 data=cifar100",
+    "experiment=resnet18 data=svhn data.source.extra=true lr=0.01 rho=0.01 data.cutout=16",
+    "experiment=resnet18 data=fashion_mnist data.policy=autoaugment data.cutout=16",
     "experiment=pyramidnet data.policy=autoaugment data.cutout=16",
     "experiment=pyramidnet data=cifar100 lr=0.05 data.cutout=16",
-    "experiment=pyramidnet model=pyramidnet110",
-    "experiment=resnet18 data.policy=autoaugment data.cutout=16",
-    "experiment=resnet18 data=cifar100 rho=0.2 data.cutout=16",
 ]
 SMALL = {
     "wide_resnet28_10": ["model.depth=10", "model.widen_factor=1"],
@@ -476,15 +566,18 @@ def two_steps(recipe, root, monkeypatch, *options):
     return root / "run" / "checkpoints" / "last.ckpt"
 
 
-def test_each_model_has_each_of_its_data_sets_here():
-    def pair(model, data):
-        return model, re.search(r"data=(\w+)|$", data)[1] or "cifar10"
+def test_every_pair_of_model_data_and_augmentation_is_here():
+    def pairs(recipes):
+        triples = [
+            (model_of(r), re.search(r"data=(\w+)|$", r)[1], ("policy=" in r, "cutout=" in r))
+            for r in recipes
+        ]
+        return {pair for triple in triples for pair in combinations(triple, 2)}
 
-    on_page = {pair(model_of(row["arguments"]), row["arguments"]) for row in ROWS}
-    left_out = {("pyramidnet110", "cifar100")}  # the one above with other data
-    assert {pair(model_of(r), r) for r in RECIPES} == on_page - left_out
-    known = {row["arguments"].replace(" data.num_workers=8", "") for row in ROWS}
-    assert {recipe for recipe in RECIPES if recipe not in known} == set()
+    on_page = {row["arguments"].replace(" data.num_workers=8", "") for row in ALL_ROWS}
+    assert {*RECIPES} <= on_page
+    basic_of_272 = ("pyramidnet272", (False, False))  # PyramidNet-110 has it
+    assert pairs(RECIPES) == pairs(on_page) - {basic_of_272}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
