@@ -23,8 +23,10 @@ def save_by_rank(module: "SAMModule", checkpoint: dict[str, Any]) -> None:
     stats = _of_all(module, _flat(module, list(buffers.values())))
     if module.trainer.world_size > 1:
         means = stats.mean(0).split([b.numel() for b in buffers.values()])
+        weights = checkpoint["state_dict"]
         for (name, buffer), mean in zip(buffers.items(), means, strict=True):
-            checkpoint["state_dict"][f"model.{name}"] = mean.view_as(buffer).to(buffer.dtype)
+            if f"model.{name}" in weights:  # not if it is one that a state dict leaves out
+                weights[f"model.{name}"] = mean.view_as(buffer).to(buffer.dtype)
     checkpoint["by_rank"] = {"window": _of_all(module, module.sums.window), "running_stats": stats}
     if module.trainer.world_size > 1 and (memory := _memory(module)):
         checkpoint["by_rank"]["memory"] = _of_all(module, _flat(module, memory))

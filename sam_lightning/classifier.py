@@ -41,7 +41,7 @@ class Classifier(L.LightningModule):
         if num_classes >= 10:
             metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, **fast)
         self.eval_metrics = MetricCollection(metrics, compute_groups=False)
-        self.eval_loss = MeanMetric()
+        self.eval_loss = MeanMetric(nan_strategy="disable")  # NaN stays NaN, and nothing waits
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images N x C x H x W -> logits N x num_classes."""
@@ -52,7 +52,7 @@ class Classifier(L.LightningModule):
         """Add a batch to the loss and the accuracies; return its logits, for callbacks."""
         images, labels = batch
         logits = self(images)
-        self.eval_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.eval_loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
         self.eval_metrics.update(logits, labels)
         return logits
 

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.configuration import check, one_line
+from sam_lightning.configuration import check, check_values, one_line
 from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.explain import (
     COMPOSING,
@@ -28,7 +28,9 @@ from sam_lightning.explain import (
     key_of,
     unreadable,
 )
-from sam_lightning.launchers import launched
+from sam_lightning.failures import read_summary
+from sam_lightning.folders import TASK_NAME
+from sam_lightning.launchers import launched, number
 from sam_lightning.overrides import replayable
 from sam_lightning.sweeps import SweepFolder, fail, summarized
 from sam_lightning.usage import usage
@@ -65,12 +67,46 @@ def _line_and_code(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, ConfigError | TrainingError):
         return one_line(error), 1 if isinstance(error, TrainingError) else 2
     composing = isinstance(error, COMPOSING)
-    if composing and SweepFolder.path is not None:
-        _discard(SweepFolder.path)
+    said = _cannot_log(error)
+    if said is None and (not composing or "hydra.sweeper.storage" in str(error)):
+        said = _cannot_store()
+    if composing or said:
+        for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
+            _discard(folder)
+    if said:
+        return said, 2
     if composing or any(text in str(error) for text in OF_ARGUMENTS):
         return explain(error, sys.argv[1:]), 2
     if isinstance(error, OSError | UnicodeDecodeError) and (said := unreadable(sys.argv[1:])):
         return said, 2  # Hydra's error would not name the file
+    return None
+
+
+def _cannot_log(error: Exception) -> str | None:
+    """What to say where Python's logging does not take what Hydra hands on to it."""
+    text = one_line(error)
+    if not text.startswith("Unable to configure "):
+        return None
+    given = [a for a in sys.argv[1:] if re.match(r"hydra\.\w+_logging", key_of(a))]
+    cause = error.__cause__ or error
+    reason = "cannot be written" if isinstance(cause, OSError) else text
+    return f"{given[0] if given else 'hydra.job_logging'}: {reason} ({one_line(cause)})"
+
+
+def _cannot_store() -> str | None:
+    """What to say where the database of a search cannot be opened."""
+    if (url := SweepFolder.storage) is None:
+        return None
+    from optuna.storages import get_storage
+
+    try:
+        get_storage(url)
+    except Exception as error:  # those of SQLAlchemy, of Optuna and of drivers
+        reason = str(error).partition("\n")[0]
+        return (
+            f"hydra.sweeper.storage={url}: cannot be opened ({reason}); allowed is null, or a URL "
+            "such as sqlite:////home/me/optuna.db"
+        )
     return None
 
 
@@ -88,6 +124,8 @@ def run(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
+        if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
+            _check_job(Path(hydra.runtime.output_dir))
         from sam_lightning.training import train  # torch and Lightning, only now
 
         metrics = train(cfg)
@@ -107,6 +145,7 @@ def run(cfg: DictConfig) -> float | None:
             fail(cfg, hydra, error)
             return None
         if hydra.output_subdir is not None:  # else the folder is that of an earlier run
+            os.chdir(hydra.runtime.cwd)  # out of that folder, with hydra.job.chdir=true
             _discard(Path(hydra.runtime.output_dir))
         if cfg.get("debug") is True:
             raise
@@ -119,6 +158,16 @@ def run(cfg: DictConfig) -> float | None:
         raise
 
 
+def _check_job(folder: Path) -> None:
+    """Refuse to train over what an earlier sweep has left in the folder of a job."""
+    summary = read_summary(folder / "metrics.json") or {}
+    if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
+        raise ConfigError(
+            f"hydra.sweep.dir={folder.parent}: job {folder.name} has a run already; continue it "
+            "with ckpt_path=last, or name another folder"
+        )
+
+
 def top_level() -> list[str]:
     """The keys that may stand at the top of a configuration, and the names of its groups."""
     primary = OmegaConf.load(CONF / "train.yaml")
@@ -128,7 +177,15 @@ def top_level() -> list[str]:
 
 def _discard(folder: Path) -> None:
     """Remove a folder that holds nothing but what Hydra wrote at the start."""
-    if not {entry.name for entry in folder.iterdir()} <= {".hydra", "train.log", "multirun.yaml"}:
+    found = list(folder.iterdir())
+    written = [e for e in found if e.name in (".hydra", "train.log", "multirun.yaml")]
+    if (folder / "multirun.yaml").is_file():  # of a sweep, and so are the empty folders of jobs
+        written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
+    if not {*found} <= {*written}:
+        return
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # hydra.run.dir=.
+        for entry in written:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return
     shutil.rmtree(folder)
     for parent in folder.absolute().parents:
@@ -175,7 +232,8 @@ def resumed(arguments: list[str]) -> list[str]:
         ConfigError: there is no run to continue.
     """
     given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
-    if "ckpt_path" not in given or {"-m", "--multirun"} & {*arguments}:
+    sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
+    if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
         return arguments
     path = Path(given["ckpt_path"])
     if given["ckpt_path"] == "last":
@@ -206,14 +264,17 @@ def _newest_run(given: dict[str, str]) -> Path:
 
     Its times are those of the start, where those of files would change with a copy.
     """
-    task = given.get("task_name", "*")
+    if "task_name" in given:
+        check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
+    task = given.get("task_name", "**")
     if experiment := given.get("experiment"):
         file = CONF / "experiment" / f"{experiment}.yaml"
         if file.is_file():
             task = OmegaConf.select(OmegaConf.load(file), "task_name", default=task)
     runs = {file.parent.parent for file in Path("logs").glob(f"{task}/runs/*/checkpoints/*.ckpt")}
     if not runs:
-        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in logs/{task}/runs")
+        folder = "logs" if task == "**" else f"logs/{task}/runs"
+        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in {folder}")
     return max(runs, key=lambda run: run.name)
 
 
@@ -233,8 +294,7 @@ def without_ghosts(arguments: list[str]) -> list[str]:
 
     What the others are told to write goes nowhere: loggers and checkpoints are rank 0's.
     """
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if int(rank) == 0:
+    if number("RANK", number("SLURM_PROCID", 0)) == 0:
         return arguments
     nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
     return [*arguments, *nowhere]

@@ -52,9 +52,9 @@ def number(
     return holds
 
 
-def integer(low: int) -> Callable[[Any], bool]:
-    """A whole number >= ``low``."""
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+def integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    """A whole number from ``low`` to ``high``."""
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
 def _devices(v: Any) -> bool:
@@ -88,14 +88,17 @@ def _text(v: Any) -> bool:
 
 
 WORKERS = 16 * (os.cpu_count() or 1)
-
+BATCH_SIZE = (integer(1, 10**9), "a whole number from 1 to 1000000000")
+PROFILERS = (None, "simple", "advanced", "pytorch")
+# Arguments of lightning.Trainer that it would take as anything, and fail later on.
+SWITCHES = ("benchmark", "inference_mode", "detect_anomaly", "barebones", "enable_autolog_hparams")
 
 RULES: list[Rule] = [
     ("seed", lambda v: integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
     ("rho", number(0), "a number >= 0"),
     ("method.rho", number(0), "a number >= 0"),
     ("epochs", integer(1), "a whole number >= 1"),
-    ("batch_size", integer(1), "a whole number >= 1"),
+    ("batch_size", *BATCH_SIZE),
     ("lr", number(0, open_low=True), "a number > 0"),
     ("weight_decay", number(0), "a number >= 0"),
     ("label_smoothing", number(0, below=1), "a number from 0 to below 1"),
@@ -151,16 +154,25 @@ RULES: list[Rule] = [
     ("trainer.accelerator", *one_of(ACCELERATORS)),
     ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
     ("trainer.num_nodes", integer(1), "a whole number >= 1"),
+    ("trainer.timeout", number(1, 1e7), "a number of seconds from 1 to 10000000"),
     ("trainer.precision", *one_of(PRECISIONS)),
     (
         "trainer.gradient_clip_val",
         or_null(number(0, open_low=True)),
         "a number > 0, or null",
     ),
+    ("trainer.gradient_clip_algorithm", *one_of(("norm",))),
     ("trainer.accumulate_grad_batches", integer(1), "a whole number >= 1"),
     ("trainer.log_every_n_steps", integer(1), "a whole number >= 1"),
     ("trainer.check_val_every_n_epoch", or_null(integer(1)), "a whole number >= 1, or null"),
     ("trainer.val_check_interval", or_null(number(0, open_low=True)), "a number > 0, or null"),
+    ("trainer.profiler", *one_of(PROFILERS)),
+    ("trainer.model_registry", or_null(_text), "a text, or null"),
+    *((f"trainer.{key}", or_null(boolean), "true, false, null") for key in SWITCHES),
+    *(
+        (f"trainer.{key}", or_null(integer(0)), "a whole number >= 0, or null")
+        for key in ("min_epochs", "min_steps")
+    ),
     ("trainer.max_steps", integer(-1), "a whole number >= -1; -1 is no limit"),
     *((f"trainer.limit_{p}_batches", or_null(number(0)), "a number >= 0, or null") for p in PARTS),
     ("trainer.overfit_batches", number(0), "a number >= 0"),
@@ -186,7 +198,8 @@ RULES: list[Rule] = [
         lambda v: integer(0)(v) and v <= WORKERS,
         f"a whole number from 0 to {WORKERS}, 16 for each processor",
     ),
-    ("data.eval_batch_size", integer(1), "a whole number >= 1"),
+    ("data.eval_batch_size", *BATCH_SIZE),
+    ("logger.tensorboard.name", or_null(lambda v: isinstance(v, str)), "a text, or null"),
 ]
 
 

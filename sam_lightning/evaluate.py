@@ -67,6 +67,7 @@ RULES: list[Rule] = [
     ("device", *one_of(("auto", "cpu", "cuda"))),
     ("corruptions", boolean, "true, false"),
     ("seed", integer(0), "a whole number >= 0"),
+    ("out", or_null(lambda v: isinstance(v, str)), "a folder, as in ./figures, or null"),
 ]
 
 
@@ -100,10 +101,10 @@ def evaluate(trained: Trained, split: Split, batch_size: int = 512) -> dict[str,
     metrics["confusion"] = MulticlassConfusionMatrix(classes)
     of_logits = MetricCollection(metrics, compute_groups=False).to(device)
     calibration_error = MulticlassCalibrationError(classes, n_bins=15).to(device)
-    loss = MeanMetric().to(device)
+    loss = MeanMetric(nan_strategy="disable").to(device)
     with torch.inference_mode():
         for logits, labels in _outputs(trained, split, batch_size):
-            loss.update(torch.nn.functional.cross_entropy(logits, labels), len(labels))
+            loss.update(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
             of_logits.update(logits, labels)
             # Logits that all happen to lie in 0..1 would be taken for probabilities.
             calibration_error.update(logits.softmax(1), labels)

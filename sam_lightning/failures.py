@@ -11,15 +11,26 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.files import write_json
 
 
-def record_failure(cfg: DictConfig, reason: str) -> None:
-    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing."""
+def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> None:
+    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing.
+
+    A run that was complete stays so where it was ``refused`` to be continued.
+    """
     path = Path(cfg.output_dir) / "metrics.json"
-    if path.is_file():
-        summary = json.loads(path.read_text())
-    else:
-        summary = {"metrics": {}, "config": _plain(cfg)}
+    summary = read_summary(path) or {"metrics": {}, "config": _plain(cfg)}
     failed = {"status": "failed", "exit_reason": reason, "finished": now()}
+    if refused and summary.get("status") == "completed":
+        failed = {"refused": reason}
     write_json(path, {**summary, **failed}, "output_dir")
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What a run has left in ``metrics.json``; None if there is none that is whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def now() -> str:

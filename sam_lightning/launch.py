@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,12 +28,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sam_lightning.errors import ConfigError, Interrupted, TrainingError
 from sam_lightning.failures import record_failure
-from sam_lightning.launchers import launched
+from sam_lightning.launchers import launched, number
 
 log = logging.getLogger(__name__)
 
 # Data parallel, with a copy of the weights in every process.
 STRATEGIES = ("auto", "ddp")
+NOTICED_WITHIN = 5.0  # seconds in which all that live notice that one does not answer
 
 
 def externally_launched() -> bool:
@@ -72,6 +75,9 @@ def _devices_here(trainer: DictConfig) -> int:
             f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use cpu or auto"
         )
     on_gpus = accelerator in ("cuda", "gpu") or (accelerator == "auto" and gpus > 0)
+    apple = accelerator != "cpu" and torch.backends.mps.is_available()
+    if trainer.get("precision") == "16-mixed" and not (on_gpus or apple):
+        raise ConfigError("trainer.precision=16-mixed: is for GPUs; use bf16-mixed or 32-true")
     if trainer.get("sync_batchnorm") and not on_gpus:
         raise ConfigError("trainer.sync_batchnorm=true: PyTorch has it for GPUs only; set false")
     if devices == "auto":
@@ -87,17 +93,28 @@ def _devices_here(trainer: DictConfig) -> int:
     return devices
 
 
-def init_process_group(accelerator: str) -> None:
-    """Connect the processes before Lightning does, for the data is prepared by one of them."""
+def init_process_group(trainer: DictConfig) -> None:
+    """Connect the processes before Lightning does, for the data is prepared by one of them.
+
+    Whatever they wait for each other later on, ``trainer.timeout`` seconds are the limit.
+    """
     if dist.is_initialized():
         return
     options: dict[str, Any] = {}
+    if "timeout" in trainer:
+        options["timeout"] = timedelta(seconds=trainer.timeout)
     if "WORLD_SIZE" not in os.environ:
         slurm = SLURMEnvironment()
         # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
         log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
-        options = {"rank": slurm.global_rank(), "world_size": slurm.world_size()}
-    cuda = accelerator != "cpu" and torch.cuda.is_available()
+        options |= {"rank": slurm.global_rank(), "world_size": slurm.world_size()}
+    cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if cuda:
+        # NCCL takes the current device, which is the first one in every process until Lightning
+        # sets it, later on.
+        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
+        devices = trainer.devices
+        torch.cuda.set_device(local if isinstance(devices, int | str) else devices[local])
     dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
@@ -168,4 +185,24 @@ def _worker(config: dict[str, Any], threads: int) -> dict[str, float]:
     # would import everything anew, to the platform's own.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
-    return train(OmegaConf.create(config))
+    try:
+        return train(OmegaConf.create(config))
+    except RuntimeError as error:
+        if "Timed out waiting" not in str(error):  # what gloo says
+            raise
+        raise TrainingError(
+            f"{_silent()} within trainer.timeout={config['trainer']['timeout']} s"
+        ) from error
+
+
+def _silent() -> str:
+    """Which ranks do not answer: those that do not wait for others themselves."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # That of the launcher, which no rank can take down.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store.set(f"waits/{rank}", "")
+    time.sleep(NOTICED_WITHIN)
+    silent = [str(r) for r in range(ranks) if not store.check([f"waits/{r}"])]
+    if not silent:
+        return "the ranks have not reached each other"
+    return f"rank {' and '.join(silent)} has not answered"

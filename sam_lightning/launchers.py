@@ -23,18 +23,31 @@ def launched() -> Launched | None:
     is a shell that the user starts processes from.
 
     Raises:
-        ConfigError: SLURM was not told the number of tasks per node.
+        ConfigError: SLURM was not told the number of tasks per node, or what is told is no number.
     """
     env = os.environ
     if "WORLD_SIZE" in env:
-        per_node = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else None
-        found = Launched("torchrun", int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), per_node)
+        per_node = number("LOCAL_WORLD_SIZE", 0) or None
+        found = Launched("torchrun", number("RANK", 0), number("WORLD_SIZE", 1), per_node)
     elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        tasks = int(env["SLURM_NTASKS"])
+        tasks = number("SLURM_NTASKS", 1)
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
             raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
-        per_node = int(env.get("SLURM_NTASKS_PER_NODE", tasks))
-        found = Launched("SLURM", int(env.get("SLURM_PROCID", 0)), tasks, per_node)
+        per_node = number("SLURM_NTASKS_PER_NODE", tasks)
+        found = Launched("SLURM", number("SLURM_PROCID", 0), tasks, per_node)
     else:
         return None
     return found if found.processes > 1 else None
+
+
+def number(variable: str, default: int) -> int:
+    """The whole number in a variable of the environment; ``default`` where it is empty or missing.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = os.environ.get(variable) or default
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{variable}={value}: must be a whole number") from error

@@ -133,12 +133,20 @@ class SAMModule(GradientModule):
             )
         if getattr(perturbation, "along", "gradient") == "momentum":
             whole = ascent_fraction == descent_fraction == ascent_steps == 1
-            if not whole or ascent_per_micro_batch or decay_in_ascent:
+            if not whole or ascent_per_micro_batch or decay_in_ascent or sync_perturbation:
                 raise ConfigError(
                     "method.perturbation: one along the momentum has one pass, so ascent_fraction, "
-                    "descent_fraction, ascent_steps, ascent_per_micro_batch and decay_in_ascent "
-                    "must be as in conf/method/sam.yaml"
+                    "descent_fraction, ascent_steps, ascent_per_micro_batch, decay_in_ascent and "
+                    "sync_perturbation must be as in conf/method/sam.yaml"
                 )
+        if rho_min is not None and 0 < rho < rho_min:
+            raise ConfigError(
+                f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
+            )
+        if perturbed_layers not in ("all", "normalization"):
+            raise ConfigError(
+                f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
+            )
         self.base_optimizer = base_optimizer
         self.rho = rho
         self.rho_min = rho if rho_min is None else rho_min
@@ -293,14 +301,18 @@ class SAMModule(GradientModule):
     def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
         scale: dict[str, Any] = {"inv_scale": self.inv_scale(), "length": self._length()}
-        # of a perturbation that draws: the same on all devices where their gradient is
-        rank = 0 if self.sync_perturbation else self.global_rank
-        self.seed_draws(draw_seed(self.seed, self.global_step, 1, rank))
+        self._seed_perturbation(0)
         with self.sam.perturbed(**scale), frozen_running_stats(self.model):
-            for _ in range(self.ascent_steps - 1):
+            for further in range(1, self.ascent_steps):
                 self._ascent_gradient(micro_batches, second_pass=True)
+                self._seed_perturbation(further)
                 self.sam.perturb(zero_grad=True, further=True, **scale)
             yield
+
+    def _seed_perturbation(self, number: int) -> None:
+        """Seed what a perturbation draws: the same on all devices where their gradient is."""
+        rank = 0 if self.sync_perturbation else self.global_rank
+        self.seed_draws(draw_seed(self.seed, self.global_step, 1 + number, rank))
 
     def _length(self) -> float:
         """The length of a step of ascent now, in units of rho."""
@@ -368,7 +380,9 @@ class SAMModule(GradientModule):
         return [LogUpdates()]
 
     def log_training(self) -> None:
-        """Every ``log_every_n_steps`` updates and at an epoch's end, log the means since then.
+        """Every ``log_every_n_steps`` updates and at the end, log the means since the last time.
+
+        The end is that of an epoch, or of a run of ``max_steps``.
 
         Raises:
             TrainingError: too many updates in a row were skipped. A checkpoint of this epoch has
@@ -376,7 +390,7 @@ class SAMModule(GradientModule):
         """
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         due = self.trainer.is_last_batch or self.global_step % every == 0
-        if not due or self._micro_batches:
+        if not (due or self.global_step == self.trainer.max_steps) or self._micro_batches:
             return
         values, skipped_in_a_row = self.sums.means(self.trainer.strategy, self.trainer.world_size)
         self.log_update({**values, "train/lr": self._logged_lr})

@@ -86,9 +86,9 @@ class GradientAscent:
 class AdaptiveAscent:
     """Climb in units of each weight's size: ASAM, Kwon et al. 2021 (arXiv 2102.11600), equation 7.
 
-    e = rho * T^2 g / ||T g||_2 with T = |w| + eta. The authors' code applies T to parameters named
-    ``*weight`` (normalisation layers included) and leaves all others, the biases, at T = 1; that
-    is the default here too. Published values of rho belong to that choice.
+    e = rho * T^2 g / ||T g||_2 with T = |w| + eta. The authors' code applies T to parameters with
+    ``weight`` in their name (normalisation layers included) and leaves all others, the biases, at
+    T = 1; that is the default here too. Published values of rho belong to that choice.
 
     Args:
         eta: keeps weights near zero moving; >= 0.
@@ -116,7 +116,7 @@ class AdaptiveAscent:
                     "normalize_bias=False: needs parameter names to tell weights from biases; "
                     "pass model.named_parameters() to SAM, or use normalize_bias=True"
                 )
-            chosen = [i for i, name in enumerate(names) if name and name.endswith("weight")]
+            chosen = [i for i, name in enumerate(names) if name and "weight" in name]
         direction, norms = list(grads), []
         for part in _parts(chosen, weights):
             size = torch._foreach_abs([weights[i] for i in part])

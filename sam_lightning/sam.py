@@ -246,7 +246,9 @@ class SAM(Optimizer):
     def combine(self) -> None:
         """Make what is stepped with of the gradients at w and the present ones at w + e.
 
-        That is what ``descent`` does, once a step. ``step()`` calls this.
+        That is what ``descent`` does, once a step. ``step()`` calls this. With a loss scale, call
+        it before the gradients are unscaled, for those at w are scaled too. Under DDP leave
+        ``gradient_as_bucket_view`` off: the second pass would write over the gradients at w.
         """
         at_w, self._at_w = self._at_w, None
         if self.descent is None or not self.climbs:
@@ -358,7 +360,7 @@ class SAM(Optimizer):
             group.setdefault("rho", self.defaults["rho"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer's own keeps the groups and the state only. A copy is never perturbed.
+        # Optimizer's own keeps the groups and the state only.
         return {
             **super().__getstate__(),
             "base_optimizer": self.base_optimizer,
@@ -368,8 +370,8 @@ class SAM(Optimizer):
             "decay_in_ascent": self.decay_in_ascent,
             "memory": self.memory,
             "found_inf": None,
-            "_saved": None,
-            "_at_w": None,
+            "_saved": self._saved,  # a copy made at w + e can go back to w
+            "_at_w": self._at_w,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

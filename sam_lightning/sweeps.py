@@ -3,26 +3,28 @@
 Jobs may run in other processes or on other machines, so what is known of them is in their folders.
 """
 
-import json
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.configuration import Rule, check_values, integer, one_line, or_null
+from sam_lightning.configuration import Rule, check_values, integer, number, one_line, or_null
 from sam_lightning.errors import ConfigError, TrainingError
-from sam_lightning.failures import record_failure
+from sam_lightning.failures import read_summary, record_failure
 from sam_lightning.files import write_json
 from sam_lightning.folders import refuse
 from sam_lightning.launchers import launched
@@ -37,6 +39,17 @@ RULES: list[Rule] = [
         "minimize, maximize",
     ),
     ("hydra.sweeper.n_jobs", integer(1), "a whole number >= 1"),
+    ("hydra.sweeper.max_failure_rate", number(0, 1), "a number from 0 to 1"),
+    (
+        "hydra.sweeper.storage",
+        or_null(lambda v: isinstance(v, str) or OmegaConf.is_dict(v)),
+        "the URL of a database, or null",
+    ),
+    (
+        "hydra.sweeper.storage.path",
+        lambda v: isinstance(v, str) and v != "",
+        "the path of a file",
+    ),
     ("hydra.sweeper.max_batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
     ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
 ]
@@ -89,31 +102,50 @@ class Job:
 
 
 class SweepFolder(Callback):
-    """Remembers where a sweep writes, and which jobs were there before.
+    """Remembers where a run or a sweep writes, and which jobs were there before.
 
     Args:
         first_job: number of the first job, see ``next_job``.
     """
 
+    run: Path | None = None
     path: Path | None = None
     metric: str | None = None
+    storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
 
     def __init__(self, first_job: int = 0) -> None:
         self.first_job = first_job
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it writes anything."""
+        if config.hydra.output_subdir is None:  # the run goes on in the folder of an earlier one
+            return
+        with suppress(OmegaConfBaseException):  # ``RunFolder`` refuses it then
+            SweepFolder.run = Path(config.hydra.run.dir)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
+        try:
+            path = Path(config.hydra.sweep.dir)
+        except OmegaConfBaseException:  # ``RunFolder`` refuses it
+            return
         metric = OmegaConf.select(config, "optimized_metric")
         try:
             _check_processes(config)
+            _check_overrides(config)
             check_values(config, RULES)
             if "n_trials" in config.hydra.sweeper and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
         except ConfigError as error:
             refuse(str(error))
-        SweepFolder.path = Path(config.hydra.sweep.dir)
+        SweepFolder.path = path
         SweepFolder.metric = metric
+        storage = OmegaConf.select(config, "hydra.sweeper.storage")
+        if OmegaConf.is_dict(storage) and "path" in storage:
+            storage = f"sqlite:///{storage.path}"
+        SweepFolder.storage = storage if isinstance(storage, str) else None
+        logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.earlier = _started(SweepFolder.path)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -131,12 +163,34 @@ def _check_processes(config: DictConfig) -> None:
             f"{found.processes}: leave it out, and give each job trainer.devices=N"
         )
     launcher = config.hydra.launcher
+    if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
+        raise ConfigError(
+            "hydra/launcher=submitit_slurm: there is no srun here; start it where SLURM is, or "
+            "take basic, joblib or submitit_local"
+        )
     tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
     if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
         raise ConfigError(
             f"hydra/launcher=submitit_local: would train each job {tasks} times; leave "
             "tasks_per_node and nodes at 1 and give trainer.devices=N"
         )
+
+
+def _check_overrides(config: DictConfig) -> None:
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # "${...}" as it stands
+    for override in parser.parse_overrides(given):
+        if not override.is_discrete_sweep():
+            continue
+        if override.key_or_group == "sweep":
+            raise ConfigError(f"{override.input_line}: one at a time")
+        try:
+            first = next(iter(override.sweep_iterator()), None)
+        except ValueError as error:  # of range(...)
+            raise ConfigError(f"{override.input_line}: {one_line(error)}") from error
+        if first is None:
+            raise ConfigError(f"{override.input_line}: stands for no value")
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
@@ -146,7 +200,8 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
         Exception: the error, for sweepers that have to know of it, in a form that can be sent from
             one process to another.
     """
-    record_failure(cfg, f"{type(error).__name__}: {one_line(error)}")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    record_failure(cfg, reason, refused=isinstance(error, ConfigError))
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("debug") is True:
         if isinstance(error, ConfigError | TrainingError):
@@ -221,7 +276,9 @@ def _job(sweep: Path, started: Path) -> Job:
     file = folder / "metrics.json"
     found = {"status": "no result", "exit_reason": "the process ended and left no metrics.json"}
     if file.is_file() and file.stat().st_mtime_ns >= started.stat().st_mtime_ns:
-        found = json.loads(file.read_text())
+        found = read_summary(file) or found
+    if "refused" in found:
+        found |= {"status": "failed", "exit_reason": found["refused"]}
     overrides: Any = OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml")))
     metrics: Any = found.get("metrics", {})
     return Job(

@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
+from sam_lightning.assembly import SOURCE_KEYS, make_data
 from sam_lightning.building import build
 from sam_lightning.checkpoint import read
 from sam_lightning.configuration import check_targets, one_line
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
-from sam_lightning.training import SOURCE_KEYS, make_data
 
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
 
 class Trained(nn.Module):
-    """The classifier of a checkpoint, in eval mode, on the CPU.
+    """The classifier of a checkpoint, in eval mode, in float32, on the CPU.
 
     Args:
         checkpoint: as ``checkpoint.read`` returns it.
@@ -34,6 +34,7 @@ class Trained(nn.Module):
         image_size: (height, width) of the images it was trained on; None if that is not known.
         mean, std: per channel, of pixels in 0..1.
         config: what the run was configured with: model, data, method, seed and so on.
+        normalize: uint8 N x in_channels x H x W -> what the model takes, of any size.
 
     Raises:
         ConfigError: the checkpoint does not say all of this, or its weights are of another model.
@@ -57,7 +58,7 @@ class Trained(nn.Module):
                 f"hyper_parameters: {len(self.classes)} classes and {len(self.mean)} means do not "
                 f"fit a model of {outputs} classes and {self.in_channels} channels"
             )
-        self._normalize = BatchAugment(self.mean, self.std).normalize
+        self.normalize = BatchAugment(self.mean, self.std).normalize
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             self.model: nn.Module = build(_stored(config, "model"), "model")
         self._load_weights(checkpoint["state_dict"])
@@ -70,6 +71,7 @@ class Trained(nn.Module):
             self.model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ConfigError(f"weights are not of {self.config['model']}") from error
+        self.model.float()  # from trainer.precision=64-true they are float64; images are float32
         channels_last = any(
             not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
             for w in weights.values()
@@ -106,7 +108,7 @@ class Trained(nn.Module):
             if len(sizes) != 1:
                 raise ValueError(f"images: must be some, of one size, not {sorted(sizes)}")
             pixels = torch.stack(each)
-        return self._normalize(pixels.to(next(self.parameters()).device))
+        return self.normalize(pixels.to(next(self.parameters()).device))
 
     def _fits(self, pixels: Tensor) -> bool:
         """Whether C x H x W or N x C x H x W bytes are as those that were trained on."""

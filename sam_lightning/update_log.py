@@ -10,8 +10,8 @@ from torch import Tensor
 from sam_lightning.vectors import global_norm, inner_product
 
 # loss, accuracy, sharpness, gradient norm, updates, ascents; perturbation norm, cosine, and the
-# number of updates at which these two were measured
-SUMS = 9
+# number of updates at which these two were measured; updates with a finite gradient norm
+SUMS = 10
 
 
 class UpdateSums:
@@ -41,12 +41,14 @@ class UpdateSums:
 
     def add_geometry(self, norm: Tensor, similarity: Tensor) -> None:
         """Add the norm of a perturbation and the cosine of the two gradients."""
-        self.window[6:].add_(torch.stack([norm, similarity, torch.ones_like(norm)]))
+        self.window[6:9].add_(torch.stack([norm, similarity, torch.ones_like(norm)]))
 
     def add_gradient(self, norm: Tensor) -> Tensor:
         """Add the norm of the gradient to step with; return 1 if it is not finite, else 0."""
-        skip = (~norm.isfinite()).float()
-        self.window[3].add_(norm)
+        finite = norm.isfinite()
+        skip = (~finite).float()
+        self.window[3].add_(torch.where(finite, norm, 0))
+        self.window[9].add_(finite)
         in_all, in_a_row, longest = self.skipped.unbind()
         in_all.add_(skip)
         in_a_row.add_(1).mul_(skip)
@@ -64,11 +66,11 @@ class UpdateSums:
         sums = torch.cat([window, self.skipped]).tolist()
         self.window.zero_()
         loss, acc, sharpness, grad_norm, count, ascents = sums[:6]
-        norm, similarity, measured, skipped, _, longest = sums[6:]
+        norm, similarity, measured, finite, skipped, _, longest = sums[6:]
         values = {
             "train/loss": loss / count,
             "train/acc": acc / count,
-            "train/grad_norm": grad_norm / count,
+            "train/grad_norm": grad_norm / finite if finite else math.inf,
             "train/skipped_steps": skipped,
         }
         if ascents:

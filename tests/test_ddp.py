@@ -3,19 +3,23 @@
 This file is also the program of the two processes: ``torchrun tests/test_ddp.py FOLDER``.
 """
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
+import sync_batch_norm
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import reference
+from runs import configuration
 from sam_lightning import SAMModule
+from sam_lightning.assembly import make_trainer
 from sam_lightning.methods.esam import RandomSubsetAscent
 from sam_lightning.methods.friendly import FriendlyAscent
 from sam_lightning.methods.gsam import SurrogateGap
@@ -54,6 +58,12 @@ CASES = {
     "three steps": {"ascent_steps": 3, "sync_perturbation": True},
     "msam": {"perturbation": MomentumAscent()},
 }
+SYNC_BATCH_NORM = {
+    "batch norm, local": {},
+    "batch norm, synced": {"sync_perturbation": True},
+    "batch norm, uneven": {"sync_perturbation": True},
+    "batch norm, without weights": {},
+}
 REMEMBERS = {"perturbation": FriendlyAscent(), "descent": Reuse(0.7), "every": 2}
 
 
@@ -65,31 +75,49 @@ def data_of(case):
     return data
 
 
-def shard(batch, rank):
-    return tuple(part.chunk(RANKS)[rank] for part in batch)
+def shard(batch, rank, case=None):
+    sizes = [5, 11] if case == "batch norm, uneven" else [SHARD] * RANKS
+    return tuple(part.split(sizes)[rank] for part in batch)
 
 
 def model():
     return reference.mlp(torch.float64)
 
 
-class Watch(L.Callback):
-    """Counts averages of gradients over the ranks, and keeps the weights after each step."""
+def model_with_batch_norm(case):
+    torch.manual_seed(0)
+    weights = {"affine": case != "batch norm, without weights"}
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **weights), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Linear(4 * 6 * 6, 6), nn.BatchNorm1d(6, **weights), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(6, reference.CLASSES)).double()
+
+
+class Weights(L.Callback):
+    """Keeps weights and running statistics after each step."""
 
     def __init__(self):
-        self.buckets = 0
         self.weights = []
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(reference.state(pl_module.model))
+
+
+class Watch(Weights):
+    """Counts averages of gradients over the ranks too, and notes which layers are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.buckets = 0
+
     def on_train_start(self, trainer, pl_module):
+        self.layers = [type(layer).__name__ for layer in pl_module.model]
+
         def average(_, bucket):
             self.buckets += 1
             work = dist.all_reduce(bucket.buffer().div_(RANKS), async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 
         trainer.model.register_comm_hook(None, average)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights.append(reference.state(pl_module.model))
 
 
 def program(folder):
@@ -110,6 +138,17 @@ def program(folder):
             "skipped": module.sums.skipped,
             "updates": runner.global_step,
         }
+    cfg = configuration("trainer=ddp_cpu", "trainer.sync_batchnorm=true", "epochs=1")
+    cfg.update(callbacks=None, logger=None, output_dir=str(folder))
+    for case, options in SYNC_BATCH_NORM.items():
+        watch = Watch()
+        net = model_with_batch_norm(case)
+        module = SAMModule(net, reference.CLASSES, reference.sgd, rho=0.2, **options)
+        runner = make_trainer(cfg, RANKS, watch)
+        batches = [shard(batch, rank, case) for batch in data_of(case)]
+        with sync_batch_norm.on_cpu():
+            runner.fit(module, reference.loader(batches))
+        results[case] = {"weights": watch.weights, "layers": watch.layers}
     module, _ = epochs(2, rank)
     results["unbroken"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     _, runner = epochs(1, rank)
@@ -145,13 +184,14 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SYNC_BATCH_NORM])
 def test_all_ranks_hold_the_same_weights_after_every_step(ranks, case):
     one, two = (rank[case]["weights"] for rank in ranks)
     assert len(one) == len(two) == STEPS
     for a, b in zip(one, two, strict=True):
         reference.assert_equal(a, b)
-    assert not torch.equal(one[0]["1.weight"], one[-1]["1.weight"])
+    last = next(reversed(one[0]))
+    assert not torch.equal(one[0][last], one[-1][last])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +316,94 @@ def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
             nn.utils.clip_grad_norm_(net.parameters(), CASES[case]["gradient_clip_val"])
         optimizer.step()
     reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
+
+
+# ------------------------------------------------------------------------- trainer.sync_batchnorm
+
+
+def test_the_configuration_makes_batch_norm_synchronous(ranks):
+    for case in SYNC_BATCH_NORM:
+        layers = ["Conv2d", "SyncBatchNorm", "ReLU", "Flatten"]
+        layers += ["Linear", "SyncBatchNorm", "ReLU", "Linear"]
+        assert [rank[case]["layers"] for rank in ranks] == [layers] * RANKS
+
+
+def test_synced_devices_with_synchronous_batch_norm_do_what_one_does_with_the_whole_batch(ranks):
+    case, kept = "batch norm, synced", Weights()
+    reference.fit(model_with_batch_norm(case), data_of(case), {"callbacks": [kept]}, rho=0.2)
+    for found, expected in zip(ranks[0][case]["weights"], kept.weights, strict=True):
+        assert "1.running_var" in expected
+        reference.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+def gradients(net, copies, shards):
+    """Of each copy of a network, the gradient of the mean of all losses, each of its own shard.
+
+    BatchNorm normalises by all shards together, which ``net`` takes up in its running statistics.
+    """
+    outputs = [images for images, _ in shards]
+    for layer, *layers in zip(net, *copies, strict=True):
+        if hasattr(layer, "running_mean"):
+            running = (layer.running_mean, layer.running_var)
+            whole = nn.functional.batch_norm(torch.cat(outputs), *running, training=True)
+            layer.num_batches_tracked += 1
+            outputs = list(whole.split([len(x) for x in outputs]))
+            shape = (1, -1, *[1] * (whole.ndim - 2))
+            if layer.affine:
+                outputs = [
+                    x * own.weight.view(shape) + own.bias.view(shape)
+                    for x, own in zip(outputs, layers, strict=True)
+                ]
+        else:
+            outputs = [own(x) for x, own in zip(outputs, layers, strict=True)]
+    losses = [nn.functional.cross_entropy(x, y) for x, (_, y) in zip(outputs, shards, strict=True)]
+    weights = [list(own.parameters()) for own in copies]
+    found = iter(torch.autograd.grad(sum(losses) / RANKS, [p for own in weights for p in own]))
+    return [[next(found) for _ in own] for own in weights]
+
+
+def with_shared_statistics(case):
+    """Weights and running statistics after each step: SAM, each device by ``gradients``."""
+    net = model_with_batch_norm(case)
+    optimizer = reference.sgd(net.parameters())
+    for batch in data_of(case):
+        shards = [shard(batch, rank, case) for rank in range(RANKS)]
+        copies = [copy.deepcopy(net) for _ in shards]
+        first = gradients(net, copies, shards)
+        if "sync_perturbation" in SYNC_BATCH_NORM[case]:
+            first = [[sum(parts) for parts in zip(*first, strict=True)]] * RANKS
+        with torch.no_grad():
+            for own, grads in zip(copies, first, strict=True):
+                norm = torch.cat([g.flatten() for g in grads]).norm()
+                for p, g in zip(own.parameters(), grads, strict=True):
+                    p += 0.2 * g / (norm + 1e-12)
+        second = gradients(copy.deepcopy(net), copies, shards)  # statistics are not taken up
+        for p, *parts in zip(net.parameters(), *second, strict=True):
+            p.grad = sum(parts)
+        optimizer.step()
+        yield reference.state(net)
+
+
+@pytest.mark.parametrize(
+    "case", ["batch norm, synced", "batch norm, uneven", "batch norm, without weights"]
+)
+def test_devices_with_synchronous_batch_norm_climb_along_the_loss_of_all(ranks, case):
+    found = ranks[0][case]["weights"]
+    for one, expected in zip(found, with_shared_statistics(case), strict=True):
+        reference.assert_close(one, expected, atol=1e-10, rtol=0)
+
+
+def test_synchronous_batch_norm_takes_a_devices_own_weights_for_those_of_all(ranks):
+    """PyTorch's backward pass does, where they differ by their perturbations: it is not exact."""
+    start = reference.state(model_with_batch_norm("batch norm, local"))
+    found = ranks[0]["batch norm, local"]["weights"][0]
+    expected = next(with_shared_statistics("batch norm, local"))
+    behind = [name for name in start if name.startswith(("5.", "7."))]
+    reference.assert_close(
+        *({n: of[n] for n in behind} for of in (found, expected)), atol=1e-10, rtol=0
+    )
+    moved = (expected["0.weight"] - start["0.weight"]).norm()
+    assert 1e-4 < (found["0.weight"] - expected["0.weight"]).norm() / moved < 0.02
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from runs import (
@@ -24,7 +25,7 @@ from runs import (
 )
 from sam_lightning.command import as_launched
 from sam_lightning.errors import ConfigError
-from sam_lightning.launch import local_processes
+from sam_lightning.launch import init_process_group, local_processes
 from sam_lightning.launchers import Launched, launched
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -118,6 +119,7 @@ def test_more_gpus_than_there_are(monkeypatch, trainer, message):
         ({"accelerator": "auto", "devices": [1]}, 1),
         ({"accelerator": "cpu", "devices": "auto"}, 1),
         ({"accelerator": "cpu", "devices": 4}, 4),
+        ({"accelerator": "cuda", "devices": 2, "sync_batchnorm": True}, 2),
     ],
 )
 def test_processes_per_machine(monkeypatch, trainer, processes):
@@ -240,6 +242,9 @@ class Lose(Callback):
             self.note(trainer, module, lost=True)
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "hangs":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it has half a minute to end
+                time.sleep(300)
             raise RuntimeError("this rank fails")
 '''
 
@@ -263,31 +268,34 @@ def losing(tmp_path):
     return sweep
 
 
-SAID = {"killed": f"Signal {signal.SIGKILL:d} (SIGKILL) received", "raises": "RuntimeError: this "}
+SAID = {
+    "killed": f"rank 0 of 2 failed: Signal {signal.SIGKILL:d} (SIGKILL) received",
+    "raises": "rank 1 of 2 failed: RuntimeError: this ",
+    "hangs": "rank 0 of 2 failed: TrainingError: rank 1 has not answered within trainer.timeout=10",
+}
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_lost_ends_its_job_at_once_and_no_other(losing):
-    lost = {0.1: (0, "killed"), 0.2: (1, "raises")}
+    lost = {0.1: (0, "killed"), 0.2: (1, "raises"), 0.25: (1, "hangs")}
     given = ",".join(f"{rho}:[{rank},{how}]" for rho, (rank, how) in lost.items())
     radii = [*lost, 0.3]
-    sweep = ["rho=" + ",".join(map(str, radii)), "trainer.devices=2"]
+    sweep = ["rho=" + ",".join(map(str, radii)), "trainer.devices=2", "trainer.timeout=10"]
     done, folder, jobs, notes = losing(f"{{{given}}}", *sweep)
     assert done.returncode == 1
     started = sorted((n["rho"], n["rank"]) for n in notes if "env" in n)
     assert started == [(rho, rank) for rho in radii for rank in range(2)]
     times = {(n["rho"], n["rank"]): n["time"] for n in notes if n.get("lost")}
     for job, (rho, (rank, how)) in zip(jobs, lost.items(), strict=False):
-        said = f"rank {rank} of 2 failed: {SAID[how]}"
         found = summary(folder / job["folder"])
         assert (job["status"], found["status"]) == ("failed", "failed")
-        assert said in found["exit_reason"]
-        assert said in (folder / job["folder"] / "train.log").read_text()
+        assert SAID[how] in found["exit_reason"]
+        assert SAID[how] in (folder / job["folder"] / "train.log").read_text()
         ended = (folder / job["folder"] / "metrics.json").stat().st_mtime
         assert ended - times[rho, rank] < 60
     assert "error: rank 0 of 2 failed: Signal 9 (SIGKILL)" in done.stderr
-    assert "(job 0; 2 of 3 jobs failed)" in done.stderr
-    found = summary(folder / jobs[2]["folder"])
+    assert "(job 0; 3 of 4 jobs failed)" in done.stderr
+    found = summary(folder / jobs[3]["folder"])
     assert (found["status"], found["devices"], found["config"]["rho"]) == ("completed", 2, 0.3)
 
 
@@ -320,3 +328,25 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     process.kill()
     process.wait()
     wait_for_end(others)
+
+
+@pytest.mark.parametrize(
+    ("devices", "variable", "device"),
+    [(4, "LOCAL_RANK", 1), ("auto", "SLURM_LOCALID", 1), ([2, 5], "LOCAL_RANK", 5)],
+)
+def test_each_process_of_nccl_has_a_gpu_of_its_own(monkeypatch, devices, variable, device):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, "1")
+    init_process_group(OmegaConf.create({"accelerator": "auto", "devices": devices}))
+    assert calls == [device, "nccl"]
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number(environment, variable):
+    environment({**TORCHRUN, variable: "x"})
+    with pytest.raises(ConfigError, match=f"{variable}=x: must be a whole number"):
+        launched()

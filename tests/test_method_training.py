@@ -15,6 +15,7 @@ from reference import (
     convnet,
     fit,
     loader,
+    mlp,
     module_of,
     sgd,
     state,
@@ -167,8 +168,11 @@ def test_what_a_step_costs(method, images):
                 {"descent_fraction": 0.5},
                 {"ascent_per_micro_batch": True},
                 {"decay_in_ascent": True},
+                {"sync_perturbation": True},
             )
         ),
+        ({"rho": 0.05, "rho_min": 0.5}, r"rho_min=0\.5: must be at most rho=0\.05"),
+        ({"perturbed_layers": "norm"}, "perturbed_layers=norm: allowed are all, normalization"),
     ],
 )
 def test_options_that_cannot_be_combined(options, message):
@@ -198,3 +202,28 @@ def test_only_what_has_been_measured_is_logged(tmp_path):
         options = {"logger": logger, "log_every_n_steps": 1}
         fit(convnet(torch.float32), batches([16] * 2, torch.float32), options, **options_of(method))
         assert ("train/sharpness" in (folder / "metrics.csv").read_text()) == logged
+
+
+class Draws:
+    """Climbs along the gradient, and keeps what it draws."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def __call__(self, weights, grads, names, memory):
+        self.drawn.append(torch.rand(()).item())
+        return grads, torch.ones(())
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_devices_draw_alike_where_their_gradient_is_the_same(monkeypatch, synced):
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(SAMModule, "global_rank", rank)
+        draws = Draws()
+        options = {"perturbation": draws, "ascent_steps": 3, "sync_perturbation": synced}
+        fit(mlp(dropout=0.5), batches([16] * 2, torch.float32), **options)
+        drawn.append(draws.drawn)
+    assert len({*drawn[0]}) == 6
+    assert (drawn[0] == drawn[1]) == synced
+    assert synced or not {*drawn[0]} & {*drawn[1]}

@@ -56,6 +56,13 @@ def test_the_rest_of_an_epoch_is_logged_at_its_end():
     assert [step for step, _ in recorder.values("train/loss")] == [3, 5, 6, 9, 10]
 
 
+def test_the_rest_of_a_run_is_logged_where_max_steps_ends_it():
+    data = batches([8] * 5, torch.float32)
+    recorder = Recorder()
+    fit(mlp(), data, {"logger": recorder, "log_every_n_steps": 50, "max_steps": 3}, rho=0.1)
+    assert [step for step, _ in recorder.values("train/loss")] == [3]
+
+
 def test_logged_values_are_means_over_the_updates_since_the_last_log():
     data = batches([8] * 12)
     groups = [data[i : i + 2] for i in range(0, 12, 2)]
@@ -100,6 +107,18 @@ def test_logged_accuracy_gradient_norm_and_learning_rate():
     assert recorder.values("train/grad_norm") == [(1, pytest.approx(norm, rel=1e-5))]
     ((step, lr),) = recorder.values("train/lr")
     assert (step, lr) == (1, SGD["lr"])
+
+
+def test_the_gradient_norm_is_that_of_the_updates_that_were_made():
+    good = batches([8] * 2, torch.float32)
+    bad = (torch.full((8, 3, 8, 8), math.inf), good[0][1])
+    norms = []
+    for data in ([bad, *good], good):
+        recorder = Recorder()
+        fit(mlp(), data, {"logger": recorder, "log_every_n_steps": 5}, rho=0.1)
+        ((_, norm),) = recorder.values("train/grad_norm")
+        norms.append(norm)
+    assert norms[0] == pytest.approx(norms[1])
 
 
 def test_a_step_is_one_update():
@@ -158,6 +177,13 @@ def test_evaluation_is_exact_over_uneven_batches(classes):
         assert "val/acc5" not in values
     (values,) = trainer().test(module, loader(data[:1]), verbose=False)
     assert values["test/acc"] == pytest.approx((ranks[:9] == 0).float().mean().item())
+
+
+def test_the_loss_of_a_diverged_model_is_not_that_of_its_good_batches():
+    data = batches([9, 9], torch.float32)
+    data[1][0][0] = float("nan")
+    (values,) = trainer().validate(module_of(mlp()), loader(data), verbose=False)
+    assert math.isnan(values["val/loss"])
 
 
 def test_evaluations_and_fits_follow_one_another_in_any_order():

@@ -16,7 +16,7 @@ from sam_lightning.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def light():
-    yield from serve("sam_lightning.command")
+    yield from serve("sam_lightning.command", "hydra_plugins.hydra_optuna_sweeper._impl")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,17 @@ LIGHT = [
     ("hydra.run.dir={train}", "hydra.run.dir={train}: cannot be made (File exists)"),
     ("hydra.run.dir={train}/x", "hydra.run.dir={train}/x: cannot be made (Not a directory)"),
     ("-m rho=1,2 hydra.sweep.dir={train}/x", "hydra.sweep.dir={train}/x: cannot be made (Not a "),
+    ("hydra.run.dir=. rho=-1", "rho=-1: allowed is a number >= 0"),
+    ("hydra.job.chdir=true rho=-1", "rho=-1: allowed is a number >= 0"),
+    (
+        "hydra.job_logging.handlers.file.filename=/proc/x",
+        "hydra.job_logging.handlers.file.filename=/proc/x: cannot be written ([Errno 2] No such f",
+    ),
+    (
+        "hydra.job_logging.root.level=LOUD",
+        "hydra.job_logging.root.level=LOUD: Unable to configure root logger (Unknown level: ",
+    ),
+    ("hydra.job.name=a/b", "hydra.job_logging: cannot be written ([Errno 2] No such file or "),
     # the form of an argument
     ("rho=[", "rho=[: not of the form key=value"),
     ("rho='0.1", "rho='0.1: not of the form key=value"),
@@ -124,6 +135,37 @@ LIGHT = [
     ("sweep=rho_optuna hydra.sweeper.n_trials=0", "n_trials=0: allowed is a whole number >= 1"),
     ("sweep=rho_optuna hydra.sweeper.direction=up", "direction=up: allowed is minimize, maximize"),
     ("sweep=rho_optuna optimized_metric=null", "optimized_metric=null: a search needs one, such"),
+    ("-m rho=range(0,1,0)", "rho=range(0,1,0): range() arg 3 must not be zero"),
+    ("-m rho=range(1,0)", "rho=range(1,0): stands for no value"),
+    ("-m method=glob(nope*)", "method=glob(nope*): stands for no value"),
+    ("-m sweep=seeds,rho_grid", "sweep=seeds,rho_grid: one at a time"),
+    ("-m rho=1,2 hydra.sweep.dir=${nope}", "hydra.sweep.dir: Interpolation key 'nope' not found"),
+    ("-m rho=1,2 hydra/launcher=submitit_slurm", "=submitit_slurm: there is no srun here; start "),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db",
+        "hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db: cannot be opened (",
+        "unable to open database file); allowed is null, or a URL such as sqlite:////home/me/",
+    ),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlitee:///x.db",
+        "hydra.sweeper.storage=sqlitee:///x.db: cannot be opened (Can't load plugin: ",
+    ),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlite:///{train}",
+        "hydra.sweeper.storage=sqlite:///{train}: cannot be opened (",
+        "file is not a database); allowed is null",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.sampler._target_=nope", "Error locating target 'nope'"),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage.path=/proc/x/optuna.db",
+        "hydra.sweeper.storage=sqlite:////proc/x/optuna.db: cannot be opened (",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.storage=3", "storage=3: allowed is the URL of a database, "),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage.path=null",
+        "path=null: allowed is the path of a file",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.max_failure_rate=2", "failure_rate=2.0: allowed is a number "),
     ("sweep=rho_optuna hydra.sweeper.n_jobs=0", "n_jobs=0: allowed is a whole number >= 1"),
     (
         "-m rho=1,2 hydra/launcher=joblib hydra.launcher.n_jobs=0",
@@ -162,7 +204,8 @@ VALUES = [
     ("seed=1.5", "seed=1.5: allowed is a whole number from 0 to"),
     ("epochs=0", "epochs=0: allowed is a whole number >= 1"),
     ("epochs=1e9", "epochs=1000000000.0: allowed is a whole number >= 1"),
-    ("batch_size=-inf", "batch_size=-inf: allowed is a whole number >= 1"),
+    ("batch_size=-inf", "batch_size=-inf: allowed is a whole number from 1 to 1000000000"),
+    ("batch_size=100000000000000000000", "=100000000000000000000: allowed is a whole number from"),
     ("weight_decay=nan", "weight_decay=nan: allowed is a number >= 0"),
     ("label_smoothing=1", "label_smoothing=1: allowed is a number from 0 to below 1"),
     ("epochs=1.5", "epochs=1.5: allowed is a whole number >= 1"),
@@ -195,6 +238,16 @@ VALUES = [
     ("+trainer.max_steps=-7", "trainer.max_steps=-7: allowed is a whole number >= -1"),
     ("+trainer.limit_train_batches=-1", "trainer.limit_train_batches=-1: allowed is a number"),
     ("+trainer.val_check_interval=0", "trainer.val_check_interval=0: allowed is a number > 0"),
+    (
+        "trainer.timeout=0.5",
+        "trainer.timeout=0.5: allowed is a number of seconds from 1 to 10000000",
+    ),
+    ("+trainer.profiler=nope", "trainer.profiler=nope: allowed is null, simple, advanced, pytorch"),
+    ("+trainer.profiler.x=1", "trainer.profiler={'x': 1}: allowed is null, simple, advanced, "),
+    ("+trainer.benchmark=abc", "trainer.benchmark=abc: allowed is true, false, null"),
+    ("+trainer.min_epochs=abc", "trainer.min_epochs=abc: allowed is a whole number >= 0, or null"),
+    ("+trainer.model_registry=3", "trainer.model_registry=3: allowed is a text, or null"),
+    ("logger.tensorboard.name=3", "logger.tensorboard.name=3: allowed is a text, or null"),
     ("trainer.precision=17", "trainer.precision=17: allowed is 32-true, 16-mixed, "),
     ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0: allowed is a number > 0, or"),
     ("optimized_metric=val/accuracy", "optimized_metric=val/accuracy: allowed is null, val/acc, "),
@@ -264,12 +317,12 @@ HEAVY = [
     ("+callbacks.best.monitr=x", "callbacks.best.monitr=x: no such key; did you mean monitor?"),
     ("model._target_=sam_lightning.models.Net", "model._target_=sam_lightning.models.Net: "),
     ("optimizer.momentum=0", "optimizer: Nesterov momentum requires a momentum"),
-    ("+trainer.profiler=nope", "trainer: ", "['simple', 'advanced', 'pytorch', 'xla']"),
     ("callbacks.best.mode=most", "callbacks.best: `mode` can be min, max but got most"),
     ("model.width=1000000", "model: ", "can't allocate memory"),
     ("model.stem=foo", "model.stem=foo: allowed are cifar, imagenet"),
     # this machine
     ("trainer=cuda", "trainer.accelerator=cuda: there is no CUDA GPU here; use cpu or auto"),
+    ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: PyTorch has it for GPUs only;"),
     ("trainer.devices=[0]", "trainer.devices=[0]: indices are for GPUs; give a number"),
     ("trainer.devices=3", "batch_size=128: ", "must be a multiple of their number, 3"),
     ("trainer.num_nodes=2", "trainer.num_nodes=2: start every node's processes with torchrun"),

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, that they repeat and resume bit for bit, and that sweeps hold."""
 
+import math
 import signal
 from datetime import datetime, timedelta, timezone
 
@@ -25,7 +26,7 @@ from runs import (
 )
 from sam_lightning.command import CONF, top_level
 from sam_lightning.configuration import METRICS, check
-from sam_lightning.errors import TrainingError
+from sam_lightning.errors import ConfigError, TrainingError
 
 # ------------------------------------------------------------------------------- what a run leaves
 
@@ -172,6 +173,38 @@ def test_multistep_schedule(tmp_path):
     rates = column(tmp_path, "train/lr")
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ("trainer.limit_train_batches=3", 6),
+        ("trainer.limit_train_batches=0.5", 4),
+        ("trainer.overfit_batches=1", 2),
+        ("trainer.max_steps=5", 5),
+    ],
+)
+def test_the_schedule_ends_with_the_run(tmp_path, limit, steps):
+    run(tmp_path, "batch_size=25", f"+{limit}", "test=false")
+    rates = [r for r in column(tmp_path, "train/lr") if r]
+    expected = [0.05 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert rates == pytest.approx(expected)
+
+
+STOPPING = "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([STOPPING, "+callbacks.early.monitor=val/loss"], "early.monitor=val/loss: there is no va"),
+        ([STOPPING, "+callbacks.early.monitor=val/lozz", "data.val_size=20"], "val/lozz"),
+        (["+optimizer.foreach=true"], "optimizer: .*foreach"),
+    ],
+)
+def test_what_the_run_has_no_use_for(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, *overrides)
 
 
 def test_without_loggers_and_callbacks(tmp_path):

@@ -1,6 +1,7 @@
 """What perturb and restore do to the weights, and what they leave alone."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from host_syncs import HostSyncs
 from sam_lightning import SAM
+from sam_lightning.perturbations import AdaptiveAscent
 from sam_lightning.vectors import global_norm
 from steps import (
     BASES,
@@ -289,3 +291,11 @@ def test_a_step_never_waits_for_the_device(method, foreach):
         assert not syncs.found
         assert torch.ones(()).item() == 1  # what the test looks for is seen
         assert syncs.found
+
+
+def test_adaptive_sam_knows_weights_as_its_authors_do():
+    names = ["lstm.weight_ih_l0", "parametrizations.weight.original0", "fc.weight", "fc.bias"]
+    weights, grads = ([torch.full((1,), x) for _ in names] for x in (3.0, 1.0))
+    direction, norm = AdaptiveAscent(eta=0)(weights, grads, names, [{} for _ in names])
+    assert [d.item() for d in direction] == [9, 9, 9, 1]
+    assert norm.item() == pytest.approx(math.sqrt(9 + 9 + 9 + 1))

@@ -95,6 +95,17 @@ def test_copies_go_on_by_themselves(copied):
     assert_equal(weights_of(model), weights_of(other_model))
 
 
+def test_a_copy_made_at_the_perturbed_weights_goes_back():
+    model, sam = trained(3)
+    at_w = weights_of(model)
+    loss_at(model, next(batches(1))).backward()
+    with sam.perturbed():
+        other_model, other = copy.deepcopy((model, sam))
+        assert not torch.equal(other_model[0].weight, at_w[0])
+    other.restore()
+    assert_equal(weights_of(other_model), at_w)
+
+
 def test_schedulers_and_hooks_see_one_optimizer():
     model = network()
     sam = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)

@@ -5,6 +5,7 @@ Most jobs here are refused, which takes no torch and no time.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import optuna
 import pytest
 
 from runs import SMALL, TRAIN, command, summary
+from sam_lightning.command import resumed
+from sam_lightning.errors import ConfigError
 from sam_lightning.sweeps import job_folder, next_job
 
 
@@ -109,6 +112,48 @@ def test_a_sweep_into_the_folder_of_another_counts_only_its_own_jobs(tmp_path):
         done = command(tmp_path, "-m", *SMALL, *given, "rho=0.1,0.2,0.3")
         assert done.stderr == f"error: epochs={-number}: allowed is a whole number >= 1\n"
     assert len(table(sweep)) == 6
+
+
+COMPLETED = json.dumps({"status": "completed", "metrics": {"test/acc": 0.9}})
+
+
+@pytest.mark.parametrize(
+    ("left", "arguments", "reason", "status"),
+    [
+        (COMPLETED, [], "has a run already; continue it with ckpt_path=last", "completed"),
+        (COMPLETED, ["ckpt_path=last", "epochs=0"], "epochs=0", "completed"),
+        ("{", ["epochs=0"], "epochs=0", "failed"),
+    ],
+)
+def test_a_refused_job_keeps_what_was_complete(tmp_path, left, arguments, reason, status):
+    folder = tmp_path / "sweep" / "0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(left)
+    subdir = "hydra.sweep.subdir=0"
+    done = command(tmp_path, "-m", "seed=0", f"hydra.sweep.dir={folder.parent}", subdir, *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert reason in table(folder.parent)[0]["exit_reason"]
+    found = summary(folder)
+    assert found["status"] == status
+    assert found["metrics"] == json.loads(COMPLETED if left == COMPLETED else "{}").get(
+        "metrics", {}
+    )
+
+
+def test_what_continues_a_sweep_is_not_taken_for_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "logs/nested/task/runs/2030"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").write_text("[]")
+    assert f"hydra.run.dir='{run}'" in resumed(["ckpt_path=last"])
+    for asks in ("-m", "sweep=seeds", "hydra.mode=MULTIRUN"):
+        assert resumed([asks, "ckpt_path=last"]) == [asks, "ckpt_path=last"]
+    for task in ("/abs", "", "**a"):
+        with pytest.raises(ConfigError, match=f"task_name={re.escape(task)}: allowed is"):
+            resumed(["ckpt_path=last", f"task_name={task}"])
 
 
 def test_submitit_without_slurm_would_train_a_job_as_often_as_it_has_tasks(tmp_path):

@@ -13,10 +13,10 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 import sam_lightning
 from runs import configuration
+from sam_lightning.assembly import make_data, make_module
 from sam_lightning.checkpoint import read
 from sam_lightning.errors import ConfigError
 from sam_lightning.trained import cover, data_of, torch_device
-from sam_lightning.training import make_data, make_module
 from trained_runs import NOISY, changed, digits_run, folder_run, hostile, last, targets
 
 
@@ -57,6 +57,21 @@ def test_weights_keep_the_memory_layout_they_were_trained_in(digits_ckpt, tmp_pa
     model = sam_lightning.load(changed(digits_ckpt, tmp_path / "a.ckpt", contiguous))
     assert model.memory_format == torch.contiguous_format
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_weights_of_a_run_in_float64_are_rounded_to_float32(digits_ckpt, tmp_path):
+    shift = 2**-40  # what float64 has and float32 has not
+
+    def double(c):
+        floating = {k: v for k, v in c["state_dict"].items() if v.is_floating_point()}
+        c["state_dict"] |= {k: v.double() * (1 + shift) for k, v in floating.items()}
+
+    wide = changed(digits_ckpt, tmp_path / "a.ckpt", double)
+    assert {w.dtype for w in read(wide)["state_dict"].values()} == {torch.float64, torch.int64}
+    model, expected = sam_lightning.load(wide), sam_lightning.load(digits_ckpt)
+    assert model.memory_format == expected.memory_format == torch.channels_last
+    images = model.preprocess(torch.randint(256, (3, 1, 32, 32), dtype=torch.uint8))
+    assert torch.equal(model(images), expected(images))
 
 
 def test_it_is_an_ordinary_module_in_eval_mode_on_the_cpu(digits_ckpt):

@@ -1,0 +1,180 @@
+"""From a configuration to the trainer, the data and the module of a run."""
+
+import math
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from sam_lightning.building import build, check_names, factory
+from sam_lightning.callbacks import Throughput
+from sam_lightning.checkpoint import AtomicCheckpointIO, read
+from sam_lightning.configuration import one_line
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.errors import ConfigError
+from sam_lightning.module import SAMModule
+from sam_lightning.sam import SAM
+
+# Keys of the data configuration that belong to its source; the rest is the data module's.
+SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
+# Keys of the trainer configuration that the module acts on; Lightning would refuse them.
+MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
+# Keys of the method's configuration that are not passed on as they are.
+OWN_KEYS = {"name", "perturbation", "descent", "passes"}
+
+
+def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
+    """The trainer, with the loggers and callbacks that the configuration names."""
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    for key in MODULE_KEYS:
+        options.pop(key)
+    options.pop("strategy", None)  # one of launch.STRATEGIES: this one
+    options.pop("timeout", None)  # that of launch.init_process_group
+    if processes * options["num_nodes"] > 1:
+        # Running statistics stay local while training and are averaged for evaluation.
+        options["strategy"] = DDPStrategy(broadcast_buffers=False)
+    if options["accelerator"] == "auto" and not torch.cuda.is_available():
+        options["accelerator"] = "mps" if torch.backends.mps.is_available() else "cpu"
+    callbacks = _build_all(cfg, "callbacks")
+    own = {
+        "max_epochs": cfg.epochs,
+        "default_root_dir": cfg.output_dir,
+        "logger": _build_all(cfg, "logger"),
+        "callbacks": [*callbacks, throughput],
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "plugins": [AtomicCheckpointIO()],
+    }
+    check_names("trainer", options, L.Trainer, own)
+    try:
+        return L.Trainer(**own, **options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {one_line(error)}") from error
+
+
+def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
+    """The data module, set up: downloaded and decoded by one process, loaded by all."""
+    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    check_names("data", options, ImageDataModule, own)
+    data = ImageDataModule(**own, **options)
+    data.trainer = trainer
+    if trainer is None or trainer.local_rank == 0:
+        data.prepare_data()
+    if trainer is not None:
+        trainer.strategy.barrier("data")
+    data.setup("fit")
+    return data
+
+
+def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
+    """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
+    shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    model = build(cfg, "model", **shape)
+    if cfg.compile:
+        model.compile()
+    base_optimizer = factory(cfg, "optimizer")
+    perturbation = build(cfg, "method.perturbation")
+    try:
+        SAM(model.parameters(), base_optimizer, perturbation=perturbation)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {one_line(error)}") from error
+    updates, total = _updates(cfg, data.steps_per_epoch)
+    method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
+    assert data.mean is not None
+    assert data.std is not None
+    model_config = {**_plain(cfg.model), **shape}
+    hparams = {
+        "model": model_config,
+        "data": _plain(cfg.data),
+        "method": _plain(cfg.method),
+        "optimizer": _plain(cfg.optimizer),
+        "seed": cfg.seed,
+        "epochs": cfg.epochs,
+        "batch_size": cfg.batch_size,
+        "label_smoothing": cfg.label_smoothing,
+        "image_size": list(data.train.images.shape[-2:]),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    _check_checkpoint(cfg.ckpt_path, hparams, model)
+    own = {
+        "model": model,
+        "num_classes": data.num_classes,
+        "base_optimizer": base_optimizer,
+        "perturbation": perturbation,
+        "descent": build(cfg, "method.descent") if cfg.method.get("descent") else None,
+        "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=updates),
+        "label_smoothing": cfg.label_smoothing,
+        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
+        "gradient_clip_val": cfg.trainer.gradient_clip_val,
+        "max_skipped_steps": cfg.max_skipped_steps,
+        "memory_format": memory_format(cfg),
+        "seed": cfg.seed,
+        "hparams": hparams,
+    }
+    check_names("method", method, SAMModule, own)
+    return SAMModule(**own, **method)
+
+
+def _updates(cfg: DictConfig, batches: int) -> tuple[int, int]:
+    """Updates of an epoch of so many batches and of the run, as the trainer's limits leave them."""
+    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
+    if limit is not None:  # a float is a fraction
+        batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
+    updates = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
+    total = cfg.epochs * updates
+    most = cfg.trainer.get("max_steps", -1)
+    return updates, total if most == -1 else min(total, most)
+
+
+def memory_format(cfg: DictConfig) -> str:
+    """The memory layout of weights and images; for ``auto`` what is fastest.
+
+    On CPUs that is what ``benchmarks/layout.py`` measures, on CUDA what PyTorch's documentation
+    recommends for its tensor cores.
+    """
+    if cfg.memory_format != "auto":
+        return str(cfg.memory_format)
+    apple = cfg.trainer.accelerator == "mps" or (
+        cfg.trainer.accelerator == "auto" and torch.backends.mps.is_available()
+    )
+    return "contiguous" if apple else "channels_last"
+
+
+def _build_all(cfg: DictConfig, group: str) -> list[Any]:
+    chosen = cfg.get(group) or {}  # ~callbacks leaves all out, callbacks.best=null one
+    return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
+
+
+def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> None:
+    if path is None:
+        return
+    checkpoint = read(path, mmap=True)
+    saved, now = checkpoint["hyper_parameters"], hparams
+    keys = [("model", key) for key in sorted({*saved["model"], *now["model"]})]
+    # Other settings may change; another optimizer could do nothing with the state of this one.
+    for group, key in [*keys, ("optimizer", "_target_")]:
+        of_run, given = saved.get(group, {}).get(key), now[group].get(key)
+        if of_run != given:
+            raise ConfigError(
+                f"ckpt_path={path}: is of another {group}, with {group}.{key}={of_run}; "
+                f"the configuration has {given}"
+            )
+    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
+    if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
+        raise ConfigError(f"ckpt_path={path}: its weights are not those of {now['model']}")
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
