@@ -14,7 +14,7 @@ from sam_lightning.command import top_level
 from sam_lightning.configuration import METRICS, RULES, check, check_values, did_you_mean, one_line
 from sam_lightning.errors import ConfigError
 from sam_lightning.explain import COMPOSING, CONF, OF_ARGUMENTS, explain, key_of
-from sam_lightning.report.runs import passes_per_step
+from sam_lightning.report.runs import passes_per_step, settings
 from sam_lightning.sweeps import LONGEST_NAME
 
 FOLDER = Path("logs") / "studies"
@@ -109,8 +109,15 @@ def text(value: Any) -> str:
         plain and value.lower() not in ("null", "true", "false", "inf", "nan")
     ):
         return str(value)
-    escaped = str(value).replace('"', r"\"")
+    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), str(value))
     return f'"{escaped}"'
+
+
+def folder_name(arm: str, choice: Mapping[str, Any], seed: int) -> str:
+    """The name of a run's folder, which tells it from all others of its study."""
+    named = [arm, *(f"{key}={text(value)}" for key, value in choice.items()), f"seed={seed}"]
+    return re.sub(r"[^\w.,=+-]", "-", ",".join(named))
 
 
 def _given(arguments: Sequence[str]) -> dict[str, str]:
@@ -154,19 +161,18 @@ def _expanded(
     content: Mapping[str, Any], given: Mapping[str, str], folder: Path
 ) -> Iterator[Planned]:
     common = _overrides("common", content.get("common", {}))
-    settings = _overrides("settings", content.get("settings", {}))
+    crossed = _overrides("settings", content.get("settings", {}))
     arms = {}
     for arm, own in content["arms"].items():
         _check_name(str(arm))
         arms[str(arm)] = _overrides(f"arms.{arm}", own)
-        _check_apart(f"arms.{arm}", arms[str(arm)], settings, given)
-    for seed, setting, (arm, own) in product(content["seeds"], list(_grid(settings)), arms.items()):
+        _check_apart(f"arms.{arm}", arms[str(arm)], crossed, given)
+    for seed, setting, (arm, own) in product(content["seeds"], list(_grid(crossed)), arms.items()):
         for values in _grid(own):
             choice = {k: v for k, v in values.items() if isinstance(own[k], list)} | setting
             texts = {k: text(v) for k, v in (common | values | setting).items()}
-            named = [arm, *(f"{key}={text(value)}" for key, value in choice.items())]
-            name = re.sub(r"[^\w.,=+-]", "-", ",".join([*named, f"seed={seed}"]))
-            yield Planned(arm, choice, seed, {**texts, **given, "seed": str(seed)}, folder / name)
+            overrides = {**texts, **given, "seed": str(seed)}
+            yield Planned(arm, choice, seed, overrides, folder / folder_name(arm, choice, seed))
 
 
 def _overrides(part: str, content: Any) -> dict[str, Any]:
@@ -180,7 +186,13 @@ def _overrides(part: str, content: Any) -> dict[str, Any]:
             raise ConfigError(f"{part}.{key}: is a mapping; write {key}.{inner}: value")
         if value == []:
             raise ConfigError(f"{part}.{key}: is an empty list")
+        if _has_mapping(value):
+            raise ConfigError(f"{part}.{key}: a list may hold numbers, texts and lists, no mapping")
     return {str(key): value for key, value in content.items()}
+
+
+def _has_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_mapping, value)))
 
 
 def _check_own(where: str, key: str) -> None:
@@ -190,16 +202,18 @@ def _check_own(where: str, key: str) -> None:
 
 
 def _check_apart(
-    part: str, own: Mapping[str, Any], settings: Mapping[str, Any], given: Mapping[str, str]
+    part: str, own: Mapping[str, Any], crossed: Mapping[str, Any], given: Mapping[str, str]
 ) -> None:
     """Refuse an override that would make runs equal which their names tell apart."""
+    in_settings = {key_of(key) for key in crossed}
+    lists = {key_of(key) for key, value in own.items() if isinstance(value, list)}
     for key in own:
-        if key in settings:
+        if key_of(key) in in_settings:
             raise ConfigError(f"{part}.{key}: is in settings too")
     for key, value in given.items():
-        if key in settings or isinstance(own.get(key), list):
-            where = "settings" if key in settings else part
-            raise ConfigError(f"{where}.{key}: has values already, so not {key}={value} for all")
+        if (bare := key_of(key)) in in_settings | lists:
+            where = "settings" if bare in in_settings else part
+            raise ConfigError(f"{where}.{bare}: has values already, so not {key}={value} for all")
 
 
 def _check_name(name: str) -> None:
@@ -228,13 +242,23 @@ def _checked(runs: Sequence[Planned]) -> list[Planned]:
     """The runs with their costs; of those that differ in the seed only, the first is composed."""
     known = top_level()
     costs: dict[str, float] = {}
+    effective: dict[str, dict[str, Any]] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for run in runs:
-            if _seedless(run) not in costs:
-                try:
-                    costs[_seedless(run)] = _cost(run, known)
-                except ConfigError as error:
-                    raise ConfigError(f"arms.{run.arm}: {error}") from error
+            if (name := _seedless(run)) in costs:
+                continue
+            try:
+                config = _composed(run, known)
+                own = settings(config)
+                if same := [other for other, found in effective.items() if found == own]:
+                    raise ConfigError(
+                        f"{name} would be trained as {same[0]} is: they differ in nothing that "
+                        "matters to the result"
+                    )
+            except ConfigError as error:
+                raise ConfigError(f"arms.{run.arm}: {error}") from error
+            effective[name] = own
+            costs[name] = config["epochs"] * (passes_per_step(config["method"]) or 2)
     return [replace(run, cost=costs[_seedless(run)]) for run in runs]
 
 
@@ -242,7 +266,7 @@ def _seedless(run: Planned) -> str:
     return run.folder.name.rpartition(",")[0]
 
 
-def _cost(run: Planned, known: Sequence[str]) -> float:
+def _composed(run: Planned, known: Sequence[str]) -> dict[str, Any]:
     """Compose and check as ``train.py`` does."""
     overrides = [f"{key}={value}" for key, value in run.overrides.items()]
     try:
@@ -253,5 +277,5 @@ def _cost(run: Planned, known: Sequence[str]) -> float:
         raise
     cfg.output_dir = str(run.folder.parent)
     check(cfg, known)
-    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
-    return cfg.epochs * (passes_per_step(method) or 2)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(config)

@@ -4,11 +4,13 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -48,12 +50,12 @@ class Outcome:
 def outcome(run: Planned) -> Outcome:
     """Read a run's folder."""
     try:
-        summary: Any = json.loads((run.folder / "metrics.json").read_text())
+        summary: Any = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
         state = summary.get("status")
-    except (OSError, ValueError, AttributeError):  # there is none, or none that counts
-        summary, state = {}, None
-    if state == "completed":
         metrics = {k: v for k, v in summary.get("metrics", {}).items() if v is not None}
+    except (OSError, ValueError, AttributeError):  # there is none, or none that counts
+        summary, state, metrics = {}, None, {}
+    if state == "completed":
         return Outcome(state, "", metrics)
     lines = _printed(run)
     if errors := [line for line in lines if line.startswith(ERROR)]:
@@ -64,10 +66,16 @@ def outcome(run: Planned) -> Outcome:
     return Outcome("started" if started else "missing")
 
 
+def begun(run: Planned) -> bool:
+    """Whether there is anything to go on from; not so where a run was refused."""
+    checkpoints = (run.folder / "checkpoints").glob("*.ckpt")
+    return (run.folder / "metrics.json").exists() or any(checkpoints)
+
+
 def _printed(run: Planned) -> list[str]:
     """What a run has printed since it was started last."""
     try:
-        output = (run.folder / OUTPUT).read_text(errors="replace")
+        output = (run.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     return output.rpartition(PROMPT)[2].strip().splitlines()[1:]
@@ -118,7 +126,9 @@ class Runner:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.stopped is not None:  # asked twice
             for job in self.jobs:
-                os.killpg(job.process.pid, signal.SIGKILL)
+                if job.process.poll() is None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(job.process.pid, signal.SIGKILL)
         self.stopped = signum
 
     def run(self) -> None:
@@ -156,8 +166,10 @@ class Runner:
                 self.pending.remove(run)
                 if outcome(run).completed:
                     self._say(run, "by another process")
-                else:
-                    self.jobs.append(Job(run, _process(run, output, self.processes)))
+                    continue
+                if not begun(run) and (run.folder / ".hydra").is_dir():  # else it would be replayed
+                    shutil.rmtree(run.folder / ".hydra")
+                self.jobs.append(Job(run, _process(run, output, self.processes)))
 
     def _collect(self) -> None:
         for job in list(self.jobs):
@@ -227,5 +239,5 @@ def _note_failure(run: Planned, code: int) -> None:
         how = [*lines[-1:], outcome(run).reason, f"exit code {code}"]
         if code < 0:
             how = [f"ended by {signal.Signals(-code).name}"]
-        with open(run.folder / OUTPUT, "a") as output:
+        with open(run.folder / OUTPUT, "a", encoding="utf-8") as output:
             output.write(f"{ERROR}{next(filter(None, how))}\n")

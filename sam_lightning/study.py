@@ -1,5 +1,6 @@
 """The command: a study's file in; runs, report and evidence out."""
 
+import json
 import os
 import shlex
 import sys
@@ -25,8 +26,9 @@ from sam_lightning.configuration import (
 from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.explain import key_of
 from sam_lightning.launchers import launched
-from sam_lightning.plan import FOLDER, Plan, Planned, read
-from sam_lightning.runner import TRAIN, Runner, outcome
+from sam_lightning.plan import FOLDER, Plan, Planned, folder_name, read
+from sam_lightning.report.runs import PLACES
+from sam_lightning.runner import TRAIN, Runner, begun, outcome
 
 ABOUT = """
 A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
@@ -68,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dry:
         return
     out = made(Path(options.out) / plan.name)
+    refuse_loss(plan, out, runs)
     with Runner(runs, options.jobs) as runner:
         runner.run()
+    refuse_changed(plan)  # another process may have been at a run
     report(plan, out)
     if left := [run for run in runs if not outcome(run).completed]:
         print_states(left)
@@ -138,6 +142,8 @@ def refuse_changed(plan: Plan) -> None:
 
 def _difference(run: Planned) -> str | None:
     """How the overrides that a run was started with differ from those it has now."""
+    if not begun(run):
+        return None
     file = run.folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return f"no {file.name}" if outcome(run).completed else None
@@ -149,10 +155,44 @@ def _difference(run: Planned) -> str | None:
     before.pop("ckpt_path", None)
     for key in {**before, **run.overrides}:
         then, now = before.get(key), run.overrides.get(key)
-        if then != now:
+        if then != now and not _moved(run, key, then, now):
             was, has = (f"{key}={v}" if v is not None else f"no {key}" for v in (then, now))
             return f"{was}, and the study has {has}"
     return None
+
+
+def _moved(run: Planned, key: str, then: str | None, now: str | None) -> bool:
+    """Whether a key tells only where the same images are, or how they are read."""
+    names = {Path(str(value).strip("'\"")).name for value in (then, now)}
+    if key_of(key) != "data.root" or len(names) == 1:
+        return key_of(key) in PLACES
+    config = run.folder / ".hydra" / "config.yaml"  # an image folder's name is the data set's
+    return config.is_file() and ".image_folder" not in config.read_text(encoding="utf-8")
+
+
+def refuse_loss(plan: Plan, out: Path, expected: Sequence[Planned] = ()) -> None:
+    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    file = out / "runs.json"
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        names = [
+            (line["arm"], line["settings"], line["seed"])
+            for line in lines
+            if line["state"] == "completed"
+        ]
+        kept = [Planned(*name, {}, FOLDER / plan.name / folder_name(*name)) for name in names]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # there is none, or none of a study
+    folders = {run.folder for run in expected}
+    if lost := [r for r in kept if r.folder not in folders and not outcome(r).completed]:
+        raise ConfigError(
+            f"{file}: has results of {len(lost)} runs that are not in {FOLDER / plan.name}, the "
+            f"first is {lost[0].folder.name}; give out=FOLDER for a report without them"
+        )
 
 
 def made(folder: Path) -> Path:
@@ -184,9 +224,10 @@ def report(plan: Plan, out: Path) -> None:
         for folder, found in outcomes.items()
         if found.state not in ("completed", "missing")
     ]
-    write_runs(plan, outcomes, runs, out / "runs.json")
     if not runs:
         return
+    refuse_loss(plan, out)
+    write_runs(plan, outcomes, runs, out / "runs.json")
     study = analyse(runs, plan.metric, plan.baseline)
     warnings += [*study.warnings, *commits(runs), *_strangers(plan)]
     if (missing := len(plan.runs) - len(runs)) > 0:
@@ -222,6 +263,6 @@ def print_states(left: Sequence[Planned]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     with one_line_errors():
         main()

@@ -129,9 +129,24 @@ def test_paired_against_scipy(pairs):
         assert found.wilcoxon == pytest.approx(wilcoxon_by_enumeration(first - second))
 
 
+def test_the_signed_rank_test_is_exact_also_with_ties_and_zeros():
+    rng = np.random.default_rng(3)
+    for n in (6, 9, 14):  # from 14 on scipy approximates, with ties or zeros
+        differences = rng.integers(-3, 6, n).astype(float)
+        differences[:4] = (0, 1, -1, 5)
+        found = paired(list(differences), [0.0] * n).wilcoxon
+        assert found == pytest.approx(wilcoxon_by_enumeration(differences[differences != 0]))
+    for n in (20, 50):
+        differences = rng.normal(0.3, 1, n)
+        found = paired(list(differences), [0.0] * n).wilcoxon
+        expected = stats.wilcoxon(differences, method="exact").pvalue
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 def wilcoxon_by_enumeration(differences):
     """Of all assignments of signs, the share with a sum of ranks at least as extreme."""
-    ranks = np.argsort(np.argsort(np.abs(differences))) + 1
+    sizes = np.abs(differences)[:, None]
+    ranks = np.mean((sizes > sizes.T) * 2.0 + (sizes == sizes.T), axis=1) * len(sizes) / 2 + 0.5
     seen = abs(np.sum(ranks * np.sign(differences)))
     signs = np.array(list(itertools.product((-1, 1), repeat=len(ranks))))
     return np.mean(np.abs(signs @ ranks) >= seen)
@@ -231,6 +246,7 @@ def test_a_key_that_old_runs_lack_does_not_tell_groups_apart(tmp_path):
     old = leave(tmp_path / "old", "rho=0.1", acc=0.7, seed=2) / "metrics.json"
     summary = json.loads(old.read_text())
     del summary["config"]["method"]["every"], summary["config"]["data"]["policy"]
+    del summary["config"]["trainer"]["deterministic"], summary["config"]["optimizer"]["momentum"]
     old.write_text(json.dumps(summary))
     (group,) = study_of(tmp_path).groups
     assert [run.seed for run in group.runs] == [0, 1, 2]
@@ -284,6 +300,15 @@ def test_curves_by_epoch(tmp_path):
     assert curve(run, "val/acc") == {1: 0.3, 2: 0.6}
     assert curve(run, "train/acc") == pytest.approx({1: 0.3, 2: 0.5})
     assert curve(run, "val/acc5") == {}
+    # Epochs of 5 updates, a row every 4: rows are means over 4, 1, 3, 2, 2 and 3 updates.
+    losses = np.random.default_rng(0).random(15)
+    (run.folder / "metrics.csv").write_text("epoch,step,train/loss,val/acc\n")
+    with (run.folder / "metrics.csv").open("a") as file:
+        for first, last in itertools.pairwise((0, 4, 5, 8, 10, 12, 15)):
+            file.write(f"{(last - 1) // 5},{last},{losses[first:last].mean()},\n")
+            file.write(f"{(last - 1) // 5},{last},,0.5\n" if last % 5 == 0 else "")
+    means = {epoch: losses[5 * epoch - 5 : 5 * epoch].mean() for epoch in (1, 2, 3)}
+    assert curve(run, "train/loss") == pytest.approx(means)
     (run.folder / "metrics.csv").write_text("epoch,step,val/acc\n0,5,torn")
     assert curve(run, "val/acc") == {}
     (run.folder / "metrics.csv").unlink()
@@ -345,6 +370,27 @@ def test_callbacks_that_change_training_tell_groups_apart(tmp_path):
     study = study_of(tmp_path)
     assert "callbacks.stop.patience" in study.columns
     assert sorted(len(group.runs) for group in study.groups) == [1, 1, 2]
+    assert {group.values["callbacks.stop"] for group in study.groups} == {"EarlyStopping", "–"}
+    with_and_without = study_of(tmp_path / "a", tmp_path / "c", tmp_path / "d")
+    assert list(with_and_without.columns) == ["method", "rho", "epochs", "callbacks.stop"]
+    assert [len(group.runs) for group in with_and_without.groups] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ([], ["+trainer.limit_train_batches=0.5"]),
+        ([], ["+trainer.fast_dev_run=true"]),
+        (["optimizer=adamw"], ["optimizer=adamw", "+optimizer.amsgrad=true"]),
+        (["data=svhn"], ["data=svhn", "data.source.extra=true"]),
+        (["+data.source.file=a.npz"], ["+data.source.file=b.npz"]),
+    ],
+    ids=str,
+)
+def test_what_only_some_runs_were_given_tells_groups_apart(tmp_path, changes):
+    for name, own in zip("ab", changes, strict=True):
+        leave(tmp_path / name, *own)
+    assert [len(group.runs) for group in study_of(tmp_path).groups] == [1, 1]
 
 
 def test_without_radius_every_method_is_sgd_and_the_later_run_counts(tmp_path):
@@ -417,11 +463,14 @@ def test_each_method_and_length_has_its_own_choice(tmp_path):
     assert chosen_rhos == {("sam", 5): 0.1, ("sam", 10): 0.2, ("asam", 5): 0.1}
 
 
-def test_uneven_numbers_of_runs_are_named(tmp_path):
+def test_different_seeds_of_rhos_are_named(tmp_path):
     leave_seeds(tmp_path / "a", "rho=0.1", accs=[0.6, 0.6], vals=[0.7, 0.8])
-    leave_seeds(tmp_path / "b", "rho=0.2", accs=[0.9], vals=[0.9])
+    leave(tmp_path / "b", "rho=0.2", val=0.9)
     (warning,) = study_of(tmp_path).warnings
-    assert warning == "sam: not as many runs of every rho (2 of 0.1, 1 of 0.2)"
+    assert warning == "sam: not the same seeds at every rho (0.1: 0, 1; 0.2: 0)"
+    leave(tmp_path / "c", "rho=0.2", val=0.9, seed=3)  # as many
+    (warning,) = study_of(tmp_path).warnings
+    assert warning == "sam: not the same seeds at every rho (0.1: 0, 1; 0.2: 0, 3)"
 
 
 # ---- comparing
@@ -506,7 +555,7 @@ def sweep(tmp_path):
         leave_seeds(folder / f"{rho}", *changes, accs=accs, vals=[val - 0.01, val, val + 0.02])
     leave(folder / "broken_run", status="failed", exit_reason="TrainingError: a | b")
     for path in folder.rglob("metrics.json"):
-        rows = "".join(f"{e},{e},{0.1 * e + 0.1},{0.2 * e}\n" for e in range(3))
+        rows = "".join(f"{e},{e + 1},{0.1 * e + 0.1},{0.2 * e}\n" for e in range(3))
         (path.parent / "metrics.csv").write_text(f"epoch,step,val/acc,train/acc\n{rows}")
     return folder
 
@@ -640,12 +689,14 @@ def test_a_legend_covers_nothing(sweep, monkeypatch, length):
 
 
 def test_a_figure_for_each_data_set(sweep, tmp_path):
+    main([str(sweep), f"out={tmp_path / 'out'}", "formats=pdf"])
+    (tmp_path / "out" / "own.pdf").touch()
     for rho in (0, 0.1):
         leave(sweep / f"noisy{rho}", f"rho={rho}", "data.label_noise=0.4")
     main([str(sweep), f"out={tmp_path / 'out'}", "formats=png"])
-    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
-    # The noisy runs have no metrics.csv.
-    assert names == {"rho_1", "rho_2", "epochs_1", "compute_1", "compute_2"}
+    names = {path.stem for path in (tmp_path / "out").glob("*.p*")}
+    # The noisy runs have no metrics.csv. What the first report drew is gone.
+    assert names == {"rho_1", "rho_2", "epochs_1", "compute_1", "compute_2", "own"}
     assert "label_noise 0.4: test error against rho" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -669,8 +720,10 @@ def test_folders_with_an_equals_sign_and_the_default_place(sweep, tmp_path):
     done = report("multi=run", "formats=null", cwd=sweep.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert (sweep / "report" / "report.md").is_file()
-    again = report("multi=run", "formats=null", cwd=sweep.parent)
-    assert again.returncode == 0
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    again = report("multi=run", "formats=null", cwd=sweep.parent, env=os.environ | ascii_only)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "75.67 ± 11.20" in (sweep / "report" / "report.md").read_text(encoding="utf-8")
     assert sorted(p.name for p in (sweep / "report").iterdir()) == [
         *("report.csv", "report.md", "report.tex", "summary.csv")
     ]
@@ -714,8 +767,8 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(sweep, tmp_path,
     leave(sweep / "more", "rho=0.1", "method.every=5", seed=9)
     write_text = Path.write_text
 
-    def full(path, text):
-        write_text(path, text[:20])
+    def full(path, text, encoding):
+        write_text(path, text[:20], encoding)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)

@@ -105,6 +105,7 @@ def test_expansion(here):
 VALUES = [
     *(0, 0.4, 1e-05, True, False, None, "digits", "a b", "it's", '"', "null", "5e-4", "16-mixed"),
     *("1,2", "[x]", "/photos/a-b.c", "~/photos", "k=v", "é", "", [0.5, 0.25], ["a,b", None]),
+    *("C:\\x\\", 'a\\"b', r"\d+\\s", "\\", '\\\\"', ["a\\", "b"]),
 ]
 
 
@@ -149,6 +150,7 @@ QUICK = f"common: {{experiment: quickstart}}\n{ARMS}"
         (f"{ARMS}{{a/b: {{}}}}", [], "a/b: must be a name of letters"),
         (f"{ARMS}{{a: {{data: {{root: x}}}}}}", [], "arms.a.data: is a mapping; write data.root:"),
         (f"{ARMS}{{a: {{rho: []}}}}", [], "arms.a.rho: is an empty list"),
+        (f"{ARMS}{{a: {{rho: [[{{b: 1}}]]}}}}", [], "arms.a.rho: a list may hold numbers, texts"),
         (f"{ARMS}{{a: {{seed: 1}}}}", [], "arms.a.seed: may not be given; list them in seeds"),
         (f"{ARMS}{{a: {{+seed: 1}}}}", [], "arms.a.+seed: may not be given; list them in seeds"),
         (f"{ARMS}{{a: {{sweep: rho_grid}}}}", [], "arms.a.sweep: may not be given; a list of"),
@@ -166,6 +168,15 @@ QUICK = f"common: {{experiment: quickstart}}\n{ARMS}"
         (FILE, ["data=image_folder", "data.root=gone"], "arms.sgd: data.root=gone: no such folder"),
         (FILE, ["rho=0.1"], "arms.sam.rho: has values already, so not rho=0.1 for all"),
         (FILE, ["data.label_noise=0"], "settings.data.label_noise: has values already"),
+        (FILE, ["++rho=0.3"], "arms.sam.rho: has values already, so not ++rho=0.3 for all"),
+        (
+            FILE,
+            ["method.rho=0.3"],
+            "arms.sam: sam,rho=0.1,data.label_noise=0 would be trained as "
+            "sam,rho=0.05,data.label_noise=0 is: they differ in nothing",
+        ),
+        (f"settings: {{rho: [1]}}\n{ARMS}{{a: {{+rho: 2}}}}", [], "arms.a.+rho: is in settings"),
+        (f"{QUICK}{{a: {{}}, b: {{task_name: b}}}}", [], "arms.b: b would be trained as a is"),
         (FILE, ["ckpt_path=x"], "ckpt_path=x: may not be given; a run goes on from its own"),
         (FILE, ["hydra.run.dir=x"], "hydra.run.dir=x: may not be given"),
         (FILE, ["lr=0.1,0.2"], "arms.sgd: Ambiguous value for argument 'lr=0.1,0.2'"),
@@ -246,8 +257,11 @@ def leave(status, reason, code):
     (folder / "metrics.json").write_text(json.dumps(found))
     sys.exit(code)
 signal.signal(signal.SIGTERM, lambda *_: leave("interrupted", "Interrupted: stopped", 143))
-(folder / "starts").open("a").write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
 end = given.get("task_name", "well").strip('"')
+if end == "stay":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end = "sleep"
+(folder / "starts").open("a").write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
 if end == "sleep":
     time.sleep(60)
 if end == "wait": # for another run
@@ -276,7 +290,9 @@ def stand_in(here, monkeypatch):
 
 
 def arms(**ends):
-    return QUICK + json.dumps({name: {"task_name": end} for name, end in ends.items()})
+    """A study whose runs end like this; their batch sizes tell them apart."""
+    named = enumerate(ends.items(), 8)
+    return QUICK + json.dumps({n: {"task_name": end, "batch_size": i} for i, (n, end) in named})
 
 
 def starts(name):
@@ -336,6 +352,34 @@ def test_only_some_arms_and_seeds(stand_in):
     assert names == ["a,seed=0", "a,seed=2", "c,seed=0", "c,seed=2"]
 
 
+def test_what_is_refused_can_be_corrected_and_what_is_damaged_is_run_anew(stand_in):
+    file = write(arms(a="well", b="refuse"))
+    with pytest.raises(TrainingError, match="1 of 2 runs did not complete"):
+        main([file])
+    (stale := Path("logs/studies/noise/b,seed=0/.hydra/hydra.yaml")).touch()
+    damaged = '{"status": "completed", "metrics": [1]}'
+    Path("logs/studies/noise/a,seed=0/metrics.json").write_text(damaged)
+    write(arms(a="well", b="well"))
+    main([file])
+    assert len(starts("a,seed=0")) == len(starts("b,seed=0")) == 2
+    assert not stale.exists()  # train.py would have gone on with what is stored
+
+
+@pytest.mark.parametrize("data", ["cifar10", "image_folder"])
+def test_images_may_move(stand_in, data):
+    for folder in ("old/photos", "new/photos", "new/others"):
+        Path(folder).mkdir(parents=True)
+    file = write(f"{QUICK}{{a: {{data: {data}}}}}")
+    main([file, "data.root=old/photos"])
+    config = {"data": {"source": {"_target_": f"sam_lightning.data.sources.{data}"}}}
+    OmegaConf.save(config, "logs/studies/noise/a,seed=0/.hydra/config.yaml")
+    main([file, "data.root=new/photos", "data.num_workers=2"])
+    other = pytest.raises(ConfigError, match=r"old/photos, and the study has data\.root=n")
+    with other if data == "image_folder" else nullcontext():
+        main([file, "data.root=new/others"])
+    assert len(starts("a,seed=0")) == 1
+
+
 @pytest.mark.parametrize("end", ["well", "fail"])
 def test_a_folder_of_other_overrides_is_not_mixed_in(stand_in, end):
     file = write(arms(a="well", b=end))
@@ -380,18 +424,25 @@ def started(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_runs_and_the_study(stand_in, signum, code):
-    file = write(arms(a="sleep", b="sleep", c="sleep"))
+@pytest.mark.parametrize(
+    ("signum", "code", "second"),
+    [(signal.SIGTERM, 143, "sleep"), (signal.SIGINT, 130, "sleep"), (signal.SIGINT, 130, "stay")],
+)
+def test_a_signal_ends_the_runs_and_the_study(stand_in, signum, code, second):
+    file = write(arms(a="sleep", b=second, c="sleep"))
     process = started(file, "jobs=2")
     both = [Path(f"logs/studies/noise/{name},seed=0/starts") for name in "ab"]
     wait_for(lambda: all(path.is_file() and path.read_text().endswith("\n") for path in both))
     process.send_signal(signum)
+    if second == "stay":  # and does so until it is asked twice, which the other has ended by then
+        ((pid, _),) = starts("a,seed=0")
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+        process.send_signal(signum)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code
     assert f"stopped by {signum.name}" in out
     states = [runner.outcome(run).state for run in plan.read(Path(file)).runs]
-    assert states == ["interrupted", "interrupted", "missing"]
+    assert states == ["interrupted", "started" if second == "stay" else "interrupted", "missing"]
     for name in "ab":
         ((pid, _),) = starts(f"{name},seed=0")
         assert not Path(f"/proc/{pid}").exists()
@@ -440,8 +491,9 @@ def finish(run, **metrics):
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
     (run.folder / "metrics.json").write_text(json.dumps(summary))
-    rows = [(e, 0.1 * e + 1e-9, "") for e in range(cfg.epochs)] + [(cfg.epochs, "", 0.5)]
-    lines = ["epoch,val/acc,test/acc", *(",".join(map(str, row)) for row in rows)]
+    rows = [(e, 0.1 * e + 1e-9, "", (2.5, "nan")[e % 2]) for e in range(cfg.epochs)]
+    rows.append((cfg.epochs, "", 0.5, ""))
+    lines = ["epoch,val/acc,test/acc,val/loss", *(",".join(map(str, row)) for row in rows)]
     (run.folder / "metrics.csv").write_text("\n".join(lines))
 
 
@@ -488,13 +540,14 @@ def test_settings_stay_apart_and_the_best_radius_is_each_ones_own(here, capsys):
 
 def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
     file = write(FILE.replace("settings: {data.label_noise: [0, 0.4]}\n", ""))
-    runs = plan.read(Path(file)).runs
+    given = ["lr=0.2", "++data.cache_dir=/home/me"]  # the one is a setting, the other a place
+    runs = plan.read(Path(file), given).runs
     for i in (0, 1, 4):
         finish(runs[i], val_acc=0.1 * i + 1 / 3, test_acc=0.123456789012 * i, train_loss=1.0)
     runs[3].folder.mkdir()
     (runs[3].folder / "output.txt").write_text("$ python train.py x\nerror: no space\n")
     shutil.copytree(runs[0].folder, runs[0].folder.parent / "old,seed=0")
-    main([file, "only=sgd", "out=kept"])  # these are completed
+    main([file, *given, "only=sgd", "out=kept"])  # these are completed
     kept = json.loads(Path("kept/noise/runs.json").read_text())
     assert kept["study"] == "noise"
     assert kept["file"] == OmegaConf.to_container(OmegaConf.load(file))
@@ -516,7 +569,9 @@ def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
         assert line["curves"] == {
             "epoch": epochs,
             "val/acc": [round(0.1 * (e - 1), 5) for e in epochs],  # test/acc is measured once
+            "val/loss": [2.5 if e % 2 else None for e in epochs],  # JSON has no NaN
         }
+    assert kept["overrides"] == ["lr=0.2"]
     said = capsys.readouterr()
     assert (
         "1 in logs/studies/noise are not of the file and not counted: the first is old," in said.err
@@ -525,17 +580,34 @@ def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
     assert "3 runs; see kept/noise/report.md" in said.out
     assert "a,seed=0" not in Path("kept/noise/report.csv").read_text()
     assert "old,seed=0" not in Path("kept/noise/report.csv").read_text()
+    before = written("kept")
+    shutil.rmtree("logs")  # as in another clone
+    finish(runs[0], test_acc=0.9)
+    said = "kept/noise/runs.json: has results of 2 runs that are not in logs/studies/noise, the "
+    with pytest.raises(ConfigError, match=f"{said}first is long,seed=0; give out=FOLDER"):
+        main([file, *given, "only=sgd", "seed=0", "out=kept"])
+    assert written("kept") == before
+    main([file, *given, "only=sgd", "seed=0", "out=other"])
+    assert Path("other/noise/report.md").is_file()
 
 
-def test_without_a_result_the_report_says_nothing_but_runs_json(stand_in, monkeypatch):
+def test_failed_runs_replace_no_results(stand_in, monkeypatch):
     monkeypatch.undo()
     os.chdir(stand_in.parent)
     monkeypatch.setattr(runner, "TRAIN", stand_in)
-    with pytest.raises(TrainingError, match="1 of 1 runs did not complete"):
-        main([write(arms(a="refuse"))])
-    assert [p.name for p in Path("results/noise").iterdir()] == ["runs.json"]
-    (line,) = json.loads(Path("results/noise/runs.json").read_text())["runs"]
-    assert line["reason"] == "rho=-1: allowed is a number >= 0"
+    file = write(arms(a="refuse", b="refuse"))
+    runs = plan.read(Path(file)).runs
+    for run in runs:
+        finish(run, test_acc=0.5)
+    main([file])
+    before = written("results")
+    shutil.rmtree(runs[0].folder)
+    with pytest.raises(ConfigError, match="has results of 1 runs that are not in logs/studies/noi"):
+        main([file])
+    shutil.rmtree(runs[1].folder)
+    with pytest.raises(TrainingError, match="2 of 2 runs did not complete"):
+        main([file])
+    assert written("results") == before
 
 
 # ---- real runs

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import METRICS, Rule, one_of, or_null
 from sam_lightning.errors import ConfigError
+from sam_lightning.report import FORMATS
 
 if TYPE_CHECKING:
     from sam_lightning.report.runs import LeftOut
@@ -27,7 +28,6 @@ Writes report.md, report.tex, report.csv (a row per run), summary.csv (a row per
 to a folder, by default report in the first of those given. Failed runs are named and left out.
 """
 DEFAULTS = {"metric": "test/acc", "baseline": "sgd", "out": None, "formats": "png,svg"}
-FORMATS = ("png", "svg", "pdf")
 RULES: list[Rule] = [
     ("metric", *one_of(METRICS)),
     ("baseline", lambda v: isinstance(v, str), "the name of a method"),
@@ -96,5 +96,6 @@ def counted(left_out: Sequence["LeftOut"]) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # ± is not in ASCII
     with one_line_errors():
         main()

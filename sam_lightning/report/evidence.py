@@ -1,12 +1,14 @@
 """``runs.json``: the results of every run of a study in one small file, to keep and commit."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sam_lightning.explain import key_of
 from sam_lightning.files import replacing
-from sam_lightning.report.runs import IGNORED, Run, curve
+from sam_lightning.report.runs import PLACES, Run, curve
 
 if TYPE_CHECKING:
     from sam_lightning.plan import Plan
@@ -34,14 +36,15 @@ def write_runs(
             outcome = outcomes[run.folder]
             line |= {"state": outcome.state, "reason": outcome.reason}
         lines.append(json.dumps(line))
-    given = [o for o in plan.overrides if o.partition("=")[0] not in IGNORED]  # no paths
+    given = [o for o in plan.overrides if key_of(o) not in PLACES]
     head = {"study": plan.name, "file": plan.content, "overrides": given}
     with replacing(path) as temporary:
         temporary.write_text(
             json.dumps(head, indent=1)[:-2]
             + ',\n "runs": [\n  '
             + ",\n  ".join(lines)
-            + "\n ]\n}\n"
+            + "\n ]\n}\n",
+            encoding="utf-8",
         )
 
 
@@ -49,7 +52,7 @@ def results(run: Run) -> dict[str, Any]:
     """What a completed run came to.
 
     ``passes`` are those over all training images; ``curves`` have a value per ``epoch``, null where
-    none was logged.
+    none was logged, or none that is finite.
     """
     summary = _summary(run)
     curves = {name: curve(run, name) for name in CURVES}
@@ -67,7 +70,7 @@ def results(run: Run) -> dict[str, Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, DIGITS)
+    return None if value is None or not math.isfinite(value) else round(value, DIGITS)
 
 
 def commits(runs: Sequence[Run]) -> list[str]:
@@ -77,5 +80,5 @@ def commits(runs: Sequence[Run]) -> list[str]:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((run.folder / "metrics.json").read_text())
+    summary: dict[str, Any] = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     return summary

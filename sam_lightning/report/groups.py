@@ -3,8 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from sam_lightning.configuration import flat
+from sam_lightning.explain import CONF
 from sam_lightning.report.runs import Run
 from sam_lightning.report.statistics import Estimate, Paired, estimate, holm, paired
 
@@ -117,10 +122,12 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
                 f"{name}: seconds are a mean over different devices ({', '.join(devices)})"
             )
     for choice in choices:
-        if choice.best is not None and len({len(g.runs) for g in choice.groups}) > 1:
-            counts = ", ".join(f"{len(g.runs)} of {show(g.values['rho'])}" for g in choice.groups)
+        seeds = [", ".join(str(run.seed) for run in group.runs) for group in choice.groups]
+        if choice.best is not None and len({*seeds}) > 1:
+            rhos = [show(group.values["rho"]) for group in choice.groups]
+            listed = "; ".join(f"{rho}: {of_rho}" for rho, of_rho in zip(rhos, seeds, strict=True))
             name = study.describe(choice.best, without=["rho"])
-            warnings.append(f"{name}: not as many runs of every rho ({counts})")
+            warnings.append(f"{name}: not the same seeds at every rho ({listed})")
     return study
 
 
@@ -147,10 +154,13 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
     """The keys that differ between runs, which have a column, and those that are common to all.
 
     A key that some runs do not have, because they are of another method, data set or version,
-    differs only if those that have it disagree.
+    differs only if those that have it disagree, or if ``_added``.
     """
     keys = list(dict.fromkeys(key for run in settings for key in run))
-    values = {key: {run[key] for run in settings if key in run} for key in keys}
+    values = {
+        key: {run.get(key, ABSENT) for run in settings if key in run or _added(key, run)}
+        for key in keys
+    }
     differing = [
         key
         for key in keys
@@ -160,6 +170,26 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
     columns += [c for c in differing if c not in columns]
     common = {key: next(iter(values[key])) for key in keys if len(values[key]) == 1}
     return columns, {key: value for key, value in common.items() if key not in SHOWN}
+
+
+def _added(key: str, run: Mapping[str, Any]) -> bool:
+    """Whether a run without this key differs by that from one which has been given it.
+
+    So it is with callbacks, and with arguments of trainer and optimizer that no file of ``conf``
+    has. Any other key may be younger than the run.
+    """
+    part, *names = key.split(".")
+    if part == "callbacks":  # what one is made of counts where there is one
+        return len(names) == 1 or f"{part}.{names[0]}" in run
+    return part in ("trainer", "optimizer") and key not in _defaults(part)
+
+
+@cache
+def _defaults(part: str) -> set[str]:
+    """The keys of ``conf/part``, in dotted form, whether or not its files are global."""
+    files = (CONF / part).glob("*.yaml")
+    contents: list[Any] = [OmegaConf.to_container(OmegaConf.load(file)) for file in files]
+    return {f"{part}.{key.removeprefix(f'{part}.')}" for found in contents for key in flat(found)}
 
 
 def _is_subject(column: str) -> bool:

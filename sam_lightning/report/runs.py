@@ -13,15 +13,17 @@ from sam_lightning.configuration import flat
 
 # A run keeps no run in these.
 PRUNED = {".hydra", ".git", "checkpoints", "tensorboard"}
+# Where the images are and how they are read: the same result from any.
+PLACES = {"data.root", "data.cache_dir", "data.download", "data.num_workers"}
 # Keys that say nothing of a result. The effective rho, lr and weight decay are those of the method
-# and the optimizer; data.source repeats keys of data.
+# and the optimizer.
 IGNORED = {
+    *PLACES,
     *("seed", "rho", "lr", "weight_decay", "task_name", "output_dir", "ckpt_path", "debug"),
     *("test", "optimized_metric", "max_skipped_steps", "checkpoint_every_n_steps"),
     *("experiment", "sweep", "method.passes"),
-    *("data.root", "data.cache_dir", "data.download", "trainer.log_every_n_steps"),
+    *("trainer.log_every_n_steps", "trainer.timeout"),
 }
-IGNORED_PARTS = ("logger.", "data.source.")
 # Callbacks that watch; others, such as early stopping, change what comes out.
 WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary", "Dashboard")
 
@@ -110,7 +112,7 @@ def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
     if not path.exists():
         return LeftOut(folder, "unfinished", "no metrics.json: running still, or killed")
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text(encoding="utf-8"))
         written = path.stat().st_mtime
     except (OSError, ValueError) as error:
         return LeftOut(folder, "damaged", f"metrics.json: {error}")
@@ -158,14 +160,18 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _target_name(parts["optimizer"]),
         "scheduler": _target_name(parts["scheduler"]),
     }
-    found = {k: v for k, v in named.items() if v is not None}
     callbacks = {
         name: callback
         for name, callback in _dict(config.get("callbacks")).items()
         if not any(w in str(_dict(callback).get("_target_", w)) for w in WATCHERS)
     }
+    named |= {f"callbacks.{name}": _target_name(callback) for name, callback in callbacks.items()}
+    found = {k: v for k, v in named.items() if v is not None}
     for key, value in flat({**config, "callbacks": callbacks}).items():
-        ignored = key in IGNORED or key.startswith(IGNORED_PARTS)
+        ignored = key in IGNORED or key.startswith("logger.")
+        if key.startswith("data.source."):  # its arguments, some of which are keys of data
+            argument = key.removeprefix("data.source.")
+            ignored |= argument in ("_target_", *parts["data"]) or f"data.{argument}" in IGNORED
         known = key in named or key in ("method.name", "method.rho")
         known |= key.rpartition(".")[0] in named and key.endswith("._target_")
         if ignored or known or isinstance(value, dict) or (alone and key.startswith("method.")):
@@ -198,20 +204,29 @@ def passes_per_step(method: Mapping[str, Any]) -> float | None:
 def curve(run: Run, name: str) -> dict[int, float]:
     """A metric by epoch, counted from 1, from ``metrics.csv``; empty where it was not logged.
 
-    Of several validations in an epoch the last counts; training metrics are averaged, for each
-    row has those of the updates since the one before.
+    Of several validations in an epoch the last counts. Training metrics are a mean over the
+    epoch's updates: each row has that of the updates since the one before.
     """
-    values: dict[int, list[float]] = {}
+    rows: dict[int, list[tuple[int, float]]] = {}  # of an epoch: updates, and the value
+    before = 0
     try:
-        with open(run.folder / "metrics.csv", newline="") as file:
+        with open(run.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row.get("epoch") and row.get(name):
-                    values.setdefault(int(float(row["epoch"])) + 1, []).append(float(row[name]))
+                    step = int(float(row.get("step") or 0))
+                    found = (step - before, float(row[name]))
+                    rows.setdefault(int(float(row["epoch"])) + 1, []).append(found)
+                    before = step
     except (OSError, ValueError, csv.Error):
         return {}
-    if name.startswith("train/"):
-        return {epoch: math.fsum(found) / len(found) for epoch, found in values.items()}
-    return {epoch: found[-1] for epoch, found in values.items()}
+    if not name.startswith("train/"):
+        return {epoch: found[-1][1] for epoch, found in rows.items()}
+    updates = {epoch: sum(n for n, _ in found) for epoch, found in rows.items()}
+    return {
+        epoch: math.fsum(n * value for n, value in found) / updates[epoch]
+        for epoch, found in rows.items()
+        if updates[epoch]
+    }
 
 
 def _data_name(source: Mapping[str, Any]) -> str | None:

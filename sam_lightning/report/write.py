@@ -1,13 +1,14 @@
 """The files of a report, and the tables on the terminal."""
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from sam_lightning.files import replacing
-from sam_lightning.report import tables
+from sam_lightning.report import FORMATS, tables
 from sam_lightning.report.groups import SELECTION, Choice, Study, show, title
 from sam_lightning.report.runs import LeftOut
 from sam_lightning.report.tables import interval, spoken
@@ -46,15 +47,28 @@ def write(
     """
     out.mkdir(parents=True, exist_ok=True)
     figures: list[tuple[str, str]] = []
+    stale: list[Path] = []
     if formats:
-        from sam_lightning.report.figures import draw  # matplotlib, only if it is needed
+        from sam_lightning.report.figures import KINDS, draw  # matplotlib, only if it is needed
 
         figures = draw(study, out, formats)
+        stale = _stale(out, KINDS, {name for name, _ in figures})
     images = [(f"{name}.{formats[0]}", caption) for name, caption in figures]
     _write_text(out / "report.csv", tables.runs_csv(study))
     _write_text(out / "summary.csv", tables.groups_csv(study))
     _write_text(out / "report.tex", _latex(study))
     _write_text(out / "report.md", _markdown(study, left_out, warnings, images))
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _stale(out: Path, kinds: Iterable[str], drawn: Collection[str]) -> list[Path]:
+    """The figures that the earlier report in ``out`` shows, and this one has by other names."""
+    earlier = out / "report.md"
+    shown = earlier.read_text(encoding="utf-8", errors="replace") if earlier.is_file() else ""
+    figure = rf"^!\[.*\]\(((?:{'|'.join(kinds)})(?:_\d+)?)\.\w+\)$"
+    names = {*re.findall(figure, shown, re.MULTILINE)} - {*drawn}
+    return [out / f"{name}.{form}" for name in names for form in FORMATS]
 
 
 def print_tables(study: Study) -> None:
@@ -156,4 +170,4 @@ def _latex(study: Study) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
