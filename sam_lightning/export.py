@@ -53,6 +53,7 @@ RULES: list[Rule] = [
     ("normalize", boolean, "true, false"),
     ("batch", lambda v: v == "dynamic" or integer(1)(v), "dynamic, or a whole number >= 1"),
     ("image_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("out", or_null(lambda v: isinstance(v, str)), "a file, as in ./model.onnx, or null"),
 ]
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
@@ -177,7 +178,7 @@ def _largest_difference(
     expected, written = [], []
     for n in (1, 2, 5) if batch is None else (batch,):
         pixels = torch.randint(256, (n, *shape), generator=generator, dtype=torch.uint8)
-        images = trained.preprocess(pixels)
+        images = trained.normalize(pixels)  # preprocess would resize them
         with torch.no_grad():
             expected.append(trained(images))
             written.append(run(pixels / 255 if normalize else images))
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
-    out = Path(str(options.out or file.with_suffix(suffix))).expanduser()
+    out = Path(options.out or file.with_suffix(suffix)).expanduser()
     if out.suffix != suffix or out.is_dir():
         raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]

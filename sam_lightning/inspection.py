@@ -4,6 +4,7 @@ Only what the arguments need is imported at once; torch is when a checkpoint is 
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sam_lightning.configuration import Rule, integer, one_of
+from sam_lightning.configuration import Rule, integer, one_of, or_null
 from sam_lightning.errors import ConfigError
 from sam_lightning.files import checkpoint_file, run_folder
 
@@ -37,8 +38,9 @@ RULES: list[Rule] = [
     ("split", *one_of(("train", "val", "test"))),
     ("images", integer(1), "a whole number >= 1"),
     ("batch_size", integer(1), "a whole number >= 1"),
-    ("seed", integer(0), "a whole number >= 0"),
+    ("seed", lambda v: integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
     ("device", *one_of(("auto", "cpu", "cuda"))),
+    ("out", or_null(lambda v: isinstance(v, str)), "a folder, as in ./figures, or null"),
 ]
 
 
@@ -82,7 +84,7 @@ def load_subjects(options: DictConfig) -> list[Subject]:
         ConfigError: a file is no checkpoint, ``out`` no folder, or there is no such device.
     """
     files = checkpoint_files(options.ckpt_path)
-    out = None if options.out is None else Path(str(options.out)).expanduser()
+    out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: is not a folder")
 
@@ -90,6 +92,20 @@ def load_subjects(options: DictConfig) -> list[Subject]:
 
     device = torch_device(options.device)
     return [Subject(file, load(file).to(device), out or run_folder(file)) for file in files]
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the results, before minutes of passes over images.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"out={folder}: cannot be written")
 
 
 def surface_of(subject: Subject, options: DictConfig, batch_norm: str = "stored") -> "LossSurface":
@@ -145,7 +161,7 @@ def _method(subject: Subject) -> str:
 def progress() -> Iterator[Progress]:
     """A bar on stderr, where that is a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -1,5 +1,6 @@
 """What ``landscape.json`` holds, as pictures."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ AXES = ("along the first direction", "along the second direction")
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Draw what ``landscape.main`` computed: of ``2d`` contours and surfaces, else lines."""
+    labels = [label.replace("$", r"\$") for label in result["labels"]]  # or they were formulas
+    result = {**result, "labels": labels}
     with plots.style():
         if result["kind"] == "2d":
             figures = {"landscape": contours(result), "landscape_3d": surfaces(result)}
@@ -90,17 +93,32 @@ def contours(result: Mapping[str, Any]) -> Figure:
 
 
 def surfaces(result: Mapping[str, Any]) -> Figure:
-    """A panel per checkpoint, in perspective; heights are logarithmic, as colours are."""
-    losses = _losses(result)
+    """A panel per checkpoint, in perspective; heights are logarithmic, as colours are.
+
+    Between the points that were computed they are linear. What is too high is cut off.
+    """
+    losses, coarse = _losses(result), result["coordinates"]
     low, high = bounds(result)
     figure, row = plots.panels(len(losses), 3.6, 3.0, subplot_kw={"projection": "3d"})
-    halves = [share * result["coordinates"][-1] for share in (-0.5, 0, 0.5)]
-    x, y = np.meshgrid(result["coordinates"], result["coordinates"])
+    halves = [share * coarse[-1] for share in (-0.5, 0, 0.5)]
+    sides = len(coarse) - 1
+    fine = np.linspace(coarse[0], coarse[-1], sides * math.ceil(60 / sides) + 1)
+    x, y = np.meshgrid(fine, fine)
     for axes, label, loss in zip(row, result["labels"], losses, strict=True):
         shown: Any = axes
-        colours = ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(loss.T)
-        height = np.log10(np.clip(loss, low, high)).T
-        shown.plot_surface(x, y, height, facecolors=colours, rstride=1, cstride=1, shade=False)
+        height = np.log10(np.clip(loss, low, 2 * high)).T
+        for axis in (0, 1):
+            height = np.apply_along_axis(lambda z: np.interp(fine, coarse, z), axis, height)
+        height[height > np.log10(high)] = np.nan
+        shown.plot_surface(
+            *(x, y, height),
+            facecolors=ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(10**height),
+            shade=False,
+            rcount=len(fine),
+            ccount=len(fine),
+            antialiased=False,  # or there would be seams between the faces
+            rasterized=True,  # thousands of faces
+        )
         shown.set_title(label, y=1.0)
         shown.set_zlim(np.log10(low), np.log10(high))
         shown.set_zticks(np.log10(ticks(low, high)), labels=[f"{t:g}" for t in ticks(low, high)])

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from sam_lightning.arguments import one_line_errors, parse
-from sam_lightning.configuration import Rule, integer, one_line, one_of
+from sam_lightning.configuration import Rule, integer, one_line, one_of, or_null
 from sam_lightning.errors import ConfigError
 from sam_lightning.files import checkpoint_file, replacing
 
@@ -63,6 +63,7 @@ RULES: list[Rule] = [
     ("format", *one_of(("table", "json", "csv"))),
     ("batch_size", integer(1), "a whole number >= 1"),
     ("device", *one_of(("auto", "cpu", "cuda"))),
+    ("out", or_null(lambda v: isinstance(v, str)), "a file, as in ./a.csv, or null"),
 ]
 
 
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))
-    out = None if options.out is None else Path(str(options.out)).expanduser()
+    out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and out.is_dir():
         raise ConfigError(f"out={out}: is a folder; name a file")
 
@@ -164,11 +165,14 @@ def main(argv: list[str] | None = None) -> None:
         if "error" in row:
             print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
     text = FORMATS[options.format](rows)
+    # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
     if out is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
         sys.stdout.write(text)
     else:
         with replacing(out) as path:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
     if any("error" in row for row in rows):
         sys.exit(1)
 

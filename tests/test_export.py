@@ -72,6 +72,18 @@ def test_pt2_of_one_batch_size_beside_the_checkpoint(run, tmp_path):
         module(torch.zeros(5, 1, 32, 32))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_images_of_another_size_than_those_of_the_run(run, tmp_path, normalize):
+    out = tmp_path / "a.pt2"
+    keys = ["format=pt2", "batch=2", "image_size=48", f"normalize={normalize}".lower()]
+    main([f"ckpt_path={run}", *keys, f"out={out}"])
+    module, _ = run_pt2(out)
+    model, pixels = load(last(run)), torch.rand(2, 1, 48, 48)
+    normalised = (pixels - model.mean[0]) / model.std[0]
+    found = module(pixels if normalize else normalised)
+    torch.testing.assert_close(found, model(normalised), rtol=1e-4, atol=1e-4)
+
+
 def test_onnx_runs_in_onnxruntime_and_names_the_classes(photos, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "a.onnx"
@@ -122,6 +134,7 @@ def test_wrong_arguments_are_refused_in_one_line(run, tmp_path):
         ([f"ckpt_path={run}", "format=tflite"], "format=tflite: allowed is onnx, pt2"),
         ([f"ckpt_path={run}", "format=pt2", "batch=0"], "batch=0: allowed is dynamic, or a whole"),
         ([f"ckpt_path={run}", "format=pt2", "out=a.onnx"], r"out=a.onnx: must be .* ends in \.pt2"),
+        ([f"ckpt_path={run}", "format=pt2", "out=2025"], "out=2025: allowed is a file, as in ./"),
         (["ckpt_path=none", "format=pt2"], "ckpt_path=none: no such file or folder"),
         ([f"ckpt_path={unsized}", "format=pt2"], "image_size=null: .*give image_size=32"),
     ]:

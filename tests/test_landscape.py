@@ -184,6 +184,7 @@ def test_a_tensorboard_that_cannot_be_written_is_said_in_a_line(trained, tmp_pat
         (["ckpt_path=RUN/sgd", "spam=2"], "spam=2: no such key; did you mean span?"),
         (["ckpt_path=RUN/sgd", "kind=line"], "kind=line: needs two checkpoints in ckpt_path"),
         (["ckpt_path=RUN/sgd,RUN/other", "kind=line"], "are of different models"),
+        (["ckpt_path=RUN/sgd", "out=/proc/x"], "out=/proc/x: cannot be made (No such file or d"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(trained, arguments, message):
@@ -237,7 +238,7 @@ def test_pictures_are_the_same_from_the_same_numbers(tmp_path, kind):
     exploded[0][0] = None
     loss = {"2d": [bowl(1.0), exploded], "1d": [bowl(1.0)[0], exploded[0]], "line": [bowl(1.0)[0]]}
     numbers = picture(loss[kind], kind)
-    numbers["labels"] = ["A", "B"]
+    numbers["labels"] = ["$a_{$", "B"]  # no formula, which would be an unfinished one
     files = draw(numbers, tmp_path / "first")
     assert all(file.stat().st_size > 1000 for file in files)
     for file in draw(numbers, tmp_path / "second"):

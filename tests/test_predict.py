@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,27 @@ def test_the_table_names_files_classes_and_errors(photos, mixed, capsys, monkeyp
     assert not any("d.png" in row for row in rows)
 
 
+@pytest.mark.parametrize("form", ["csv", "json", "table"])
+def test_names_that_are_not_utf_8_come_out_as_they_are(
+    photos, tmp_path, monkeypatch, capsysbinary, form
+):
+    monkeypatch.chdir(tmp_path)
+    content = (photos / "photos" / "test" / "yellow" / "0.png").read_bytes()
+    try:
+        Path(os.fsdecode(b"\xe9.png")).write_bytes(content)
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    arguments = [f"ckpt_path={photos}", "input=.", f"format={form}", "top_k=1"]
+    main(arguments)
+    printed = capsysbinary.readouterr().out
+    main([*arguments, "out=out"])
+    assert (tmp_path / "out").read_bytes() == printed
+    if form == "json":
+        assert os.fsencode(json.loads(printed)[0]["file"]) == b"\xe9.png"
+    else:
+        assert b"\xe9.png" in printed
+
+
 @pytest.mark.slow
 def test_a_process_ends_with_exit_code_1_after_a_damaged_image(photos, mixed):
     command = [sys.executable, "-m", "sam_lightning.predict", f"ckpt_path={photos}", "format=csv"]
@@ -191,6 +213,7 @@ def test_wrong_arguments_are_refused_in_one_line(photos, tmp_path):
         ([f"ckpt_path={photos}", f"input={image}", "top_k=0"], "top_k=0: allowed is a whole"),
         ([f"ckpt_path={photos}", f"input={image}", "format=xml"], "format=xml: allowed is table"),
         ([f"ckpt_path={photos}", f"input={image}", f"out={tmp_path}"], "is a folder; name a file"),
+        ([f"ckpt_path={photos}", f"input={image}", "out=2025"], "out=2025: allowed is a file, as"),
         ([f"ckpt_path={photos}", f"input={image}", f"out={image}/a.csv"], "cannot be written"),
     ]:
         with pytest.raises(ConfigError, match=says):
@@ -202,7 +225,7 @@ def test_a_file_that_cannot_be_replaced_stays(photos, tmp_path, monkeypatch):
     out = tmp_path / "a.json"
     out.write_text("old")
 
-    def full(self, text, encoding):
+    def full(self, *_, **__):
         self.touch()
         raise OSError(28, "No space left on device")
 
