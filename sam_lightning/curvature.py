@@ -49,32 +49,35 @@ def m_sharpness(surface: LossSurface, rho: float) -> float:
     return sum(part.examples * worst_case(part, rho) for part in parts) / surface.examples
 
 
-def trace(
-    surface: LossSurface, generator: torch.Generator, samples: int = 16
-) -> tuple[float, float]:
-    """The trace of the Hessian, estimated as the mean of v' H v with random signs v.
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The largest eigenvalues of the Hessian, largest first, and their eigenvectors.
 
-    Hutchinson 1989. It is exact for a diagonal Hessian, whatever the signs.
-
-    Returns:
-        the estimate and its standard error, which is NaN for a single sample.
+    Attributes:
+        values: float64, k.
+        errors: k; the distance from each within which there is an eigenvalue for certain, which
+            is the residual's norm.
+        vectors: k of them, orthonormal and flat.
     """
-    values = torch.zeros(samples, dtype=torch.float64)
-    for i in range(samples):
-        signs = _signs(surface, generator)
-        values[i] = _dot(signs, surface.hvp(signs))
-    return values.mean().item(), values.std().item() / math.sqrt(samples)
+
+    values: Tensor
+    errors: Tensor
+    vectors: list[Tensor]
 
 
-def top_eigenvalues(
+_NO_VALUES = torch.zeros(0, dtype=torch.float64)
+NONE_KNOWN = Eigenpairs(_NO_VALUES, _NO_VALUES, [])
+
+
+def top_eigenpairs(
     surface: LossSurface,
     generator: torch.Generator,
     k: int = 5,
     *,
     tolerance: float = 1e-4,
     max_steps: int = 100,
-) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues of the Hessian, by Lanczos from a random start.
+) -> Eigenpairs:
+    """The k largest eigenvalues of the Hessian and their vectors, by Lanczos from a random start.
 
     Args:
         surface: the loss.
@@ -82,10 +85,6 @@ def top_eigenvalues(
         k: how many; fewer are returned if there are fewer weights.
         tolerance: stop when each is known to this part of the largest in size.
         max_steps: products with the Hessian at most; each keeps one vector of the weights' size.
-
-    Returns:
-        eigenvalues, largest first, and for each the distance within which the Hessian has an
-        eigenvalue for certain (the residual's norm); float64, k.
     """
     k = min(k, surface.size)
     before: Tensor | None = None
@@ -94,7 +93,7 @@ def top_eigenvalues(
         nonlocal before
         if len(process.diagonal) < k:
             return False
-        values, errors = process.largest(k)
+        values, errors, _ = process.largest(k)
         close = tolerance * process.scale
         if process.beta > 0:
             return bool((errors <= close).all())
@@ -106,7 +105,41 @@ def top_eigenvalues(
 
     process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
     process.run(min(max_steps, surface.size), enough, generator)
-    return process.largest(k)
+    values, errors, inside = process.largest(k)
+    vectors = []
+    for row in inside.tolist():
+        parts = zip(row, process.basis, strict=True)
+        vectors.append(sum((share * vector for share, vector in parts), surface.zeros()))
+    return Eigenpairs(values, errors, vectors)
+
+
+def trace(
+    surface: LossSurface,
+    generator: torch.Generator,
+    samples: int = 8,
+    known: Eigenpairs = NONE_KNOWN,
+) -> tuple[float, float]:
+    """The trace of the Hessian, estimated as the mean of v' H v with random signs v.
+
+    Hutchinson 1989. It is exact for a diagonal Hessian, whatever the signs.
+
+    Args:
+        surface: the loss.
+        generator: of the signs.
+        samples: vectors v.
+        known: what to add up exactly, so that only the trace of the rest is estimated, which has
+            a far smaller error if a few eigenvalues are large (Meyer et al. 2021, arXiv
+            2010.09649). The estimate is unbiased also if these are not known well.
+
+    Returns:
+        the estimate and its standard error, which is NaN for a single sample.
+    """
+    values = torch.zeros(samples, dtype=torch.float64)
+    for i in range(samples):
+        v = _outside(_signs(surface, generator), known.vectors)
+        values[i] = _dot(v, surface.hvp(v))
+    values += known.values.sum()
+    return values.mean().item(), values.std().item() / math.sqrt(samples)
 
 
 @dataclass(frozen=True)
@@ -114,17 +147,29 @@ class Spectrum:
     """Estimates of the distribution of the eigenvalues, one for each of S random vectors.
 
     Attributes:
-        nodes: S x M; where the mass of each estimate lies.
-        weights: S x M; how much lies there, 1 in sum for each vector.
+        nodes: S x N; where the mass of each estimate lies.
+        weights: S x N; how much lies there, 1 in sum for each vector.
     """
 
     nodes: Tensor
     weights: Tensor
 
     def moment(self, power: int) -> tuple[float, float]:
-        """The mean of ``eigenvalue ** power`` and its standard error; power < 2 M."""
+        """The mean of ``eigenvalue ** power`` and its standard error; power < 2 M, of M steps."""
         values = (self.weights * self.nodes**power).sum(1)
         return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+    def resolution(self, known: int = 0) -> float:
+        """The least width of the ``density`` at which it is not that of single nodes.
+
+        M steps of Lanczos are exact for polynomials of degree 2 M - 1. On an interval of length l,
+        what a Gaussian of width s has of higher degrees is about exp(-2 (2 M s / l)^2), here 1 %.
+
+        Args:
+            known: the last nodes that are eigenvalues, and need not be resolved.
+        """
+        rest = self.nodes[:, : self.nodes.shape[1] - known]
+        return 0.75 * (rest.max() - rest.min()).item() / rest.shape[1]
 
     def density(self, points: Tensor, width: float) -> Tensor:
         """The density at some points, each node spread to a Gaussian of this standard deviation.
@@ -137,7 +182,11 @@ class Spectrum:
 
 
 def spectrum(
-    surface: LossSurface, generator: torch.Generator, samples: int = 8, steps: int = 64
+    surface: LossSurface,
+    generator: torch.Generator,
+    samples: int = 2,
+    steps: int = 16,
+    known: Eigenpairs = NONE_KNOWN,
 ) -> Spectrum:
     """The spectral density of the Hessian, by stochastic Lanczos quadrature.
 
@@ -150,14 +199,19 @@ def spectrum(
         generator: of the vectors, which are of random signs.
         samples: vectors, S.
         steps: products with the Hessian for each, M; no more than there are weights.
+        known: each is a node of the weight of one eigenvalue, and the vectors are orthogonal to
+            them. So they are counted exactly, and few vectors and steps do for the rest.
     """
-    steps = min(steps, surface.size)
-    nodes, weights = torch.zeros(2, samples, steps, dtype=torch.float64)
+    rest = surface.size - len(known.values)
+    steps = max(1, min(steps, rest))
+    nodes, weights = torch.zeros(2, samples, steps + len(known.values), dtype=torch.float64)
+    nodes[:, steps:], weights[:, steps:] = known.values, 1 / surface.size
     for i in range(samples):
-        process = _Lanczos(surface, _signs(surface, generator))
+        process = _Lanczos(surface, _signs(surface, generator), known)
         process.run(steps, lambda p: p.beta == 0)
         values, vectors = torch.linalg.eigh(process.matrix())
-        nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0].square()
+        nodes[i, : len(values)] = values
+        weights[i, : len(values)] = vectors[0].square() * rest / surface.size
     return Spectrum(nodes, weights)
 
 
@@ -165,12 +219,15 @@ class _Lanczos:
     """Grows an orthonormal basis in which the Hessian is tridiagonal.
 
     Every vector is orthogonalised to all earlier ones, twice, as rounding would bring back copies
-    of what is found already (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13).
+    of what is found already (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13), and to the
+    eigenvectors that are known.
     """
 
-    def __init__(self, surface: LossSurface, start: Tensor) -> None:
+    def __init__(self, surface: LossSurface, start: Tensor, known: Eigenpairs = NONE_KNOWN) -> None:
         self.surface = surface
-        self.basis = [_unit(start.to(surface.weights[0]))]
+        self.known = known
+        self.basis: list[Tensor] = []
+        self.basis.append(_unit(self._outside(start.to(surface.weights[0]))))
         self.diagonal: list[float] = []
         self.beside: list[float] = []
         self.beta = 0.0  # length of what the last step found outside the basis
@@ -199,9 +256,7 @@ class _Lanczos:
             self.beside.append(self.beta)
 
     def _outside(self, vector: Tensor) -> Tensor:
-        for known in self.basis * 2:
-            vector = vector - torch.dot(known, vector) * known
-        return vector
+        return _outside(vector, [*self.known.vectors, *self.basis])
 
     def matrix(self) -> Tensor:
         """The Hessian in the basis, float64."""
@@ -212,17 +267,26 @@ class _Lanczos:
     @property
     def scale(self) -> float:
         """The size of the largest eigenvalue so far."""
-        return torch.linalg.eigvalsh(self.matrix()).abs().max().item()
+        found = torch.linalg.eigvalsh(self.matrix())
+        return torch.cat([found, self.known.values]).abs().max().item()
 
-    def largest(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues in the basis, and the norms of their residuals."""
+    def largest(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest eigenvalues in the basis, norms of residuals, and vectors (k x basis)."""
         values, vectors = torch.linalg.eigh(self.matrix())
-        return values.flip(0)[:k], (self.beta * vectors[-1].abs()).flip(0)[:k]
+        errors = self.beta * vectors[-1].abs()
+        return values.flip(0)[:k], errors.flip(0)[:k], vectors.T.flip(0)[:k]
 
 
 def _signs(surface: LossSurface, generator: torch.Generator) -> Tensor:
     bits = torch.randint(2, (surface.size,), generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(surface.weights[0])
+
+
+def _outside(vector: Tensor, basis: list[Tensor]) -> Tensor:
+    """What is left without the parts along an orthonormal basis, in two rounds for the rounding."""
+    for known in basis * 2:
+        vector = vector - torch.dot(known, vector) * known
+    return vector
 
 
 def _into_ball(e: Tensor, rho: float) -> Tensor:

@@ -18,12 +18,15 @@ from torch.nn.functional import cross_entropy
 from sam_lightning.callbacks import Throughput
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
+from sam_lightning.sharpness_monitor import SharpnessMonitor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
+# What only a run with callbacks=sharpness has.
+MONITORED = "Sharpness on fixed training images"
 # The charts of the page "Custom scalars" and the metrics in each.
 CHARTS = {
     "Learning": {
@@ -32,9 +35,14 @@ CHARTS = {
         "learning rate": ["train/lr"],
     },
     "Sharpness": {
-        "loss at the perturbed weights minus loss": ["train/sharpness", "sharpness/worst"],
+        "loss at the perturbed weights minus loss": ["train/sharpness"],
         "cosine of the two passes' gradients": ["train/cosine"],
         "norms of gradient and perturbation": ["train/grad_norm", "train/perturbation_norm"],
+    },
+    MONITORED: {
+        "rise of the loss within rho": ["sharpness/worst"],
+        "largest eigenvalue of the Hessian": ["sharpness/lambda_max"],
+        "trace of the Hessian": ["sharpness/trace"],
     },
     "Speed": {
         "training images per second": ["train/images_per_second"],
@@ -71,9 +79,11 @@ class Dashboard(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the charts; a resumed run writes the same once more."""
+        monitored = any(isinstance(c, SharpnessMonitor) for c in _callbacks(trainer))
         layout = {
             page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
             for page, of in CHARTS.items()
+            if monitored or page != MONITORED
         }
         for writer in _writers(trainer):
             writer.add_custom_scalars(layout)
@@ -168,9 +178,13 @@ def _data(trainer: Any) -> Any:
     return trainer.datamodule
 
 
+def _callbacks(trainer: Any) -> list[Callback]:
+    return trainer.callbacks
+
+
 def _throughput(trainer: Any) -> tuple[int, float]:
     """Images and seconds up to now."""
-    counters = [c for c in trainer.callbacks if isinstance(c, Throughput)]
+    counters = [c for c in _callbacks(trainer) if isinstance(c, Throughput)]
     return (counters[0].images, counters[0].seconds) if counters else (0, 0.0)
 
 
@@ -224,7 +238,9 @@ def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
             contextlib.redirect_stdout(io.StringIO()),  # torch prints errors too, in many lines
         ):
             warnings.simplefilter("ignore")
-            writer.add_graph(model, image)
+            model.eval()
+            # Unchecked: to trace it once more, and compare, would take half of the time.
+            writer.add_graph(torch.jit.trace(model, image, check_trace=False), image)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         log.warning("TensorBoard gets no graph of the model: %s: %s", type(error).__name__, reason)

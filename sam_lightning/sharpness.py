@@ -16,7 +16,7 @@ from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import boolean, integer, number
 from sam_lightning.errors import ConfigError
 from sam_lightning.files import write_json
-from sam_lightning.inspection import Subject, labels_of, stage
+from sam_lightning.inspection import Subject, labels_of, make_folder, stage
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,20 +31,23 @@ distribution of its eigenvalues. BatchNorm uses its stored statistics.
   python -m sam_lightning.sharpness ckpt_path=RUN1,RUN2 labels=SGD,SAM density=true out=figures
 
 A folder stands for its checkpoints/last.ckpt. The numbers go into sharpness.json in the folder of
-the run, or in out. Eigenvalues take up to max_steps products of the Hessian with a vector, each
-as long as about four passes over the images, and keep as many vectors of the size of the weights.
+the run, or in out. Most of the time goes into products of the Hessian with vectors, each as long as
+about four passes over the images, forwards and backwards: as many as the top_k eigenvalues need, at
+most max_steps, of which each keeps a vector of the size of the weights; trace_samples of them for
+the trace of the rest; and density_samples x density_steps for the distribution of the rest.
 """
 DEFAULTS = inspection.DEFAULTS | {
+    "images": 512,
     "labels": None,
     "rho": 0.05,
     "m": 128,
     "ascent_steps": 10,
-    "top_k": 5,
+    "top_k": 10,
     "max_steps": 100,
-    "trace_samples": 16,
+    "trace_samples": 4,
     "density": False,
-    "density_samples": 4,
-    "density_steps": 64,
+    "density_samples": 1,
+    "density_steps": 16,
 }
 RULES = [
     *inspection.RULES,
@@ -67,15 +70,20 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"max_steps={options.max_steps}: must be >= top_k={options.top_k}")
     subjects = inspection.load_subjects(options)
     labels = labels_of(options.labels, subjects)
+    for subject in subjects:
+        make_folder(subject.out)
 
     results: dict[Path, list[dict[str, Any]]] = {}
-    with inspection.progress() as bar:
-        for subject, label in zip(subjects, labels, strict=True):
-            measured = {"label": label, "ckpt_path": str(subject.file)}
-            measured |= measure(subject, options, bar)
-            results.setdefault(subject.out, []).append(measured)
-            write_json(subject.out / "sharpness.json", {"checkpoints": results[subject.out]})
-    print_table([measured for group in results.values() for measured in group], options)
+    try:
+        with inspection.progress() as bar:
+            for subject, label in zip(subjects, labels, strict=True):
+                measured = {"label": label, "ckpt_path": str(subject.file)}
+                measured |= measure(subject, label, options, bar)
+                results.setdefault(subject.out, []).append(measured)
+                write_json(subject.out / "sharpness.json", {"checkpoints": results[subject.out]})
+    finally:  # what was measured is shown also where it cannot be written
+        if results:
+            print_table([measured for group in results.values() for measured in group], options)
     for out, group in results.items():
         files = [out / "sharpness.json"]
         if options.density:
@@ -83,28 +91,26 @@ def main(argv: list[str] | None = None) -> None:
         print(*map(os.path.relpath, files))
 
 
-def measure(subject: Subject, options: DictConfig, bar: "Progress") -> dict[str, Any]:
+def measure(subject: Subject, label: str, options: DictConfig, bar: "Progress") -> dict[str, Any]:
     """Every measure of one checkpoint, by name, as plain values."""
     import torch
 
     from sam_lightning import curvature
 
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(options.seed)
-
+    generator = torch.Generator().manual_seed(options.seed)
     surface = inspection.surface_of(subject, options)
-    with stage(bar, surface, "sharpness", 2 + options.ascent_steps + 1):
+    with stage(bar, surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
         worst = curvature.worst_case(surface, options.rho)
         climbed = curvature.worst_case(surface, options.rho, options.ascent_steps)
     by_m = surface.in_batches_of(options.m)
-    with stage(bar, by_m, "m-sharpness", 2):
+    with stage(bar, by_m, f"{label}: m-sharpness", 2):
         m_sharpness = curvature.m_sharpness(by_m, options.rho)
-    with stage(bar, surface, "largest eigenvalues", options.max_steps):
-        eigenvalues, errors = curvature.top_eigenvalues(
-            surface, generator(), options.top_k, max_steps=options.max_steps
+    with stage(bar, surface, f"{label}: largest eigenvalues, at most", options.max_steps):
+        top = curvature.top_eigenpairs(
+            surface, generator, options.top_k, max_steps=options.max_steps
         )
-    with stage(bar, surface, "trace", options.trace_samples):
-        trace, trace_error = curvature.trace(surface, generator(), options.trace_samples)
+    with stage(bar, surface, f"{label}: trace", options.trace_samples):
+        trace, trace_error = curvature.trace(surface, generator, options.trace_samples, top)
     measured = {
         **{key: options[key] for key in ("split", "rho", "m", "ascent_steps", "seed")},
         "images": surface.examples,
@@ -113,38 +119,38 @@ def measure(subject: Subject, options: DictConfig, bar: "Progress") -> dict[str,
         "worst": worst,
         "worst_by_steps": climbed,
         "m_sharpness": m_sharpness,
-        "eigenvalues": eigenvalues.tolist(),
-        "eigenvalue_errors": errors.tolist(),
-        "lambda_max": eigenvalues[0].item(),
+        "eigenvalues": top.values.tolist(),
+        "eigenvalue_errors": top.errors.tolist(),
+        "lambda_max": top.values[0].item(),
         "trace": trace,
         "trace_error": trace_error,
     }
     if options.density:
         samples, steps = options.density_samples, options.density_steps
-        with stage(bar, surface, "density of eigenvalues", samples * steps):
-            found = curvature.spectrum(surface, generator(), samples, steps)
+        with stage(bar, surface, f"{label}: density of eigenvalues", samples * steps):
+            found = curvature.spectrum(surface, generator, samples, steps, top)
         measured["density"] = {"nodes": found.nodes.tolist(), "weights": found.weights.tolist()}
     return measured
 
 
 def print_table(results: list[dict[str, Any]], options: DictConfig) -> None:
     """A row per checkpoint."""
-    k = options.top_k
+    k = min(options.top_k, 5)  # the ratio of Foret et al. 2021, 4.2
     table = Table(title=f"rho {options.rho:g}, {results[0]['images']} images of {options.split}")
-    table.add_column("checkpoint")
+    table.add_column("run")
     for heading in (
         "loss",
         "sharpness",
-        f"in {options.ascent_steps} steps",
-        f"by {options.m} images",
+        f"in {options.ascent_steps}\nsteps",
+        f"by {options.m}\nimages",
         "λ 1",
-        *([f"λ 1 / λ {k}"] if k > 1 else []),
+        *([f"λ 1 /\nλ {k}"] if k > 1 else []),
         "trace",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in results:
         top = r["eigenvalues"]
-        ratio = top[0] / top[-1] if top[-1] else math.nan
+        ratio = top[0] / top[k - 1] if top[k - 1] else math.nan
         table.add_row(
             escape(r["label"]),
             f"{r['loss']:.4g}",
@@ -177,16 +183,18 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     ]
     low = min(s.nodes.min().item() for s in spectra)
     high = max(s.nodes.max().item() for s in spectra)
-    width = 0.01 * (high - low) or 1.0
-    points = torch.linspace(low - 5 * width, high + 5 * width, 1000, dtype=torch.float64)
+    finest = [s.resolution(len(r["eigenvalues"])) for r, s in zip(results, spectra, strict=True)]
+    width = max(0.005 * (high - low), *finest) or 1.0
+    points = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=torch.float64)
     counts = [
         s.density(points, width) * r["weights"] for r, s in zip(results, spectra, strict=True)
     ]
     with plots.style():
         figure, (axes,) = plots.panels(1, 5.0, 3.2)
         for i, (r, count) in enumerate(zip(results, counts, strict=True)):
-            axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=r["label"])
-            # A few random vectors can miss a single eigenvalue; these were found one by one.
+            label = r["label"].replace("$", r"\$")  # or matplotlib would read formulas
+            axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
+            # Those that were found one by one.
             foot, found = axes.get_xaxis_transform(), r["eigenvalues"]
             axes.plot(found, [0.02 + 0.03 * i] * len(found), f"C{i}|", transform=foot)
         axes.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues per unit")

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from sam_lightning.curvature import top_eigenvalues, trace, worst_case
+from sam_lightning.curvature import top_eigenpairs, trace, worst_case
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
 from sam_lightning.loss_surface import LossSurface, fixed_batches
@@ -94,13 +94,11 @@ class SharpnessMonitor(Callback):
         batches = [(x.to(dtype), y) for x, y in fixed_batches(data, "train", *options)]
         surface = LossSurface(pl_module.model, batches)
         generator = torch.Generator().manual_seed(self.seed)
-        largest, _ = top_eigenvalues(
-            surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps
-        )
+        top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
         return {
             "sharpness/worst": worst_case(surface, self.rho),
-            "sharpness/lambda_max": largest[0].item(),
-            "sharpness/trace": trace(surface, generator, self.trace_samples)[0],
+            "sharpness/lambda_max": top.values[0].item(),
+            "sharpness/trace": trace(surface, generator, self.trace_samples, top)[0],
         }
 
 

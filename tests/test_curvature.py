@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.func import functional_call, hessian
 
-from sam_lightning.curvature import m_sharpness, spectrum, top_eigenvalues, trace, worst_case
+from sam_lightning.curvature import (
+    NONE_KNOWN,
+    m_sharpness,
+    spectrum,
+    top_eigenpairs,
+    trace,
+    worst_case,
+)
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.sources import ImageSource, Split
 from sam_lightning.errors import ConfigError
@@ -137,7 +144,7 @@ def assert_same(model, before):
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda s: top_eigenvalues(s, generator()),
+        lambda s: top_eigenpairs(s, generator()),
         lambda s: trace(s, generator()),
         lambda s: spectrum(s, generator(), samples=2, steps=5),
         lambda s: worst_case(s, 0.3, steps=3),
@@ -186,22 +193,26 @@ def test_statistics_of_the_batch():
     assert surface.value() != pytest.approx(LossSurface(model, [batch]).value(), rel=1e-3)
 
 
-def test_top_eigenvalues_are_those_of_the_matrix(dense):
-    values, errors = top_eigenvalues(LossSurface(network(), examples()), generator(), k=5)
+def test_top_eigenpairs_are_those_of_the_matrix(dense):
+    top = top_eigenpairs(LossSurface(network(), examples()), generator(), k=5)
     exact = torch.linalg.eigvalsh(dense).flip(0)[:5]
-    torch.testing.assert_close(values, exact, rtol=1e-4, atol=0)
-    assert (errors <= 1e-4 * exact[0]).all()
-    assert ((values - exact).abs() <= errors + 1e-12).all()
+    torch.testing.assert_close(top.values, exact, rtol=1e-4, atol=0)
+    assert (top.errors <= 1e-4 * exact[0]).all()
+    assert ((top.values - exact).abs() <= top.errors + 1e-12).all()
+    vectors = torch.stack(top.vectors)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(5, dtype=torch.float64))
+    residuals = vectors @ dense - top.values[:, None] * vectors
+    torch.testing.assert_close(residuals.norm(dim=1), top.errors, rtol=1e-6, atol=1e-12)
 
 
-def test_top_eigenvalues_in_float32(dense):
+def test_top_eigenpairs_in_float32(dense):
     surface = LossSurface(network().float(), [(x.float(), y) for x, y in examples()])
-    values, _ = top_eigenvalues(surface, generator(), k=5)
+    values = top_eigenpairs(surface, generator(), k=5).values
     exact = torch.linalg.eigvalsh(dense).flip(0)[:5]
     torch.testing.assert_close(values, exact, rtol=1e-4, atol=0)
 
 
-def test_top_eigenvalues_stop_early_on_a_large_matrix():
+def test_top_eigenpairs_stop_early_on_a_large_matrix():
     """5 outliers and a bulk, as networks have them."""
     passes = []
     n, outliers = 2000, torch.tensor([50.0, 40, 30, 20, 10], dtype=torch.float64)
@@ -214,8 +225,8 @@ def test_top_eigenvalues_stop_early_on_a_large_matrix():
         lambda w, _: (w * values * w).sum() / 2,
         tick=lambda: passes.append(1),
     )
-    found, _ = top_eigenvalues(surface, generator(), k=5)
-    torch.testing.assert_close(found, outliers, rtol=1e-4, atol=0)
+    found = top_eigenpairs(surface, generator(), k=5)
+    torch.testing.assert_close(found.values, outliers, rtol=1e-4, atol=0)
     assert len(passes) < 25
 
 
@@ -230,9 +241,11 @@ def test_top_eigenvalues_stop_early_on_a_large_matrix():
         ([7.0, 2], 5, [7.0, 2]),  # more than there are
     ],
 )
-def test_top_eigenvalues_of_special_matrices(values, k, expected):
-    found, _ = top_eigenvalues(diagonal(values), generator(), k=k)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+def test_top_eigenpairs_of_special_matrices(values, k, expected):
+    found = top_eigenpairs(diagonal(values), generator(), k=k)
+    torch.testing.assert_close(found.values, torch.tensor(expected, dtype=torch.float64))
+    vectors = torch.stack(found.vectors)
+    torch.testing.assert_close(vectors * torch.tensor(values), found.values[:, None] * vectors)
 
 
 def test_trace_of_a_diagonal_hessian_is_exact():
@@ -241,12 +254,19 @@ def test_trace_of_a_diagonal_hessian_is_exact():
     assert error == pytest.approx(0, abs=1e-12)
 
 
-def test_trace_is_within_its_error_which_is_that_of_the_theory(dense):
+@pytest.mark.parametrize("steps", [0, 5, 40])  # of Lanczos: nothing known, roughly, well
+def test_trace_is_within_its_error_which_is_that_of_the_theory(dense, steps):
     samples = 400
     surface = quadratic(dense, torch.zeros(len(dense)))
-    estimate, error = trace(surface, generator(), samples=samples)
+    known, rest = NONE_KNOWN, dense
+    if steps:
+        known = top_eigenpairs(surface, generator(), max_steps=steps)
+        inside = torch.stack(known.vectors)
+        outside = torch.eye(len(dense), dtype=torch.float64) - inside.T @ inside
+        rest = outside @ dense @ outside
+    estimate, error = trace(surface, generator(8), samples, known)
     assert abs(estimate - dense.trace().item()) < 3 * error
-    off_diagonal = dense - torch.diag(dense.diagonal())
+    off_diagonal = rest - torch.diag(rest.diagonal())
     theory = math.sqrt(2 * off_diagonal.square().sum().item() / samples)
     assert error == pytest.approx(theory, rel=0.15)
 
@@ -257,6 +277,19 @@ def test_spectrum_of_a_diagonal_hessian_is_exact():
     found = spectrum(diagonal(exact.tolist()), generator(), samples=2, steps=99)
     torch.testing.assert_close(found.nodes[0], exact)
     torch.testing.assert_close(found.weights, torch.full((2, 5), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_what_is_known_and_the_rest_are_the_whole(k):
+    values = [9.0, 4, 0.5, -2, -3]
+    surface = diagonal(values)
+    known = top_eigenpairs(surface, generator(), k)
+    found = spectrum(surface, generator(), samples=2, steps=99, known=known)
+    for nodes, weights in zip(found.nodes, found.weights, strict=True):
+        order = nodes[weights > 1e-9].argsort(descending=True)
+        assert nodes[weights > 1e-9][order].tolist() == pytest.approx(values)
+        assert weights[weights > 1e-9].tolist() == pytest.approx([0.2] * 5)
+    assert trace(surface, generator(), known=known)[0] == pytest.approx(sum(values))
 
 
 def test_moments_of_the_spectrum_are_exact_for_its_vectors():
@@ -271,19 +304,41 @@ def test_moments_of_the_spectrum_are_exact_for_its_vectors():
         assert found.moment(power)[1] == pytest.approx(error / 12, rel=1e-6, abs=1e-9)
 
 
-def test_density_is_that_of_the_eigenvalues(dense):
+@pytest.mark.parametrize("k", [0, 5])
+def test_density_is_that_of_the_eigenvalues(dense, k):
     exact = torch.linalg.eigvalsh(dense)
     low, high = exact[0].item(), exact[-1].item()
     width = 0.05 * (high - low)
     points = torch.linspace(low - 5 * width, high + 5 * width, 200, dtype=torch.float64)
-    found = spectrum(quadratic(dense, torch.zeros(len(dense))), generator(), samples=50, steps=20)
+    surface = quadratic(dense, torch.zeros(len(dense)))
+    known = top_eigenpairs(surface, generator(), k) if k else NONE_KNOWN
+    found = spectrum(surface, generator(), samples=50, steps=20, known=known)
     density = found.density(points, width)
     bells = torch.distributions.Normal(exact, width).log_prob(points[:, None]).exp()
     expected = bells.mean(1)
     assert torch.trapezoid(density, points).item() == pytest.approx(1, rel=1e-3)
     assert (density - expected).abs().max() < 0.02 * expected.max()
+    assert (density - expected).abs()[points > exact[-5]].max() < (
+        1e-3 if k else 1
+    ) * expected.max()
     mean, error = found.moment(1)
     assert abs(mean - exact.mean().item()) < 3 * error
+
+
+@pytest.mark.parametrize("steps", [8, 16, 64])
+def test_the_resolution_is_where_single_nodes_are_no_longer_seen(steps):
+    exact = torch.cat([torch.linspace(-3, 5, 400, dtype=torch.float64), torch.tensor([70.0])])
+    surface = diagonal(exact.tolist())
+    found = spectrum(surface, generator(), 1, steps, top_eigenpairs(surface, generator(), 1))
+    points = torch.linspace(-4, 6, 200, dtype=torch.float64)
+
+    def off(width):
+        bells = torch.distributions.Normal(exact, width).log_prob(points[:, None]).exp().mean(1)
+        return ((found.density(points, width) - bells).abs().max() / bells.max()).item()
+
+    assert found.resolution(known=1) == pytest.approx(6 / steps, rel=0.05)
+    assert off(found.resolution(known=1)) < 0.03
+    assert off(found.resolution(known=1) / 3) > 0.2
 
 
 def test_worst_case_of_a_quadratic_is_the_closed_form():

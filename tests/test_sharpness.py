@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +20,8 @@ from runs import run
 from sam_lightning import inspection, sharpness
 from sam_lightning.arguments import parse
 from sam_lightning.checkpoint import read
-from sam_lightning.curvature import top_eigenvalues, trace
+from sam_lightning.curvature import spectrum, top_eigenpairs, trace
+from sam_lightning.dashboard import MONITORED
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.sources import ImageSource, Split
 from sam_lightning.errors import ConfigError
@@ -84,27 +87,35 @@ def test_the_command_measures_what_its_names_say(trained, capsys):
         assert f"{found['lambda_max']:.4g}" in printed
 
 
-def test_eigenvalues_and_trace_are_those_of_the_seed(trained, tmp_path):
-    main(f"ckpt_path={trained[1]}", "seed=3", "images=30", f"out={tmp_path}", "split=test")
+def test_curvature_is_that_of_the_seed(trained, tmp_path):
+    main(
+        *(f"ckpt_path={trained[1]}", "seed=3", "images=30", f"out={tmp_path}", "split=test"),
+        *("density=true", "density_steps=3"),
+    )
     (found,) = results(tmp_path)
     model = load(trained[1] / "checkpoints" / "last.ckpt")
     data = data_of({"hyper_parameters": model.config})
     surface = LossSurface(model, fixed_batches(data, "test", 30, 25, 3, "cpu"))
-    seeded = torch.Generator().manual_seed
-    values, _ = top_eigenvalues(surface, seeded(3), 2, max_steps=6)
-    assert found["eigenvalues"] == values.tolist()
-    assert (found["trace"], found["trace_error"]) == trace(surface, seeded(3), 2)
+    generator = torch.Generator().manual_seed(3)
+    top = top_eigenpairs(surface, generator, 2, max_steps=6)
+    assert found["eigenvalues"] == top.values.tolist()
+    assert (found["trace"], found["trace_error"]) == trace(surface, generator, 2, top)
+    density = spectrum(surface, generator, 1, 3, top)
+    assert found["density"] == {
+        "nodes": density.nodes.tolist(),
+        "weights": density.weights.tolist(),
+    }
 
 
 def test_density_and_two_checkpoints_of_one_folder(trained, tmp_path, capsys):
-    arguments = [f"ckpt_path={trained[0]},{trained[1]}", "labels=a,b", "images=20", "density=true"]
-    arguments += ["density_steps=3", "density_samples=1", "max_steps=2"]
+    arguments = [f"ckpt_path={trained[0]},{trained[1]}", "images=20", "density=true"]
+    arguments += ["labels=$a_{$,b", "density_steps=3", "density_samples=1", "max_steps=2"]
     main(*arguments, f"out={tmp_path}")
     first, second = results(tmp_path)
-    assert (first["label"], second["label"]) == ("a", "b")
+    assert (first["label"], second["label"]) == ("$a_{$", "b")
     assert first["ckpt_path"] != second["ckpt_path"]
     assert [sum(w) for w in first["density"]["weights"]] == pytest.approx([1])
-    assert len(first["density"]["nodes"][0]) == 3
+    assert len(first["density"]["nodes"][0]) == 3 + 2  # with the largest eigenvalues
     assert (tmp_path / "density.png").stat().st_size > 1000
     drawn = (tmp_path / "density.svg").read_bytes()
     sharpness.draw_density([first, second], tmp_path / "again")
@@ -128,12 +139,14 @@ def test_a_sweeps_folders_and_lists_are_found(trained):
         (["ckpt_path=RUN,nowhere"], "ckpt_path=nowhere: no such file or folder"),
         (["ckpt_path=RUN", "imags=3"], "imags=3: no such key; did you mean images?"),
         (["ckpt_path=RUN", "rho=0"], "rho=0: allowed is a number > 0"),
+        (["ckpt_path=RUN", f"seed={2**32}"], "seed=4294967296: allowed is a whole number from 0"),
         (["ckpt_path=RUN", "trace_samples=1"], "trace_samples=1: allowed is a whole number >= 2"),
         (["ckpt_path=RUN", "top_k=9", "max_steps=8"], "max_steps=8: must be >= top_k=9"),
         (["ckpt_path=RUN", "split=valid"], "split=valid: allowed is train, val, test"),
         (["ckpt_path=RUN", "split=val"], "split=val: this run has no validation images"),
         (["ckpt_path=RUN", "labels=a,b"], "labels=a,b: must be 1, one for each"),
         (["ckpt_path=RUN", "out=RUN/metrics.json"], "is not a folder"),
+        (["ckpt_path=RUN", "out=RUN/metrics.json/x"], "metrics.json/x: cannot be made (Not a dir"),
         (["ckpt_path=RUN/metrics.json"], "not a readable checkpoint of a run"),
     ],
 )
@@ -153,6 +166,13 @@ def test_weights_that_are_not_finite_are_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match=r"nan\.ckpt: the loss of its weights is nan"):
         main(f"ckpt_path={tmp_path}/nan.ckpt")
     assert not (tmp_path / "sharpness.json").exists()
+
+
+def test_measures_are_shown_also_where_they_cannot_be_written(trained, tmp_path, capsys):
+    (tmp_path / "sharpness.json").mkdir()
+    with pytest.raises(ConfigError, match=r"out=.*sharpness\.json: cannot be written"):
+        main(f"ckpt_path={trained[0]}", "images=20", f"out={tmp_path}")
+    assert "base optimizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["sharpness", "landscape", "figures"])
@@ -268,7 +288,7 @@ def test_the_monitor_logs_every_n_epochs_and_at_the_end():
     # The last row is of the final weights; any other order of the batches gives the same.
     datamodule = trainer.datamodule
     surface = LossSurface(module.model, fixed_batches(datamodule, "train", 20, 20, 5, "cpu"))
-    exact = top_eigenvalues(surface, torch.Generator().manual_seed(9), 1)[0].item()
+    exact = top_eigenpairs(surface, torch.Generator().manual_seed(9), 1).values.item()
     last = rows[-1][1]
     assert last["sharpness/lambda_max"] == pytest.approx(exact, rel=1e-2)
     here, gradient = surface.gradient()
@@ -309,6 +329,12 @@ def test_a_run_with_the_callbacks_of_the_configuration(tmp_path):
     assert [row["step"] for row in logged] == ["2"]
     assert metrics["sharpness/worst"] == pytest.approx(float(logged[0]["sharpness/worst"]))
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    pages = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    (page,) = (page for page in pages if page.title == MONITORED)
+    shown = [chart.multiline.tag[0] for chart in page.chart]
+    assert [len(events.Scalars(tag.strip("^$"))) for tag in shown] == [1, 1, 1]
 
 
 def program(folder):
