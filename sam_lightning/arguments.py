@@ -42,6 +42,7 @@ def parse(
             raise ConfigError(f"{argument}: {no_such_key(key, defaults)}")
         try:
             options.merge_with_dotlist([argument])
+            OmegaConf.to_container(options, resolve=True)
         except Exception as error:  # those of YAML and of OmegaConf
             raise ConfigError(f"{argument}: {one_line(error)}") from error
     for key in defaults:

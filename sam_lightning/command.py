@@ -301,5 +301,6 @@ def without_ghosts(arguments: list[str]) -> list[str]:
 
 
 def _quoted(path: Path) -> str:
-    escaped = str(path).replace("'", r"\'")
+    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
     return f"'{escaped}'"

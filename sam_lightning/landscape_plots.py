@@ -24,7 +24,7 @@ AXES = ("along the first direction", "along the second direction")
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Draw what ``landscape.main`` computed: of ``2d`` contours and surfaces, else lines."""
-    labels = [label.replace("$", r"\$") for label in result["labels"]]  # or they were formulas
+    labels = [plots.plain(label) for label in result["labels"]]
     result = {**result, "labels": labels}
     with plots.style():
         if result["kind"] == "2d":

@@ -48,6 +48,11 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def plain(text: str) -> str:
+    """Text of a user's for a figure, in which matplotlib would take what is between $ for maths."""
+    return text.replace("$", r"\$")
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Draw and save figures inside; what the caller has set comes back afterwards."""

@@ -34,7 +34,8 @@ A folder stands for its checkpoints/last.ckpt. The numbers go into sharpness.jso
 the run, or in out. Most of the time goes into products of the Hessian with vectors, each as long as
 about four passes over the images, forwards and backwards: as many as the top_k eigenvalues need, at
 most max_steps, of which each keeps a vector of the size of the weights; trace_samples of them for
-the trace of the rest; and density_samples x density_steps for the distribution of the rest.
+the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
+take half the time with images=256, and then depend more on which images are drawn.
 """
 DEFAULTS = inspection.DEFAULTS | {
     "images": 512,
@@ -106,9 +107,8 @@ def measure(subject: Subject, label: str, options: DictConfig, bar: "Progress") 
     with stage(bar, by_m, f"{label}: m-sharpness", 2):
         m_sharpness = curvature.m_sharpness(by_m, options.rho)
     with stage(bar, surface, f"{label}: largest eigenvalues, at most", options.max_steps):
-        top = curvature.top_eigenpairs(
-            surface, generator, options.top_k, max_steps=options.max_steps
-        )
+        limits = {"tolerance": 1e-3, "max_steps": options.max_steps}
+        top = curvature.top_eigenpairs(surface, generator, options.top_k, **limits)
     with stage(bar, surface, f"{label}: trace", options.trace_samples):
         trace, trace_error = curvature.trace(surface, generator, options.trace_samples, top)
     measured = {
@@ -192,7 +192,7 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     with plots.style():
         figure, (axes,) = plots.panels(1, 5.0, 3.2)
         for i, (r, count) in enumerate(zip(results, counts, strict=True)):
-            label = r["label"].replace("$", r"\$")  # or matplotlib would read formulas
+            label = plots.plain(r["label"])
             axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
             # Those that were found one by one.
             foot, found = axes.get_xaxis_transform(), r["eigenvalues"]

@@ -154,6 +154,10 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
         yield
     except MisconfigurationException as error:  # of the trainer or a callback
         raise ConfigError(one_line(error)) from error
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ConfigError(f"trainer.val_check_interval: {one_line(error)}") from error
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ConfigError(one_line(error)) from error

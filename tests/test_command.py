@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
@@ -98,6 +99,14 @@ def earlier_run(folder: Path, overrides: list[str]) -> Path:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.write_text("checkpoint")
     return checkpoint
+
+
+@pytest.mark.parametrize("name", ["it's", r"a\'b", r"a\b", "a\\"])
+def test_hydra_reads_back_the_folder_of_a_resumed_run(tmp_path, name):
+    earlier_run(tmp_path / name, [])
+    arguments = resumed([f"ckpt_path={tmp_path / name}"])
+    found = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(arguments)}
+    assert found["hydra.run.dir"] == found["ckpt_path"] == str(tmp_path / name)
 
 
 def test_resuming_repeats_the_overrides_in_the_same_folder(tmp_path):

@@ -293,6 +293,7 @@ def test_wrong_arguments_are_refused_in_one_line(run, photos, tmp_path):
     (tmp_path / "file").touch()
     for arguments, says in [
         (["ckpt_path=none"], "ckpt_path=none: no such file or folder"),
+        (["ckpt_path=${nope}"], r"ckpt_path=\$\{nope\}: .*'nope' not found"),
         ([f"ckpt_path={tmp_path}"], f"ckpt_path={tmp_path}: there is no checkpoints/last.ckpt"),
         ([f"ckpt_path={run}", "split=vals"], "split=vals: allowed is test, val, train"),
         ([f"ckpt_path={run}", "batch_size=0"], "batch_size=0: allowed is a whole number >= 1"),

@@ -676,8 +676,9 @@ def test_figures_show_the_numbers(sweep, tmp_path):
 @pytest.mark.parametrize("length", [5, 40, 100])
 def test_a_legend_covers_nothing(sweep, monkeypatch, length):
     study = analyse(gather([sweep])[0], "test/acc", "sgd")
+    name = "$a_{$ as in no formula "[:length]
     monkeypatch.setattr(
-        Study, "describe", lambda self, group, without: group.values["method"] * length
+        Study, "describe", lambda self, group, without: name + group.values["method"] * length
     )
     figure = Figure(layout="constrained")
     figures.radius(study, study.groups, figure, [])

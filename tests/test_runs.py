@@ -200,6 +200,7 @@ STOPPING = "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"
         ([STOPPING, "+callbacks.early.monitor=val/loss"], "early.monitor=val/loss: there is no va"),
         ([STOPPING, "+callbacks.early.monitor=val/lozz", "data.val_size=20"], "val/lozz"),
         (["+optimizer.foreach=true"], "optimizer: .*foreach"),
+        (["+trainer.val_check_interval=100", "data.val_size=20"], "trainer.val_check_interval: "),
     ],
 )
 def test_what_the_run_has_no_use_for(tmp_path, overrides, message):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_lightning.plots import save, style
+from sam_lightning.plots import plain, save, style
 from sam_lightning.report.groups import Group, Study
 from sam_lightning.report.runs import curve
 from sam_lightning.report.tables import spoken, unit
@@ -39,7 +39,7 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> list[tuple[str, 
                 if subjects:
                     subject = study.words(groups[0], subjects)
                     caption = f"{subject}: {caption}"
-                    figure.axes[0].set_title(subject, loc="left")
+                    figure.axes[0].set_title(plain(subject), loc="left")
                 save(figure, folder / f"{name}{ending}", formats)
                 drawn.append((f"{name}{ending}", caption))
     return drawn
@@ -55,7 +55,7 @@ def radius(
     lines: dict[str, list[Group]] = {}
     for group in groups:
         if group.estimate(metric) is not None and _rho(group) >= 0:
-            name = study.describe(group, without=["rho", *subjects])
+            name = plain(study.describe(group, without=["rho", *subjects]))
             lines.setdefault(name, []).append(group)
     rhos = sorted({_rho(g) for line in lines.values() for g in line} - {0.0})
     if not rhos:
@@ -100,7 +100,7 @@ def epochs(
         if not steps:
             continue
         seeds = [[100 * found[step] for found in of_group] for step in steps]
-        name = study.describe(group, without=subjects)
+        name = plain(study.describe(group, without=subjects))
         means = [sum(values) / len(values) for values in seeds]
         (line,) = axes.plot(steps, means, color=f"C{i}", label=name)
         line.set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
@@ -127,7 +127,7 @@ def compute(
     lines: dict[str, list[Group]] = {}
     for group in study.leading:
         if group in groups and group.estimate(metric) is not None:
-            name = study.describe(group, without=["epochs", *subjects])
+            name = plain(study.describe(group, without=["epochs", *subjects]))
             lines.setdefault(name, []).append(group)
     panels = [
         (attribute, label)
