@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, Any] = {
     "ckpt_path": "???",
     "split": "train",
-    "images": 1024,
+    "images": 512,
     "batch_size": 128,
     "seed": 0,
     "device": "auto",

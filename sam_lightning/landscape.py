@@ -37,7 +37,6 @@ of the first run, or into out; each run's TensorBoard shows the pictures too, at
 checkpoint. A 2d picture takes points x points passes over the images.
 """
 DEFAULTS = inspection.DEFAULTS | {
-    "images": 512,
     "labels": None,
     "kind": "2d",
     "span": 1.0,

@@ -38,7 +38,6 @@ the trace of the rest; and density_samples x density_steps for the distribution 
 take half the time with images=256, and then depend more on which images are drawn.
 """
 DEFAULTS = inspection.DEFAULTS | {
-    "images": 512,
     "labels": None,
     "rho": 0.05,
     "m": 128,
