@@ -242,14 +242,15 @@ def _checked(runs: Sequence[Planned]) -> list[Planned]:
     """The runs with their costs; of those that differ in the seed only, the first is composed."""
     known = top_level()
     costs: dict[str, float] = {}
-    effective: dict[str, dict[str, Any]] = {}
+    effective: dict[str, tuple[str, dict[str, Any]]] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for run in runs:
             if (name := _seedless(run)) in costs:
                 continue
             try:
                 config = _composed(run, known)
-                own = settings(config)
+                # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
+                own = run.arm, settings(config)
                 if same := [other for other, found in effective.items() if found == own]:
                     raise ConfigError(
                         f"{name} would be trained as {same[0]} is: they differ in nothing that "

@@ -275,7 +275,8 @@ def test_a_failed_run_leaves_its_summary(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_and_the_resume_of_one_of_its_jobs(tmp_path):
-    arguments = [*SMALL, "++data.root=/a/b/c", "rho=0.05,0.1", "seed=0,1"]
+    # A schedule would end with max_steps.
+    arguments = [*SMALL, "scheduler=constant", "++data.root=/a/b/c", "rho=0.05,0.1", "seed=0,1"]
     done = forked(tmp_path, *arguments, "+trainer.max_steps=2", "sweep=rho_grid")
     assert done.returncode == 0, done.stderr
     folders = jobs(tmp_path)
@@ -291,7 +292,7 @@ def test_a_sweep_and_the_resume_of_one_of_its_jobs(tmp_path):
     done = forked(tmp_path, f"ckpt_path={checkpoint}", "++trainer.max_steps=-1")
     assert done.returncode == 0, done.stderr
     assert jobs(tmp_path) == folders
-    run(tmp_path / "unbroken", "rho=0.1", "seed=1")
+    run(tmp_path / "unbroken", "rho=0.1", "seed=1", "scheduler=constant")
     assert equal(weights(folders[3]), weights(tmp_path / "unbroken"))
 
 

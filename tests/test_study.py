@@ -176,7 +176,11 @@ QUICK = f"common: {{experiment: quickstart}}\n{ARMS}"
             "sam,rho=0.05,data.label_noise=0 is: they differ in nothing",
         ),
         (f"settings: {{rho: [1]}}\n{ARMS}{{a: {{+rho: 2}}}}", [], "arms.a.+rho: is in settings"),
-        (f"{QUICK}{{a: {{}}, b: {{task_name: b}}}}", [], "arms.b: b would be trained as a is"),
+        (
+            f"{QUICK}{{a: {{task_name: [a, b]}}}}",
+            [],
+            "arms.a: a,task_name=b would be trained as a,task_name=a is",
+        ),
         (FILE, ["ckpt_path=x"], "ckpt_path=x: may not be given; a run goes on from its own"),
         (FILE, ["hydra.run.dir=x"], "hydra.run.dir=x: may not be given"),
         (FILE, ["lr=0.1,0.2"], "arms.sgd: Ambiguous value for argument 'lr=0.1,0.2'"),
