@@ -12,11 +12,11 @@ from sam_lightning.vectors import global_norm
 class RandomSubsetAscent:
     """Perturb a random part of the weights: stochastic weight perturbation of ESAM.
 
-    Du et al. 2022 (arXiv 2110.03141), algorithm 1 and section 3.1: e = rho / beta * mask * g /
+    Du et al. 2022 (arXiv 2110.03141), stochastic weight perturbation: e = rho / beta * mask * g /
     ||g||, each tensor chosen with probability beta, so that the mean of e is SAM's. The draws come
     from torch's generator of the CPU, which a training step seeds. The authors also save the
-    gradients of what is not chosen; here these are computed. The choice of images (section 3.2) is
-    ``method.descent_fraction``, the paper's gamma.
+    gradients of what is not chosen; here these are computed. The paper's sharpness-sensitive data
+    selection is ``method.descent_fraction``, there gamma.
 
     Args:
         beta: probability of a tensor to be perturbed, in (0, 1]; the authors use 0.6 for ResNet-18

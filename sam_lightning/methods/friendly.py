@@ -12,10 +12,10 @@ from sam_lightning.vectors import global_norm
 class FriendlyAscent:
     """Climb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (arXiv 2403.12350).
 
-    Algorithm 1: e = rho * d / ||d|| with d = g - sigma * m, where m, the mean of earlier gradients,
-    stands for the gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code,
-    d is taken with the m of the updates before (with one that has g in it, sigma = 1 gives
-    decay * d, the same direction), and the first update climbs along g and sets m = g.
+    e = rho * d / ||d|| with d = g - sigma * m, where m, the mean of earlier gradients, stands for
+    the gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d is taken
+    with the m of the updates before (with one that has g in it, sigma = 1 gives decay * d, the same
+    direction), and the first update climbs along g and sets m = g.
 
     Args:
         sigma: how much of the mean is left out; 0 is SAM, 1 the authors' choice.

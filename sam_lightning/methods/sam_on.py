@@ -16,7 +16,7 @@ def normalization_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of normalisation layers: SAM-ON, Mueller et al. 2023 (2306.04226).
 
     SAM's perturbation (equation 2 of Foret et al. 2021) with all other gradients left out; the norm
-    too is taken over these alone (section 4, and the authors' code). They are told by the type of
+    too is taken over these alone (the authors' code). They are told by the type of
     their layer; the authors look for "bn" or "norm" in the name, which would miss those of a
     torchvision ResNet's shortcuts.
 
