@@ -70,3 +70,22 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def make_folder(folder: Path, given: Path) -> Path:
+    """Make the folder of results before the work for them is done, and return it.
+
+    Args:
+        folder: the folder to make.
+        given: what ``out`` said, for the error.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={given}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"out={given}: cannot be written")
+    return folder

@@ -4,7 +4,6 @@ Only what the arguments need is imported at once; torch is when a checkpoint is 
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,20 +91,6 @@ def load_subjects(options: DictConfig) -> list[Subject]:
 
     device = torch_device(options.device)
     return [Subject(file, load(file).to(device), out or run_folder(file)) for file in files]
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results, before minutes of passes over images.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={folder}: cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"out={folder}: cannot be written")
 
 
 def surface_of(subject: Subject, options: DictConfig, batch_norm: str = "stored") -> "LossSurface":

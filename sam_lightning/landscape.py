@@ -11,8 +11,8 @@ from sam_lightning import inspection
 from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import integer, number, one_of
 from sam_lightning.errors import ConfigError
-from sam_lightning.files import run_folder, write_json
-from sam_lightning.inspection import Subject, labels_of, make_folder, stage, surface_of
+from sam_lightning.files import make_folder, run_folder, write_json
+from sam_lightning.inspection import Subject, labels_of, stage, surface_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     measured = subjects[:1] if line else subjects
     surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
-    make_folder(out)
+    make_folder(out, out)
     with inspection.progress() as bar:
         if line:
             end = subjects[1].model.state_dict()

@@ -15,8 +15,8 @@ from sam_lightning import inspection
 from sam_lightning.arguments import one_line_errors, parse
 from sam_lightning.configuration import boolean, integer, number
 from sam_lightning.errors import ConfigError
-from sam_lightning.files import write_json
-from sam_lightning.inspection import Subject, labels_of, make_folder, stage
+from sam_lightning.files import make_folder, write_json
+from sam_lightning.inspection import Subject, labels_of, stage
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     subjects = inspection.load_subjects(options)
     labels = labels_of(options.labels, subjects)
     for subject in subjects:
-        make_folder(subject.out)
+        make_folder(subject.out, subject.out)
 
     results: dict[Path, list[dict[str, Any]]] = {}
     try:

@@ -25,6 +25,7 @@ from sam_lightning.configuration import (
 )
 from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.explain import key_of
+from sam_lightning.files import make_folder
 from sam_lightning.launchers import launched
 from sam_lightning.plan import FOLDER, Plan, Planned, folder_name, read
 from sam_lightning.report.runs import PLACES
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_changed(plan)
     if options.dry:
         return
-    out = made(Path(options.out) / plan.name)
+    out = make_folder(Path(options.out) / plan.name, Path(options.out))
     refuse_loss(plan, out, runs)
     with Runner(runs, options.jobs) as runner:
         runner.run()
@@ -193,21 +194,6 @@ def refuse_loss(plan: Plan, out: Path, expected: Sequence[Planned] = ()) -> None
             f"{file}: has results of {len(lost)} runs that are not in {FOLDER / plan.name}, the "
             f"first is {lost[0].folder.name}; give out=FOLDER for a report without them"
         )
-
-
-def made(folder: Path) -> Path:
-    """Make the folder of the report, before hours of runs, and return it.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={folder.parent}: cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"out={folder.parent}: cannot be written")
-    return folder
 
 
 def report(plan: Plan, out: Path) -> None:
