@@ -9,13 +9,13 @@ A new method is one class with this ``__call__`` and one YAML file in ``conf/met
 ``sam_lightning/methods`` are examples.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
 
-from sam_lightning.vectors import global_norm, norms_of
+from sam_lightning.vectors import global_norm, norms_of, parts
 
 # What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
 # the optimizer's state, for each device.
@@ -46,7 +46,8 @@ class Perturbation(Protocol):
 
         Returns:
             direction, as long and of the same shapes as ``weights``, and norm, 0-dim; a norm that
-            is not finite makes the optimizer move nothing.
+            is not finite makes the optimizer move nothing. A direction that is not a list makes
+            what a slice asks for, and is asked once for each before its weights move.
         """
         ...
 
@@ -109,35 +110,59 @@ class AdaptiveAscent:
         memory: Sequence[Memory],
     ) -> tuple[Sequence[Tensor], Tensor]:
         """Return T^2 g and ||T g||_2."""
-        chosen = list(range(len(weights)))
-        if not self.normalize_bias:
-            if None in names:
-                raise ValueError(
-                    "normalize_bias=False: needs parameter names to tell weights from biases; "
-                    "pass model.named_parameters() to SAM, or use normalize_bias=True"
-                )
-            chosen = [i for i, name in enumerate(names) if name and "weight" in name]
-        direction, norms = list(grads), []
-        for part in _parts(chosen, weights):
-            size = torch._foreach_abs([weights[i] for i in part])
+        if not self.normalize_bias and None in names:
+            raise ValueError(
+                "normalize_bias=False: needs parameter names to tell weights from biases; "
+                "pass model.named_parameters() to SAM, or use normalize_bias=True"
+            )
+        chosen = [self.normalize_bias or "weight" in (name or "") for name in names]
+        direction = _Normalized(weights, grads, chosen, self.eta)
+        norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
+        return direction, global_norm(norms)
+
+
+class _Normalized(Sequence[Tensor]):
+    """T^2 g, made part by part where it is used: as a whole it would be as large as the weights."""
+
+    def __init__(
+        self, weights: list[Tensor], grads: list[Tensor], chosen: list[bool], eta: float
+    ) -> None:
+        self.weights = weights
+        self.grads = grads
+        self.chosen = chosen
+        self.eta = eta
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @overload
+    def __getitem__(self, part: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, part: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, part: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(part, int):
+            return self[slice(part, part + 1 or None)][0]
+        return self._scaled(part, twice=True)
+
+    def once(self, part: slice) -> list[Tensor]:
+        """T g of a part, up to its signs."""
+        return self._scaled(part, twice=False)
+
+    def _scaled(self, part: slice, *, twice: bool) -> list[Tensor]:
+        weights, result = self.weights[part], self.grads[part]
+        chosen = [i for i, normalized in enumerate(self.chosen[part]) if normalized]
+        if not chosen:
+            return result
+        # Without eta w itself will do: its sign is lost in the square, and in the norm.
+        size = [weights[i] for i in chosen]
+        if self.eta:
+            size = list(torch._foreach_abs(size))
             torch._foreach_add_(size, self.eta)
-            scaled = torch._foreach_mul(size, [grads[i] for i in part])
-            norms += norms_of(scaled)
-            torch._foreach_mul_(size, scaled)
-            for i, t2_g in zip(part, size, strict=True):
-                direction[i] = t2_g
-        rest = {*range(len(grads))} - {*chosen}
-        return direction, global_norm([*norms, *norms_of(grads[i] for i in rest)])
-
-
-def _parts(chosen: list[int], weights: list[Tensor]) -> Iterator[list[int]]:
-    """On a CPU, parts small enough that what is made on the way stays in the cache; else one."""
-    part, size = [], 0
-    for i in chosen:
-        part.append(i)
-        size += weights[i].numel() if weights[i].is_cpu else 0
-        if size >= 2**18:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+        scaled = torch._foreach_mul(size, [result[i] for i in chosen])
+        if twice:
+            torch._foreach_mul_(scaled, size)
+        for i, t_g in zip(chosen, scaled, strict=True):
+            result[i] = t_g
+        return result

@@ -82,6 +82,7 @@ class SAM(Optimizer):
         # 0-dim tensor; non-zero makes the next step() a no-op, decided on the device.
         self.found_inf: Tensor | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+        self._rooms: dict[int, Tensor] = {}  # where the last copies were, by the id of their weight
         self._at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
@@ -178,23 +179,37 @@ class SAM(Optimizer):
         known, saved = self._saved or ([], [])
         ids = {id(w) for w in known}
         new = [w for w in weights if id(w) not in ids] if ids else weights
-        copies = [torch.empty_like(w) for w in new]
+        copies = [self._room(w) for w in new]
         if new:
             torch._foreach_copy_(copies, new)
         self._saved = [*known, *new], [*saved, *copies]
+
+    def _room(self, w: Tensor) -> Tensor:
+        """Memory for a copy of w: on a CPU that of the last step, for new pages have to be zeroed.
+
+        CUDA's allocator keeps what is given back, for whoever needs it next.
+        """
+        if not w.is_cpu:
+            return torch.empty_like(w)
+        room = self._rooms.get(id(w))
+        # The model may have been converted since, or the id be that of another weight now.
+        if room is None or room.dtype is not w.dtype or room.shape != w.shape:
+            room = self._rooms[id(w)] = torch.empty_like(w)
+        return room
 
     def _ascent_inputs(
         self, inv_scale: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float]]:
         weights, grads, names, rhos, decays = [], [], [], [], []
+        along_momentum, only = self.along_momentum, self.only
         for group in self.param_groups:
             rho, decay = group["rho"], group.get("weight_decay", 0.0)
             group_names = group.get("param_names") or [None] * len(group["params"])
             for name, p in zip(group_names, group["params"], strict=True):
-                grad = self._momentum(p) if self.along_momentum else p.grad
+                grad = self._momentum(p) if along_momentum else p.grad
                 if grad is None or not p.requires_grad:
                     continue
-                if self.only is not None and name not in self.only:
+                if only is not None and name not in only:
                     continue
                 if grad.is_sparse:
                     raise RuntimeError("SAM does not support sparse gradients")
@@ -203,7 +218,7 @@ class SAM(Optimizer):
                 names.append(name)
                 rhos.append(rho)
                 decays.append(decay)
-        if self.along_momentum:
+        if along_momentum:
             return weights, grads, names, rhos
         if inv_scale is not None and grads:
             grads = list(torch._foreach_mul(grads, inv_scale))
@@ -371,6 +386,7 @@ class SAM(Optimizer):
             "memory": self.memory,
             "found_inf": None,
             "_saved": self._saved,  # a copy made at w + e can go back to w
+            "_rooms": {},
             "_at_w": self._at_w,
         }
 

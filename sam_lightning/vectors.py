@@ -1,7 +1,7 @@
 """All weights as one vector, which is never made: its norm, its products, a step along it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,18 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
     return inner_product(of, (a / norm for a in along)) / norm
 
 
+def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """On a CPU, parts small enough that what is made on the way stays in the cache; else one."""
+    start, size = 0, 0
+    for i, t in enumerate(tensors):
+        size += t.numel() if t.is_cpu else 0
+        if size >= 2**18:
+            yield slice(start, i + 1)
+            start, size = i + 1, 0
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
 def move(
     weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
 ) -> None:
@@ -62,9 +74,22 @@ def move(
 
     That is a step of gradient ascent, and torch's fused SGD does it in one pass over the memory;
     its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
+    A direction that is not a list is asked for part by part.
     """
     found_inf = (~norm.isfinite()).to(torch.float32)
     inv_norm = 1 / (norm + 1e-12)
+    whole = [slice(0, len(weights))]
+    for part in whole if isinstance(direction, list) else parts(weights):
+        _move(weights[part], direction[part], rhos[part], inv_norm, found_inf)
+
+
+def _move(
+    weights: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    rhos: Sequence[float],
+    inv_norm: Tensor,
+    found_inf: Tensor,
+) -> None:
     alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
     for w, d, rho in zip(weights, direction, rhos, strict=True):
         if rho > 0:
@@ -109,8 +134,8 @@ def _ascend(
 
 def _same_memory_order(w: Tensor, d: Tensor) -> bool:
     """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
-    return (
-        w.stride() == d.stride()
-        and w.dtype is d.dtype
-        and (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last))
-    )
+    if w.dtype is not d.dtype:
+        return False
+    if w.is_contiguous():
+        return d.is_contiguous()
+    return w.stride() == d.stride() and w.is_contiguous(memory_format=torch.channels_last)

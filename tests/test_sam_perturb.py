@@ -299,3 +299,35 @@ def test_adaptive_sam_knows_weights_as_its_authors_do():
     direction, norm = AdaptiveAscent(eta=0)(weights, grads, names, [{} for _ in names])
     assert [d.item() for d in direction] == [9, 9, 9, 1]
     assert norm.item() == pytest.approx(math.sqrt(9 + 9 + 9 + 1))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.01])
+@pytest.mark.parametrize("normalize_bias", [False, True])
+def test_adaptive_sam_of_many_weights_follows_the_formula(eta, normalize_bias):
+    """Made part by part, it is what equation 7 of ASAM says of all weights as one vector."""
+    torch.manual_seed(0)
+    sizes = {"a.weight": (700, 400), "a.bias": (400,), "b.weight": (600, 500), "b.bias": (9,)}
+    weights = {name: nn.Parameter(torch.randn(size)) for name, size in sizes.items()}
+    for w in weights.values():
+        w.grad = torch.randn_like(w)
+    names, before = list(sizes), [w.detach().double() for w in weights.values()]
+    t = [
+        w.abs() + eta if normalize_bias or name.endswith("weight") else torch.ones_like(w)
+        for name, w in zip(names, before, strict=True)
+    ]
+    t_g = [x * w.grad.double() for x, w in zip(t, weights.values(), strict=True)]
+    norm = math.sqrt(sum(x.square().sum().item() for x in t_g))
+    ascent = AdaptiveAscent(eta=eta, normalize_bias=normalize_bias)
+    sam = SAM(weights.items(), torch.optim.SGD, rho=2.0, perturbation=ascent, lr=0.1)
+    sam.perturb()
+    for w, old, x, y in zip(weights.values(), before, t, t_g, strict=True):
+        expected = 2.0 * x * y / norm
+        moved = w.detach().double() - old
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=5e-7)
+    sam.restore()
+    direction, _ = ascent(
+        list(weights.values()), [w.grad for w in weights.values()], names, [{} for _ in names]
+    )
+    assert len(list(direction)) == len(direction) == 4
+    for i in (*range(4), -1):
+        torch.testing.assert_close(direction[i].double(), t[i] * t_g[i], rtol=1e-5, atol=0)

@@ -16,6 +16,7 @@ from steps import (
     batches,
     loss_at,
     network,
+    set_weights,
     step_with_closure,
     weights_of,
 )
@@ -77,10 +78,41 @@ def test_a_state_dict_taken_while_perturbed_holds_no_perturbed_weights():
         assert torch.equal(taken["state"][key]["momentum_buffer"], values["momentum_buffer"])
 
 
-def test_nothing_is_kept_between_steps():
+def test_a_state_dict_has_no_weights():
     _, sam = trained(3)
-    assert sam._saved is None
-    assert {name for s in sam.state.values() for name in s} == {"momentum_buffer"}
+    saved = sam.state_dict()
+    assert {name for s in saved["state"].values() for name in s} == {"momentum_buffer"}
+    assert set(saved) == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("method", [{}, {"adaptive": True}])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.double(),
+        lambda model: model.bfloat16(),
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: resize(model[0], torch.randn(5, 3, 2, 2)),
+    ],
+)
+def test_weights_are_restored_after_a_conversion_between_two_steps(convert, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(80, 4))
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, **method)
+    for step in range(4):
+        if step == 2:
+            convert(model)
+        for w in model.parameters():
+            w.data.add_(torch.randn_like(w))
+            w.grad = torch.randn_like(w)
+        clean = [w.clone() for w in weights_of(model)]
+        with sam.perturbed():
+            assert not torch.equal(model[0].weight, clean[0])
+        assert_equal(weights_of(model), clean)
+
+
+def resize(layer, weight):
+    layer.weight.data = weight
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -95,6 +127,17 @@ def test_copies_go_on_by_themselves(copied):
     assert_equal(weights_of(model), weights_of(other_model))
 
 
+def test_a_pickled_optimizer_has_weights_and_momentum_only():
+    model = nn.Linear(100, 100)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9)
+    model(torch.ones(1, 100)).sum().backward()
+    with sam.perturbed(zero_grad=False):
+        pass
+    sam.step()
+    nbytes = sum(w.numel() * w.element_size() for w in model.parameters())
+    assert 2 * nbytes < len(pickle.dumps(sam)) < 2.5 * nbytes
+
+
 def test_a_copy_made_at_the_perturbed_weights_goes_back():
     model, sam = trained(3)
     at_w = weights_of(model)
@@ -104,6 +147,21 @@ def test_a_copy_made_at_the_perturbed_weights_goes_back():
         assert not torch.equal(other_model[0].weight, at_w[0])
     other.restore()
     assert_equal(weights_of(other_model), at_w)
+
+
+def test_the_original_of_a_copy_goes_back_after_the_copy_was_perturbed():
+    model, sam = trained(3)
+    other_model, other = copy.deepcopy((model, sam))
+    at_w, data = weights_of(model), list(batches(2))
+    loss_at(model, data[0]).backward()
+    loss_at(other_model, data[1]).backward()
+    sam.perturb()
+    set_weights(other_model, [w + 1 for w in at_w])
+    other.perturb()
+    sam.restore()
+    other.restore()
+    assert_equal(weights_of(model), at_w)
+    assert_equal(weights_of(other_model), [w + 1 for w in at_w])
 
 
 def test_schedulers_and_hooks_see_one_optimizer():
