@@ -423,6 +423,7 @@ def program(folder):
         torch.save((counts, pixels), folder / "drawn.pt")
     else:
         assert drawn.calls == {}
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

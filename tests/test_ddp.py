@@ -156,6 +156,7 @@ def program(folder):
     module, _ = epochs(2, rank, folder / "half.ckpt")
     results["resumed"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def epochs(count, rank, ckpt_path=None):

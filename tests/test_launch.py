@@ -175,6 +175,24 @@ def test_two_nodes_of_torchrun_are_one_run(tmp_path):
     assert (counts["devices"], counts["num_nodes"]) == (1, 2)  # torchrun has said so
 
 
+def test_processes_leave_no_threads_that_hold_tensors(tmp_path):
+    """Such a thread aborts its process now and then, long after the results are written."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, runpy\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "names = pathlib.Path('/proc/self/task').glob('*/comm')\n"
+        "print('threads:', *(name.read_text().strip() for name in names))\n"
+    )
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [meeting | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(r)} for r in (0, 1)]
+    line = [sys.executable, str(program), *SMALL]
+    for output, code in together(tmp_path, *((line, rank) for rank in ranks)):
+        assert code == 0, output
+        assert "threads: " in output
+        assert "gloo" not in output.rpartition("threads: ")[2]
+
+
 @pytest.mark.slow
 def test_two_nodes_of_slurm_are_one_run(tmp_path):
     port = free_port()

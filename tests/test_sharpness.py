@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -348,6 +349,7 @@ def program(folder):
             "rows": [row for _, row in logger.rows if "sharpness/worst" in row],
         }
         torch.save(result, Path(folder, f"{name}_{trainer.global_rank}.pt"))
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
