@@ -13,7 +13,7 @@ from benchmarks.timing import Measurement, interleave, ratio
 from sam_lightning.models import SAMResNet18
 
 # width, batch size, rounds: fewer where a round is slow
-MODELS = [(8, 32, 20), (8, 128, 10), (16, 32, 12), (16, 128, 8), (64, 32, 3)]
+MODELS = [(8, 32, 20), (8, 128, 10), (16, 32, 20), (16, 128, 8), (64, 32, 3)]
 QUICK_MODELS = [(8, 32, 4)]
 # number and size of the tensors of a model of which only the optimizer is timed, rounds
 TENSORS = [(1000, 256, 20), (8, 1_000_000, 20)]

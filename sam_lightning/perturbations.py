@@ -15,7 +15,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from sam_lightning.vectors import global_norm, norms_of, parts
+from sam_lightning.vectors import global_norm, norm_of_norms, norms_of, parts
 
 # What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
 # the optimizer's state, for each device.
@@ -118,7 +118,7 @@ class AdaptiveAscent:
         chosen = [self.normalize_bias or "weight" in (name or "") for name in names]
         direction = _Normalized(weights, grads, chosen, self.eta)
         norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
-        return direction, global_norm(norms)
+        return direction, norm_of_norms(norms)
 
 
 class _Normalized(Sequence[Tensor]):

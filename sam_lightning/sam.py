@@ -28,7 +28,7 @@ from sam_lightning.perturbations import (
     Memory,
     Perturbation,
 )
-from sam_lightning.vectors import global_norm, move, norms_of
+from sam_lightning.vectors import move, norm_of_norms, norms_of
 
 
 class SAM(Optimizer):
@@ -288,7 +288,7 @@ class SAM(Optimizer):
             return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         # One difference at a time, for all of them would take the memory of the weights again.
         differences = zip(*self._saved, strict=True)
-        return global_norm([norm for w, old in differences for norm in norms_of([w - old])])
+        return norm_of_norms([norm for w, old in differences for norm in norms_of([w - old])])
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights; the familiar name of ``perturb()``."""

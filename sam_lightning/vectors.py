@@ -10,7 +10,11 @@ from torch.optim.sgd import sgd
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
-    norms = norms_of(tensors)
+    return norm_of_norms(norms_of(tensors))
+
+
+def norm_of_norms(norms: list[Tensor]) -> Tensor:
+    """The 2-norm of the whole from those of its parts, each 0-dim."""
     if len({n.device for n in norms}) > 1:
         norms = [n.to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
