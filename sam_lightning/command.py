@@ -126,9 +126,11 @@ def run(cfg: DictConfig) -> float | None:
         check(cfg, top_level())
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
-        from sam_lightning.training import train  # torch and Lightning, only now
+        from sam_lightning.launch import end_process_group  # torch and Lightning, only now
+        from sam_lightning.training import train
 
         metrics = train(cfg)
+        end_process_group()
         if cfg.optimized_metric is None:
             return None
         if cfg.optimized_metric not in metrics:

@@ -118,6 +118,17 @@ def init_process_group(trainer: DictConfig) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
+def end_process_group() -> None:
+    """Disconnect the processes, if they are connected; for a process that is about to end.
+
+    Otherwise gloo's threads may let go of a tensor while Python is being taken apart, which aborts
+    a process that has done all its work (pytorch issue 190489). Not after an error: it could wait
+    for a process that has ended.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
     """Run ``training.train`` in new processes on this machine and return rank 0's metrics.
 
@@ -186,13 +197,15 @@ def _worker(config: dict[str, Any], threads: int) -> dict[str, float]:
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
     try:
-        return train(OmegaConf.create(config))
+        metrics = train(OmegaConf.create(config))
     except RuntimeError as error:
         if "Timed out waiting" not in str(error):  # what gloo says
             raise
         raise TrainingError(
             f"{_silent()} within trainer.timeout={config['trainer']['timeout']} s"
         ) from error
+    end_process_group()
+    return metrics
 
 
 def _silent() -> str:

@@ -46,8 +46,9 @@ class Perturbation(Protocol):
 
         Returns:
             direction, as long and of the same shapes as ``weights``, and norm, 0-dim; a norm that
-            is not finite makes the optimizer move nothing. A direction that is not a list makes
-            what a slice asks for, and is asked once for each before its weights move.
+            is not finite makes the optimizer move nothing. A direction that is not a list has to
+            take slices; each is asked for once, before its own weights move, but after those of
+            earlier slices have.
         """
         ...
 
@@ -155,9 +156,9 @@ class _Normalized(Sequence[Tensor]):
         chosen = [i for i, normalized in enumerate(self.chosen[part]) if normalized]
         if not chosen:
             return result
-        # Without eta w itself will do: its sign is lost in the square, and in the norm.
+        # Without eta a real w itself will do: its sign is lost in the square, and in the norm.
         size = [weights[i] for i in chosen]
-        if self.eta:
+        if self.eta or any(map(torch.is_complex, size)):
             size = list(torch._foreach_abs(size))
             torch._foreach_add_(size, self.eta)
         scaled = torch._foreach_mul(size, [result[i] for i in chosen])

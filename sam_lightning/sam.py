@@ -190,11 +190,13 @@ class SAM(Optimizer):
         CUDA's allocator keeps what is given back, for whoever needs it next.
         """
         if not w.is_cpu:
+            self._rooms.pop(id(w), None)  # of before it was moved there
             return torch.empty_like(w)
         room = self._rooms.get(id(w))
         # The model may have been converted since, or the id be that of another weight now.
         if room is None or room.dtype is not w.dtype or room.shape != w.shape:
-            room = self._rooms[id(w)] = torch.empty_like(w)
+            with torch.inference_mode(False):  # memory made in that mode is for that mode only
+                room = self._rooms[id(w)] = torch.empty_like(w)
         return room
 
     def _ascent_inputs(
@@ -237,6 +239,8 @@ class SAM(Optimizer):
         """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
         if self._saved is not None:
             torch._foreach_copy_(*self._saved)
+            if len(self._rooms) > len(self._saved[0]):  # some are of weights that have gone
+                self._rooms = {id(w): copy for w, copy in zip(*self._saved, strict=True)}
             self._saved = None
 
     @contextmanager

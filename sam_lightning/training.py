@@ -64,13 +64,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
     _check_validation(cfg, data)
-    metrics = execute(cfg, trainer, data, module, throughput)
-    if dist.is_initialized():
-        # The threads of gloo would abort the process if they let go of the last tensor while
-        # Python is being taken apart (pytorch issue 190489). After an error nothing is destroyed:
-        # it could wait for a process that has ended.
-        dist.destroy_process_group()
-    return metrics
+    return execute(cfg, trainer, data, module, throughput)
 
 
 def resume(cfg: DictConfig) -> None:

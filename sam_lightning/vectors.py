@@ -60,7 +60,10 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """On a CPU, parts small enough that what is made on the way stays in the cache; else one."""
+    """On a CPU, parts of few tensors, so that what is made of them may stay in the cache; else one.
+
+    Each has 2^18 elements or more, which are worth a call of their own; no tensor is divided.
+    """
     start, size = 0, 0
     for i, t in enumerate(tensors):
         size += t.numel() if t.is_cpu else 0
@@ -80,6 +83,8 @@ def move(
     its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
     A direction that is not a list is asked for part by part.
     """
+    if len(direction) != len(weights):
+        raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")
     found_inf = (~norm.isfinite()).to(torch.float32)
     inv_norm = 1 / (norm + 1e-12)
     whole = [slice(0, len(weights))]

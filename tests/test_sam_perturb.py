@@ -302,6 +302,28 @@ def test_adaptive_sam_knows_weights_as_its_authors_do():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.01])
+def test_adaptive_sam_of_complex_weights_takes_their_sizes(eta):
+    torch.manual_seed(0)
+    weight, grad = torch.randn(2, 6, 5, dtype=torch.complex64)
+    direction, norm = AdaptiveAscent(eta)([weight], [grad], ["weight"], [{}])
+    t = weight.abs() + eta
+    torch.testing.assert_close(direction[0], t.square() * grad)
+    torch.testing.assert_close(norm, (t * grad).abs().square().sum().sqrt())
+
+
+@pytest.mark.parametrize("direction", [[], [torch.ones(2)] * 2, (torch.ones(2),) * 2])
+def test_a_direction_of_another_length_moves_nothing(direction):
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    sam = SAM(
+        [weight], torch.optim.SGD, perturbation=lambda *_: (direction, torch.ones(())), lr=0.1
+    )
+    with pytest.raises(ValueError, match=f"a direction of {len(direction)} tensors for 1 weights"):
+        sam.perturb()
+    assert torch.equal(weight, torch.ones(2))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.01])
 @pytest.mark.parametrize("normalize_bias", [False, True])
 def test_adaptive_sam_of_many_weights_follows_the_formula(eta, normalize_bias):
     """Made part by part, it is what equation 7 of ASAM says of all weights as one vector."""

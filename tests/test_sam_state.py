@@ -1,6 +1,7 @@
 """State, groups, copies and wrong arguments of the optimizer."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -113,6 +114,49 @@ def test_weights_are_restored_after_a_conversion_between_two_steps(convert, meth
 
 def resize(layer, weight):
     layer.weight.data = weight
+
+
+def perturb_and_restore(model, sam):
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    before = weights_of(model)
+    with sam.perturbed(zero_grad=False):
+        assert not torch.equal(model.weight, before[0])
+    assert_equal(weights_of(model), before)
+
+
+def copies_of(shape, weight):
+    """Where the tensors of this shape are that are neither the weight nor its gradient."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    found = {t.data_ptr() for t in tensors if t.shape == shape}
+    return found - {weight.data_ptr(), weight.grad.data_ptr()}
+
+
+def test_the_copies_keep_their_memory_and_go_with_their_weights():
+    model = nn.Linear(17, 23)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1)
+    perturb_and_restore(model, sam)
+    kept = copies_of((23, 17), model.weight)
+    assert len(kept) == 1
+    perturb_and_restore(model, sam)
+    assert copies_of((23, 17), model.weight) == kept
+    sam.param_groups[0]["params"][0] = model.weight = nn.Parameter(torch.randn(19, 17))
+    sam.param_groups[0]["params"][1] = model.bias = nn.Parameter(torch.randn(19))
+    perturb_and_restore(model, sam)
+    assert copies_of((23, 17), model.weight) == set()
+    assert len(copies_of((19, 17), model.weight)) == 1
+
+
+def test_a_step_in_inference_mode_leaves_nothing_behind():
+    model = nn.Linear(3, 3)
+    sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1)
+    with torch.inference_mode():
+        for w in model.parameters():
+            w.grad = torch.ones_like(w)
+        with sam.perturbed(zero_grad=False):
+            pass
+    perturb_and_restore(model, sam)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
