@@ -176,23 +176,28 @@ def test_two_nodes_of_torchrun_are_one_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_leave_no_threads_that_hold_tensors(tmp_path):
+@pytest.mark.parametrize("started", ["by torchrun", "by the launcher"])
+def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     """Such a thread aborts its process now and then, long after the results are written."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import pathlib, runpy\n"
-        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
-        "names = pathlib.Path('/proc/self/task').glob('*/comm')\n"
-        "print('threads:', *(name.read_text().strip() for name in names))\n"
+    (tmp_path / "sitecustomize.py").write_text(  # each process of Python imports it
+        "import atexit, pathlib\n"
+        "def threads():\n"
+        "    names = pathlib.Path('/proc/self/task').glob('*/comm')\n"
+        "    print('threads:', *(name.read_text().strip() for name in names), flush=True)\n"
+        "atexit.register(threads)\n"
     )
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [meeting | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(r)} for r in (0, 1)]
-    line = [sys.executable, str(program), *SMALL]
-    for output, code in together(tmp_path, *((line, rank) for rank in ranks)):
-        assert code == 0, output
-        (threads,) = (line for line in output.splitlines() if line.startswith("threads: "))
-        assert "python" in threads
-        assert "gloo" not in threads
+    line = [sys.executable, str(TRAIN), *SMALL]
+    processes = [([*line, "trainer.devices=2"], {})]
+    if started == "by torchrun":
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        meeting |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        processes = [(line, meeting | {"RANK": str(rank)}) for rank in range(2)]
+    path = {"PYTHONPATH": str(tmp_path)}
+    outputs = together(tmp_path, *((line, variables | path) for line, variables in processes))
+    assert [code for _, code in outputs] == [0] * len(processes), outputs
+    threads = "".join(output for output, _ in outputs).split("threads:")[1:]
+    assert len(threads) >= 2
+    assert not any("gloo" in names.splitlines()[0] for names in threads)
 
 
 @pytest.mark.slow
