@@ -6,7 +6,7 @@ DEV := $(VENV)/.dev
 TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
 
-.PHONY: quickstart test test-slow figures bench lint format clean
+.PHONY: quickstart test test-slow test-gpu figures bench lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -16,6 +16,9 @@ test: $(DEV) ## the default test suite: less than five minutes on two cores
 
 test-slow: $(DEV) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(DEV) ## the tests that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu -n 4
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) rho=0,0.05,0.1,0.2,0.5 \

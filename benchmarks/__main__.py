@@ -28,6 +28,8 @@ PARTS = {
     "startup": "seconds and memory from the command line to help, an error, the first step",
     "memory": "bytes of a SAM step above one of SGD, in multiples of the weights",
 }
+# The parts that depend on the device they are run on.
+ON_DEVICE = ("step", "loop", "layout", "input", "evaluation", "memory")
 BUSY = (
     "warning: other processes use this machine. Threads that wait for one another then take many "
     "times as long: --threads 1 gives steadier ratios."
@@ -35,11 +37,13 @@ BUSY = (
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "pytorch-optimizer")
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """The machine, its threads and its load, and the versions that were measured."""
     import torch
 
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
+        **gpu,
         "cpu": _cpu(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -86,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: 2 minutes")
     parser.add_argument("--threads", type=int, help="torch's threads; default: as torch chooses")
     parser.add_argument("--json", type=Path, default=Path("logs/benchmarks/benchmarks.json"))
@@ -93,23 +98,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.parts:
         if name not in PARTS:
             parser.error(f"{name}: no such part; there are {', '.join(PARTS)}")
-    if options.threads is not None:
-        import torch
+    import torch
 
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is no CUDA GPU here")
+        for name in {*options.parts} - {*ON_DEVICE}:
+            parser.error(f"--device cuda: not for {name}, only for {', '.join(ON_DEVICE)}")
+    if options.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes started
         torch.set_num_threads(options.threads)
 
-    where = environment()
+    where = environment(options.device)
     print("\n".join(f"- {key}: {value}" for key, value in where.items()))
     if where["threads"] > 1 and where["load average at start"] > 0.5:
         print(BUSY, file=sys.stderr)
     print("\n| part | what | median | quartiles | rounds |\n| --- | --- | ---: | ---: | ---: |")
     measurements: list[Measurement] = []
     seconds: dict[str, float] = {}
-    for name in options.parts or PARTS:
+    for name in options.parts or (ON_DEVICE if options.device == "cuda" else PARTS):
         started = time.perf_counter()
         module = importlib.import_module(f"benchmarks.{'inputs' if name == 'input' else name}")
-        new = module.measure(options.quick)
+        device = [torch.device(options.device)] if name in ON_DEVICE else []
+        new = module.measure(options.quick, *device)
         seconds[name] = round(time.perf_counter() - started, 1)
         print(table(new), flush=True)
         measurements += new

@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.loop import WIDTH, quieten, sam_module
+from benchmarks.loop import Setting, quieten, sam_module
 from benchmarks.step import resnet18
 from benchmarks.synthetic import data_module
-from benchmarks.timing import Measurement, interleave, ratio, summary
+from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
 
@@ -31,17 +31,18 @@ class Stopwatch(L.Callback):
         self.seconds = time.perf_counter() - self.started
 
 
-def measure(quick: bool) -> list[Measurement]:
+def measure(quick: bool, device: torch.device) -> list[Measurement]:
     """A validation epoch, in time over the bare loop's and in images a second."""
     images, rounds = (512, 2) if quick else (10_000, 7)
+    on_gpu = device.type == "cuda"
     quieten()
     with tempfile.TemporaryDirectory() as folder:
         cases = {
-            "validate": lightning_validation(data_module(128, images), Path(folder)),
-            "bare": bare_evaluation(data_module(128, images)),
+            "validate": lightning_validation(data_module(128, images), Path(folder), device),
+            "bare": bare_evaluation(data_module(128, images, pin_memory=on_gpu), device),
         }
-        seconds = interleave(cases, rounds)
-    model = f"ResNet-18 width {WIDTH}, {images:,} images in batches of 512"
+        seconds = interleave(cases, rounds, clock=clock_of(device))
+    model = f"ResNet-18 width {Setting(device).width}, {images:,} images in batches of 512"
     speeds = [images / s for s in seconds["validate"]]
     return [
         ratio(
@@ -54,11 +55,14 @@ def measure(quick: bool) -> list[Measurement]:
     ]
 
 
-def lightning_validation(data: ImageDataModule, folder: Path) -> Callable[[], float]:
+def lightning_validation(
+    data: ImageDataModule, folder: Path, device: torch.device
+) -> Callable[[], float]:
     """Each call validates once; the time is that of the epoch."""
     stopwatch = Stopwatch()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=device.type,
+        devices=1,
         default_root_dir=folder,
         logger=False,
         callbacks=[stopwatch],
@@ -67,7 +71,7 @@ def lightning_validation(data: ImageDataModule, folder: Path) -> Callable[[], fl
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    module = sam_module()
+    module = sam_module(Setting(device).width)
 
     def run() -> float:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -76,9 +80,9 @@ def lightning_validation(data: ImageDataModule, folder: Path) -> Callable[[], fl
     return run
 
 
-def bare_evaluation(data: ImageDataModule) -> Callable[[], None]:
+def bare_evaluation(data: ImageDataModule, device: torch.device) -> Callable[[], None]:
     """Loss, top-1 and top-5 accuracy, by hand."""
-    model = resnet18(WIDTH)
+    model = resnet18(Setting(device).width, device)
     assert data.mean is not None
     assert data.std is not None
     normalize = BatchAugment(data.mean, data.std).normalize
@@ -87,12 +91,14 @@ def bare_evaluation(data: ImageDataModule) -> Callable[[], None]:
     @torch.inference_mode()
     def run() -> None:
         model.eval()
-        sums = torch.zeros(4)
-        for raw, labels in loader:
-            logits = model(normalize(raw))
+        sums, count = torch.zeros(3, device=device), 0
+        for raw, answers in loader:
+            labels = answers.to(device, non_blocking=True)
+            logits = model(normalize(raw.to(device, non_blocking=True)))
             hits = logits.topk(5).indices == labels[:, None]
             loss = cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels))])
-        (sums[:3] / sums[3]).tolist()
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+            count += len(labels)
+        (sums / count).tolist()
 
     return run

@@ -1,24 +1,26 @@
 """Augmented training images a second: batches at once, or torchvision's one image at a time."""
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
+from benchmarks.loop import quieten
 from benchmarks.synthetic import BATCH_SIZE, data_module, noise
-from benchmarks.timing import Measurement, interleave, ratio, summary
+from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.data.augment import BatchAugment, draw_seed
 from sam_lightning.data.sources import Split
 
 CUTOUT = 16
 WORKERS = (0, 2)
+GPU_WORKERS = (0, 8)
 
 
 class PILImages(Dataset[tuple[Any, int]]):
@@ -36,24 +38,36 @@ class PILImages(Dataset[tuple[Any, int]]):
         return self.transform(Image.fromarray(self.data[index])), self.targets[index]
 
 
-def measure(quick: bool) -> list[Measurement]:
+def measure(quick: bool, device: torch.device) -> list[Measurement]:
     """Crop and flip; the same with Cutout; the same with TrivialAugment."""
     images, rounds = (1_000, 2) if quick else (10_000, 5)
+    quieten()
+    if device.type == "cuda":
+        return compare("crop + flip", images // 2, 3, device)
     few, few_rounds = (500, 2) if quick else (3_000, 3)
     # torchvision has no Cutout; RandomErasing of a square of the same area is nearest.
     side = (CUTOUT / 32) ** 2
     erase = T.RandomErasing(p=1.0, scale=(side, side), ratio=(1.0, 1.0))
     return [
-        *compare("crop + flip", images, rounds),
-        *compare(f"crop + flip + cutout {CUTOUT}", images, few_rounds, [], [erase], cutout=CUTOUT),
+        *compare("crop + flip", images, rounds, device),
+        *compare(
+            f"crop + flip + cutout {CUTOUT}",
+            images,
+            few_rounds,
+            device,
+            [],
+            [erase],
+            cutout=CUTOUT,
+        ),
         *compare(
             "crop + flip + trivialaugment",
             few,
             few_rounds,
+            device,
             [T.TrivialAugmentWide()],
             policy="trivialaugment",
         ),
-        *cost_of_cutout(images, 3 * rounds),
+        *cost_of_cutout(images, 3 * rounds, device),
     ]
 
 
@@ -61,14 +75,20 @@ def compare(
     what: str,
     images: int,
     rounds: int,
+    device: torch.device,
     policy_of_peer: Sequence[Any] = (),
     erasing_of_peer: Sequence[Any] = (),
     **options: Any,
 ) -> list[Measurement]:
     """Epochs over the images, ours and those of torchvision's loaders."""
     cases: dict[str, Callable[[], Any]] = {}
-    for workers in WORKERS:
-        cases[f"ours, {workers} workers"] = batched_epochs(images, workers, **options)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        cases["ours, data.device=cuda"] = batched_epochs(images, device, device="cuda")
+    for workers in GPU_WORKERS if on_gpu else WORKERS:
+        cases[f"ours, {workers} workers"] = batched_epochs(
+            images, device, num_workers=workers, **options
+        )
         transform = torchvision_pipeline(policy_of_peer, erasing_of_peer)
         loader = DataLoader(
             PILImages(noise(images), transform),
@@ -76,13 +96,15 @@ def compare(
             shuffle=True,
             num_workers=workers,
             persistent_workers=workers > 0,
+            pin_memory=on_gpu,
         )
-        cases[f"torchvision, {workers} workers"] = partial(exhaust, loader)
+        cases[f"torchvision, {workers} workers"] = partial(exhaust, loader, device)
     speeds = images_per_second(cases, images, rounds)
+    # With as many workers as theirs, or fewer.
     ratios = [
-        (f"ours, {n} workers", f"torchvision, {m} workers")
-        for n, m in itertools.product(WORKERS, WORKERS)
-        if n <= m
+        (ours, theirs)
+        for (i, ours), (j, theirs) in itertools.product(enumerate(cases), repeat=2)
+        if i < j and ours.startswith("ours") and theirs.startswith("torchvision")
     ]
     return [
         *(ratio("input", f"{a} / {b} (images/s): {what}", speeds[a], speeds[b]) for a, b in ratios),
@@ -90,9 +112,9 @@ def compare(
     ]
 
 
-def cost_of_cutout(images: int, rounds: int) -> list[Measurement]:
+def cost_of_cutout(images: int, rounds: int, device: torch.device) -> list[Measurement]:
     """Ours with Cutout and without, in turns."""
-    cases = {str(size): batched_epochs(images, cutout=size) for size in (CUTOUT, 0)}
+    cases = {str(size): batched_epochs(images, device, cutout=size) for size in (CUTOUT, 0)}
     speeds = images_per_second(cases, images, rounds)
     what = f"ours, with cutout {CUTOUT} / without (images/s): crop + flip"
     return [ratio("input", what, *speeds.values())]
@@ -106,24 +128,28 @@ def images_per_second(
     return {name: [images / s for s in values] for name, values in seconds.items()}
 
 
-def batched_epochs(images: int, workers: int = 0, **options: Any) -> Callable[[], float]:
+def batched_epochs(
+    images: int, on: torch.device, cutout: int = 0, policy: str | None = None, **options: Any
+) -> Callable[[], float]:
     """The data module's training loader and what it does to a batch after the transfer."""
-    data = data_module(images, num_workers=workers, **options)
+    trainer = L.Trainer(accelerator=on.type, devices=1, logger=False, enable_checkpointing=False)
+    data = data_module(images, trainer=trainer, cutout=cutout, policy=policy, **options)
     assert data.mean is not None
     assert data.std is not None
-    augment = BatchAugment(data.mean, data.std, **options)
+    augment = BatchAugment(data.mean, data.std, cutout=cutout, policy=policy)
+    clock = clock_of(on)
     after_transfer = augment if augment.policy is None else augment.finish
     loader = data.train_dataloader()
     # An epoch without a policy is over in a moment, which is too short to time.
     epochs = 5 if augment.policy is None else 1
 
     def run() -> float:
-        started = time.perf_counter()
+        started = clock()
         for epoch in range(epochs):
             for step, (raw, _) in enumerate(loader):
-                seed = draw_seed(0, epoch, step)
-                after_transfer(raw, torch.Generator().manual_seed(seed))
-        return (time.perf_counter() - started) / epochs
+                generator = torch.Generator(on).manual_seed(draw_seed(0, epoch, step))
+                after_transfer(raw.to(on, non_blocking=True), generator)
+        return (clock() - started) / epochs
 
     return run
 
@@ -143,7 +169,10 @@ def torchvision_pipeline(policy: Sequence[Any], erasing: Sequence[Any]) -> Any:
     )
 
 
-def exhaust(loader: DataLoader[Any]) -> None:
-    """Take every batch of an epoch."""
-    for _ in loader:
-        pass
+def exhaust(loader: DataLoader[Any], device: torch.device) -> float:
+    """Seconds to take every batch of an epoch to the device."""
+    clock = clock_of(device)
+    started = clock()
+    for images, _ in loader:
+        images.to(device, non_blocking=True)
+    return clock() - started

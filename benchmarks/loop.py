@@ -2,9 +2,9 @@
 
 import logging
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.optim import SGD
 from benchmarks.peers import BASE, RHO
 from benchmarks.step import resnet18
 from benchmarks.synthetic import BATCH_SIZE, data_module
-from benchmarks.timing import Measurement, ratio
+from benchmarks.timing import Measurement, clock_of, ratio, summary
 from sam_lightning.data.augment import BatchAugment, draw_seed
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.methods.esam import RandomSubsetAscent
@@ -30,8 +30,9 @@ from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.module import SAMModule
 from sam_lightning.sam import SAM
 
-WIDTH = 8
+WIDTH, GPU_WIDTH = 8, 64
 LOG_EVERY = 50
+GPU_BATCHES = 25  # that each loop does in its turn, as the host runs ahead of a GPU
 CHEAPER: dict[str, dict[str, Any]] = {
     "method=sam": {},
     "method.ascent_fraction=0.25": {"ascent_fraction": 0.25},
@@ -45,63 +46,104 @@ CHEAPER: dict[str, dict[str, Any]] = {
 
 
 class TakeTurns(L.Callback):
-    """After each batch of the fit the bare loop does one too, so both see the same machine.
+    """After so many batches of the fit the bare loop does as many, so both see the same machine.
 
     What ``fit`` does from one call to the next is its time for a batch: fetching, augmentation,
     both passes, the hooks, and what is logged of the batch before.
     """
 
-    def __init__(self, bare: Iterator[None]) -> None:
+    def __init__(self, bare: Iterator[None], batches: int, clock: Callable[[], float]) -> None:
         self.bare = bare
+        self.batches = batches
+        self.clock = clock
         self.seconds: dict[str, list[float]] = {"fit": [], "bare": []}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self.resumed = time.perf_counter()
+        self.resumed = self.clock()
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time, and give the bare loop its turn."""
-        paused = time.perf_counter()
-        next(self.bare)
+        """After the last batch of a turn note the time, and give the bare loop its turn."""
+        batch_idx: int = args[-1]
+        if (batch_idx + 1) % self.batches:
+            return
+        paused = self.clock()
+        for _ in range(self.batches):
+            next(self.bare)
         self.seconds["fit"].append(paused - self.resumed)
-        self.resumed = time.perf_counter()
+        self.resumed = self.clock()
         self.seconds["bare"].append(self.resumed - paused)
 
 
-def measure(quick: bool) -> list[Measurement]:
+@dataclass(frozen=True)
+class Setting:
+    """Where both loops train, and how wide a model."""
+
+    device: torch.device
+    bf16: bool = False
+
+    @property
+    def width(self) -> int:
+        """That of ResNet-18."""
+        return GPU_WIDTH if self.device.type == "cuda" else WIDTH
+
+    @property
+    def batches(self) -> int:
+        """Of a turn."""
+        return GPU_BATCHES if self.device.type == "cuda" else 1
+
+    def __str__(self) -> str:
+        dtype = f", {'bf16' if self.bf16 else 'float32'}" if self.device.type == "cuda" else ""
+        return f"ResNet-18 width {self.width}, batch {BATCH_SIZE}{dtype}"
+
+
+def measure(quick: bool, device: torch.device) -> list[Measurement]:
     """The same work in both loops, then what the ways to do less work cost in passes of SGD."""
-    rounds, batches = (1, 1) if quick else (12, 8)  # batches of a round
+    on_gpu = device.type == "cuda"
+    rounds, turns = (1, 1) if quick else (3, 2) if on_gpu else (12, 8)  # turns of a round
     quieten()
-    of = f"ResNet-18 width {WIDTH}, batch {BATCH_SIZE}"
     results = []
-    # An update of SGD takes half the time, so the same seconds weigh twice as much.
-    for method, options, more in (("SAM", {"rho": RHO}, 1), ("SGD", {"rho": 0.0}, 2)):
-        fit, bare = by_round(options, options["rho"], rounds * more, batches)
-        results.append(ratio("loop", f"Lightning fit / bare loop, {method}, {of}", fit, bare))
-    for setting, changes in CHEAPER.items():
-        fit, bare = by_round(changes, 0.0, max(1, rounds // 6), batches)
-        results.append(ratio("loop", f"fit with {setting} / bare loop of SGD, {of}", fit, bare))
+    for setting in [Setting(device), Setting(device, bf16=True)] if on_gpu else [Setting(device)]:
+        # An update of SGD takes half the time, so the same seconds weigh twice as much.
+        for method, options, more in (("SAM", {"rho": RHO}, 1), ("SGD", {"rho": 0.0}, 2)):
+            fit, bare = by_round(setting, options, options["rho"], rounds * more, turns)
+            what = f"Lightning fit / bare loop, {method}, {setting}"
+            results.append(ratio("loop", what, fit, bare))
+            if on_gpu:
+                speeds = [turns * setting.batches * BATCH_SIZE / seconds for seconds in fit]
+                results.append(summary("loop", f"fit, {method}, {setting}", speeds, "images/s"))
+    for name, changes in CHEAPER.items():
+        fit, bare = by_round(setting, changes, 0.0, 1 if on_gpu else max(1, rounds // 6), turns)
+        results.append(ratio("loop", f"fit with {name} / bare loop of SGD, {setting}", fit, bare))
     return results
 
 
 def by_round(
-    options: dict[str, Any], bare_rho: float, rounds: int, batches: int
+    setting: Setting, options: dict[str, Any], bare_rho: float, rounds: int, turns: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of ``batches`` batches of ``fit`` and of the bare loop, for each round.
+    """Seconds of ``turns`` turns of ``fit`` and of the bare loop, for each round.
 
     Each round has weights of its own, for where memory happens to lie changes what a convolution
     takes by some per cent, and does so for all batches alike.
     """
-    seconds = [turns_of_batches(sam_module(**options), bare_rho, batches) for _ in range(rounds)]
+    seconds = [
+        turns_of(setting, sam_module(setting.width, **options), bare_rho, turns)
+        for _ in range(rounds)
+    ]
     return [sum(s["fit"]) for s in seconds], [sum(s["bare"]) for s in seconds]
 
 
-def turns_of_batches(module: SAMModule, bare_rho: float, count: int) -> dict[str, list[float]]:
-    """Seconds of ``count`` batches of each loop, in turns, after one that does not count."""
-    data = data_module((count + 1) * BATCH_SIZE)
-    turns = TakeTurns(bare_batches(data, bare_rho))
+def turns_of(
+    setting: Setting, module: SAMModule, bare_rho: float, count: int
+) -> dict[str, list[float]]:
+    """Seconds of ``count`` turns of each loop, after one that does not count."""
     with tempfile.TemporaryDirectory() as folder:
-        one_epoch_trainer(Path(folder), [turns]).fit(module, datamodule=data)
+        trainer = one_epoch_trainer(Path(folder), setting)
+        data = data_module((count + 1) * setting.batches * BATCH_SIZE, trainer=trainer)
+        bare = bare_batches(data, setting, bare_rho)
+        turns = TakeTurns(bare, setting.batches, clock_of(setting.device))
+        trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+        trainer.fit(module, datamodule=data)
     return {name: values[1:] for name, values in turns.seconds.items()}
 
 
@@ -111,14 +153,15 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def one_epoch_trainer(folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def one_epoch_trainer(folder: Path, setting: Setting) -> L.Trainer:
     """A trainer as ``train.py`` makes it, without checkpoints."""
     return L.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator=setting.device.type,
+        devices=1,
+        precision="bf16-mixed" if setting.bf16 else "32-true",
         logger=[TensorBoardLogger(folder, "tensorboard"), CSVLogger(folder, "csv")],
         log_every_n_steps=LOG_EVERY,
-        callbacks=callbacks,
         num_sanity_val_steps=0,
         limit_val_batches=0,
         enable_model_summary=False,
@@ -128,18 +171,19 @@ def one_epoch_trainer(folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     )
 
 
-def sam_module(rho: float = RHO, **options: Any) -> SAMModule:
+def sam_module(width: int, rho: float = RHO, **options: Any) -> SAMModule:
     """The module of a run, around the same weights each time."""
-    return SAMModule(resnet18(WIDTH), 10, partial(SGD, **BASE), rho, **options)
+    return SAMModule(resnet18(width), 10, partial(SGD, **BASE), rho, **options)
 
 
-def bare_batches(data: ImageDataModule, rho: float) -> Iterator[None]:
+def bare_batches(data: ImageDataModule, setting: Setting, rho: float) -> Iterator[None]:
     """The loop one writes without Lightning: the same work, stopping after each batch.
 
     It lacks what the module guards against and adds for the log (non-finite gradients, the
     gradient's norm), so what these cost is counted against Lightning's side.
     """
-    model = resnet18(WIDTH)
+    device = setting.device
+    model = resnet18(setting.width, device)
     sam = SAM(model.parameters(), SGD, rho, **BASE)
     schedule = torch.optim.lr_scheduler.LambdaLR(sam, lambda step: 1.0)
     assert data.mean is not None
@@ -149,18 +193,20 @@ def bare_batches(data: ImageDataModule, rho: float) -> Iterator[None]:
     log: list[list[float]] = []
 
     def gradient(images: Tensor, labels: Tensor) -> Tensor:
-        logits = model(images)
-        loss = cross_entropy(logits, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
+            logits = model(images)
+            loss = cross_entropy(logits, labels)
         loss.backward()
         with torch.no_grad():
             accuracy = (logits.argmax(1) == labels).float().mean()
             return torch.stack([loss.detach(), accuracy])
 
     model.train()
-    sums = torch.zeros(3)
-    for step, (raw, labels) in enumerate(loader):
-        generator = torch.Generator().manual_seed(draw_seed(0, step))
-        images = augment(raw, generator)
+    sums = torch.zeros(3, device=device)
+    for step, (raw, answers) in enumerate(loader):
+        generator = torch.Generator(device).manual_seed(draw_seed(0, step))
+        images = augment(raw.to(device, non_blocking=True), generator)
+        labels = answers.to(device, non_blocking=True)
         sam.zero_grad()
         first = second = gradient(images, labels)
         if rho > 0:

@@ -1,7 +1,8 @@
 """The bytes that SAM needs above SGD, in multiples of the bytes of the weights.
 
-Counted from torch's own report of every allocation (``torch.profiler`` with ``profile_memory``),
-so temporaries inside an operator count as well. The counts do not vary: one round tells all.
+On a CPU counted from torch's own report of every allocation (``torch.profiler`` with
+``profile_memory``), so temporaries inside an operator count as well; on CUDA by its allocator. The
+counts do not vary: one round tells all.
 """
 
 import gc
@@ -25,22 +26,22 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing of the profiler's own
 BATCH_SIZE = 8  # small, so that the activations do not hide what the optimizer holds
 
 
-def measure(quick: bool) -> list[Measurement]:
+def measure(quick: bool, device: torch.device) -> list[Measurement]:
     """Peak of a whole step, peak of the optimizer alone, and what is left after a step."""
     width = 8 if quick else 32
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # they change no count, and on a busy machine they wait
     try:
-        return _measure(width)
+        return _measure(width, device)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(width: int) -> list[Measurement]:
+def _measure(width: int, device: torch.device) -> list[Measurement]:
     steps, alone, kept = {}, {}, {}
     makers: dict[str, Callable[[nn.Module], TwoStep]] = {"SGD": OnePass, **implementations()}
     for name, make in makers.items():
-        steps[name], alone[name], kept[name] = peaks(make, width)
+        steps[name], alone[name], kept[name] = peaks(make, width, device)
     weights = sum(p.numel() * p.element_size() for p in resnet18(width).parameters())
     unit = "x weights"
     model_name = f"ResNet-18 width {width}"
@@ -56,12 +57,15 @@ def _measure(width: int) -> list[Measurement]:
     ]
 
 
-def peaks(make: Callable[[nn.Module], TwoStep], width: int) -> tuple[int, int, int]:
+def peaks(
+    make: Callable[[nn.Module], TwoStep], width: int, device: torch.device
+) -> tuple[int, int, int]:
     """Bytes beside the weights: peak of a step, peak of the optimizer alone, kept between steps."""
-    batch = torch.randn(BATCH_SIZE, 3, 32, 32), torch.randint(10, (BATCH_SIZE,))
-    model = resnet18(width)
+    images, labels = torch.randn(BATCH_SIZE, 3, 32, 32), torch.randint(10, (BATCH_SIZE,))
+    batch = images.to(device), labels.to(device)
+    model = resnet18(width, device)
     sam_step(model, make(model), batch)()  # what the kernels keep for their next call
-    model = resnet18(width)
+    model = resnet18(width, device)
     optimizers: list[TwoStep] = []
 
     def first_steps() -> None:
@@ -70,9 +74,9 @@ def peaks(make: Callable[[nn.Module], TwoStep], width: int) -> tuple[int, int, i
         step()
         step()
 
-    kept = allocations(first_steps)[-1]
-    step = kept + max(allocations(sam_step(model, optimizers[0], batch)))
-    alone = kept + max(allocations(both_steps(optimizers[0])))
+    kept = allocations(first_steps, device)[-1]
+    step = kept + max(allocations(sam_step(model, optimizers[0], batch), device))
+    alone = kept + max(allocations(both_steps(optimizers[0]), device))
     return step, alone, kept
 
 
@@ -92,9 +96,15 @@ class OnePass:
         self.base.step()
 
 
-def allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes alive after each allocation and release during a call, from 0 before it."""
+def allocations(call: Callable[[], object], device: torch.device) -> list[int]:
+    """Bytes alive during a call, from 0 before it: at each change; on CUDA at peak and end."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        peak, end = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return [0, peak - before, end - before]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:

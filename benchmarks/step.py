@@ -9,26 +9,33 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 from benchmarks.peers import BASE, TwoStep, implementations
-from benchmarks.timing import Measurement, interleave, ratio
+from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.models import SAMResNet18
 
 # width, batch size, rounds: fewer where a round is slow
 MODELS = [(8, 32, 20), (8, 128, 10), (16, 32, 20), (16, 128, 8), (64, 32, 3)]
 QUICK_MODELS = [(8, 32, 4)]
+# On a GPU, where a round is several steps and every model is also timed with bf16 autocast.
+GPU_MODELS = [(16, 128, 8), (64, 128, 8), (64, 512, 8)]
 # number and size of the tensors of a model of which only the optimizer is timed, rounds
 TENSORS = [(1000, 256, 20), (8, 1_000_000, 20)]
 QUICK_TENSORS = [(200, 256, 10), (4, 250_000, 10)]
-# A call of the optimizer alone is short: several are timed as one.
+# A call of the optimizer alone is short, and so is a step on a GPU: several are timed as one.
 CALLS = 5
 
 
-def measure(quick: bool) -> list[Measurement]:
+def measure(quick: bool, device: torch.device) -> list[Measurement]:
     """Whole steps of ResNet-18, then the optimizer alone by number of tensors."""
     results = []
-    for width, batch_size, rounds in QUICK_MODELS if quick else MODELS:
-        results += whole_steps(width, batch_size, rounds)
+    if device.type == "cuda":
+        for width, batch_size, rounds in QUICK_MODELS if quick else GPU_MODELS:
+            for bf16 in (False, True):
+                results += steps_on_gpu(width, batch_size, rounds, device, bf16)
+    else:
+        for width, batch_size, rounds in QUICK_MODELS if quick else MODELS:
+            results += whole_steps(width, batch_size, rounds)
     for count, size, rounds in QUICK_TENSORS if quick else TENSORS:
-        results += optimizer_alone(count, size, rounds)
+        results += optimizer_alone(count, size, rounds, device)
     return results
 
 
@@ -39,13 +46,7 @@ def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
     seconds in the optimizer differ. The second is free of the noise of the passes, which is many
     times as large as what perturbing and restoring take.
     """
-    torch.manual_seed(0)
-    batch = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
-    steps = {"base": two_passes(resnet18(width), batch)}
-    for method, adaptive in (("SAM", False), ("ASAM", True)):
-        for name, make in implementations(adaptive).items():
-            model = resnet18(width)
-            steps[f"{method}, {name}"] = sam_step(model, make(model), batch)
+    steps = steps_by_name(width, batch_size)
     seconds = interleave(steps, rounds)
     of = f"ResNet-18 width {width}, batch {batch_size}"
     results = []
@@ -58,10 +59,52 @@ def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
     return results
 
 
-def resnet18(width: int) -> nn.Module:
+def steps_on_gpu(
+    width: int, batch_size: int, rounds: int, device: torch.device, bf16: bool
+) -> list[Measurement]:
+    """The same ratios of whole steps, many of them as one, for the host runs ahead of the GPU."""
+    steps = {
+        name: repeated(step)
+        for name, step in steps_by_name(width, batch_size, device, bf16).items()
+    }
+    seconds = interleave(steps, rounds, clock=clock_of(device))
+    of = f"ResNet-18 width {width}, batch {batch_size}, {'bf16' if bf16 else 'float32'}"
+    return [
+        ratio("step", f"{name}: step / (2 passes + SGD step), {of}", seconds[name], seconds["base"])
+        for name in steps
+        if name != "base"
+    ] + [
+        summary(
+            "step",
+            f"2 passes + SGD step, {of}",
+            [1000 * s / CALLS for s in seconds["base"]],
+            "ms",
+        )
+    ]
+
+
+def steps_by_name(
+    width: int,
+    batch_size: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    bf16: bool = False,
+) -> dict[str, "Step"]:
+    """The base's two passes, and the steps of every implementation of SAM and ASAM."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+    batch = images.to(device), labels.to(device)
+    steps = {"base": two_passes(resnet18(width, device), batch, bf16)}
+    for method, adaptive in (("SAM", False), ("ASAM", True)):
+        for name, make in implementations(adaptive).items():
+            model = resnet18(width, device)
+            steps[f"{method}, {name}"] = sam_step(model, make(model), batch, bf16)
+    return steps
+
+
+def resnet18(width: int, device: torch.device | None = None) -> nn.Module:
     """The same weights each time, so that every case does the same arithmetic."""
     torch.manual_seed(0)
-    return SAMResNet18(width=width)
+    return SAMResNet18(width=width).to(device)
 
 
 class Step:
@@ -83,40 +126,50 @@ class Step:
         self.own[-1] += time.perf_counter() - started
 
 
-def two_passes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
+def gradient(model: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) -> None:
+    """One pass."""
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
+        loss = cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+
+
+def two_passes(model: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool = False) -> Step:
     """Two gradients, of which the second is stepped with: all that SAM cannot do without."""
     optimizer = SGD(model.parameters(), **BASE)
 
     def run(step: Step) -> None:
         for _ in range(2):
             optimizer.zero_grad()
-            cross_entropy(model(batch[0]), batch[1]).backward()
+            gradient(model, batch, bf16)
         step.timed(optimizer.step)
 
     return Step(run)
 
 
-def sam_step(model: nn.Module, optimizer: TwoStep, batch: tuple[Tensor, Tensor]) -> Step:
+def sam_step(
+    model: nn.Module, optimizer: TwoStep, batch: tuple[Tensor, Tensor], bf16: bool = False
+) -> Step:
     """One step of an implementation of SAM, as its readers are told to write it."""
 
     def run(step: Step) -> None:
         model.zero_grad()
-        cross_entropy(model(batch[0]), batch[1]).backward()
+        gradient(model, batch, bf16)
         step.timed(lambda: optimizer.first_step(zero_grad=True))
-        cross_entropy(model(batch[0]), batch[1]).backward()
+        gradient(model, batch, bf16)
         step.timed(optimizer.second_step)
 
     return Step(run)
 
 
-def optimizer_alone(count: int, size: int, rounds: int) -> list[Measurement]:
+def optimizer_alone(count: int, size: int, rounds: int, device: torch.device) -> list[Measurement]:
     """Perturb, restore and step ``count`` tensors of ``size`` weights, over the step alone."""
-    base = SGD(tensors(count, size).parameters(), **BASE)
+    base = SGD(tensors(count, size, device).parameters(), **BASE)
     cases: dict[str, Callable[[], None]] = {"base": base.step}
     for method, adaptive in (("SAM", False), ("ASAM", True)):
         for name, make in implementations(adaptive).items():
-            cases[f"{method}, {name}"] = both_steps(make(tensors(count, size)))
-    seconds = interleave({name: repeated(case) for name, case in cases.items()}, rounds, warmup=3)
+            cases[f"{method}, {name}"] = both_steps(make(tensors(count, size, device)))
+    repeatedly = {name: repeated(case) for name, case in cases.items()}
+    seconds = interleave(repeatedly, rounds, warmup=3, clock=clock_of(device))
     what = f"perturb + restore + SGD step / SGD step, {count:,} tensors of {size:,}"
     return [
         ratio("step", f"{name}: {what}", seconds[name], seconds["base"])
@@ -125,12 +178,12 @@ def optimizer_alone(count: int, size: int, rounds: int) -> list[Measurement]:
     ]
 
 
-def tensors(count: int, size: int) -> nn.ParameterList:
+def tensors(count: int, size: int, device: torch.device) -> nn.ParameterList:
     """Parameters that have gradients already."""
     torch.manual_seed(0)
-    model = nn.ParameterList(nn.Parameter(torch.randn(size)) for _ in range(count))
+    model = nn.ParameterList(nn.Parameter(torch.randn(size, device=device)) for _ in range(count))
     for p in model:
-        p.grad = torch.randn(size)
+        p.grad = torch.randn(size, device=device)
     return model
 
 

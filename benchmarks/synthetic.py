@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning as L
 import torch
 
 from sam_lightning.data.datamodule import ImageDataModule
@@ -23,8 +24,11 @@ def source(train: int, val: int) -> ImageSource:
     return ImageSource(noise(train), held_out, [str(c) for c in range(10)], held_out)
 
 
-def data_module(train: int, val: int = 512, **options: object) -> ImageDataModule:
-    """The data module of a run, set up."""
+def data_module(
+    train: int, val: int = 512, trainer: L.Trainer | None = None, **options: object
+) -> ImageDataModule:
+    """The data module of a run, set up; a trainer tells where it trains."""
     data = ImageDataModule(partial(source, train, val), BATCH_SIZE, **options)  # type: ignore[arg-type]
+    data.trainer = trainer
     data.setup("fit")
     return data

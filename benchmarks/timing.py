@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Seconds = dict[str, list[float]]
 
 
@@ -34,6 +36,17 @@ class Measurement:
     upper: float
     rounds: int
     unit: str = "x"
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, told when the device has done its work: on CUDA calls return before that."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def turns(names: Sequence[str], round_index: int) -> list[str]:

@@ -109,8 +109,9 @@ def _portable(trained: Trained, normalize: bool) -> nn.Module:
     model = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
     if not normalize:
         return model
-    # (pixel - mean) / std per channel is what BatchNorm does with given statistics.
-    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=0, affine=False)
+    # (pixel - mean) / std per channel is what BatchNorm does with given statistics. Its eps is lost
+    # in rounding; torch.export of some versions refuses 0.
+    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30)
     normalization.running_mean = torch.tensor(trained.mean)
     normalization.running_var = torch.tensor(trained.std).square()
     return torch.nn.Sequential(normalization, model).eval()
@@ -154,7 +155,7 @@ def _save_pt2(
     import torch
 
     images, dynamic = _trace_arguments(shape, batch)
-    program = torch.export.export(model, images, dynamic_shapes=dynamic)
+    program = torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
     torch.export.save(program, path, extra_files=metadata)
 
 

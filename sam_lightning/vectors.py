@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+# What torch's fused kernels move right. Those of a CPU leave half precision as it is in torch
+# 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
+FUSED = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, 0-dim, on the first one's device; no host sync."""
@@ -60,14 +67,15 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """On a CPU, parts of few tensors, so that what is made of them may stay in the cache; else one.
+    """Parts of few tensors, so that what is made of one takes little memory; none is divided.
 
-    Each has 2^18 elements or more, which are worth a call of their own; no tensor is divided.
+    On a CPU they have 2^18 elements or more, so that it may stay in the cache; elsewhere 2^22, for
+    every part has kernels of its own to start.
     """
     start, size = 0, 0
     for i, t in enumerate(tensors):
-        size += t.numel() if t.is_cpu else 0
-        if size >= 2**18:
+        size += t.numel()
+        if size >= (2**18 if t.is_cpu else 2**22):
             yield slice(start, i + 1)
             start, size = i + 1, 0
     if start < len(tensors):
@@ -107,12 +115,8 @@ def _move(
             ds.append(d)
     for (device, dtype, rho), (ws, ds) in alike.items():
         step_size = (inv_norm * rho).to(device)
-        if device.type == "cuda":
-            step_size = step_size.float()  # what the fused kernel reads
-        # A float64 step is left to the general form on CUDA, for a float32 would round it.
-        fused = device.type == "cpu" or (device.type == "cuda" and dtype is not torch.float64)
-        if fused and dtype.is_floating_point and all(map(_same_memory_order, ws, ds)):
-            _ascend(ws, ds, step_size, found_inf)
+        if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
+            _ascend(ws, ds, step_size.float() if device.type == "cuda" else step_size, found_inf)
         else:
             moved = found_inf.to(device) == 0
             for w, d in zip(ws, ds, strict=True):

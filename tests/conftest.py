@@ -1,5 +1,15 @@
-"""One thread a process: the models of the tests are small, and threads that share cores wait."""
+"""The machine as the tests see it: one thread a process, and no GPU unless it is about those."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes tests start
+import pytest
+
+# The models of the tests are small, and threads that share cores wait. Set before torch is
+# imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, so that ``trainer=auto`` is the same on every machine."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

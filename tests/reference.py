@@ -46,13 +46,14 @@ def loader(data):
 
 def trainer(**options):
     quiet = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    return L.Trainer(accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
+    return L.Trainer(**{**quiet, "max_epochs": 1, **options})
 
 
 def module_of(model, optimizer=sgd, **options):

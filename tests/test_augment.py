@@ -244,6 +244,7 @@ def test_no_operation_waits_for_the_device_and_none_is_done_per_image():
     assert counts[0] == counts[1]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_nothing_waits_and_draws_follow_the_generator():
     augment = BatchAugment(MEAN, STD, cutout=4)
