@@ -57,19 +57,25 @@ class GradientModule(Classifier):
             losses: filled with the loss of each image, 1-dim for each micro-batch.
         """
         count = sum(len(labels) for (_, labels), _ in micro_batches)
-        sums = torch.zeros(2, device=self.device)
+        sums: Tensor | None = None
         for i, ((images, labels), seed) in enumerate(micro_batches):
             # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
             self._seed_masks(seed, second_pass)
             logits = self(images)
             loss = self.criterion(logits, labels)
             with self._communication(sync and i + 1 == len(micro_batches)):
-                self.manual_backward(loss * (len(labels) / (total or count)))
+                share = len(labels) / (total or count)
+                self.manual_backward(loss if share == 1 else loss * share)
             with torch.no_grad():
                 if losses is not None:
                     losses.append(self._losses(logits, labels))
                 accuracy = (logits.argmax(1) == labels).float().mean()
-                sums.add_(torch.stack([loss.float(), accuracy]), alpha=len(labels) / count)
+                both = torch.stack([loss.float(), accuracy])
+                if sums is None:
+                    sums = both if len(labels) == count else both * (len(labels) / count)
+                else:
+                    sums.add_(both, alpha=len(labels) / count)
+        assert sums is not None
         return sums
 
     @torch.no_grad()
@@ -114,9 +120,10 @@ class GradientModule(Classifier):
     @contextlib.contextmanager
     def _communication(self, sync: bool) -> Iterator[None]:
         """Run a backward pass outside autocast, averaging its gradient over devices or not."""
-        # Lightning runs training_step inside autocast, where torch advises against backward.
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            # Lightning runs training_step inside autocast, where torch advises against backward.
+            if torch.is_autocast_enabled(self.device.type):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if not sync and hasattr(self.trainer.strategy, "block_backward_sync"):
                 stack.enter_context(self.trainer.strategy.block_backward_sync())
             yield

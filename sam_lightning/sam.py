@@ -179,25 +179,32 @@ class SAM(Optimizer):
         known, saved = self._saved or ([], [])
         ids = {id(w) for w in known}
         new = [w for w in weights if id(w) not in ids] if ids else weights
-        copies = [self._room(w) for w in new]
+        copies = self._rooms_for(new)
         if new:
             torch._foreach_copy_(copies, new)
         self._saved = [*known, *new], [*saved, *copies]
 
-    def _room(self, w: Tensor) -> Tensor:
-        """Memory for a copy of w: on a CPU that of the last step, for new pages have to be zeroed.
+    def _rooms_for(self, weights: list[Tensor]) -> list[Tensor]:
+        """Memory for copies: on a CPU that of the last step, for new pages have to be zeroed.
 
         CUDA's allocator keeps what is given back, for whoever needs it next.
         """
+        rooms = []
+        for w in weights:
+            room = self._rooms.get(id(w))
+            # The model may have been moved or converted since, or the id be another weight's now.
+            if room is None or room.dtype is not w.dtype or room.shape != w.shape or not w.is_cpu:
+                room = self._new_room(w)
+            rooms.append(room)
+        return rooms
+
+    def _new_room(self, w: Tensor) -> Tensor:
         if not w.is_cpu:
             self._rooms.pop(id(w), None)  # of before it was moved there
             return torch.empty_like(w)
-        room = self._rooms.get(id(w))
-        # The model may have been converted since, or the id be that of another weight now.
-        if room is None or room.dtype is not w.dtype or room.shape != w.shape:
-            with torch.inference_mode(False):  # memory made in that mode is for that mode only
-                room = self._rooms[id(w)] = torch.empty_like(w)
-        return room
+        with torch.inference_mode(False):  # memory made in that mode is for that mode only
+            self._rooms[id(w)] = torch.empty_like(w)
+        return self._rooms[id(w)]
 
     def _ascent_inputs(
         self, inv_scale: Tensor | None
@@ -283,7 +290,12 @@ class SAM(Optimizer):
         """Clear the gradients, and at w forget those that a step left behind."""
         if self._saved is None:
             self._at_w = None
-        super().zero_grad(set_to_none)
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:  # in half the time that Optimizer.zero_grad takes
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def perturbation_norm(self) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
 # What torch's fused kernels move right. Those of a CPU leave half precision as it is in torch
 # 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
@@ -93,7 +92,7 @@ def move(
     """
     if len(direction) != len(weights):
         raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")
-    found_inf = (~norm.isfinite()).to(torch.float32)
+    found_inf = (norm * 0 != 0).float()  # inf * 0 is NaN, and NaN is not 0
     inv_norm = 1 / (norm + 1e-12)
     whole = [slice(0, len(weights))]
     for part in whole if isinstance(direction, list) else parts(weights):
@@ -116,7 +115,9 @@ def _move(
     for (device, dtype, rho), (ws, ds) in alike.items():
         step_size = (inv_norm * rho).to(device)
         if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
-            _ascend(ws, ds, step_size.float() if device.type == "cuda" else step_size, found_inf)
+            # CUDA's kernel reads a float32.
+            step_size = step_size.float() if device.type == "cuda" else step_size
+            _ascend(ws, ds, step_size, found_inf.to(device))
         else:
             moved = found_inf.to(device) == 0
             for w, d in zip(ws, ds, strict=True):
@@ -127,18 +128,19 @@ def _move(
 def _ascend(
     weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
 ) -> None:
-    sgd(
+    # What torch.optim.SGD calls, after it has sorted its tensors, which are sorted here already.
+    torch._fused_sgd_(
         weights,
         direction,
-        [None] * len(weights),
-        fused=True,
-        found_inf=found_inf,
+        [],
         lr=step_size,
+        found_inf=found_inf,
         maximize=True,
         weight_decay=0.0,
         momentum=0.0,
         dampening=0.0,
         nesterov=False,
+        is_first_step=False,
     )
     # torch's fused kernels leave this out, and autograd would not notice that a graph of before
     # the move is used after it.
