@@ -32,7 +32,7 @@ classes, a JSON list, are the entry "classes" of ONNX's metadata and of the extr
 Nothing is written if the logits of random images are not those of the checkpoint.
 
   ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
-  format         onnx, or pt2 (torch.export)
+  format         onnx (torch 2.7 or newer), or pt2 (torch.export)
   normalize      true: takes pixels in 0..1; false: pixels from which mean and std have been taken
   batch          dynamic, or the number N of images
   image_size     side of the images in pixels; null: that of the run
@@ -131,6 +131,8 @@ def _save_onnx(
 ) -> None:
     import torch
 
+    if torch.__version__ < "2.7":
+        raise ConfigError(f"format=onnx: needs torch 2.7, here is {torch.__version__}; use pt2")
     images, dynamic = _trace_arguments(shape, batch)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(
