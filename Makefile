@@ -18,7 +18,7 @@ test-slow: $(DEV) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(DEV) ## the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu -n 4
+	$(BIN)/python -m pytest -m gpu -n 4 --dist load
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) rho=0,0.05,0.1,0.2,0.5 \

@@ -1,7 +1,6 @@
 """What Lightning's ``validate`` costs above a bare evaluation loop."""
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,15 +19,17 @@ from sam_lightning.data.datamodule import ImageDataModule
 class Stopwatch(L.Callback):
     """Seconds of the last validation epoch, metrics and log included."""
 
-    seconds = 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.seconds = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start."""
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop."""
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = self.clock() - self.started
 
 
 def measure(quick: bool, device: torch.device) -> list[Measurement]:
@@ -59,7 +60,7 @@ def lightning_validation(
     data: ImageDataModule, folder: Path, device: torch.device
 ) -> Callable[[], float]:
     """Each call validates once; the time is that of the epoch."""
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(clock_of(device))
     trainer = L.Trainer(
         accelerator=device.type,
         devices=1,

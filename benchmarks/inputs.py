@@ -39,7 +39,7 @@ class PILImages(Dataset[tuple[Any, int]]):
 
 
 def measure(quick: bool, device: torch.device) -> list[Measurement]:
-    """Crop and flip; the same with Cutout; the same with TrivialAugment."""
+    """Crop and flip; on a CPU also with Cutout, and with TrivialAugment."""
     images, rounds = (1_000, 2) if quick else (10_000, 5)
     quieten()
     if device.type == "cuda":

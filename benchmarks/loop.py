@@ -48,8 +48,8 @@ CHEAPER: dict[str, dict[str, Any]] = {
 class TakeTurns(L.Callback):
     """After so many batches of the fit the bare loop does as many, so both see the same machine.
 
-    What ``fit`` does from one call to the next is its time for a batch: fetching, augmentation,
-    both passes, the hooks, and what is logged of the batch before.
+    What ``fit`` does from one turn to the next is its time for the batches of a turn: fetching,
+    augmentation, both passes, the hooks, and what is logged of the batch before.
     """
 
     def __init__(self, bare: Iterator[None], batches: int, clock: Callable[[], float]) -> None:
@@ -62,9 +62,15 @@ class TakeTurns(L.Callback):
         """Start the clock."""
         self.resumed = self.clock()
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """After the last batch of a turn note the time, and give the bare loop its turn."""
-        batch_idx: int = args[-1]
         if (batch_idx + 1) % self.batches:
             return
         paused = self.clock()
@@ -103,7 +109,8 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
     rounds, turns = (1, 1) if quick else (3, 2) if on_gpu else (12, 8)  # turns of a round
     quieten()
     results = []
-    for setting in [Setting(device), Setting(device, bf16=True)] if on_gpu else [Setting(device)]:
+    settings = [Setting(device), Setting(device, bf16=True)] if on_gpu else [Setting(device)]
+    for setting in settings:
         # An update of SGD takes half the time, so the same seconds weigh twice as much.
         for method, options, more in (("SAM", {"rho": RHO}, 1), ("SGD", {"rho": 0.0}, 2)):
             fit, bare = by_round(setting, options, options["rho"], rounds * more, turns)
@@ -112,6 +119,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
             if on_gpu:
                 speeds = [turns * setting.batches * BATCH_SIZE / seconds for seconds in fit]
                 results.append(summary("loop", f"fit, {method}, {setting}", speeds, "images/s"))
+    setting = settings[-1]
     for name, changes in CHEAPER.items():
         fit, bare = by_round(setting, changes, 0.0, 1 if on_gpu else max(1, rounds // 6), turns)
         results.append(ratio("loop", f"fit with {name} / bare loop of SGD, {setting}", fit, bare))

@@ -1,8 +1,9 @@
 """The bytes that SAM needs above SGD, in multiples of the bytes of the weights.
 
 On a CPU counted from torch's own report of every allocation (``torch.profiler`` with
-``profile_memory``), so temporaries inside an operator count as well; on CUDA by its allocator. The
-counts do not vary: one round tells all.
+``profile_memory``), so temporaries inside an operator count as well; on CUDA by its allocator,
+whose blocks may be up to 1 MB larger than what was asked for. The counts do not vary: one round
+tells all.
 """
 
 import gc

@@ -46,7 +46,7 @@ def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
     seconds in the optimizer differ. The second is free of the noise of the passes, which is many
     times as large as what perturbing and restoring take.
     """
-    steps = steps_by_name(width, batch_size)
+    steps = steps_by_name(width, batch_size, torch.device("cpu"), bf16=False)
     seconds = interleave(steps, rounds)
     of = f"ResNet-18 width {width}, batch {batch_size}"
     results = []
@@ -84,10 +84,7 @@ def steps_on_gpu(
 
 
 def steps_by_name(
-    width: int,
-    batch_size: int,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
-    bf16: bool = False,
+    width: int, batch_size: int, device: torch.device, bf16: bool
 ) -> dict[str, "Step"]:
     """The base's two passes, and the steps of every implementation of SAM and ASAM."""
     torch.manual_seed(0)

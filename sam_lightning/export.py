@@ -81,9 +81,14 @@ def export(
         the largest difference between logits of the file and of ``trained``.
 
     Raises:
-        ConfigError: the size of images is not known, or the file cannot be written.
+        ConfigError: the size of images is not known, the file cannot be written, or torch is too
+            old for its format.
         TrainingError: the logits differ; nothing is written.
     """
+    import torch
+
+    if out.suffix == ".onnx" and torch.__version__ < "2.7":
+        raise ConfigError(f"format=onnx: needs torch 2.7, here is {torch.__version__}; use pt2")
     size = image_size or trained.image_size
     if size is None:
         raise ConfigError("image_size=null: the checkpoint does not say it; give image_size=32")
@@ -111,7 +116,7 @@ def _portable(trained: Trained, normalize: bool) -> nn.Module:
         return model
     # (pixel - mean) / std per channel is what BatchNorm does with given statistics. Its eps is lost
     # in rounding; torch.export of some versions refuses 0.
-    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30)
+    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30, affine=False)
     normalization.running_mean = torch.tensor(trained.mean)
     normalization.running_var = torch.tensor(trained.std).square()
     return torch.nn.Sequential(normalization, model).eval()
@@ -131,8 +136,6 @@ def _save_onnx(
 ) -> None:
     import torch
 
-    if torch.__version__ < "2.7":
-        raise ConfigError(f"format=onnx: needs torch 2.7, here is {torch.__version__}; use pt2")
     images, dynamic = _trace_arguments(shape, batch)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(

@@ -25,7 +25,8 @@ class UpdateSums:
     def __init__(self) -> None:
         self.window = torch.zeros(SUMS)
         self.skipped = torch.zeros(3)
-        self._row_of_gradient: tuple[Tensor, Tensor]  # its norm, and 1 if that is finite
+        # Of the update under way: its gradient's norm, and 1 if that is finite, each 1-dim of 1.
+        self._gradient: tuple[Tensor, Tensor] | None = None
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
@@ -45,7 +46,8 @@ class UpdateSums:
         """
         counts = self._counts[climbs]
         rise = (second - first)[:1] if climbs else counts[1:2]
-        norm, finite = self._row_of_gradient
+        assert self._gradient is not None
+        (norm, finite), self._gradient = self._gradient, None
         self.window.add_(torch.cat([first, rise, norm, counts, finite]))
 
     def add_geometry(self, norm: Tensor, similarity: Tensor) -> None:
@@ -56,7 +58,7 @@ class UpdateSums:
         """Add the norm of the gradient to step with; return 1 if it is not finite, else 0."""
         not_finite = norm * 0 != 0  # inf * 0 is NaN, and NaN is not 0
         skip = not_finite.float()
-        self._row_of_gradient = torch.where(not_finite, 0, norm).view(1), (1 - skip).view(1)
+        self._gradient = torch.where(not_finite, 0, norm).view(1), (1 - skip).view(1)
         in_all, in_a_row, longest = self.skipped.unbind()
         in_all.add_(skip)
         in_a_row.add_(1).mul_(skip)

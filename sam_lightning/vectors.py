@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# What torch's fused kernels move right. Those of a CPU leave half precision as it is in torch
+# What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
 # 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
 FUSED = {
     "cpu": (torch.float32, torch.float64),
@@ -66,7 +66,7 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Parts of few tensors, so that what is made of one takes little memory; none is divided.
+    """Parts of few tensors, so that what is made of one takes little memory; no tensor is divided.
 
     On a CPU they have 2^18 elements or more, so that it may stay in the cache; elsewhere 2^22, for
     every part has kernels of its own to start.
@@ -115,7 +115,6 @@ def _move(
     for (device, dtype, rho), (ws, ds) in alike.items():
         step_size = (inv_norm * rho).to(device)
         if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
-            # CUDA's kernel reads a float32.
             step_size = step_size.float() if device.type == "cuda" else step_size
             _ascend(ws, ds, step_size, found_inf.to(device))
         else:

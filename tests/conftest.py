@@ -1,4 +1,4 @@
-"""The machine as the tests see it: one thread a process, and no GPU unless it is about those."""
+"""The machine as the tests see it: one thread a process, and no GPU but with ``-m gpu``."""
 
 import os
 
@@ -10,6 +10,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, so that ``trainer=auto`` is the same on every machine."""
+    """Hide CUDA's GPUs, so that ``trainer=auto`` is the same with and without them."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

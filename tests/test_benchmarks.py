@@ -119,10 +119,17 @@ def test_plain_loop_moves_by_rho():
     assert (model.weight - before).norm().item() == pytest.approx(0.05, rel=1e-4)
 
 
-def test_unknown_part_is_refused():
-    done = benchmarks("stepp")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepp"], "stepp: no such part; there are step, loop"),
+        (["--device", "cuda"], "--device cuda: there is no CUDA GPU here"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    done = benchmarks(*arguments)
     assert done.returncode == 2
-    assert "stepp: no such part; there are step, loop" in done.stderr
+    assert message in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,8 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     batch has given them their shape; means, variances and ``num_batches_tracked`` all stay. A
     layer in evaluation mode is left alone, for it normalises by its running statistics.
     """
-    # By vars(): a module takes its time to say that it does not have an attribute.
     layers: list[Any] = [
-        m for m in model.modules() if m.training and vars(m).get("track_running_stats")
+        m for m in model.modules() if m.training and getattr(m, "track_running_stats", False)
     ]
     # InstanceNorm updates what buffers it has, whatever its flag says, so they are put aside.
     put_aside = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm)]
