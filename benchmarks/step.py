@@ -62,7 +62,7 @@ def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
 def steps_on_gpu(
     width: int, batch_size: int, rounds: int, device: torch.device, bf16: bool
 ) -> list[Measurement]:
-    """The same ratios of whole steps, many of them as one, for the host runs ahead of the GPU."""
+    """The same ratios of whole steps, several as one, for the host runs ahead of the GPU."""
     steps = {
         name: repeated(step)
         for name, step in steps_by_name(width, batch_size, device, bf16).items()

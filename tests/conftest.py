@@ -13,3 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide CUDA's GPUs, so that ``trainer=auto`` is the same with and without them."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a GPU where there is none."""
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

@@ -245,7 +245,6 @@ def test_no_operation_waits_for_the_device_and_none_is_done_per_image():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_nothing_waits_and_draws_follow_the_generator():
     augment = BatchAugment(MEAN, STD, cutout=4)
     images = random_images(8, 3, 12, 12).cuda()

@@ -544,7 +544,6 @@ def test_a_device_that_is_not_there_or_not_the_trainers_is_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("policy", [None, "trivialaugment"])
 def test_batches_from_the_gpu_are_those_from_the_host(policy):
     options = {"val_size": 24, "policy": policy, "crop_padding": 0, "flip": False}

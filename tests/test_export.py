@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from sam_lightning import export as exporting
 from sam_lightning.checkpoint import read
@@ -82,6 +83,13 @@ def test_images_of_another_size_than_those_of_the_run(run, tmp_path, normalize):
     normalised = (pixels - model.mean[0]) / model.std[0]
     found = module(pixels if normalize else normalised)
     torch.testing.assert_close(found, model(normalised), rtol=1e-4, atol=1e-4)
+
+
+def test_an_old_torch_is_said_before_anything_is_written(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    with pytest.raises(ConfigError, match=r"format=onnx: needs torch 2\.7, here is 2\.6\.0"):
+        main([f"ckpt_path={photos}", "format=onnx", f"out={tmp_path / 'a.onnx'}"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="ONNX needs torch 2.7")

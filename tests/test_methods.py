@@ -6,7 +6,7 @@ import math
 import pytest
 import pytorch_optimizer
 import torch
-from family import FAMILY, PlainLoop, options_of
+from family import CHANGED, FAMILY, PlainLoop, options_of
 from pytorch_optimizer.lr_scheduler import ProportionScheduler
 from torch import nn
 
@@ -35,12 +35,6 @@ from steps import (
 )
 
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
-# rho 0.2 is far for a sign, and ESAM's draws are left out by beta = 1
-CHANGED = {
-    "linf": {"rho": 0.002},
-    "esam": {"perturbation": RandomSubsetAscent(beta=1.0)},
-    "three_steps": {"ascent_steps": 3},
-}
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.3)])

@@ -89,7 +89,7 @@ def test_interval_of_a_mean():
     u = 2 * 0.975 - 1
     quantile = u * math.sqrt(2 / (1 - u**2))
     assert (found.n, found.mean, found.sd) == (3, 2, 1)
-    assert found.half == pytest.approx(quantile / math.sqrt(3), rel=1e-9)
+    assert found.half == pytest.approx(quantile / math.sqrt(3), rel=1e-12)
 
     values = np.random.default_rng(0).normal(0.9, 0.02, 7)
     found = estimate(list(values))
