@@ -17,7 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what needs a GPU where there is none."""
-    import torch
+    if item.get_closest_marker("gpu"):
+        import torch
 
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
