@@ -21,7 +21,6 @@ from sam_lightning.data.augment import draw_seed
 from sam_lightning.errors import ConfigError, TrainingError
 from sam_lightning.gradients import GradientModule, MicroBatch
 from sam_lightning.methods.sam_on import normalization_parameters
-from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import Descent, Perturbation
 from sam_lightning.sam import SAM
 from sam_lightning.update_log import LogUpdates, UpdateSums, cosine
@@ -35,7 +34,7 @@ class ManualSAM(SAM):
     take it for one that evaluates the loss.
     """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
         """Call the closure once, then step the base optimizer with the present gradients.
 
         ``combine()`` was called before, for it takes gradients that are not yet unscaled, clipped
@@ -302,7 +301,7 @@ class SAMModule(GradientModule):
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
         scale: dict[str, Any] = {"inv_scale": self.inv_scale(), "length": self._length()}
         self._seed_perturbation(0)
-        with self.sam.perturbed(**scale), frozen_running_stats(self.model):
+        with self.sam.perturbed(self.model, **scale):
             for further in range(1, self.ascent_steps):
                 self._ascent_gradient(micro_batches, second_pass=True)
                 self._seed_perturbation(further)

@@ -2,25 +2,37 @@
 
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
 
-    loss_fn(model(x), y).backward()         # g  = grad L(w)
-    with optimizer.perturbed():             # w <- w + rho * g / ||g||, gradients cleared
-        loss_fn(model(x), y).backward()     # g' = grad L(w + e)
-    optimizer.step()                        # w is back, bit for bit; the base optimizer uses g'
+    for x, y in batches:
+        loss_fn(model(x), y).backward()         # g  = grad L(w)
+        with optimizer.perturbed(model):        # w <- w + rho * g / ||g||, gradients cleared
+            loss_fn(model(x), y).backward()     # g' = grad L(w + e), running statistics kept
+        optimizer.step()                        # w is back, bit for bit; the base steps with g'
+        optimizer.zero_grad()
 
-This file needs nothing but torch, ``perturbations.py`` and ``vectors.py``, and can be used without
-Lightning.
+The same in two other forms, the second with a closure that computes the loss and its gradient:
+
+    optimizer.first_step(zero_grad=True)        # after the first backward pass
+    with frozen_running_stats(model):
+        loss_fn(model(x), y).backward()
+    optimizer.second_step(zero_grad=True)
+
+    optimizer.step(closure, model)              # runs both passes
+
+This file needs nothing but torch, ``perturbations.py``, ``vectors.py`` and
+``models/running_stats.py``, and can be used without Lightning.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import (
     AdaptiveAscent,
     Descent,
@@ -252,16 +264,30 @@ class SAM(Optimizer):
 
     @contextmanager
     def perturbed(
-        self, *, zero_grad: bool = True, inv_scale: Tensor | None = None, length: float = 1.0
+        self,
+        model: nn.Module | None = None,
+        *,
+        zero_grad: bool = True,
+        inv_scale: Tensor | None = None,
+        length: float = 1.0,
     ) -> Iterator[None]:
         """Hold the weights at w + e; they are restored however the block ends.
 
-        The gradients are cleared on entry, for those of the two passes must not add up;
-        ``zero_grad=False`` keeps them. ``inv_scale`` and ``length`` are those of ``perturb()``.
+        Args:
+            model: its running statistics (BatchNorm) are frozen in the block, because the first
+                pass has updated them. Leave it out only for a model that has none. A perturbation
+                along the momentum has no other pass than this one, and freezes nothing.
+            zero_grad: clear the gradients on entry, so that the two passes do not add up.
+            inv_scale, length: as for ``perturb()``.
         """
+        if model is None or self.along_momentum:
+            statistics: AbstractContextManager[None] = nullcontext()
+        else:
+            statistics = frozen_running_stats(model)
         try:
             self.perturb(zero_grad=zero_grad, inv_scale=inv_scale, length=length)
-            yield
+            with statistics:
+                yield
         except BaseException:
             self._at_w = None
             raise
@@ -316,13 +342,14 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
         """Step the base optimizer with the present gradients, or do a whole SAM step.
 
         Args:
             closure: computes the loss and its gradient, and returns the loss. It is called twice,
                 at w and at w + e (once if every rho is 0, or if the perturbation is along the
                 momentum), each time with cleared gradients.
+            model: what the closure calls; as for ``perturbed()``.
 
         Returns:
             the loss of the first call, or None without a closure.
@@ -335,7 +362,7 @@ class SAM(Optimizer):
                 if not self.along_momentum:
                     loss = closure()
                 if self.climbs or self.along_momentum:
-                    with self.perturbed():
+                    with self.perturbed(model):
                         loss_there = closure()
                     loss = loss_there if self.along_momentum else loss
         self.restore()

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from torch import nn
 
+import sam_lightning.sam
 from inject import forked
-from reference import batches, mlp
+from reference import assert_close, batches, convnet, state
 from runs import summary
 from sam_lightning import SAM
 from sam_lightning.arguments import parse
@@ -302,20 +304,45 @@ def test_settings_in_running_text_exist(page):
                 check_values(OmegaConf.from_dotlist([f"{key}={one}"]), RULES)
 
 
-def test_the_optimizer_alone():
+def test_the_loop_of_the_readme():
     (code,) = (code for code in blocks(PAGES["README.md"], "python") if " SAM(" in code)
-    ours, theirs = mlp(), mlp()
-    (x, y), *_ = batches([8], torch.float32)
-    loss_fn = nn.CrossEntropyLoss()
-    exec(code, {"torch": torch, "model": ours, "x": x, "y": y, "loss_fn": loss_fn})
-    w = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    loss_fn(theirs(x), y).backward()
-    norm = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p += 0.05 * p.grad / norm
-    theirs.zero_grad()
-    loss_fn(theirs(x), y).backward()
-    for name, p in ours.named_parameters():
-        expected = w[name] - 0.1 * theirs.get_parameter(name).grad
-        torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)
+    loop_is_right(code)
+
+
+def test_the_loops_of_the_optimizers_docstring():
+    first, others = sam_lightning.sam.__doc__.split("The same in two other forms")
+    loop = textwrap.dedent(first[first.index("    optimizer = SAM") :])
+    loop_is_right(loop)
+    in_two, with_closure = others.split("\n\n")[1:3]  # both as far in as the body of the loop
+    start, _, second_pass = loop.partition("    with optimizer")
+    assert second_pass
+    loop_is_right(f"from sam_lightning import frozen_running_stats\n{start}{in_two}")
+    head, _, _ = start.partition("    loss_fn(")
+    closure = "    def closure():\n        loss = loss_fn(model(x), y)\n        loss.backward()\n"
+    loop_is_right(f"{head}{closure}        return loss\n{with_closure}")
+
+
+def loop_is_right(code):
+    """Weights and running statistics of three batches are those of SAM's formulas."""
+    data = batches([8, 6, 7])
+    ours, theirs = convnet(), convnet()
+    names = {"torch": torch, "SAM": SAM, "loss_fn": nn.CrossEntropyLoss()}
+    exec(code, {**names, "model": ours, "batches": data})
+    momentum = {}
+    for x, y in data:
+        w = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+        grads = torch.autograd.grad(names["loss_fn"](theirs(x), y), list(theirs.parameters()))
+        statistics = {name: b.clone() for name, b in theirs.named_buffers()}
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(theirs.parameters(), grads, strict=True):
+                p += 0.05 * g / norm
+        grads = torch.autograd.grad(names["loss_fn"](theirs(x), y), list(theirs.parameters()))
+        with torch.no_grad():
+            for (name, p), g in zip(theirs.named_parameters(), grads, strict=True):
+                momentum[name] = 0.9 * momentum.get(name, 0) + g
+                p.copy_(w[name] - 0.1 * momentum[name])
+            for name, b in theirs.named_buffers():
+                b.copy_(statistics[name])
+    assert_close(state(ours), state(theirs), atol=1e-10, rtol=0)
+    assert ours.bn1.num_batches_tracked == len(data)

@@ -155,6 +155,15 @@ def test_momentum_sam_uses_the_first_moment_of_adam():
     assert_equal(weights_of(model), before)
 
 
+def test_the_only_pass_of_momentum_sam_updates_running_statistics():
+    model, (batch, *_) = convnet(), image_batches([8])
+    options = {"lr": 0.1, "momentum": 0.9, "perturbation": MomentumAscent()}
+    sam = SAM(model.parameters(), torch.optim.SGD, 0.3, **options)
+    for updates in (1, 2):
+        sam.step(closure_of(model, sam, batch), model)
+        assert model.bn1.num_batches_tracked == updates
+
+
 # ------------------------------------------------------------------------------ what must hold
 
 
