@@ -6,7 +6,7 @@ DEV := $(VENV)/.dev
 TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
 
-.PHONY: quickstart test test-slow test-gpu figures bench lint format clean
+.PHONY: quickstart test test-slow test-gpu figures bench cpu-map lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -32,6 +32,9 @@ figures: $(BASE) ## the first result and every picture in images/: 15 minutes on
 
 bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores
 	$(BIN)/python -m benchmarks
+
+cpu-map: $(DEV) ## where oneDNN's gradients are wrong on this CPU: five minutes
+	$(BIN)/python -m benchmarks.onednn
 
 lint: $(DEV)
 	$(BIN)/ruff check .

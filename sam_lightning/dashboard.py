@@ -273,7 +273,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
         figure = Figure(figsize=(side + 0.6, side), dpi=120, layout="constrained")
         axes = figure.subplots()
         # By their roots, for in a good model the errors are a few percent here and there.
-        shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        shown = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         if number <= 100:
             size = 9 if number <= 20 else 5
             names = [_short(name) for name in classes]
@@ -302,7 +302,9 @@ def draw_images(pixels: Tensor, titles: Sequence[str]) -> "Figure":
     with plots.style():
         figure = Figure(figsize=(7, 7 / 5.8 * (rows * step + 0.1)), dpi=120)
         axes = figure.add_axes((0, 0, 1, 1))
-        for i, (image, title) in enumerate(zip(pixels.permute(0, 2, 3, 1), titles, strict=True)):
+        for i, (image, title) in enumerate(
+            zip(pixels.permute(0, 2, 3, 1).numpy(), titles, strict=True)
+        ):
             left, bottom = i % 5 * 1.15, (i // 5 + 1) * step
             colours: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255}
             axes.imshow(image, extent=(left, left + 1, bottom, bottom - ratio), **colours)

@@ -18,6 +18,7 @@ from sam_lightning.configuration import check_targets, one_line
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
+from sam_lightning.models.onednn import subsample_first
 
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
@@ -61,6 +62,7 @@ class Trained(nn.Module):
         self.normalize = BatchAugment(self.mean, self.std).normalize
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             self.model: nn.Module = build(_stored(config, "model"), "model")
+        subsample_first(self.model)
         self._load_weights(checkpoint["state_dict"])
         self.eval()
 

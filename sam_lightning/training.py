@@ -188,6 +188,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*`srun` command is available.*",  # a login node; the launchers are told apart by us
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",

@@ -60,8 +60,8 @@ def between_passes(number, name):
     original, calls = sam.SAM.perturbed, [0]
 
     @contextmanager
-    def perturbed(self, **kwargs):
-        with original(self, **kwargs):
+    def perturbed(self, *args, **kwargs):
+        with original(self, *args, **kwargs):
             calls[0] += 1
             if calls[0] == number:
                 happen(name)

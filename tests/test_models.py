@@ -304,6 +304,28 @@ def test_gradients_reach_every_parameter(name):
         assert parameter.grad.abs().sum() > 0, key
 
 
+def relative_error(ours, exact):
+    return ((ours - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("layout", "of_layer", "of_gradients"),
+    [(torch.contiguous_format, 1e-6, 0.01), (torch.channels_last, 1e-4, 0.1)],
+)
+def test_how_coarse_the_rounding_in_channels_last_is(layout, of_layer, of_gradients):
+    torch.manual_seed(0)
+    x = images(128, 4, 32, 32)
+    normalised = nn.BatchNorm2d(4)(x.to(memory_format=layout))
+    assert relative_error(normalised, nn.BatchNorm2d(4).double()(x.double())) < of_layer
+    model, x, labels = SAMResNet18(width=4), images(128, 3, 32, 32), torch.arange(128) % 10
+    exact = copy.deepcopy(model).double()
+    F.cross_entropy(exact(x.double()), labels).backward()
+    model.to(memory_format=layout)
+    F.cross_entropy(model(x.to(memory_format=layout)), labels).backward()
+    for ours, expected in zip(model.parameters(), exact.parameters(), strict=True):
+        assert relative_error(ours.grad, expected.grad) < of_gradients
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_channels_last_changes_nothing(name):
     model = build(SMALL[name]).double()

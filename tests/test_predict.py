@@ -116,7 +116,11 @@ def test_a_damaged_image_is_named_and_does_not_lose_the_others(photos, mixed, ca
     names = [Path(row["file"]).name for row in rows]
     assert names == ["a.png", "b.png", "c.jpg", "d.png", "e.JPEG"]
     assert rows[0]["predictions"][0]["class"] == "yellow"
-    assert rows[0]["predictions"] == rows[3]["predictions"]
+    # The same image; the rounding of its logits may depend on its place in the batch.
+    one, other = (
+        {found["class"]: found["probability"] for found in rows[i]["predictions"]} for i in (0, 3)
+    )
+    assert one == pytest.approx(other, rel=1e-3)
     errors = [row for row in rows if "error" in row]
     assert [Path(row["file"]).name for row in errors] == ["b.png", "c.jpg", "e.JPEG"]
     lines = [f"error: {row['file']}: {row['error']}" for row in errors]

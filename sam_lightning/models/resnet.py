@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from sam_lightning.errors import ConfigError
+from sam_lightning.models.onednn import subsample_first
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -123,6 +124,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(8 * width * out, num_classes)
         self._init_weights(zero_init_residual)
+        subsample_first(self)
 
     def _stage(self, blocks: int, in_channels: int, planes: int, stride: int) -> nn.Sequential:
         first = self.block(in_channels, planes, stride)

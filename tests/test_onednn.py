@@ -1,0 +1,143 @@
+"""Narrow 1x1 convolutions with a stride: away from oneDNN's broken kernel, and the same results."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from inject import forked
+from runs import column
+from sam_lightning.command import CONF
+from sam_lightning.models import SAMResNet18
+from sam_lightning.models.onednn import MIN_CHANNELS, subsample_first
+from sam_lightning.targets import TRUST
+
+ROOT = CONF.parent
+
+
+BROKEN = ("AVX2", "layer")
+
+
+def measured(*arguments):
+    """The last column of the map that a process of its own draws, for each row."""
+    command = [sys.executable, "-m", "benchmarks.onednn", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line.split(" | ")[-1].removesuffix(" |") for line in done.stdout.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("isa", ["SSE41", "AVX", "AVX2", "AVX512_CORE"])
+def test_our_models_are_right_with_every_instruction_set(isa):
+    found = measured("--isa", isa, "--case", "model", "--widths", 1, MIN_CHANNELS - 1)
+    assert {*found} <= {"none", "not on this CPU"}
+    assert isa == "AVX512_CORE" or found == ["none", "none"]  # with 1 and with 2 threads
+
+
+def test_what_is_not_changed_is_right():
+    """The boundaries: the number of channels, and the instruction set."""
+    wide = measured("--isa", "AVX2", "--case", "layer", "--widths", MIN_CHANNELS, 17)
+    assert wide == ["none", "none"]
+    assert measured("--isa", "AVX", "--case", "layer", "--widths", MIN_CHANNELS - 1) == ["none"] * 2
+
+
+def test_the_map_in_the_documentation_has_the_boundary_of_the_code():
+    page = (ROOT / "docs" / "semantics.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([12]) \| (layer|model) \| (.*) \|$", page, re.M)
+    assert len(rows) == 4 * 2 * 2
+    for isa, _, case, wrong in rows:
+        widths = [int(width) for width in re.findall(r"\b\d+\b", wrong.partition("(")[0])]
+        # Within the boundary a gradient may come out right by chance.
+        assert max(widths, default=0) == (MIN_CHANNELS - 1 if (isa, case) == BROKEN else 0)
+
+
+CHANGED = {
+    "conv": lambda: nn.Conv2d(4, 6, 1, stride=2),
+    "without bias": lambda: nn.Conv2d(7, 3, 1, stride=(1, 3), bias=False),
+    "valid": lambda: nn.Conv2d(1, 6, 1, stride=2, padding="valid"),
+    "one stride": lambda: nn.Conv2d(6, 6, 1, stride=(2, 1)),
+    "reparametrised": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1, 2)),
+}
+KEPT = {
+    "wide": lambda: nn.Conv2d(8, 6, 1, stride=2),
+    "no stride": lambda: nn.Conv2d(4, 6, 1),
+    "larger kernel": lambda: nn.Conv2d(4, 6, (1, 3), stride=2),
+    "groups": lambda: nn.Conv2d(6, 6, 1, stride=2, groups=3),
+    "padded": lambda: nn.Conv2d(4, 6, 1, stride=2, padding=1),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 1, stride=2),
+}
+
+
+@pytest.mark.parametrize("make", [*CHANGED.values(), *KEPT.values()], ids=[*CHANGED, *KEPT])
+@pytest.mark.parametrize("side", [8, 7])
+def test_a_changed_layer_computes_the_same(make, side):
+    model = nn.Sequential(nn.Sequential(make().double()))
+    other = copy.deepcopy(model)
+    assert subsample_first(model) == (["0.0"] if make in CHANGED.values() else [])
+    assert subsample_first(model) == []
+    images = torch.randn(3, other[0][0].in_channels, side, side + 2, dtype=torch.float64)
+    copied = copy.deepcopy(model)  # hooks go along
+    assert copied.state_dict().keys() == other.state_dict().keys()
+    images.requires_grad_()
+    expected, logits = other(images), copied(images)
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
+    ours, theirs = (
+        torch.autograd.grad(out.square().sum(), [images, *m.parameters()])
+        for out, m in ((logits, copied), (expected, other))
+    )
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-11, rtol=0)
+
+
+def test_our_models_need_no_change():
+    assert subsample_first(SAMResNet18(width=1)) == []
+
+
+USERS_MODEL = """
+from torch import nn
+
+class Narrow(nn.Sequential):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(
+            nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 16, 1, stride=2), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels_last", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_a_model_of_the_user_trains_and_is_analysed(tmp_path, monkeypatch, layout):
+    """It has a broken layer; compiling arranges images in channels_last by itself."""
+    (tmp_path / "mine.py").write_text(USERS_MODEL)
+    conf = tmp_path / "conf" / "model"
+    conf.mkdir(parents=True)
+    (conf / "narrow.yaml").write_text("_target_: mine.Narrow\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    environment = {TRUST: "mine"}
+    options = ["--config-dir=conf", "model=narrow", "data=digits", "trainer=cpu", "epochs=1"]
+    options += ["data.subset=256", "trainer.log_every_n_steps=1", "test=false"]
+    options += ["compile=true"] if layout == "compile" else [f"memory_format={layout}"]
+    losses = []
+    for isa in ("AVX", "AVX2"):  # the second has the broken kernel
+        environment["ONEDNN_MAX_CPU_ISA"] = isa
+        done = forked(tmp_path, *options, f"hydra.run.dir={isa}", **environment)
+        assert done.returncode == 0, done.stderr
+        assert "3: drops pixels before and not in its convolution" in done.stdout
+        losses.append(column(tmp_path / isa, "train/loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    command = [sys.executable, "-m", "sam_lightning.sharpness", "ckpt_path=AVX2", "images=50"]
+    done = subprocess.run(
+        [*command, "top_k=1"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
