@@ -1,30 +1,31 @@
 """Processes of a run on several devices.
 
 Lightning starts them by repeating the command line, which under a sweep repeats the sweep. Here
-torch's elastic launcher starts them with the finished configuration instead, so that a process is
-always part of the run it was started for, and the end of one ends all.
+they are started with the finished configuration instead, so that a process is always part of the
+run it was started for, and the end of one ends all. They find each other through files in a private
+folder and talk over the loopback interface, so that no other host can reach them.
 """
 
 import logging
 import multiprocessing
 import os
-import signal
+import socket
 import time
-import uuid
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import (
-    ChildFailedError,
-    ProcessFailure,
-    record,
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    RunProcsResult,
+    SignalException,
+    start_processes,
 )
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sam_lightning.errors import ConfigError, Interrupted, TrainingError
 from sam_lightning.failures import record_failure
@@ -93,17 +94,24 @@ def _devices_here(trainer: DictConfig) -> int:
     return devices
 
 
-def init_process_group(trainer: DictConfig) -> None:
+def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
     """Connect the processes before Lightning does, for the data is prepared by one of them.
 
     Whatever they wait for each other later on, ``trainer.timeout`` seconds are the limit.
+
+    Args:
+        trainer: what the configuration says of devices.
+        store: where the processes find each other; None: where torchrun or SLURM says.
     """
     if dist.is_initialized():
         return
     options: dict[str, Any] = {}
     if "timeout" in trainer:
         options["timeout"] = timedelta(seconds=trainer.timeout)
-    if "WORLD_SIZE" not in os.environ:
+    if store is not None:
+        options |= {"store": store, "rank": number("RANK", 0)}
+        options["world_size"] = number("WORLD_SIZE", 1)
+    elif "WORLD_SIZE" not in os.environ:
         slurm = SLURMEnvironment()
         # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
         log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
@@ -140,32 +148,68 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
             f"trainer.num_nodes={cfg.trainer.num_nodes}: start every node's processes with "
             "torchrun or SLURM"
         )
-    options = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        run_id=uuid.uuid4().hex,
-    )
-    # Otherwise each process would use as many threads as there are cores.
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
-    config = OmegaConf.to_container(cfg, resolve=True)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
     try:
-        results = elastic_launch(options, _worker)(config, threads)
+        with TemporaryDirectory(prefix="sam_lightning_", ignore_cleanup_errors=True) as folder:
+            result = _run_workers(cfg, processes, folder)
     except SignalException as error:  # the processes have been told, and have saved
         raise Interrupted(int(error.sigval)) from error
-    except ChildFailedError as error:
-        rank, failure = _first_failure(error)
+    if result.is_failed():
+        # The first to fail: the others have been told to end.
+        rank, failure = next(iter(result.failures.items()))
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
         message = f"rank {rank} of {processes} failed: {reason}"
         record_failure(cfg, message)
-        raise TrainingError(message) from error
-    return results[0]
+        raise TrainingError(message)
+    return result.return_values[0]
+
+
+def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult:
+    """Start the processes and wait for them; none is left when this returns or raises."""
+    # Otherwise each process would use as many threads as there are cores.
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+    config = OmegaConf.to_container(cfg, resolve=True)
+    ranks, run_id = range(processes), Path(folder).name
+    context = start_processes(
+        "run",
+        _worker,
+        args=dict.fromkeys(ranks, (config, threads, folder)),
+        envs={rank: _environment(rank, processes, run_id) for rank in ranks},
+        logs_specs=DefaultLogsSpecs(folder),  # what a process fails with is in a file there
+    )
+    try:
+        result = context.wait(period=0.1)
+        assert result is not None  # it waits as long as it takes
+        return result
+    except SignalException as error:
+        context.close(error.sigval)
+        raise
+    finally:
+        context.close()
+
+
+def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
+    """The variables of one process: what torchrun would say, and the network to use."""
+    loopback = _loopback()
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # Lightning needs an id to believe the ranks, or SLURM's own would win inside of a job.
+        "TORCHELASTIC_RUN_ID": run_id,
+        # Gloo would listen on the address of the host's name, NCCL on any interface but this. The
+        # run is on one machine, so this holds whatever the user has set.
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not how it begins
+    }
+
+
+def _loopback() -> str:
+    """The name of the interface that no other host can reach: lo on Linux, lo0 on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -174,48 +218,34 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     return f"{ConfigError.__module__}." not in str(error)
 
 
-def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The rank that failed first, and how.
-
-    A process that was killed is found to be dead only after others have failed to reach it, so it
-    goes before them. SIGTERM is how the launcher ends the others.
-    """
-    killed = {
-        rank: failure
-        for rank, failure in error.failures.items()
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    }
-    return next(iter(killed.items())) if killed else error.get_first_failure()
-
-
-@record
-def _worker(config: dict[str, Any], threads: int) -> dict[str, float]:
+def _worker(config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
     from sam_lightning.training import train
 
     # Back from the way that this process was started in, by which each of its loading processes
-    # would import everything anew, to the platform's own.
+    # would import everything again, to the platform's own.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
+    cfg = OmegaConf.create(config)
     try:
-        metrics = train(OmegaConf.create(config))
+        init_process_group(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)))
+        metrics = train(cfg)
     except RuntimeError as error:
-        if "Timed out waiting" not in str(error):  # what gloo says
+        # What gloo says, and the store before gloo is connected.
+        if not any(text in str(error) for text in ("Timed out waiting", "Wait timeout")):
             raise
         raise TrainingError(
-            f"{_silent()} within trainer.timeout={config['trainer']['timeout']} s"
+            f"{_silent(Path(folder))} within trainer.timeout={cfg.trainer.timeout} s"
         ) from error
     end_process_group()
     return metrics
 
 
-def _silent() -> str:
+def _silent(folder: Path) -> str:
     """Which ranks do not answer: those that do not wait for others themselves."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # That of the launcher, which no rank can take down.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store.set(f"waits/{rank}", "")
+    (folder / f"waits_{rank}").touch()
     time.sleep(NOTICED_WITHIN)
-    silent = [str(r) for r in range(ranks) if not store.check([f"waits/{r}"])]
+    silent = [str(r) for r in range(ranks) if not (folder / f"waits_{r}").exists()]
     if not silent:
         return "the ranks have not reached each other"
     return f"rank {' and '.join(silent)} has not answered"

@@ -20,6 +20,7 @@ from runs import (
     children,
     command,
     only_run,
+    started,
     summary,
     wait_for_end,
 )
@@ -279,14 +280,17 @@ class Lose(Callback):
 def losing(tmp_path):
     """A sweep, some of whose processes are lost amid training: its result, folders and notes."""
     (tmp_path / "losing.py").write_text(LOSING)
-    cwd, notes = tmp_path / "cwd", tmp_path / "notes"
+    cwd, notes, temporary = tmp_path / "cwd", tmp_path / "notes", tmp_path / "tmp"
     cwd.mkdir()
+    temporary.mkdir()
 
     def sweep(losing, *arguments):
         callback = [f"+callbacks.lose.notes={notes}", "+callbacks.lose._target_=losing.Lose"]
         callback += [f"+callbacks.lose.losing={losing}"]
-        trust = {"PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "losing"}
-        done = command(cwd, "-m", *SMALL, *callback, *arguments, env={**os.environ, **trust})
+        variables = {"PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "losing"}
+        variables |= {"TMPDIR": str(temporary)}
+        done = command(cwd, "-m", *SMALL, *callback, *arguments, env={**os.environ, **variables})
+        assert list(temporary.glob("sam_lightning_*")) == []  # where the ranks of a job meet
         (folder,) = cwd.glob("logs/train/multiruns/*")
         jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
         return done, folder, jobs, [json.loads(line) for line in notes.read_text().splitlines()]
@@ -333,8 +337,6 @@ def test_processes_of_a_job_leave_nothing_to_the_next(losing):
     before, *_, after = notes
     assert [note["group"] for note in notes] == [False, True, True, False]
     assert {note["loaders"] for note in notes} == {multiprocessing.get_start_method()}
-    # torch sets this one for its launcher; it says which signals that listens to.
-    after["env"].pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
     assert before["env"] == after["env"]
 
 
@@ -354,6 +356,20 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     process.kill()
     process.wait()
     wait_for_end(others)
+
+
+@pytest.mark.slow
+def test_the_folder_in_which_ranks_meet_is_private_and_ends_with_the_run(tmp_path, monkeypatch):
+    cwd, temporary = tmp_path / "cwd", tmp_path / "tmp"
+    cwd.mkdir()
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = started(cwd, "epoch 1/", *SMALL, "trainer.devices=2", "epochs=100000")
+    (folder,) = temporary.glob("sam_lightning_*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
