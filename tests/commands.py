@@ -1,6 +1,7 @@
 """``train.py`` in forks of a process that has imported all it needs, so that each is quick."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,12 @@ class Result:
 
 
 def serve(*imports: str):
+    # Without SLURM, on a login node too.
+    folders = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(f for f in folders if not (Path(f) / "srun").exists())
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(TRAIN), *imports],
+        env=os.environ | {"PATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

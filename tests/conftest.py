@@ -15,6 +15,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End the run at once if a worker dies, as from a fault in a native library.
+
+    The others would go on for minutes, and what was left to the worker would not run.
+    """
+    pytest.exit(f"a worker of the test runner died in {crashitem}", returncode=1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what needs a GPU where there is none."""
     if item.get_closest_marker("gpu"):

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
+from runs import SMALL
 from sam_lightning.command import flags_first, resumed
 
 
@@ -83,6 +84,31 @@ def test_the_command_itself(tmp_path):
     assert done.stdout == ""
     assert done.stderr == "error: rho=-1: allowed is a number >= 0\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def login_node(tmp_path, monkeypatch):
+    """Where SLURM's commands are on the path, but jobs have another start."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_run_has_no_warning(login_node, tmp_path):
+    options = [*SMALL, "epochs=1", "callbacks=sharpness", "callbacks.sharpness.images=50"]
+    command = [sys.executable, "-W", "error", str(TRAIN), *options, "hydra.run.dir=run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_an_error_comes_first_on_a_login_node_too(login_node, tmp_path):
+    options = [*SMALL, "data.val_size=5000"]  # found out with the data, behind the trainer
+    command = [sys.executable, str(TRAIN), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.val_size=5000")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_refused_run_leaves_other_folders_alone(light, tmp_path):

@@ -368,7 +368,8 @@ def test_the_folder_in_which_ranks_meet_is_private_and_ends_with_the_run(tmp_pat
     (folder,) = temporary.glob("sam_lightning_*")
     assert folder.stat().st_mode & 0o777 == 0o700
     process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
     assert not folder.exists()
 
 

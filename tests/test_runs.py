@@ -256,7 +256,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 def test_an_interrupted_run_says_so(tmp_path):
     process = started(tmp_path, "epoch 1/", *SMALL, "epochs=10000")
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
+    process.communicate(timeout=60)
+    assert process.returncode != 0
     found = summary(only_run(tmp_path))
     assert found["status"] == "interrupted"
     assert found["updates"] < 20000

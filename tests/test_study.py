@@ -459,6 +459,7 @@ def test_a_run_whose_study_was_killed_is_waited_for_and_not_run_twice(stand_in, 
     wait_for(Path("logs/studies/noise/a,seed=0/starts").is_file)
     process.kill()
     process.wait()
+    process.stdout.close()  # which the run that is left has open too
     main([file])
     out = capsys.readouterr().out
     assert "a,seed=0: another process is at it; waiting for that\n" in out
