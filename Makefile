@@ -5,8 +5,10 @@ BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
+NO_TRAINING := benchmarks command data_faults datamodule docs figures launch refusals report \
+	security sources sweeps tensorboard
 
-.PHONY: quickstart test test-slow test-gpu figures bench cpu-map lint format clean
+.PHONY: quickstart test test-slow test-long test-avx2 test-gpu figures bench cpu-map lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -16,6 +18,12 @@ test: $(DEV) ## the default test suite: less than five minutes on two cores
 
 test-slow: $(DEV) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+test-long: $(DEV) ## the tests that take longest, and variations of others
+	$(BIN)/python -m pytest -m long
+
+test-avx2: $(DEV) ## those of the default suite that train, as on a CPU without AVX-512
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(NO_TRAINING:%=--ignore tests/test_%.py)
 
 test-gpu: $(DEV) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 4 --dist load

@@ -141,7 +141,7 @@ def quick(tmp_path_factory):
     return done.stdout, json.loads(file.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_quick_part(quick, part):
@@ -154,7 +154,7 @@ def test_quick_part(quick, part):
     assert all(f"| {part} | {m['what']} | " in printed for m in measurements)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_memory_counts_one_copy(quick):
     _, report = quick

@@ -95,7 +95,7 @@ def login_node(tmp_path, monkeypatch):
 
 
 def test_a_run_has_no_warning(login_node, tmp_path):
-    options = [*SMALL, "epochs=1", "callbacks=sharpness", "callbacks.sharpness.images=50"]
+    options = [*SMALL, "epochs=1"]
     command = [sys.executable, "-W", "error", str(TRAIN), *options, "hydra.run.dir=run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -176,8 +176,13 @@ def test_two_nodes_of_torchrun_are_one_run(tmp_path):
     assert (counts["devices"], counts["num_nodes"]) == (1, 2)  # torchrun has said so
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("started", ["by torchrun", "by the launcher"])
+@pytest.mark.parametrize(
+    "started",
+    [
+        pytest.param("by torchrun", marks=pytest.mark.long),
+        pytest.param("by the launcher", marks=pytest.mark.slow),
+    ],
+)
 def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     """Such a thread aborts its process now and then, long after the results are written."""
     (tmp_path / "sitecustomize.py").write_text(  # each process of Python imports it
@@ -356,6 +361,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     process.kill()
     process.wait()
     wait_for_end(others)
+    process.communicate()
 
 
 @pytest.mark.slow

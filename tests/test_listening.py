@@ -151,6 +151,7 @@ def assert_closed(tmp_path):
     return assert_closed
 
 
+@pytest.mark.long
 def test_a_run_on_one_machine_listens_on_loopback_only(assert_closed):
     assert_closed()
 
@@ -201,7 +202,7 @@ def test_also_where_the_hosts_name_leads_nowhere(assert_closed, tmp_path):
     assert_closed(*renamed(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_also_where_the_user_has_named_an_outer_interface(assert_closed):
     name, _ = outer()
     assert_closed(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)

@@ -654,8 +654,13 @@ def test_a_real_study(here):
     assert [line.split()[0] for line in out.splitlines()] == ["completed", "failed"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
 def test_a_study_that_is_stopped_goes_on_with_the_same_result(here, signum):
     file = write(SMALL.replace("epochs: 2", "epochs: 20").partition("  big:")[0])
     (run,) = plan.read(Path(file)).runs

@@ -225,7 +225,7 @@ def test_jobs_side_by_side(tmp_path, launcher):
     assert {p.name for p in (tmp_path / "cwd").iterdir()} == {"logs"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", SIDE_BY_SIDE)
 def test_a_job_whose_process_is_killed(tmp_path, launcher):
     done = side_by_side(tmp_path, launcher, "rho=0.5")
