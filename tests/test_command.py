@@ -94,6 +94,7 @@ def login_node(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 def test_a_run_has_no_warning(login_node, tmp_path):
     options = [*SMALL, "epochs=1"]
     command = [sys.executable, "-W", "error", str(TRAIN), *options, "hydra.run.dir=run"]
@@ -102,6 +103,7 @@ def test_a_run_has_no_warning(login_node, tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_an_error_comes_first_on_a_login_node_too(login_node, tmp_path):
     options = [*SMALL, "data.val_size=5000"]  # found out with the data, behind the trainer
     command = [sys.executable, str(TRAIN), *options]

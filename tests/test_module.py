@@ -191,7 +191,9 @@ class CountGraphs(L.Callback):
         self.counts.append(self.counter.frame_count)
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "memory_format", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)]
+)
 def test_nothing_is_compiled_after_the_first_epoch(memory_format):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

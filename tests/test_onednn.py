@@ -121,9 +121,8 @@ class Narrow(nn.Sequential):
 """
 
 
-@pytest.mark.parametrize(
-    "layout", ["channels_last", pytest.param("compile", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["channels_last", "compile"])
 def test_a_model_of_the_user_trains_and_is_analysed(tmp_path, monkeypatch, layout):
     """It has a broken layer; compiling arranges images in channels_last by itself."""
     (tmp_path / "mine.py").write_text(USERS_MODEL)

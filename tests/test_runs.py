@@ -297,6 +297,7 @@ def test_a_sweep_and_the_resume_of_one_of_its_jobs(tmp_path):
     assert equal(weights(folders[3]), weights(tmp_path / "unbroken"))
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_takes_no_other_down(tmp_path):
     done = forked(tmp_path, *SMALL, "-m", "lr=1e30,-1,0.1", "max_skipped_steps=1")
     assert done.returncode == 1

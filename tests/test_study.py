@@ -627,6 +627,7 @@ arms:
 """
 
 
+@pytest.mark.slow
 def test_a_real_study(here):
     file = write(SMALL)
     first = study(file)
