@@ -26,7 +26,6 @@ from sam_lightning.methods.esam import RandomSubsetAscent
 from sam_lightning.methods.gsam import SurrogateGap
 from sam_lightning.methods.looksam import Reuse
 from sam_lightning.methods.msam import MomentumAscent
-from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.module import SAMModule
 from sam_lightning.sam import SAM
 
@@ -218,7 +217,7 @@ def bare_batches(data: ImageDataModule, setting: Setting, rho: float) -> Iterato
         sam.zero_grad()
         first = second = gradient(images, labels)
         if rho > 0:
-            with sam.perturbed(), frozen_running_stats(model):
+            with sam.perturbed(model):
                 second = gradient(images, labels)
         sam.step()
         schedule.step()

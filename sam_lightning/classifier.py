@@ -23,7 +23,8 @@ class Classifier(L.LightningModule):
     """Evaluates a model on all devices together, each image once.
 
     Args:
-        model: images N x C x H x W -> logits N x num_classes.
+        model: images N x C x H x W -> logits N x num_classes. Changed in place: its memory format,
+            and what ``models.onednn.subsample_first`` changes.
         num_classes: number of classes.
         memory_format: of weights and images, ``contiguous`` or ``channels_last``.
 
@@ -41,7 +42,7 @@ class Classifier(L.LightningModule):
             )
         self.memory_format = MEMORY_FORMATS[memory_format]
         for name in subsample_first(model):
-            log.info("%s: drops pixels before and not in its convolution (oneDNN issue 6035)", name)
+            log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
         self.model = model.to(memory_format=self.memory_format)
         fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
         metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Data parallel, with a copy of the weights in every process.
 STRATEGIES = ("auto", "ddp")
+# What gloo says, and the store before gloo is connected.
+TIMEOUTS = ("Timed out waiting", "Wait timeout", "Timeout waiting for key")
 NOTICED_WITHIN = 5.0  # seconds in which all that live notice that one does not answer
 
 
@@ -111,6 +113,8 @@ def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> 
     if store is not None:
         options |= {"store": store, "rank": number("RANK", 0)}
         options["world_size"] = number("WORLD_SIZE", 1)
+        if "timeout" in options:  # torch sets it for stores that it makes itself
+            store.set_timeout(options["timeout"])
     elif "WORLD_SIZE" not in os.environ:
         slurm = SLURMEnvironment()
         # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
@@ -141,7 +145,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
     """Run ``training.train`` in new processes on this machine and return rank 0's metrics.
 
     Raises:
-        TrainingError: names the rank that failed first, and its error.
+        TrainingError: names the rank whose failure was noticed first, and its error.
     """
     if cfg.trainer.num_nodes > 1:
         raise ConfigError(
@@ -155,7 +159,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
     except SignalException as error:  # the processes have been told, and have saved
         raise Interrupted(int(error.sigval)) from error
     if result.is_failed():
-        # The first to fail: the others have been told to end.
+        # The first that was noticed: the others have been told to end.
         rank, failure = next(iter(result.failures.items()))
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
@@ -166,7 +170,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
 
 
 def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult:
-    """Start the processes and wait for them; none is left when this returns or raises."""
+    """Start the processes and wait for them, and end those that are left."""
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -208,8 +212,15 @@ def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
 
 
 def _loopback() -> str:
-    """The name of the interface that no other host can reach: lo on Linux, lo0 on macOS."""
-    return next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
+    """The name of the interface that no other host can reach: lo on Linux, lo0 on macOS.
+
+    Raises:
+        ConfigError: there is none of these names.
+    """
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            return name
+    raise ConfigError("trainer.devices: several processes need the interface lo, or lo0")
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -230,8 +241,7 @@ def _worker(config: dict[str, Any], threads: int, folder: str) -> dict[str, floa
         init_process_group(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)))
         metrics = train(cfg)
     except RuntimeError as error:
-        # What gloo says, and the store before gloo is connected.
-        if not any(text in str(error) for text in ("Timed out waiting", "Wait timeout")):
+        if not any(text in str(error) for text in TIMEOUTS):
             raise
         raise TrainingError(
             f"{_silent(Path(folder))} within trainer.timeout={cfg.trainer.timeout} s"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,7 @@ def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     assert not any("gloo" in names for names in threads)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_of_slurm_are_one_run(tmp_path):
     port = free_port()
     job = {"SLURM_JOB_ID": "71234", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
@@ -392,6 +393,16 @@ def test_each_process_of_nccl_has_a_gpu_of_its_own(monkeypatch, devices, variabl
     monkeypatch.setenv(variable, "1")
     init_process_group(OmegaConf.create({"accelerator": "auto", "devices": devices}))
     assert calls == [device, "nccl"]
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_timeout_says(monkeypatch, tmp_path):
+    groups = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: groups.append(given))
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    trainer = OmegaConf.create({"accelerator": "cpu", "devices": 2, "timeout": 1234})
+    init_process_group(trainer, store)
+    (given,) = groups
+    assert given["timeout"] == store.timeout == timedelta(seconds=1234)
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"])

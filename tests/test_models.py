@@ -309,14 +309,14 @@ def relative_error(ours, exact):
 
 
 @pytest.mark.parametrize(
-    ("layout", "of_layer", "of_gradients"),
-    [(torch.contiguous_format, 1e-6, 0.01), (torch.channels_last, 1e-4, 0.1)],
+    ("layout", "least", "most", "of_gradients"),
+    [(torch.contiguous_format, 0, 1e-6, 0.01), (torch.channels_last, 2e-6, 1e-4, 0.1)],
 )
-def test_how_coarse_the_rounding_in_channels_last_is(layout, of_layer, of_gradients):
+def test_how_coarse_the_rounding_in_channels_last_is(layout, least, most, of_gradients):
     torch.manual_seed(0)
     x = images(128, 4, 32, 32)
     normalised = nn.BatchNorm2d(4)(x.to(memory_format=layout))
-    assert relative_error(normalised, nn.BatchNorm2d(4).double()(x.double())) < of_layer
+    assert least < relative_error(normalised, nn.BatchNorm2d(4).double()(x.double())) < most
     model, x, labels = SAMResNet18(width=4), images(128, 3, 32, 32), torch.arange(128) % 10
     exact = copy.deepcopy(model).double()
     F.cross_entropy(exact(x.double()), labels).backward()

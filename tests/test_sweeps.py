@@ -201,7 +201,7 @@ def side_by_side(tmp_path, launcher, *arguments):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", SIDE_BY_SIDE)
 def test_jobs_side_by_side(tmp_path, launcher):
     done = side_by_side(tmp_path, launcher, "rho=0.1,0.25,-1")
