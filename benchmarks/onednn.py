@@ -47,7 +47,7 @@ CASES: dict[str, Callable[[int], tuple[nn.Module, tuple[int, ...]]]] = {
 def error(case: str, width: int) -> float:
     """The largest relative error of a parameter's gradient in channels_last, float32.
 
-    Of one that is nearly zero, as of a scale that BatchNorm takes out again, relative to the rest.
+    A gradient that is nearly zero, as BatchNorm makes some, is compared with the others' size.
     """
     torch.manual_seed(0)
     network, shape = CASES[case](width)
@@ -71,7 +71,7 @@ def _gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tens
 
 
 def outcome(isa: str, threads: int, case: str, width: int, limit: float) -> str:
-    """What a process of its own finds within so many seconds: ``right``, or how it is wrong."""
+    """Measure in a new process, ``limit`` seconds at most: ``right``, or how it is wrong."""
     context = multiprocessing.get_context("fork")  # torch is imported once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, isa, threads, case, width))

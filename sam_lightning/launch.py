@@ -170,7 +170,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
 
 
 def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult:
-    """Start the processes and wait for them, and end those that are left."""
+    """Start the processes, wait for them, and terminate all if one fails or a signal comes."""
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)

@@ -66,7 +66,7 @@ os._exit(0)
 
 
 def session(leader):
-    """The processes of a session: its leader, those that it has started, and they in turn."""
+    """The ids of all processes in a session; the leader's descendants are in it."""
     for entry in Path("/proc").iterdir():
         with suppress(OSError):  # it has ended meanwhile
             if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:

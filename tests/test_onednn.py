@@ -72,7 +72,6 @@ CHANGED = {
     "without bias": lambda: nn.Conv2d(7, 3, 1, stride=(1, 3), bias=False),
     "valid": lambda: nn.Conv2d(1, 6, 1, stride=2, padding="valid"),
     "one stride": lambda: nn.Conv2d(6, 6, 1, stride=(2, 1)),
-    "no bias": lambda: nn.Conv2d(4, 6, 1, stride=2, bias=False),
 }
 KEPT = {
     "wide": lambda: nn.Conv2d(8, 6, 1, stride=2),

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 
 TESTS = """
-import os, signal, time
+import os, signal
 
 def test_that_passes():
     pass

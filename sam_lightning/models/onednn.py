@@ -15,9 +15,9 @@ MIN_CHANNELS = 8  # from here on the kernel stays within its memory
 
 
 class SubsampledConv2d(nn.Conv2d):
-    """A 1x1 convolution with a stride that subsamples its images first, and has then none.
+    """Subsamples its images by the stride, then convolves them 1x1 with a stride of 1.
 
-    It computes the same through another kernel, in every memory format and on every device.
+    Computes what ``nn.Conv2d`` does, by another kernel, in every memory format and on every device.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
