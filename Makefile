@@ -7,7 +7,6 @@ TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
 NO_TRAINING := benchmarks command data_faults datamodule docs figures launch refusals report \
 	security sources sweeps
-SAME_TRAINING := resume study
 
 .PHONY: quickstart test test-slow test-long test-avx2 test-gpu figures bench cpu-map lint format clean
 
@@ -25,7 +24,7 @@ test-long: $(DEV) ## the tests that take longest, and variations of others
 
 test-avx2: $(DEV) ## those of the default suite that train, as on a CPU without AVX-512
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
-		$(patsubst %,--ignore=tests/test_%.py,$(NO_TRAINING) $(SAME_TRAINING))
+		$(patsubst %,--ignore=tests/test_%.py,$(NO_TRAINING))
 
 test-gpu: $(DEV) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 4 --dist load

@@ -1,7 +1,9 @@
 """From a configuration to the trainer, the data and the module of a run."""
 
+import logging
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -10,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from sam_lightning.building import build, check_names, factory
 from sam_lightning.callbacks import Throughput
@@ -17,8 +20,11 @@ from sam_lightning.checkpoint import AtomicCheckpointIO, read
 from sam_lightning.configuration import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
+from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.module import SAMModule
 from sam_lightning.sam import SAM
+
+log = logging.getLogger(__name__)
 
 # Keys of the data configuration that belong to its source; the rest is the data module's.
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
@@ -79,9 +85,14 @@ def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataMod
 def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    image_size = list(data.train.images.shape[-2:])
     model = build(cfg, "model", **shape)
+    for name in subsample_first(model):
+        log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
+    layout = memory_format(cfg, model, (data.in_channels, *image_size))
     if cfg.compile:
-        model.compile()
+        # By default it arranges images in channels_last, on CPUs.
+        model.compile(options={"layout_optimization": layout != "contiguous"})
     base_optimizer = factory(cfg, "optimizer")
     perturbation = build(cfg, "method.perturbation")
     try:
@@ -102,7 +113,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "epochs": cfg.epochs,
         "batch_size": cfg.batch_size,
         "label_smoothing": cfg.label_smoothing,
-        "image_size": list(data.train.images.shape[-2:]),
+        "image_size": image_size,
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
@@ -119,7 +130,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
         "gradient_clip_val": cfg.trainer.gradient_clip_val,
         "max_skipped_steps": cfg.max_skipped_steps,
-        "memory_format": memory_format(cfg),
+        "memory_format": layout,
         "seed": cfg.seed,
         "hparams": hparams,
     }
@@ -138,18 +149,35 @@ def _updates(cfg: DictConfig, batches: int) -> tuple[int, int]:
     return updates, total if most == -1 else min(total, most)
 
 
-def memory_format(cfg: DictConfig) -> str:
-    """The memory layout of weights and images; for ``auto`` what is fastest.
+def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
+    """The memory layout of weights and images; for ``auto`` what is fastest of what is right.
 
-    On CPUs that is what ``benchmarks/layout.py`` measures, on CUDA what PyTorch's documentation
-    recommends for its tensor cores.
+    On CPUs channels_last is what ``benchmarks/layout.py`` measures as faster, on CUDA what
+    PyTorch's documentation recommends for its tensor cores.
+
+    Args:
+        cfg: of the run.
+        model: as it was built.
+        shape: channels, height and width of an image.
+
+    Raises:
+        ConfigError: channels_last was asked for, and its gradients are wrong on this CPU.
     """
-    if cfg.memory_format != "auto":
-        return str(cfg.memory_format)
-    apple = cfg.trainer.accelerator == "mps" or (
-        cfg.trainer.accelerator == "auto" and torch.backends.mps.is_available()
-    )
-    return "contiguous" if apple else "channels_last"
+    asked, accelerator = cfg.memory_format, cfg.trainer.accelerator
+    if accelerator == "auto" and not torch.cuda.is_available():
+        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
+    if wrong and asked == "channels_last":
+        raise ConfigError(
+            "memory_format=channels_last: on this CPU the gradient of a 1x1 convolution in this "
+            "model would be wrong, by a fault of oneDNN (its issue 6035); allowed are auto, "
+            "contiguous"
+        )
+    if asked != "auto":
+        return str(asked)
+    if wrong:
+        log.info("memory_format=auto: contiguous, as channels_last trains this model wrongly here")
+    return "contiguous" if wrong or accelerator == "mps" else "channels_last"
 
 
 def _build_all(cfg: DictConfig, group: str) -> list[Any]:

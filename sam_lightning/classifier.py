@@ -1,6 +1,5 @@
 """A classifier under Lightning: logits, evaluation and its log; how to train it is left open."""
 
-import logging
 from typing import Any
 
 import lightning as L
@@ -11,8 +10,6 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from sam_lightning.models.onednn import subsample_first
-
-log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,8 +38,7 @@ class Classifier(L.LightningModule):
                 f"memory_format={memory_format}: allowed are {', '.join(MEMORY_FORMATS)}"
             )
         self.memory_format = MEMORY_FORMATS[memory_format]
-        for name in subsample_first(model):
-            log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
+        subsample_first(model)
         self.model = model.to(memory_format=self.memory_format)
         fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
         metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}

@@ -18,7 +18,7 @@ from sam_lightning.configuration import check_targets, one_line
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.errors import ConfigError
-from sam_lightning.models.onednn import subsample_first
+from sam_lightning.models.onednn import reaches_fault, subsample_first
 
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
@@ -79,7 +79,12 @@ class Trained(nn.Module):
             for w in weights.values()
             if w.ndim == 4
         )
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        size = self.image_size or (64, 64)
+        if channels_last and not reaches_fault(self.model, (self.in_channels, *size)):
+            self.memory_format = torch.channels_last
+        else:
+            self.model.to(memory_format=torch.contiguous_format)
+            self.memory_format = torch.contiguous_format
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images N x in_channels x H x W -> logits N x number of classes."""

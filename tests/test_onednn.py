@@ -17,7 +17,7 @@ from inject import forked
 from runs import column
 from sam_lightning.command import CONF
 from sam_lightning.models import SAMResNet18
-from sam_lightning.models.onednn import MIN_CHANNELS, subsample_first
+from sam_lightning.models.onednn import MIN_CHANNELS, reaches_fault, subsample_first
 from sam_lightning.targets import TRUST
 
 ROOT = CONF.parent
@@ -111,54 +111,128 @@ def test_our_models_need_no_change():
     assert subsample_first(SAMResNet18(width=1)) == []
 
 
-USERS_MODEL = """
+MODELS = """
+import torch
 from torch import nn
 
-class Narrow(nn.Sequential):
-    def __init__(self, num_classes, in_channels):
+class Subclass(nn.Conv2d):
+    pass
+
+class Functional(nn.Conv2d):
+    def forward(self, images):
+        return nn.functional.conv2d(images, self.weight, self.bias, 2)
+
+class Net(nn.Sequential):
+    def __init__(self, middle, num_classes, in_channels):
+        layer = {
+            "layer": lambda: nn.Conv2d(4, 16, 1, stride=2),
+            "subclass": lambda: Subclass(4, 16, 1, stride=2),
+            "function": lambda: Functional(4, 16, 1),
+            "transposed": lambda: nn.ConvTranspose2d(4, 7, 1, stride=2, output_padding=1),
+        }[middle]()
         super().__init__(
-            nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-            nn.Conv2d(4, 16, 1, stride=2), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+            nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), layer,
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(num_classes),
         )
+        self(torch.zeros(2, in_channels, 8, 8))
 """
+OPTIONS = ["--config-dir=conf", "model=net", "data=digits", "trainer=cpu", "epochs=1"]
+OPTIONS += ["data.subset=256", "trainer.log_every_n_steps=1", "test=false"]
 
 
-COMPILED = pytest.param(
-    "compile", marks=pytest.mark.skipif(not shutil.which("c++"), reason="compiling needs c++")
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["channels_last", COMPILED])
-def test_a_model_of_the_user_trains_and_is_analysed(tmp_path, monkeypatch, layout):
-    """It has a broken layer; compiling arranges images in channels_last by itself."""
-    (tmp_path / "mine.py").write_text(USERS_MODEL)
+@pytest.fixture
+def users_models(tmp_path, monkeypatch):
+    """Models of which a convolution has a broken kernel, chosen by ``model.middle``."""
+    (tmp_path / "mine.py").write_text(MODELS)
     conf = tmp_path / "conf" / "model"
     conf.mkdir(parents=True)
-    (conf / "narrow.yaml").write_text("_target_: mine.Narrow\n")
+    (conf / "net.yaml").write_text("_target_: mine.Net\nmiddle: layer\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    environment = {TRUST: "mine"}
-    options = ["--config-dir=conf", "model=narrow", "data=digits", "trainer=cpu", "epochs=1"]
-    options += ["data.subset=256", "trainer.log_every_n_steps=1", "test=false"]
-    options += ["compile=true"] if layout == "compile" else [f"memory_format={layout}"]
+    return tmp_path
+
+
+def train(folder, isa, *options):
+    return forked(folder, *OPTIONS, *options, **{TRUST: "mine", "ONEDNN_MAX_CPU_ISA": isa})
+
+
+COMPILED = pytest.mark.skipif(not shutil.which("c++"), reason="compiling needs c++")
+
+
+@pytest.mark.parametrize(
+    ("middle", "compiled"),
+    [
+        *(pytest.param(m, "false", marks=pytest.mark.slow) for m in ("layer", "function")),
+        pytest.param("function", "true", marks=[pytest.mark.slow, COMPILED]),
+        *(pytest.param(m, "false", marks=pytest.mark.long) for m in ("subclass", "transposed")),
+        pytest.param("layer", "true", marks=[pytest.mark.long, COMPILED]),
+    ],
+)
+def test_a_model_of_the_user_trains_and_is_analysed(users_models, middle, compiled):
+    """Compiling arranges images in channels_last by itself."""
+    options = [f"model.middle={middle}", f"compile={compiled}"]
     losses, eigenvalues = [], []
     for isa in ("AVX", "AVX2"):  # the second has the broken kernel
-        environment["ONEDNN_MAX_CPU_ISA"] = isa
-        done = forked(tmp_path, *options, f"hydra.run.dir={isa}", **environment)
+        done = train(users_models, isa, *options, f"hydra.run.dir={isa}")
         assert done.returncode == 0, done.stderr
-        assert "layer 3 subsamples before its convolution" in done.stdout
-        losses.append(column(tmp_path / isa, "train/loss"))
+        assert ("layer 3 subsamples before its convolution" in done.stdout) == (middle == "layer")
+        kept_contiguous = "memory_format=auto: contiguous" in done.stdout
+        assert kept_contiguous == (isa == "AVX2" and middle != "layer")
+        losses.append(column(users_models / isa, "train/loss"))
+        # The run of AVX is in channels_last.
         command = [sys.executable, "-m", "sam_lightning.sharpness", "ckpt_path=AVX"]
         done = subprocess.run(
             [*command, "images=50", "top_k=1", f"out={isa}"],
-            cwd=tmp_path,
-            env=os.environ | environment,
+            cwd=users_models,
+            env=os.environ | {TRUST: "mine", "ONEDNN_MAX_CPU_ISA": isa},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        (found,) = json.loads((tmp_path / isa / "sharpness.json").read_text())["checkpoints"]
+        (found,) = json.loads((users_models / isa / "sharpness.json").read_text())["checkpoints"]
         eigenvalues += found["eigenvalues"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert eigenvalues[0] == pytest.approx(eigenvalues[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["AVX", "AVX2"])
+@pytest.mark.parametrize("middle", ["layer", "function"])
+def test_channels_last_is_refused_in_one_line_where_it_is_broken(users_models, isa, middle):
+    options = [f"model.middle={middle}", "memory_format=channels_last", "hydra.run.dir=run"]
+    done = train(users_models, isa, *options)
+    if (isa, middle) == ("AVX2", "function"):
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: memory_format=channels_last: on this CPU")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+LIMITS = {"AVX2": True, "avx2_vnni": True, "AVX": False, "SSE41": False}
+
+
+@pytest.mark.parametrize("isa", LIMITS)
+def test_a_fault_is_seen_where_the_kernel_is(isa, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+
+    def function(x, w, **options):
+        model = nn.Module()
+        model.w = nn.Parameter(w)
+        model.forward = lambda images: nn.functional.conv2d(images, model.w, **options)
+        return reaches_fault(model, x)
+
+    assert function((4, 8, 8), torch.zeros(6, 4, 1, 1), stride=2) == LIMITS[isa]
+    assert function((4, 8, 8), torch.zeros(6, 4, 1, 1), stride=(1, 2)) == LIMITS[isa]
+    for other in ({"stride": 1}, {"stride": 2, "padding": 1}, {"stride": 2, "groups": 2}):
+        channels = 4 // other.get("groups", 1)
+        assert not function((4, 8, 8), torch.zeros(6, channels, 1, 1), **other)
+    assert not function((8, 8, 8), torch.zeros(6, 8, 1, 1), stride=2)
+    assert not function((4, 8, 8), torch.zeros(6, 4, 3, 3), stride=2)
+    # Looking changes nothing.
+    model = SAMResNet18(width=1, num_classes=3)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert not reaches_fault(model, (3, 8, 8))
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
