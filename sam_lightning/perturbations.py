@@ -117,9 +117,26 @@ class AdaptiveAscent:
                 "pass model.named_parameters() to SAM, or use normalize_bias=True"
             )
         chosen = [self.normalize_bias or "weight" in (name or "") for name in names]
-        direction = _Normalized(weights, grads, chosen, self.eta)
-        norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
-        return direction, norm_of_norms(norms)
+        return _normalized_ascent(weights, grads, chosen, self.eta)
+
+
+def ascent_by_group(
+    weights: list[Tensor], grads: list[Tensor], adaptive: list[bool]
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The usual adaptive SAM for some weights, T = |w|, and SAM for the others, T = 1.
+
+    Returns:
+        T^2 g and the norm ||T g||_2 over all weights.
+    """
+    return _normalized_ascent(weights, grads, adaptive, 0.0)
+
+
+def _normalized_ascent(
+    weights: list[Tensor], grads: list[Tensor], chosen: list[bool], eta: float
+) -> tuple[Sequence[Tensor], Tensor]:
+    direction = _Normalized(weights, grads, chosen, eta)
+    norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
+    return direction, norm_of_norms(norms)
 
 
 class _Normalized(Sequence[Tensor]):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sam_lightning.loops import is_sharded
+
 # What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
 # 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
 FUSED = {
@@ -20,7 +22,14 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def norm_of_norms(norms: list[Tensor]) -> Tensor:
-    """The 2-norm of the whole from those of its parts, each 0-dim."""
+    """The 2-norm of the whole from those of its parts, each 0-dim.
+
+    Norms of sharded tensors are reduced over their devices, which communicates.
+    """
+    sharded = [n for n in norms if is_sharded(n)]
+    if sharded:
+        rest = [n for n in norms if not is_sharded(n)]
+        norms = [_whole(torch.linalg.vector_norm(torch.stack(sharded))), *rest]
     if len({n.device for n in norms}) > 1:
         norms = [n.to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -32,14 +41,17 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     They are accumulated in float32 at least, so half precision neither overflows nor rounds to
     zero.
     """
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    by_dtype: dict[tuple[torch.dtype, bool], list[Tensor]] = defaultdict(list)
     for t in tensors:
-        by_dtype[t.dtype].append(t)
-    return [
-        norm
-        for dtype, same in by_dtype.items()
-        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    ]
+        by_dtype[t.dtype, is_sharded(t)].append(t)
+    norms: list[Tensor] = []
+    for (dtype, sharded), same in by_dtype.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        if sharded:  # whose norm does not take another dtype
+            norms += torch._foreach_norm([t.to(wide) for t in same], 2)
+        else:
+            norms += torch._foreach_norm(same, 2, dtype=wide)
+    return norms
 
 
 def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
@@ -50,10 +62,24 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for a, b in zip(ones, others, strict=True):
         dtype = torch.promote_types(a.dtype, torch.float32)
-        product = torch.sum(a.to(dtype) * b)
+        product = _whole(torch.sum(a.to(dtype) * b))
         total = product if total is None else total + product.to(total.device)
     assert total is not None
     return total
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This device's shards, in the same memory; tensors that are not sharded as they are."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
+
+
+def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes, dtypes and shards."""
+    torch._foreach_copy_(_local(to), _local(of))
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
@@ -96,7 +122,7 @@ def move(
     inv_norm = 1 / (norm + 1e-12)
     whole = [slice(0, len(weights))]
     for part in whole if isinstance(direction, list) else parts(weights):
-        _move(weights[part], direction[part], rhos[part], inv_norm, found_inf)
+        _move(_local(weights[part]), _local(direction[part]), rhos[part], inv_norm, found_inf)
 
 
 def _move(
@@ -108,7 +134,7 @@ def _move(
 ) -> None:
     alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
     for w, d, rho in zip(weights, direction, rhos, strict=True):
-        if rho > 0:
+        if rho != 0:
             ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
             ws.append(w)
             ds.append(d)
