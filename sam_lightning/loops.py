@@ -1,33 +1,39 @@
 """What ``SAM`` has to find out about the loop that it is used in."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sam_lightning.vectors import any_sharded
+
 SPENT = "_sam_spent_at_version"
 
 
 def mark_spent(params: Iterable[Tensor]) -> None:
-    """Note that the present gradients have been stepped with, or cleared.
+    """Note that the present gradients have been stepped with, or set to zero.
 
     The mark is on the first gradient itself, so that it goes when the gradient does.
     """
-    for p in params:
-        if p.grad is not None:
-            setattr(p.grad, SPENT, p.grad._version)
-            return
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if grad is not None:
+        setattr(grad, SPENT, grad._version)
+
+
+def unmark(params: Iterable[Tensor]) -> None:
+    """Let the present gradients count as new if they are assigned once more."""
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if grad is not None and hasattr(grad, SPENT):
+        delattr(grad, SPENT)
 
 
 def has_new_gradients(params: Iterable[Tensor]) -> bool:
     """Whether there are gradients that were written since ``mark_spent``."""
-    params = [p for p in params if p.grad is not None and p.requires_grad]
-    if not params:
+    params = iter(params)
+    grad = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
+    if grad is None:
         return False
-    grad = params[0].grad
-    assert grad is not None
     spent = getattr(grad, SPENT, None)
     if spent is None:
         return True
@@ -35,7 +41,7 @@ def has_new_gradients(params: Iterable[Tensor]) -> bool:
     if writes != 1:
         return bool(writes > 1)
     # One backward pass, or somebody who set them to zero.
-    return any(bool(p.grad.any()) for p in params if p.grad is not None)
+    return bool(grad.any()) or any(bool(p.grad.any()) for p in params if p.grad is not None)
 
 
 def lightning_module(closure: Any) -> Any:
@@ -63,7 +69,7 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if any(map(is_sharded, weights)):
+    if any_sharded(weights):
         return  # a reduced gradient is all that there is
     if model is None:
         raise RuntimeError(
@@ -77,10 +83,3 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
                 "a method that combines two gradients takes those that are averaged over devices: "
                 "run both passes outside of no_sync()"
             )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes of parameters and gradients."""
-    # It takes half a second to import, and who has one has done so.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

@@ -39,6 +39,7 @@ from sam_lightning.loops import (
     has_new_gradients,
     lightning_module,
     mark_spent,
+    unmark,
 )
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import (
@@ -237,13 +238,11 @@ class SAM(OptimizerAround):
     def _ascent_inputs(
         self, scaler: GradScaler | None
     ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float], list[bool]]:
-        weights, grads, names, rhos, adaptive, decays = [], [], [], [], [], []
+        weights: list[Tensor] = []
+        grads, names, rhos, adaptive, decays = [], [], [], [], []
         along_momentum, only = self.along_momentum, self.only
         for group in self.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            rho = group["rho"]
-            if group.get("maximize") and not along_momentum:  # there the momentum is of the loss
-                rho, decay = -rho, -decay
+            before = len(weights)
             group_names = group.get("param_names") or [None] * len(group["params"])
             for name, p in zip(group_names, group["params"], strict=True):
                 grad = self._momentum(p) if along_momentum else p.grad
@@ -256,17 +255,20 @@ class SAM(OptimizerAround):
                 weights.append(p)
                 grads.append(grad)
                 names.append(name)
-                rhos.append(rho)
-                adaptive.append(group["adaptive"])
-                decays.append(decay)
+            rho, decay = group["rho"], group.get("weight_decay", 0.0)
+            if group.get("maximize") and not along_momentum:  # there the momentum is of the loss
+                rho, decay = -rho, -decay
+            count = len(weights) - before
+            rhos += [rho] * count
+            adaptive += [group["adaptive"]] * count
+            decays += [decay] * count
         if not along_momentum:
             if scaler is not None and grads:
                 scale = scaler.scale(torch.ones((), device=grads[0].device))
                 grads = list(torch._foreach_mul(grads, 1 / scale))
             if self.decay_in_ascent:
-                grads = [
-                    g.add(w, alpha=wd) for g, w, wd in zip(grads, weights, decays, strict=True)
-                ]
+                decayed = zip(grads, weights, decays, strict=True)
+                grads = [g.add(w, alpha=decay) for g, w, decay in decayed]
         return weights, grads, names, rhos, adaptive
 
     def _momentum(self, p: Tensor) -> Tensor | None:
@@ -364,6 +366,7 @@ class SAM(OptimizerAround):
             super().zero_grad(set_to_none=False)
             mark_spent(self._params)
             return
+        unmark(self._params)
         for group in self.param_groups:  # in half the time that Optimizer.zero_grad takes
             for p in group["params"]:
                 p.grad = None

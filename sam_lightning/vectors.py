@@ -1,12 +1,12 @@
 """All weights as one vector, which is never made: its norm, its products, a step along it."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from sam_lightning.loops import is_sharded
 
 # What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
 # 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
@@ -26,10 +26,10 @@ def norm_of_norms(norms: list[Tensor]) -> Tensor:
 
     Norms of sharded tensors are reduced over their devices, which communicates.
     """
-    sharded = [n for n in norms if is_sharded(n)]
-    if sharded:
-        rest = [n for n in norms if not is_sharded(n)]
-        norms = [_whole(torch.linalg.vector_norm(torch.stack(sharded))), *rest]
+    if any_sharded(norms):
+        sharded = torch.stack([n for n in norms if any_sharded([n])])
+        rest = [n for n in norms if not any_sharded([n])]
+        norms = [_whole(torch.linalg.vector_norm(sharded)), *rest]
     if len({n.device for n in norms}) > 1:
         norms = [n.to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -41,14 +41,14 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     They are accumulated in float32 at least, so half precision neither overflows nor rounds to
     zero.
     """
-    by_dtype: dict[tuple[torch.dtype, bool], list[Tensor]] = defaultdict(list)
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for t in tensors:
-        by_dtype[t.dtype, is_sharded(t)].append(t)
+        by_dtype[t.dtype].append(t)
     norms: list[Tensor] = []
-    for (dtype, sharded), same in by_dtype.items():
+    for dtype, same in by_dtype.items():
         wide = torch.promote_types(dtype, torch.float32)
-        if sharded:  # whose norm does not take another dtype
-            norms += torch._foreach_norm([t.to(wide) for t in same], 2)
+        if any_sharded(same):  # whose norm neither takes another dtype nor goes with others
+            norms += [torch.linalg.vector_norm(t.to(wide)) for t in same]
         else:
             norms += torch._foreach_norm(same, 2, dtype=wide)
     return norms
@@ -68,18 +68,31 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one is a DTensor, as FSDP2 makes of parameters and gradients."""
+    return _sharded_type() in set(map(type, tensors))
+
+
+def _sharded_type() -> Any:
+    # It takes half a second to import, and who has such a tensor has done so.
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
 def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
+    return t.full_tensor() if any_sharded([t]) else t  # type: ignore[attr-defined]
 
 
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """This device's shards, in the same memory; tensors that are not sharded as they are."""
-    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
+    if not any_sharded(tensors):
+        return tensors
+    return [t.to_local() if any_sharded([t]) else t for t in tensors]  # type: ignore[attr-defined]
 
 
 def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes, dtypes and shards."""
-    torch._foreach_copy_(_local(to), _local(of))
+    torch._foreach_copy_(list(_local(to)), list(_local(of)))
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
