@@ -53,11 +53,12 @@ from sam_lightning.vectors import global_norm, move
 from sam_lightning.wrapper import OptimizerAround
 
 UNPERTURBED = (
-    "step() without a perturbation would be a plain step of the base optimizer. Run the second "
-    "pass in `with optimizer.perturbed(model):` before it, or between first_step() and "
-    "second_step(), or give step() a closure that computes the gradients (not with a GradScaler "
-    "or Lightning's 16-mixed). If a plain step is meant, call skip_perturbation() before. An "
-    "optimizer that is wrapped has these methods too; call step() of the wrapper"
+    "step() without a perturbation: this would be a plain step of the base optimizer. Run the "
+    "second pass inside `with optimizer.perturbed(model):`, or between first_step() and "
+    "second_step(), or pass step() a closure that computes the gradients. (A closure does not work "
+    "with a GradScaler, nor with 16-mixed under Lightning's automatic optimization.) Call "
+    "skip_perturbation() first if you want a plain step. If Lightning, Fabric or accelerate has "
+    "wrapped the optimizer, still call step() of the wrapper"
 )
 
 
@@ -69,6 +70,7 @@ class _Update:
     the optimizer's methods with itself as ``self``, and reads this object from the optimizer.
     """
 
+    held: bool = False  # the weights are at w + e
     perturbed: bool = False  # perturb() was called
     plain: bool = False  # skip_perturbation() was called
     combined: bool = False  # combine() was called
@@ -197,14 +199,17 @@ class SAM(OptimizerAround):
                 does not go with the descent.
         """
         update = self._update
-        first = not update.backup
+        first = not update.held
         if not first and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
+        needs_gradient = first and self.climbs and not self.along_momentum
+        if needs_gradient and not has_new_gradients(self._params):
+            raise RuntimeError("no gradient since the last step: call backward() before")
         if first:
-            update.perturbed, update.combined, update.model = True, False, model
-            update.at_w = None
+            update.combined, update.model, update.at_w = False, model, None
         if self.climbs:
             self._climb(first, zero_grad, scaler, length)
+        update.held = update.perturbed = True
         if zero_grad:
             self.zero_grad()
 
@@ -212,9 +217,6 @@ class SAM(OptimizerAround):
         self, first: bool, zero_grad: bool, scaler: GradScaler | None, length: float
     ) -> None:
         update = self._update
-        if first and not self.along_momentum and not has_new_gradients(self._params):
-            update.perturbed = False
-            raise RuntimeError("no gradient since the last step: call backward() before")
         if first and self.descent is not None:
             grads = {p: p.grad for p in self._params if p.grad is not None}
             check_gradients_can_be_combined(update.model, grads)
@@ -226,7 +228,7 @@ class SAM(OptimizerAround):
         memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
         # What is remembered is of the gradient at w, and changes once an update.
         memory = memory if first else [dict(kept) for kept in memory]
-        if any(adaptive):
+        if any(adaptive) and type(self.perturbation) is GradientAscent:
             direction, norm = ascent_by_group(weights, grads_of, adaptive)
         else:
             direction, norm = self.perturbation(weights, grads_of, names, memory)
@@ -282,6 +284,7 @@ class SAM(OptimizerAround):
     def restore(self) -> None:
         """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
         self._update.backup.restore()
+        self._update.held = False
 
     @contextmanager
     def perturbed(
@@ -360,8 +363,8 @@ class SAM(OptimizerAround):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and at w forget those that a step left behind."""
         update = self._update
-        if not update.backup:
-            update.at_w, update.combined = None, False
+        if not update.held:
+            update.at_w, update.perturbed, update.combined = None, False, False
         if not set_to_none:
             super().zero_grad(set_to_none=False)
             mark_spent(self._params)
@@ -508,7 +511,7 @@ class SAM(OptimizerAround):
 
         It has to, while the weights are perturbed.
         """
-        return bool(self._update.backup)
+        return self._update.held
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("perturbation", "descent", "only", "decay_in_ascent")
