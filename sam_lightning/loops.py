@@ -13,29 +13,31 @@ SPENT = "_sam_spent_at_version"
 def mark_spent(params: Iterable[Tensor]) -> None:
     """Note that the present gradients have been stepped with, or cleared.
 
-    The mark is on the first gradient itself, so that it goes when the gradient does.
+    The mark is on the gradient itself, so that it goes when the gradient does.
     """
     for p in params:
         if p.grad is not None:
             setattr(p.grad, SPENT, p.grad._version)
-            return
 
 
-def has_new_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether there are gradients that were written since ``mark_spent``."""
-    params = [p for p in params if p.grad is not None and p.requires_grad]
-    if not params:
-        return False
-    grad = params[0].grad
-    assert grad is not None
-    spent = getattr(grad, SPENT, None)
-    if spent is None:
-        return True
-    writes = grad._version - spent
-    if writes != 1:
-        return bool(writes > 1)
-    # One backward pass, or somebody who set them to zero.
-    return any(bool(p.grad.any()) for p in params if p.grad is not None)
+def has_new_gradients(params: Iterable[Tensor], *, zeros_count: bool) -> bool:
+    """Whether there are gradients that were written since ``mark_spent``.
+
+    Args:
+        params: whose gradients.
+        zeros_count: whether a write that left zeros in a gradient of before counts. It may have
+            been a backward pass, or somebody who cleared it. If they do, no host waits for a device.
+    """
+    rewritten = []
+    for p in params:
+        if p.grad is None or not p.requires_grad:
+            continue
+        spent = getattr(p.grad, SPENT, None)
+        if spent is None:
+            return True
+        if p.grad._version != spent:
+            rewritten.append(p.grad)
+    return any(zeros_count or bool(grad.any()) for grad in rewritten)
 
 
 def lightning_module(closure: Any) -> Any:

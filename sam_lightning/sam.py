@@ -211,7 +211,8 @@ class SAM(OptimizerAround):
         self, first: bool, zero_grad: bool, scaler: GradScaler | None, length: float
     ) -> None:
         update = self._update
-        if first and not self.along_momentum and not has_new_gradients(self._params):
+        needed = first and not self.along_momentum
+        if needed and not has_new_gradients(self._params, zeros_count=True):
             update.perturbed = False
             raise RuntimeError("no gradient since the last step: call backward() before")
         if first and self.descent is not None:
@@ -427,7 +428,7 @@ class SAM(OptimizerAround):
         if self._update.plain or not self.climbs:
             if module is not None:  # as for any optimizer there
                 return closure()
-            if has_new_gradients(self._params):
+            if has_new_gradients(self._params, zeros_count=False):
                 return None
             self.zero_grad()
             return closure()
@@ -441,7 +442,7 @@ class SAM(OptimizerAround):
         if self.along_momentum:
             with self.perturbed(model):
                 return closure()
-        if has_new_gradients(self._params):
+        if has_new_gradients(self._params, zeros_count=False):
             self._second_pass(closure, model)
             return None
         self.zero_grad()
