@@ -25,8 +25,8 @@ def has_new_gradients(params: Iterable[Tensor], *, zeros_count: bool) -> bool:
 
     Args:
         params: whose gradients.
-        zeros_count: whether a write that left zeros in a gradient of before counts. It may have
-            been a backward pass, or somebody who cleared it. If they do, no host waits for a device.
+        zeros_count: whether a write that left zeros in a gradient of before counts, which may be
+            a backward pass, or somebody who cleared it. If so, no host waits for a device.
     """
     rewritten = []
     for p in params:
