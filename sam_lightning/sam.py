@@ -146,10 +146,12 @@ class SAM(OptimizerAround):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with a ``rho`` and an ``adaptive`` of their own or the default ones."""
-        adaptive = param_group.setdefault("adaptive", self.defaults["adaptive"])
+        self._check_adaptive(param_group.setdefault("adaptive", self.defaults["adaptive"]))
+        super().add_param_group(param_group)
+
+    def _check_adaptive(self, adaptive: bool) -> None:
         if adaptive and type(self.perturbation) is not GradientAscent:
             raise ValueError("adaptive=True: not together with perturbation, which decides it")
-        super().add_param_group(param_group)
 
     @property
     def _params(self) -> Iterator[Tensor]:
@@ -227,6 +229,7 @@ class SAM(OptimizerAround):
         # What is remembered is of the gradient at w, and changes once an update.
         memory = memory if first else [dict(kept) for kept in memory]
         if any(adaptive):
+            self._check_adaptive(True)  # groups may be loaded or changed
             direction, norm = ascent_by_group(weights, grads_of, adaptive)
         else:
             direction, norm = self.perturbation(weights, grads_of, names, memory)

@@ -168,7 +168,7 @@ class OptimizerAround(Optimizer):
         A state of the base optimizer is loaded too. What another method remembers is left out.
         """
         # The last of these hooks, so that a user's see the state as it is, and may change it.
-        last = self.register_load_state_dict_pre_hook(OptimizerAround._adapted)
+        last = self.register_load_state_dict_pre_hook(lambda _, given: self._adapted(given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -214,8 +214,10 @@ class OptimizerAround(Optimizer):
         base.__setstate__(state)
         self._show_memory()
         for group in self.param_groups:
-            if "rho" in base.defaults and "base_rho" not in group:  # it is the base optimizer's
-                group["base_rho"] = group.pop("rho", base.defaults["rho"])
+            if "rho" in base.defaults and "base_rho" not in group:
+                group["base_rho"] = group.get("rho", base.defaults["rho"])
+                if not all(name in group for name in self._own):  # it is the base optimizer's only
+                    group["rho"] = self.defaults["rho"]
             for name in self._own:
                 group.setdefault(name, self.defaults[name])
 

@@ -420,6 +420,24 @@ def test_a_file_of_the_usual_sam_is_taken_up_but_for_its_copies_of_weights(base)
     assert_equal(weights_of(ours), weights_of(theirs))
 
 
+def test_adadelta_goes_on_with_the_rho_that_another_sam_has_overwritten():
+    sam = SAM(network().parameters(), torch.optim.Adadelta, rho=0.9)
+    file = torch.optim.Adadelta(network().parameters(), rho=0.05).state_dict()
+    file["param_groups"][0]["adaptive"] = True
+    sam.load_state_dict(file)
+    group = sam.param_groups[0]
+    assert (group["rho"], group["base_rho"], group["adaptive"]) == (0.05, 0.05, True)
+
+
+def test_groups_that_were_loaded_do_not_change_the_method_unnoticed():
+    model = network()
+    file = SAM(network().parameters(), SGD, adaptive=True).state_dict()
+    sam = SAM(model.named_parameters(), SGD, perturbation=AdaptiveAscent())
+    sam.load_state_dict(file)
+    with pytest.raises(ValueError, match="adaptive=True: not together"):
+        step_with_closure(model, sam, next(batches(1)))
+
+
 @pytest.mark.parametrize("base", [SGD, ADAMW])
 def test_a_file_of_pytorch_optimizer_is_taken_up(base):
     ours, theirs, data = network(), network(), list(batches(8))
