@@ -11,37 +11,40 @@ from sam_lightning.vectors import any_sharded
 SPENT = "_sam_spent_at_version"
 
 
-def mark_spent(params: Iterable[Tensor]) -> None:
+def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
     """Note that the present gradients have been stepped with, or set to zero.
 
-    The mark is on the first gradient itself, so that it goes when the gradient does.
+    The mark is on the gradient itself, so that it goes when the gradient does.
+
+    Args:
+        params: whose gradients.
+        clearings: how often gradients were cleared. A tensor that somebody assigns once more after
+            that is a new gradient.
     """
-    grad = next((p.grad for p in params if p.grad is not None), None)
-    if grad is not None:
-        setattr(grad, SPENT, grad._version)
+    for p in params:
+        if p.grad is not None:
+            setattr(p.grad, SPENT, (clearings, p.grad._version))
 
 
-def unmark(params: Iterable[Tensor]) -> None:
-    """Let the present gradients count as new if they are assigned once more."""
-    grad = next((p.grad for p in params if p.grad is not None), None)
-    if grad is not None and hasattr(grad, SPENT):
-        delattr(grad, SPENT)
+def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:
+    """Whether there are gradients that were written since ``mark_spent``.
 
-
-def has_new_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether there are gradients that were written since ``mark_spent``."""
-    params = iter(params)
-    grad = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
-    if grad is None:
-        return False
-    spent = getattr(grad, SPENT, None)
-    if spent is None:
-        return True
-    writes = grad._version - spent
-    if writes != 1:
-        return bool(writes > 1)
-    # One backward pass, or somebody who set them to zero.
-    return bool(grad.any()) or any(bool(p.grad.any()) for p in params if p.grad is not None)
+    Args:
+        params: whose gradients.
+        clearings: as for ``mark_spent``.
+        zeros_count: whether a write that left zeros in a gradient of before counts, which may be
+            a backward pass, or somebody who cleared it. If so, no host waits for a device.
+    """
+    rewritten = []
+    for p in params:
+        if p.grad is None or not p.requires_grad:
+            continue
+        cleared, version = getattr(p.grad, SPENT, (None, None))
+        if cleared != clearings:
+            return True
+        if p.grad._version != version:
+            rewritten.append(p.grad)
+    return any(zeros_count or bool(grad.any()) for grad in rewritten)
 
 
 def lightning_module(closure: Any) -> Any:

@@ -39,7 +39,6 @@ from sam_lightning.loops import (
     has_new_gradients,
     lightning_module,
     mark_spent,
-    unmark,
 )
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import (
@@ -70,6 +69,7 @@ class _Update:
     the optimizer's methods with itself as ``self``, and reads this object from the optimizer.
     """
 
+    clearings: int = 0  # how often gradients were cleared, ever
     held: bool = False  # the weights are at w + e
     perturbed: bool = False  # perturb() was called
     plain: bool = False  # skip_perturbation() was called
@@ -149,14 +149,20 @@ class SAM(OptimizerAround):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with a ``rho`` and an ``adaptive`` of their own or the default ones."""
-        adaptive = param_group.setdefault("adaptive", self.defaults["adaptive"])
+        self._check_adaptive(param_group.setdefault("adaptive", self.defaults["adaptive"]))
+        super().add_param_group(param_group)
+
+    def _check_adaptive(self, adaptive: bool) -> None:
         if adaptive and type(self.perturbation) is not GradientAscent:
             raise ValueError("adaptive=True: not together with perturbation, which decides it")
-        super().add_param_group(param_group)
 
     @property
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+    def _has_new_gradients(self, *, zeros_count: bool) -> bool:
+        clearings = self._update.clearings
+        return has_new_gradients(self._params, clearings, zeros_count=zeros_count)
 
     # ------------------------------------------------------------------------- perturbing
 
@@ -203,7 +209,7 @@ class SAM(OptimizerAround):
         if not first and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
         needs_gradient = first and self.climbs and not self.along_momentum
-        if needs_gradient and not has_new_gradients(self._params):
+        if needs_gradient and not self._has_new_gradients(zeros_count=True):
             raise RuntimeError("no gradient since the last step: call backward() before")
         if first:
             update.combined, update.model, update.at_w = False, model, None
@@ -228,7 +234,8 @@ class SAM(OptimizerAround):
         memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
         # What is remembered is of the gradient at w, and changes once an update.
         memory = memory if first else [dict(kept) for kept in memory]
-        if any(adaptive) and type(self.perturbation) is GradientAscent:
+        if any(adaptive):
+            self._check_adaptive(True)  # groups may be loaded or changed
             direction, norm = ascent_by_group(weights, grads_of, adaptive)
         else:
             direction, norm = self.perturbation(weights, grads_of, names, memory)
@@ -367,9 +374,9 @@ class SAM(OptimizerAround):
             update.at_w, update.perturbed, update.combined = None, False, False
         if not set_to_none:
             super().zero_grad(set_to_none=False)
-            mark_spent(self._params)
+            mark_spent(self._params, update.clearings)
             return
-        unmark(self._params)
+        update.clearings += 1
         for group in self.param_groups:  # in half the time that Optimizer.zero_grad takes
             for p in group["params"]:
                 p.grad = None
@@ -416,24 +423,27 @@ class SAM(OptimizerAround):
         """
         update, result = self._update, None
         if closure is not None:
+            ended = update.held or (update.perturbed and lightning_module(closure) is not None)
             with torch.enable_grad():
-                result = closure() if update.perturbed else self._evaluate(closure, model)
+                result = closure() if ended else self._evaluate(closure, model)
         self.restore()
         if not update.perturbed and not update.plain and self.climbs:
             self._dry_run()
         self._combine_and_unscale()
         self.step_base()
-        mark_spent(self._params)
+        mark_spent(self._params, update.clearings)
         update.perturbed = update.plain = update.combined = False
         return result
 
     def _evaluate(self, closure: Callable[[], Any], model: nn.Module | None) -> Any:
         """Compute the gradient to step with by a closure, and perturb in between."""
+        if self._update.perturbed:  # by a pass that was not stepped with
+            self.zero_grad()
         module = lightning_module(closure)
         if self._update.plain or not self.climbs:
             if module is not None:  # as for any optimizer there
                 return closure()
-            if has_new_gradients(self._params):
+            if self._has_new_gradients(zeros_count=False):
                 return None
             self.zero_grad()
             return closure()
@@ -447,7 +457,7 @@ class SAM(OptimizerAround):
         if self.along_momentum:
             with self.perturbed(model):
                 return closure()
-        if has_new_gradients(self._params):
+        if self._has_new_gradients(zeros_count=False):
             self._second_pass(closure, model)
             return None
         self.zero_grad()

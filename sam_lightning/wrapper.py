@@ -55,6 +55,7 @@ class OptimizerAround(Optimizer):
         **kwargs: Any,
     ) -> None:
         _check_base(base_optimizer)
+        _check_rho(defaults["rho"])
         self.method = method
         self.memory: dict[Tensor, Memory] = defaultdict(dict)
         self.base_optimizer: Any = SimpleNamespace()  # holds groups and state until there is one
@@ -104,9 +105,7 @@ class OptimizerAround(Optimizer):
         Raises:
             ValueError: ``rho`` is negative or not finite.
         """
-        rho = param_group.setdefault("rho", self.defaults["rho"])
-        if not (rho >= 0 and math.isfinite(rho)):
-            raise ValueError(f"rho={rho}: must be a finite number >= 0")
+        _check_rho(param_group.setdefault("rho", self.defaults["rho"]))
         if not isinstance(self.base_optimizer, Optimizer):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
@@ -168,6 +167,15 @@ class OptimizerAround(Optimizer):
 
         A state of the base optimizer is loaded too. What another method remembers is left out.
         """
+        # The last of these hooks, so that a user's see the state as it is, and may change it.
+        last = self.register_load_state_dict_pre_hook(lambda _, given: self._adapted(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state that this optimizer can load, of one that it or another one has saved."""
         state = {i: dict(values) for i, values in state_dict["state"].items()}
         older = dict(state_dict.get("memory", {}))  # files of before it was in the state
         if "/".join(older.pop("of", [])) == self.method:
@@ -183,7 +191,7 @@ class OptimizerAround(Optimizer):
                 values.pop("old_p", None)
         state = {i: values for i, values in state.items() if values}
         rest = {name: value for name, value in state_dict.items() if name != "memory"}
-        super().load_state_dict({**rest, "state": state})
+        return {**rest, "state": state}
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer's own has defaults, groups and state only.
@@ -206,8 +214,10 @@ class OptimizerAround(Optimizer):
         base.__setstate__(state)
         self._show_memory()
         for group in self.param_groups:
-            if "rho" in base.defaults and "base_rho" not in group:  # it is the base optimizer's
-                group["base_rho"] = group.pop("rho", base.defaults["rho"])
+            if "rho" in base.defaults and "base_rho" not in group:
+                group["base_rho"] = group.get("rho", base.defaults["rho"])
+                if not all(name in group for name in self._own):  # it is the base optimizer's only
+                    group["rho"] = self.defaults["rho"]
             for name in self._own:
                 group.setdefault(name, self.defaults[name])
 
@@ -225,10 +235,18 @@ def _check_base(base_optimizer: Any) -> None:
             raise ValueError(f"base_optimizer={made.__name__}: not supported, {reason}")
 
 
+def _check_rho(rho: float) -> None:
+    if not (rho >= 0 and math.isfinite(rho)):
+        raise ValueError(f"rho={rho}: must be a finite number >= 0")
+
+
 def _step_without_hooks(optimizer: Optimizer) -> None:
     """Step; the hooks are shared with the optimizer around, whose step runs them already."""
     step = type(optimizer).step
-    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
+    replaced = vars(optimizer).get("step")
+    if hasattr(replaced, "_wrapped_by_lr_sched"):  # by a scheduler, to know that there was a step
+        replaced, optimizer._opt_called = None, True  # type: ignore[attr-defined]
+    if replaced is not None or not getattr(step, "hooked", False):
         optimizer.step()
     else:
         step.__wrapped__(optimizer)  # type: ignore[attr-defined]
