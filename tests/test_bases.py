@@ -109,7 +109,7 @@ def test_steps_around_every_base_are_those_of_a_loop_by_hand(base):
     for i, batch in enumerate(batches(20)):
         in_turn(i, ours, sam, batch)
         plain_sam_step(theirs, alone, batch, along_gradient(0.3))
-    assert_close(weights_of(ours), weights_of(theirs), atol=1e-12, rtol=1e-12)
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
@@ -143,7 +143,7 @@ def test_a_file_of_the_base_optimizer_alone_is_taken_up(base):
     for batch in data[4:]:
         step_in_two(ours, sam, batch)
         plain_sam_step(theirs, alone, batch, along_gradient(0.3))
-    assert_close(weights_of(ours), weights_of(theirs), atol=1e-12, rtol=1e-12)
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-11, rtol=1e-11)
     assert sam.param_groups[0].get("base_rho") == (0.95 if base == "Adadelta" else None)
 
 
