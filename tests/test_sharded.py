@@ -20,20 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sam_lightning import SAM
-from sam_lightning.methods.friendly import FriendlyAscent
-from sam_lightning.methods.looksam import Reuse
-from sam_lightning.perturbations import AdaptiveAscent
-from steps import BASES, METHODS, STEPS, batches, network
+from steps import BASES, RELATIVES, STEPS, batches, network
 
 RANKS = 2
 CASES = {
-    f"{method}, {base}": (options, base)
-    for method, options in {
-        **METHODS,
-        "asam": {"perturbation": AdaptiveAscent()},
-        "friendly": {"perturbation": FriendlyAscent()},
-        "looksam": {"descent": Reuse()},
-    }.items()
+    f"{method}, {base}": (RELATIVES[method], base)
+    for method in ("sam", "asam", "adaptive", "friendly", "looksam")
     for base in ("nesterov", "adamw")
 }
 
