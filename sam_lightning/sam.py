@@ -107,7 +107,7 @@ class SAM(OptimizerAround):
             name.
     """
 
-    grad_scale: Tensor | None = None  # set by GradScaler, with found_inf
+    grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
 
     def __init__(
         self,
@@ -381,6 +381,7 @@ class SAM(OptimizerAround):
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and step the base optimizer with the present gradients."""
         self.restore()
+        self.combine()  # before a wrapper unscales the gradients
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -484,20 +485,22 @@ class SAM(OptimizerAround):
     @torch.no_grad()
     def _combine_and_unscale(self) -> None:
         """Combine, and divide by a GradScaler's scale where it leaves that to the optimizer."""
-        if self.found_inf is not None and self.grad_scale is None and self._update.at_w is not None:
+        scale = getattr(self, "grad_scale", None)
+        if self.found_inf is not None and scale is None and self._update.at_w is not None:
             raise RuntimeError(
                 "scaler.unscale_(): of the two gradients that are combined it has unscaled one. "
                 "Run the second pass in `with optimizer.perturbed(model):`, or call combine() "
                 "before scaler.unscale_()"
             )
         self.combine()
-        if self.grad_scale is None or self.found_inf is None:
+        if scale is None or self.found_inf is None:
             return
         grads = [p.grad for p in self._params if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, 1 / self.grad_scale)
-            # It looked at the gradients before they were combined.
-            self.found_inf = self.found_inf + (global_norm(grads) * 0 != 0)
+            torch._foreach_mul_(grads, 1 / scale)
+            # It looked at the gradients before they were combined. Fused kernels compare with 1.
+            bad = (global_norm(grads) * 0 != 0).to(self.found_inf)
+            self.found_inf = torch.maximum(self.found_inf, bad)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
