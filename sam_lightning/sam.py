@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from sam_lightning.backup import Backup
 from sam_lightning.loops import (
     check_gradients_can_be_combined,
+    closure_in_parts,
     has_new_gradients,
     lightning_module,
     mark_spent,
@@ -425,14 +426,13 @@ class SAM(OptimizerAround):
     def _evaluate(self, closure: Callable[[], Any], model: nn.Module | None) -> Any:
         """Compute the gradient to step with by a closure, and perturb in between."""
         module = lightning_module(closure)
-        if self._update.plain or not self.climbs:
-            if module is not None:  # as for any optimizer there
-                return closure()
-            if has_new_gradients(self._params):
-                return None
-            self.zero_grad()
-            return closure()
         automatic = module is not None and module.automatic_optimization
+        compute, finish = closure_in_parts(closure)
+        if self._update.plain or not self.climbs:
+            result = compute() if automatic else self._gradient_at_w(compute)
+            self.combine()
+            finish()
+            return result
         if automatic and module.trainer.accumulate_grad_batches > 1:
             raise RuntimeError(
                 "accumulate_grad_batches under automatic optimization: SAM needs a second pass "
@@ -441,16 +441,30 @@ class SAM(OptimizerAround):
         model = module if model is None else model
         if self.along_momentum:
             with self.perturbed(model):
-                return closure()
+                result = compute()
+        elif has_new_gradients(self._params):
+            self._second_pass(compute, model)
+            result = None
+        else:
+            self.zero_grad()
+            result = compute()
+            if any(p.grad is not None for p in self._params):
+                self._second_pass(compute, model)
+            elif automatic and result is None:
+                self.skip_perturbation()  # training_step left this batch out
+        finish()
+        return result
+
+    def _gradient_at_w(self, compute: Callable[[], Any]) -> Any:
+        """Compute the gradient, if it is not there and the closure computes any."""
         if has_new_gradients(self._params):
-            self._second_pass(closure, model)
             return None
+        grads = [(p, p.grad) for p in self._params]
         self.zero_grad()
-        result = closure()
-        if any(p.grad is not None for p in self._params):
-            self._second_pass(closure, model)
-        elif automatic and result is None:
-            self.skip_perturbation()  # training_step left this batch out
+        result = compute()
+        if all(p.grad is None for p in self._params):
+            for p, grad in grads:
+                p.grad = grad
         return result
 
     def _second_pass(self, closure: Callable[[], Any], model: nn.Module | None) -> None:
