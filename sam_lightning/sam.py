@@ -49,7 +49,7 @@ from sam_lightning.perturbations import (
     Perturbation,
     ascent_by_group,
 )
-from sam_lightning.vectors import global_norm, move
+from sam_lightning.vectors import foreach, global_norm, move
 from sam_lightning.wrapper import OptimizerAround
 
 UNPERTURBED = (
@@ -263,7 +263,7 @@ class SAM(OptimizerAround):
         if not along_momentum:
             if scaler is not None and grads:
                 scale = scaler.scale(torch.ones((), device=grads[0].device))
-                grads = list(torch._foreach_mul(grads, 1 / scale))
+                grads = list(foreach(torch._foreach_mul, grads, 1 / scale))
             if self.decay_in_ascent:
                 grads = [
                     g.add(w, alpha=wd) for g, w, wd in zip(grads, weights, decays, strict=True)
@@ -511,7 +511,7 @@ class SAM(OptimizerAround):
             return
         grads = [p.grad for p in self._params if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, 1 / scale)
+            foreach(torch._foreach_mul_, grads, 1 / scale)
             # It looked at the gradients before they were combined. Fused kernels compare with 1.
             bad = (global_norm(grads) * 0 != 0).to(self.found_inf)
             self.found_inf = torch.maximum(self.found_inf, bad)

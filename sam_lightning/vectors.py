@@ -1,12 +1,13 @@
 """All weights as one vector, which is never made: its norm, its products, a step along it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_lightning.loops import is_sharded
+from sam_lightning.loops import any_sharded, is_sharded
 
 # What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
 # 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
@@ -80,6 +81,22 @@ def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
 def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes, dtypes and shards."""
     torch._foreach_copy_(_local(to), _local(of))
+
+
+def foreach(
+    operation: Callable[..., Any], tensors: Sequence[Tensor], *others: Any, **options: Any
+) -> list[Tensor]:
+    """One of torch's ``_foreach`` operations; it does not take sharded tensors among others.
+
+    Where a model is sharded in part, it is called tensor by tensor.
+    """
+    if not any_sharded(tensors) or all(map(is_sharded, tensors)):
+        return operation(tensors, *others, **options)
+    results = []
+    for i, tensor in enumerate(tensors):
+        own = [[o[i]] if isinstance(o, (list, tuple)) else o for o in others]
+        results.append(operation([tensor], *own, **options))
+    return [result[0] for result in results if result]
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
