@@ -201,8 +201,8 @@ class SAM(OptimizerAround):
         if not first and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
         if first:
-            update.perturbed, update.combined, update.model = True, False, model
-            update.at_w = None
+            update.perturbed, update.plain, update.combined = True, False, False
+            update.at_w, update.model = None, model
         if self.climbs:
             self._climb(first, zero_grad, scaler, length)
         if zero_grad:
@@ -330,7 +330,8 @@ class SAM(OptimizerAround):
 
         LookSAM adds its correction to that gradient.
         """
-        self._update.plain = True
+        # A scaler may have skipped the step before.
+        self._update.plain, self._update.combined = True, False
 
     @torch._disable_dynamo
     @torch.no_grad()

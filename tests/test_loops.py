@@ -315,7 +315,7 @@ def scaled(model, optimizer, batch, climb, scaler, overflow, form):
             backward(True)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    model.zero_grad()  # and SAM is not told of a step that the scaler has skipped
     return all(map(torch.equal, before, model.parameters()))
 
 
