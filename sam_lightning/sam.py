@@ -218,7 +218,10 @@ class SAM(OptimizerAround):
         if first and self.descent is not None:
             grads = {p: p.grad for p in self._params if p.grad is not None}
             check_gradients_can_be_combined(update.model, grads)
-            update.at_w = grads if zero_grad else {p: g.clone() for p, g in grads.items()}
+            # A view is of a buffer, such as a bucket of DDP's, that the next pass writes to.
+            update.at_w = {
+                p: g if zero_grad and not g._is_view() else g.clone() for p, g in grads.items()
+            }
         weights, grads_of, names, rhos, adaptive = self._ascent_inputs(scaler)
         if not weights:
             return

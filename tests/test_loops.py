@@ -339,6 +339,37 @@ def test_a_scaler_whose_scale_changes_and_that_overflows(method, form, fused):
     assert skipped == ([5, 7, 10, 15] if method == "gsam" else [7, 10, 15])
 
 
+@two_forms
+@every_method
+def test_a_scaler_that_unscales_to_clip(method, form):
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    model = network()
+    optimizer = sam_of(model, method)
+
+    def backward(loss):
+        scaler.scale(loss).backward()
+
+    class Clipping:
+        """Takes the place of the optimizer's own step."""
+
+        def __getattr__(self, name):
+            return getattr(optimizer, name)
+
+        def step(self):
+            optimizer.combine()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            scaler.step(optimizer)
+            scaler.update()
+
+        def second_step(self, zero_grad):
+            self.step()
+            optimizer.zero_grad()
+
+    loop(FORMS[form], method, model, Clipping(), backward=backward, scaler=scaler)
+    assert_close(state_of(model), PLAIN(method, clip=0.3))
+
+
 # ------------------------------------------------------------------------------ torch.compile
 
 backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])

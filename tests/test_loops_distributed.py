@@ -29,10 +29,11 @@ pytestmark = pytest.mark.slow
 RANKS = 2
 TWO_FORMS = ["perturbed", "in two"]
 DDP = [
-    (method, form, own)
+    (method, form, own, views)
     for method in METHODS
     for form in TWO_FORMS
     for own in ([False] if method in COMBINES else [False, True])
+    for views in (False, True)
 ]
 REFUSED = [(method, what) for method in COMBINES for what in ("first", "second", "no model")]
 FSDP = [
@@ -79,8 +80,9 @@ def step(model, optimizer, batch, climb, form, silent=(), finish=lambda: None, t
     optimizer.zero_grad()
 
 
-def ddp(rank, method, form, own):
-    model = nn.parallel.DistributedDataParallel(network(batch_norm=False))
+def ddp(rank, method, form, own, views):
+    model = network(batch_norm=False)
+    model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
     optimizer = sam_of(model.module, method)
     same = True
     for i, batch in enumerate(data_of(rank)):
@@ -185,9 +187,9 @@ def check(found, weights):
 # --------------------------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize(("method", "form", "own"), DDP)
-def test_ddp(results, method, form, own):
-    check(results("ddp", DDP)[method, form, own], expected(method, own))
+@pytest.mark.parametrize(("method", "form", "own", "views"), DDP)
+def test_ddp(results, method, form, own, views):
+    check(results("ddp", DDP)[method, form, own, views], expected(method, own))
 
 
 @pytest.mark.parametrize(("method", "what"), REFUSED)
