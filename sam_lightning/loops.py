@@ -32,10 +32,9 @@ def has_new_gradients(params: Iterable[Tensor]) -> bool:
     spent = getattr(grad, SPENT, None)
     if spent is None:
         return True
-    writes = grad._version - spent
-    if writes != 1:
-        return bool(writes > 1)
-    # One backward pass, or somebody who set them to zero.
+    if grad._version == spent:
+        return False
+    # A backward pass, or somebody who set them to zero.
     return any(bool(p.grad.any()) for p in params if p.grad is not None)
 
 
