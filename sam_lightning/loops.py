@@ -1,6 +1,7 @@
 """What ``SAM`` has to find out about the loop that it is used in."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -56,6 +57,18 @@ def lightning_module(closure: Any) -> Any:
     """
     arguments = getattr(closure, "args", ())  # of a functools.partial
     return next((a for a in arguments if hasattr(a, "automatic_optimization")), None)
+
+
+def closure_in_parts(closure: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What computes the loss and its gradients, and what Lightning's closure does after that.
+
+    The latter runs ``on_before_optimizer_step`` and clips the gradients. Only those that the
+    optimizer steps with are to be clipped, so it has to run once, after the second pass.
+    """
+    *others, compute = getattr(closure, "args", (None,))
+    if lightning_module(closure) is None or not callable(compute):
+        return closure, lambda: None
+    return compute, partial(closure.func, *others, lambda: None)  # type: ignore[attr-defined]
 
 
 def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[Tensor]) -> None:

@@ -231,7 +231,7 @@ class SAMModule(GradientModule):
         else:
             measure = last or self._log_before_next_ascent()
             first, second = self._two_passes(micro_batches, measure, sync=not average_late)
-        sam.combine()
+        sam.combine()  # before they are clipped
         if average_late:
             self.average_gradients()
         self._logged_lr = self.lr  # before the schedule sets that of the next update

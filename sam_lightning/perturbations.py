@@ -15,7 +15,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from sam_lightning.vectors import global_norm, norm_of_norms, norms_of, parts
+from sam_lightning.vectors import foreach, global_norm, norm_of_norms, norms_of, parts
 
 # What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
 # the optimizer's state, for each device.
@@ -176,11 +176,11 @@ class _Normalized(Sequence[Tensor]):
         # Without eta a real w itself will do: its sign is lost in the square, and in the norm.
         size = [weights[i] for i in chosen]
         if self.eta or any(map(torch.is_complex, size)):
-            size = list(torch._foreach_abs(size))
-            torch._foreach_add_(size, self.eta)
-        scaled = torch._foreach_mul(size, [result[i] for i in chosen])
+            size = list(foreach(torch._foreach_abs, size))
+            foreach(torch._foreach_add_, size, self.eta)
+        scaled = foreach(torch._foreach_mul, size, [result[i] for i in chosen])
         if twice:
-            torch._foreach_mul_(scaled, size)
+            foreach(torch._foreach_mul_, scaled, size)
         for i, t_g in zip(chosen, scaled, strict=True):
             result[i] = t_g
         return result

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from sam_lightning.backup import Backup
 from sam_lightning.loops import (
     check_gradients_can_be_combined,
+    closure_in_parts,
     has_new_gradients,
     lightning_module,
     mark_spent,
@@ -48,7 +49,7 @@ from sam_lightning.perturbations import (
     Perturbation,
     ascent_by_group,
 )
-from sam_lightning.vectors import global_norm, move
+from sam_lightning.vectors import foreach, global_norm, move
 from sam_lightning.wrapper import OptimizerAround
 
 UNPERTURBED = (
@@ -110,7 +111,7 @@ class SAM(OptimizerAround):
             name.
     """
 
-    grad_scale: Tensor | None = None  # set by GradScaler, with found_inf
+    grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
 
     def __init__(
         self,
@@ -212,7 +213,8 @@ class SAM(OptimizerAround):
         if needs_gradient and not self._has_new_gradients(zeros_count=True):
             raise RuntimeError("no gradient since the last step: call backward() before")
         if first:
-            update.combined, update.model, update.at_w = False, model, None
+            update.plain = update.combined = False
+            update.at_w, update.model = None, model
         if self.climbs:
             self._climb(first, zero_grad, scaler, length)
         update.held = update.perturbed = True
@@ -226,7 +228,10 @@ class SAM(OptimizerAround):
         if first and self.descent is not None:
             grads = {p: p.grad for p in self._params if p.grad is not None}
             check_gradients_can_be_combined(update.model, grads)
-            update.at_w = grads if zero_grad else {p: g.clone() for p, g in grads.items()}
+            # A view is of a buffer, such as a bucket of DDP's, that the next pass writes to.
+            update.at_w = {
+                p: g if zero_grad and not g._is_view() else g.clone() for p, g in grads.items()
+            }
         weights, grads_of, names, rhos, adaptive = self._ascent_inputs(scaler)
         if not weights:
             return
@@ -274,7 +279,7 @@ class SAM(OptimizerAround):
         if not along_momentum:
             if scaler is not None and grads:
                 scale = scaler.scale(torch.ones((), device=grads[0].device))
-                grads = list(torch._foreach_mul(grads, 1 / scale))
+                grads = list(foreach(torch._foreach_mul, grads, 1 / scale))
             if self.decay_in_ascent:
                 decayed = zip(grads, weights, decays, strict=True)
                 grads = [g.add(w, alpha=decay) for g, w, decay in decayed]
@@ -341,7 +346,8 @@ class SAM(OptimizerAround):
 
         LookSAM adds its correction to that gradient.
         """
-        self._update.plain = True
+        # A scaler may have skipped the step before.
+        self._update.plain, self._update.combined = True, False
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -394,6 +400,7 @@ class SAM(OptimizerAround):
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and step the base optimizer with the present gradients."""
         self.restore()
+        self.combine()  # before a wrapper unscales the gradients
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -440,14 +447,13 @@ class SAM(OptimizerAround):
         if self._update.perturbed:  # by a pass that was not stepped with
             self.zero_grad()
         module = lightning_module(closure)
-        if self._update.plain or not self.climbs:
-            if module is not None:  # as for any optimizer there
-                return closure()
-            if self._has_new_gradients(zeros_count=False):
-                return None
-            self.zero_grad()
-            return closure()
         automatic = module is not None and module.automatic_optimization
+        compute, finish = closure_in_parts(closure)
+        if self._update.plain or not self.climbs:
+            result = compute() if automatic else self._gradient_at_w(compute)
+            self.combine()
+            finish()
+            return result
         if automatic and module.trainer.accumulate_grad_batches > 1:
             raise RuntimeError(
                 "accumulate_grad_batches under automatic optimization: SAM needs a second pass "
@@ -456,16 +462,30 @@ class SAM(OptimizerAround):
         model = module if model is None else model
         if self.along_momentum:
             with self.perturbed(model):
-                return closure()
+                result = compute()
+        elif self._has_new_gradients(zeros_count=False):
+            self._second_pass(compute, model)
+            result = None
+        else:
+            self.zero_grad()
+            result = compute()
+            if any(p.grad is not None for p in self._params):
+                self._second_pass(compute, model)
+            elif automatic and result is None:
+                self.skip_perturbation()  # training_step left this batch out
+        finish()
+        return result
+
+    def _gradient_at_w(self, compute: Callable[[], Any]) -> Any:
+        """Compute the gradient, if it is not there and the closure computes any."""
         if self._has_new_gradients(zeros_count=False):
-            self._second_pass(closure, model)
             return None
+        grads = [(p, p.grad) for p in self._params]
         self.zero_grad()
-        result = closure()
-        if any(p.grad is not None for p in self._params):
-            self._second_pass(closure, model)
-        elif automatic and result is None:
-            self.skip_perturbation()  # training_step left this batch out
+        result = compute()
+        if all(p.grad is None for p in self._params):
+            for p, grad in grads:
+                p.grad = grad
         return result
 
     def _second_pass(self, closure: Callable[[], Any], model: nn.Module | None) -> None:
@@ -500,20 +520,22 @@ class SAM(OptimizerAround):
     @torch.no_grad()
     def _combine_and_unscale(self) -> None:
         """Combine, and divide by a GradScaler's scale where it leaves that to the optimizer."""
-        if self.found_inf is not None and self.grad_scale is None and self._update.at_w is not None:
+        scale = getattr(self, "grad_scale", None)
+        if self.found_inf is not None and scale is None and self._update.at_w is not None:
             raise RuntimeError(
                 "scaler.unscale_(): of the two gradients that are combined it has unscaled one. "
                 "Run the second pass in `with optimizer.perturbed(model):`, or call combine() "
                 "before scaler.unscale_()"
             )
         self.combine()
-        if self.grad_scale is None or self.found_inf is None:
+        if scale is None or self.found_inf is None:
             return
         grads = [p.grad for p in self._params if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, 1 / self.grad_scale)
-            # It looked at the gradients before they were combined.
-            self.found_inf = self.found_inf + (global_norm(grads) * 0 != 0)
+            foreach(torch._foreach_mul_, grads, 1 / scale)
+            # It looked at the gradients before they were combined. Fused kernels compare with 1.
+            bad = (global_norm(grads) * 0 != 0).to(self.found_inf)
+            self.found_inf = torch.maximum(self.found_inf, bad)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,23 @@ def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes, dtypes and shards."""
     torch._foreach_copy_(list(_local(to)), list(_local(of)))
+
+
+def foreach(
+    operation: Callable[..., Any], tensors: Sequence[Tensor], *others: Any, **options: Any
+) -> list[Tensor]:
+    """One of torch's ``_foreach`` operations; it does not take sharded tensors among others.
+
+    Where a model is sharded in part, it is called tensor by tensor.
+    """
+    kinds = set(map(type, tensors))
+    if len(kinds) == 1 or _sharded_type() not in kinds:
+        return operation(tensors, *others, **options)
+    results = []
+    for i, tensor in enumerate(tensors):
+        own = [[o[i]] if isinstance(o, (list, tuple)) else o for o in others]
+        results.append(operation([tensor], *own, **options))
+    return [result[0] for result in results if result]
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
