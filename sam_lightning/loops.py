@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sam_lightning.vectors import any_sharded
 
-SPENT = "_sam_spent_at_version"
+SPENT = "_sam_spent_at_version"  # the attribute of a gradient that holds its mark
+SECOND = "second"
 
 
 def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
@@ -25,6 +26,19 @@ def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
     for p in params:
         if p.grad is not None:
             setattr(p.grad, SPENT, (clearings, p.grad._version))
+
+
+def mark_second(params: Iterable[Tensor]) -> None:
+    """Note that the present gradients are those of a second pass, still to be stepped with."""
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if grad is not None:
+        setattr(grad, SPENT, (SECOND, grad._version))
+
+
+def has_second_gradients(params: Iterable[Tensor]) -> bool:
+    """Whether gradients of a second pass are still there, with others added to them."""
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    return bool(getattr(grad, SPENT, (None, None))[0] == SECOND)
 
 
 def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:

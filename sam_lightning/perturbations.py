@@ -26,7 +26,8 @@ class Perturbation(Protocol):
     """Maps weights and gradients to the direction of ascent and the norm to divide it by.
 
     One with an attribute ``along = "momentum"`` is given the base optimizer's momentum in place of
-    the gradients, and needs no pass at w.
+    the gradients, and needs no pass at w. One with ``euclidean = True`` returns the 2-norm of its
+    direction, so that ``adaptive`` can scale the direction and take the norm again.
     """
 
     def __call__(
@@ -73,6 +74,8 @@ class Descent(Protocol):
 
 class GradientAscent:
     """Climb along the gradient: SAM, Foret et al. 2021 (arXiv 2010.01412), eq. 2 with p = 2."""
+
+    euclidean = True
 
     def __call__(
         self,
@@ -121,14 +124,14 @@ class AdaptiveAscent:
 
 
 def ascent_by_group(
-    weights: list[Tensor], grads: list[Tensor], adaptive: list[bool]
+    weights: list[Tensor], direction: list[Tensor], adaptive: list[bool]
 ) -> tuple[Sequence[Tensor], Tensor]:
-    """The usual adaptive SAM for some weights, T = |w|, and SAM for the others, T = 1.
+    """Scale a direction d of ascent by the weights' size, T = |w|, where ``adaptive``; else T = 1.
 
     Returns:
-        T^2 g and the norm ||T g||_2 over all weights.
+        T^2 d and the norm ||T d||_2 over all weights.
     """
-    return _normalized_ascent(weights, grads, adaptive, 0.0)
+    return _normalized_ascent(weights, direction, adaptive, 0.0)
 
 
 def _normalized_ascent(

@@ -19,8 +19,9 @@ The same in two other forms, the second with a closure that computes the loss an
     optimizer.step(closure, model)              # runs both passes
 
 docs/loops.md has what to write in the loops of Lightning, Fabric, accelerate, a GradScaler and
-others. This file needs nothing but torch, ``loops.py``, ``perturbations.py``, ``vectors.py`` and
-``models/running_stats.py``, and can be used without Lightning.
+others. This file needs nothing but torch, ``wrapper.py``, ``backup.py``, ``loops.py``,
+``perturbations.py``, ``vectors.py`` and ``models/running_stats.py``, and can be used without
+Lightning.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ from sam_lightning.loops import (
     check_gradients_can_be_combined,
     closure_in_parts,
     has_new_gradients,
+    has_second_gradients,
     lightning_module,
+    mark_second,
     mark_spent,
 )
 from sam_lightning.models.running_stats import frozen_running_stats
@@ -93,8 +96,9 @@ class SAM(OptimizerAround):
             own ``rho``, which Adadelta has, is set by ``functools.partial``, and is the groups'
             ``base_rho``.
         rho: radius of the perturbation, >= 0 in the units of the weights; 0 is the base optimizer.
-        adaptive: climb as the usual adaptive SAM does, |w| on every parameter. For the ASAM of the
-            paper pass ``perturbation=AdaptiveAscent()`` and named parameters.
+        adaptive: climb as the usual adaptive SAM does, |w| on every parameter; along the gradient,
+            or Friendly-SAM's direction. For the ASAM of the paper pass
+            ``perturbation=AdaptiveAscent()`` and named parameters.
         perturbation: where to climb; along the gradient if not given.
         descent: what to step with, made of the gradients at w and w + e; the latter if not given.
         only: names of the parameters to perturb, which then have to be named; all if not given.
@@ -154,8 +158,9 @@ class SAM(OptimizerAround):
         super().add_param_group(param_group)
 
     def _check_adaptive(self, adaptive: bool) -> None:
-        if adaptive and type(self.perturbation) is not GradientAscent:
-            raise ValueError("adaptive=True: not together with perturbation, which decides it")
+        if adaptive and not getattr(self.perturbation, "euclidean", False):
+            name = type(self.perturbation).__name__
+            raise ValueError(f"adaptive=True: not together with {name}, which decides it")
 
     @property
     def _params(self) -> Iterator[Tensor]:
@@ -212,6 +217,11 @@ class SAM(OptimizerAround):
         needs_gradient = first and self.climbs and not self.along_momentum
         if needs_gradient and not self._has_new_gradients(zeros_count=True):
             raise RuntimeError("no gradient since the last step: call backward() before")
+        if needs_gradient and has_second_gradients(self._params):
+            raise RuntimeError(
+                "the gradient of the last second pass was neither stepped with nor cleared. To "
+                "accumulate, run all first passes before the perturbation and all second ones in it"
+            )
         if first:
             update.plain = update.combined = False
             update.at_w, update.model = None, model
@@ -239,11 +249,10 @@ class SAM(OptimizerAround):
         memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
         # What is remembered is of the gradient at w, and changes once an update.
         memory = memory if first else [dict(kept) for kept in memory]
+        direction, norm = self.perturbation(weights, grads_of, names, memory)
         if any(adaptive):
             self._check_adaptive(True)  # groups may be loaded or changed
-            direction, norm = ascent_by_group(weights, grads_of, adaptive)
-        else:
-            direction, norm = self.perturbation(weights, grads_of, names, memory)
+            direction, norm = ascent_by_group(weights, list(direction), adaptive)
         if first and any(memory):
             known.update(zip(weights, memory, strict=True))
         update.backup.save(weights)
@@ -325,6 +334,7 @@ class SAM(OptimizerAround):
             with statistics:
                 yield
             self.combine()
+            mark_second(self._params)
         except BaseException:
             self._update.at_w, self._update.perturbed = None, False
             raise

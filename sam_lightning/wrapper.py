@@ -58,6 +58,7 @@ class OptimizerAround(Optimizer):
         _check_rho(defaults["rho"])
         self.method = method
         self.memory: dict[Tensor, Memory] = defaultdict(dict)
+        self._own = tuple(defaults)
         self.base_optimizer: Any = SimpleNamespace()  # holds groups and state until there is one
         super().__init__(params, defaults)
         base = base_optimizer(self.param_groups, **kwargs)
@@ -67,7 +68,6 @@ class OptimizerAround(Optimizer):
                 group["base_rho"] = base.defaults["rho"]
         self.base_optimizer = base
         self.defaults = {**base.defaults, **defaults}
-        self._own = tuple(defaults)
         self._share_hooks()
 
     @property
@@ -78,6 +78,9 @@ class OptimizerAround(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
+        for group in groups:
+            for name in self._own:
+                group.setdefault(name, self.defaults[name])
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:

@@ -100,6 +100,21 @@ def test_gradients_that_are_set_to_zero(times, given):
     assert_close(state_of(model), PLAIN("sam"))
 
 
+def test_a_second_gradient_that_nobody_stepped_with_is_not_climbed_along():
+    model = network()
+    optimizer = sam_of(model, "sam")
+    one, two = batches(count=2)
+    loss_at(model, one).backward()
+    with optimizer.perturbed(model):
+        loss_at(model, one).backward()
+    loss_at(model, two).backward()
+    with pytest.raises(RuntimeError, match="neither stepped with nor cleared"):
+        optimizer.first_step()
+    optimizer.zero_grad()
+    loss_at(model, two).backward()
+    optimizer.first_step()
+
+
 @every_method
 def test_accumulation(method):
     model, reference = network(), PlainLoop(method)
@@ -255,7 +270,7 @@ def test_automatic_optimization_does_not_accumulate():
 
 @every_method
 def test_automatic_optimization_in_16_mixed_is_refused(method):
-    with pytest.raises(RuntimeError, match="Lightning's 16-mixed"):
+    with pytest.raises(RuntimeError, match="16-mixed under Lightning"):
         fit(
             Module(method, "automatic"),
             plugins=MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu")),
