@@ -26,7 +26,7 @@ class Backup:
         """Copy weights that have no copy yet."""
         known = {id(w) for w in self._weights}
         new = [w for w in weights if id(w) not in known] if known else weights
-        copies = [self._room_for(w) for w in new]
+        copies = self._rooms_for(new)
         if new:
             copy_(copies, new)
         self._weights = [*self._weights, *new]
@@ -48,11 +48,17 @@ class Backup:
         pairs = zip(self._weights, self._copies, strict=True)
         return norm_of_norms([norm for w, old in pairs for norm in norms_of([w - old])])
 
-    def _room_for(self, w: Tensor) -> Tensor:
-        room = self._rooms.get(id(w))
-        # The model may have been moved or converted since, or the id be another weight's now.
-        if room is not None and room.dtype is w.dtype and room.shape == w.shape and w.is_cpu:
-            return room
+    def _rooms_for(self, weights: list[Tensor]) -> list[Tensor]:
+        rooms = []
+        for w in weights:
+            room = self._rooms.get(id(w))
+            # The model may have been moved or converted since, or the id be another weight's now.
+            if room is None or room.dtype is not w.dtype or room.shape != w.shape or not w.is_cpu:
+                room = self._new_room(w)
+            rooms.append(room)
+        return rooms
+
+    def _new_room(self, w: Tensor) -> Tensor:
         self._rooms.pop(id(w), None)
         with torch.inference_mode(False):  # memory made in that mode is for that mode only
             room = torch.empty_like(w)

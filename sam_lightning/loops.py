@@ -24,21 +24,23 @@ def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
             that is a new gradient.
     """
     for p in params:
-        if p.grad is not None:
-            setattr(p.grad, SPENT, (clearings, p.grad._version))
+        grad = p.grad
+        if grad is not None:
+            setattr(grad, SPENT, (clearings, _version(grad)))
 
 
 def mark_second(params: Iterable[Tensor]) -> None:
     """Note that the present gradients are those of a second pass, still to be stepped with."""
     grad = next((p.grad for p in params if p.grad is not None), None)
     if grad is not None:
-        setattr(grad, SPENT, (SECOND, grad._version))
+        setattr(grad, SPENT, (SECOND, _version(grad)))
 
 
 def has_second_gradients(params: Iterable[Tensor]) -> bool:
     """Whether gradients of a second pass are still there, with others added to them."""
     grad = next((p.grad for p in params if p.grad is not None), None)
-    return bool(getattr(grad, SPENT, (None, None))[0] == SECOND)
+    mark, version = getattr(grad, SPENT, (None, None))
+    return grad is not None and mark == SECOND and version != _version(grad)
 
 
 def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:
@@ -57,9 +59,16 @@ def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: 
         cleared, version = getattr(p.grad, SPENT, (None, None))
         if cleared != clearings:
             return True
-        if p.grad._version != version:
+        if _version(p.grad) != version:
             rewritten.append(p.grad)
     return any(zeros_count or bool(grad.any()) for grad in rewritten)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # of a tensor made in inference mode
+        return 0
 
 
 def lightning_module(closure: Any) -> Any:

@@ -249,10 +249,13 @@ class SAM(OptimizerAround):
         memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
         # What is remembered is of the gradient at w, and changes once an update.
         memory = memory if first else [dict(kept) for kept in memory]
-        direction, norm = self.perturbation(weights, grads_of, names, memory)
-        if any(adaptive):
-            self._check_adaptive(True)  # groups may be loaded or changed
-            direction, norm = ascent_by_group(weights, list(direction), adaptive)
+        if any(adaptive) and type(self.perturbation) is GradientAscent:
+            direction, norm = ascent_by_group(weights, grads_of, adaptive)
+        else:
+            direction, norm = self.perturbation(weights, grads_of, names, memory)
+            if any(adaptive):
+                self._check_adaptive(True)  # groups may be loaded or changed
+                direction, norm = ascent_by_group(weights, list(direction), adaptive)
         if first and any(memory):
             known.update(zip(weights, memory, strict=True))
         update.backup.save(weights)

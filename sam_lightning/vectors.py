@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
@@ -70,6 +71,8 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether one is a DTensor, as FSDP2 makes of parameters and gradients."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     return _sharded_type() in set(map(type, tensors))
 
 
@@ -162,13 +165,17 @@ def _move(
     inv_norm: Tensor,
     found_inf: Tensor,
 ) -> None:
-    alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
-    for w, d, rho in zip(weights, direction, rhos, strict=True):
-        if rho != 0:
-            ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
-            ws.append(w)
-            ds.append(d)
-    for (device, dtype, rho), (ws, ds) in alike.items():
+    # In most models one kind of weight, so sorting them by kind can wait until there are more.
+    kinds = list({(w.device, w.dtype, rho) for w, rho in zip(weights, rhos, strict=True)})
+    for kind in kinds:
+        device, dtype, rho = kind
+        if rho == 0:
+            continue
+        ws, ds = list(weights), list(direction)
+        if len(kinds) > 1:
+            rows = zip(weights, direction, rhos, strict=True)
+            chosen = [(w, d) for w, d, r in rows if (w.device, w.dtype, r) == kind]
+            ws, ds = [w for w, _ in chosen], [d for _, d in chosen]
         step_size = (inv_norm * rho).to(device)
         if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
             step_size = step_size.float() if device.type == "cuda" else step_size
