@@ -140,9 +140,7 @@ class GradientModule(Classifier):
         for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
             p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p
 
-    def inv_scale(self) -> Tensor | None:
-        """1 / loss scale, 0-dim, or None where the loss is not scaled."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return None
-        return 1 / scaler.scale(torch.ones((), device=self.device))
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss under ``trainer.precision=16-mixed``."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)

@@ -27,25 +27,6 @@ from sam_lightning.update_log import LogUpdates, UpdateSums, cosine
 from sam_lightning.vectors import global_norm
 
 
-class ManualSAM(SAM):
-    """SAM under Lightning's manual optimization, which hands every optimizer a closure.
-
-    That closure computes nothing, it calls ``on_before_optimizer_step``. Plain ``SAM.step`` would
-    take it for one that evaluates the loss.
-    """
-
-    def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
-        """Call the closure once, then step the base optimizer with the present gradients.
-
-        ``combine()`` was called before, for it takes gradients that are not yet unscaled, clipped
-        or averaged.
-        """
-        if closure is not None:
-            closure()
-        self.restore()
-        self._base_step()
-
-
 class SAMModule(GradientModule):
     """Trains an image classifier with SAM and its relatives.
 
@@ -175,7 +156,7 @@ class SAMModule(GradientModule):
     def configure_optimizers(self) -> Any:
         """SAM around the base optimizer, and the schedule that is stepped once per update."""
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        optimizer = ManualSAM(
+        optimizer = SAM(
             trainable,
             self.base_optimizer,
             rho=self.rho,
@@ -203,7 +184,9 @@ class SAMModule(GradientModule):
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
         for group in self.sam.param_groups:
-            group.update({name: given[name] for name in given if name in group})
+            group.update({n: given[n] for n in given if n in group and n != "rho"})
+            if "rho" in given:  # the base optimizer's own
+                group["base_rho"] = given["rho"]
             group.update(rho=self.rho, initial_lr=given["lr"])
             group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
 
@@ -238,6 +221,7 @@ class SAMModule(GradientModule):
         # What combines gradients does so on each device, and the results are averaged.
         average_late = sam.climbs and self.descent is not None and not self.sync_perturbation
         if not climbs:
+            sam.skip_perturbation()
             first = second = self.gradient(micro_batches, sync=not average_late)
         elif sam.along_momentum:
             with sam.perturbed(length=self._length()):
@@ -247,7 +231,7 @@ class SAMModule(GradientModule):
         else:
             measure = last or self._log_before_next_ascent()
             first, second = self._two_passes(micro_batches, measure, sync=not average_late)
-        sam.combine()
+        sam.combine()  # before they are clipped
         if average_late:
             self.average_gradients()
         self._logged_lr = self.lr  # before the schedule sets that of the next update
@@ -299,7 +283,7 @@ class SAMModule(GradientModule):
     @contextlib.contextmanager
     def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
-        scale: dict[str, Any] = {"inv_scale": self.inv_scale(), "length": self._length()}
+        scale: dict[str, Any] = {"scaler": self.scaler, "length": self._length()}
         self._seed_perturbation(0)
         with self.sam.perturbed(self.model, **scale):
             for further in range(1, self.ascent_steps):

@@ -15,7 +15,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from sam_lightning.vectors import global_norm, norm_of_norms, norms_of, parts
+from sam_lightning.vectors import foreach, global_norm, norm_of_norms, norms_of, parts
 
 # What a method keeps of a weight from one update to the next, by name. It is saved and loaded with
 # the optimizer's state, for each device.
@@ -26,7 +26,8 @@ class Perturbation(Protocol):
     """Maps weights and gradients to the direction of ascent and the norm to divide it by.
 
     One with an attribute ``along = "momentum"`` is given the base optimizer's momentum in place of
-    the gradients, and needs no pass at w.
+    the gradients, and needs no pass at w. One with ``euclidean = True`` returns the 2-norm of its
+    direction, so that ``adaptive`` can scale the direction and take the norm again.
     """
 
     def __call__(
@@ -74,6 +75,8 @@ class Descent(Protocol):
 class GradientAscent:
     """Climb along the gradient: SAM, Foret et al. 2021 (arXiv 2010.01412), eq. 2 with p = 2."""
 
+    euclidean = True
+
     def __call__(
         self,
         weights: list[Tensor],
@@ -117,9 +120,26 @@ class AdaptiveAscent:
                 "pass model.named_parameters() to SAM, or use normalize_bias=True"
             )
         chosen = [self.normalize_bias or "weight" in (name or "") for name in names]
-        direction = _Normalized(weights, grads, chosen, self.eta)
-        norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
-        return direction, norm_of_norms(norms)
+        return _normalized_ascent(weights, grads, chosen, self.eta)
+
+
+def ascent_by_group(
+    weights: list[Tensor], direction: list[Tensor], adaptive: list[bool]
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Scale a direction d of ascent by the weights' size, T = |w|, where ``adaptive``; else T = 1.
+
+    Returns:
+        T^2 d and the norm ||T d||_2 over all weights.
+    """
+    return _normalized_ascent(weights, direction, adaptive, 0.0)
+
+
+def _normalized_ascent(
+    weights: list[Tensor], grads: list[Tensor], chosen: list[bool], eta: float
+) -> tuple[Sequence[Tensor], Tensor]:
+    direction = _Normalized(weights, grads, chosen, eta)
+    norms = [n for part in parts(weights) for n in norms_of(direction.once(part))]
+    return direction, norm_of_norms(norms)
 
 
 class _Normalized(Sequence[Tensor]):
@@ -159,11 +179,11 @@ class _Normalized(Sequence[Tensor]):
         # Without eta a real w itself will do: its sign is lost in the square, and in the norm.
         size = [weights[i] for i in chosen]
         if self.eta or any(map(torch.is_complex, size)):
-            size = list(torch._foreach_abs(size))
-            torch._foreach_add_(size, self.eta)
-        scaled = torch._foreach_mul(size, [result[i] for i in chosen])
+            size = list(foreach(torch._foreach_abs, size))
+            foreach(torch._foreach_add_, size, self.eta)
+        scaled = foreach(torch._foreach_mul, size, [result[i] for i in chosen])
         if twice:
-            torch._foreach_mul_(scaled, size)
+            foreach(torch._foreach_mul_, scaled, size)
         for i, t_g in zip(chosen, scaled, strict=True):
             result[i] = t_g
         return result

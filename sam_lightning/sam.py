@@ -18,56 +18,104 @@ The same in two other forms, the second with a closure that computes the loss an
 
     optimizer.step(closure, model)              # runs both passes
 
-This file needs nothing but torch, ``perturbations.py``, ``vectors.py`` and
-``models/running_stats.py``, and can be used without Lightning.
+docs/loops.md has what to write in the loops of Lightning, Fabric, accelerate, a GradScaler and
+others. This file needs nothing but torch, ``wrapper.py``, ``backup.py``, ``loops.py``,
+``perturbations.py``, ``vectors.py`` and ``models/running_stats.py``, and can be used without
+Lightning.
 """
 
-import math
-from collections import defaultdict
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from sam_lightning.backup import Backup
+from sam_lightning.loops import (
+    check_gradients_can_be_combined,
+    closure_in_parts,
+    has_new_gradients,
+    has_second_gradients,
+    lightning_module,
+    mark_second,
+    mark_spent,
+)
 from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.perturbations import (
-    AdaptiveAscent,
     Descent,
     GradientAscent,
     Memory,
     Perturbation,
+    ascent_by_group,
 )
-from sam_lightning.vectors import move, norm_of_norms, norms_of
+from sam_lightning.vectors import foreach, global_norm, move
+from sam_lightning.wrapper import OptimizerAround
+
+UNPERTURBED = (
+    "step() without a perturbation: this would be a plain step of the base optimizer. Run the "
+    "second pass inside `with optimizer.perturbed(model):`, or between first_step() and "
+    "second_step(), or pass step() a closure that computes the gradients. (A closure does not work "
+    "with a GradScaler, nor with 16-mixed under Lightning's automatic optimization.) Call "
+    "skip_perturbation() first if you want a plain step. If Lightning, Fabric or accelerate has "
+    "wrapped the optimizer, still call step() of the wrapper"
+)
 
 
-class SAM(Optimizer):
+@dataclasses.dataclass
+class _Update:
+    """What was done since the last step.
+
+    A wrapper that inherits from the optimizer it wraps, as those of Lightning and Fabric do, runs
+    the optimizer's methods with itself as ``self``, and reads this object from the optimizer.
+    """
+
+    clearings: int = 0  # how often gradients were cleared, ever
+    held: bool = False  # the weights are at w + e
+    perturbed: bool = False  # perturb() was called
+    plain: bool = False  # skip_perturbation() was called
+    combined: bool = False  # combine() was called
+    at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
+    model: nn.Module | None = None  # that of the second pass
+    backup: Backup = dataclasses.field(default_factory=Backup)
+
+
+class SAM(OptimizerAround):
     """Perturb, take the gradient there, restore, step the base optimizer.
 
-    The parameter groups and the state are those of ``base_optimizer``, shared and not copied, so
-    schedulers, ``state_dict`` and resumed runs see one optimizer.
+    The parameter groups, the state and the hooks are those of ``base_optimizer``, shared and not
+    copied, so schedulers, ``state_dict`` and resumed runs see one optimizer.
 
     Args:
-        params: as for any torch optimizer; a group may set its own ``rho``. The norm is taken over
-            all groups, whatever their rho (Foret et al. 2021, equation 2).
-        base_optimizer: a torch optimizer class, or any callable from parameter groups to one.
+        params: as for any torch optimizer; a group may set its own ``rho`` and ``adaptive``. The
+            norm is taken over all groups, whatever their rho (Foret et al. 2021, equation 2).
+        base_optimizer: a torch optimizer class, or any callable from parameter groups to one. Its
+            own ``rho``, which Adadelta has, is set by ``functools.partial``, and is the groups'
+            ``base_rho``.
         rho: radius of the perturbation, >= 0 in the units of the weights; 0 is the base optimizer.
-        adaptive: climb as the usual adaptive SAM does, |w| on every parameter. For the ASAM of the
-            paper pass ``perturbation=AdaptiveAscent()`` and named parameters.
+        adaptive: climb as the usual adaptive SAM does, |w| on every parameter; along the gradient,
+            or Friendly-SAM's direction. For the ASAM of the paper pass
+            ``perturbation=AdaptiveAscent()`` and named parameters.
         perturbation: where to climb; along the gradient if not given.
         descent: what to step with, made of the gradients at w and w + e; the latter if not given.
         only: names of the parameters to perturb, which then have to be named; all if not given.
         decay_in_ascent: climb along g + weight_decay * w, as the official JAX code does, where the
-            L2 term is part of the loss. The base optimizer decays the weights in either case.
+            L2 term is part of the loss. The base optimizer decays the weights at w in either case,
+            where the JAX code decays those at w + e.
         **kwargs: passed to ``base_optimizer``.
 
     Raises:
+        TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
         ValueError: a rho is negative or not finite, both ways to choose a perturbation are used,
-            the base optimizer has no momentum to climb along, that is combined with a descent, or
-            ``only`` has an unknown name.
+            the base optimizer evaluates the loss itself or takes sparse gradients only, it has no
+            momentum to climb along, that is combined with a descent, or ``only`` has an unknown
+            name.
     """
+
+    grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
 
     def __init__(
         self,
@@ -82,24 +130,14 @@ class SAM(Optimizer):
         decay_in_ascent: bool = False,
         **kwargs: Any,
     ) -> None:
-        if adaptive and perturbation is not None:
-            raise ValueError("adaptive=True: not together with perturbation, which decides it")
-        if adaptive:
-            perturbation = AdaptiveAscent(eta=0.0, normalize_bias=True)
         self.perturbation = perturbation or GradientAscent()
         self.descent = descent
         self.only = None if only is None else frozenset(only)
         self.decay_in_ascent = decay_in_ascent
-        self.memory: dict[Tensor, Memory] = defaultdict(dict)  # of perturbation and descent
-        # 0-dim tensor; non-zero makes the next step() a no-op, decided on the device.
-        self.found_inf: Tensor | None = None
-        self._saved: tuple[list[Tensor], list[Tensor]] | None = None
-        self._rooms: dict[int, Tensor] = {}  # where the last copies were, by the id of their weight
-        self._at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
-        super().__init__(params, {"rho": rho})
-        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        self.defaults = {**self.base_optimizer.defaults, "rho": rho}
-        self._share()
+        self._update = _Update()
+        method = f"{type(self.perturbation).__name__}/{type(self.descent).__name__}"
+        own = {"rho": rho, "adaptive": adaptive}
+        super().__init__(params, base_optimizer, own, method, **kwargs)
         self._check()
 
     def _check(self) -> None:
@@ -114,19 +152,25 @@ class SAM(Optimizer):
         if self.only is not None and not self.only <= names:
             raise ValueError(f"only={min(self.only - names)}: no parameter of this name")
 
-    def _share(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with a ``rho`` of their own or the default one."""
-        rho = param_group.setdefault("rho", self.defaults["rho"])
-        if not (rho >= 0 and math.isfinite(rho)):
-            raise ValueError(f"rho={rho}: must be a finite number >= 0")
-        if hasattr(self, "base_optimizer"):
-            self.base_optimizer.add_param_group(param_group)
-        else:  # called by Optimizer.__init__, before there is a base optimizer to share with
-            super().add_param_group(param_group)
+        """Add parameters, with a ``rho`` and an ``adaptive`` of their own or the default ones."""
+        self._check_adaptive(param_group.setdefault("adaptive", self.defaults["adaptive"]))
+        super().add_param_group(param_group)
+
+    def _check_adaptive(self, adaptive: bool) -> None:
+        if adaptive and not getattr(self.perturbation, "euclidean", False):
+            name = type(self.perturbation).__name__
+            raise ValueError(f"adaptive=True: not together with {name}, which decides it")
+
+    @property
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _has_new_gradients(self, *, zeros_count: bool) -> bool:
+        clearings = self._update.clearings
+        return has_new_gradients(self._params, clearings, zeros_count=zeros_count)
+
+    # ------------------------------------------------------------------------- perturbing
 
     @property
     def climbs(self) -> bool:
@@ -134,20 +178,18 @@ class SAM(Optimizer):
         return any(group["rho"] > 0 for group in self.param_groups)
 
     @property
-    def _method(self) -> list[str]:
-        return [type(self.perturbation).__name__, type(self.descent).__name__]
-
-    @property
     def along_momentum(self) -> bool:
         """Whether the perturbation needs no gradient at w, that is, whether one pass is enough."""
         return getattr(self.perturbation, "along", "gradient") == "momentum"
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def perturb(
         self,
         *,
+        model: nn.Module | None = None,
         zero_grad: bool = False,
-        inv_scale: Tensor | None = None,
+        scaler: GradScaler | None = None,
         length: float = 1.0,
         further: bool = False,
     ) -> None:
@@ -156,75 +198,77 @@ class SAM(Optimizer):
         A gradient with a non-finite norm moves nothing; that is decided on the device.
 
         Args:
+            model: what the passes call; a descent needs it under DistributedDataParallel.
             zero_grad: clear the gradients afterwards.
-            inv_scale: 1 / loss scale, 0-dim, where the gradients are those of a scaled loss.
+            scaler: what has scaled the loss. A method that remembers gradients needs it, for the
+                scale changes; others climb as far without it.
             length: factor on every rho.
             further: the weights may be perturbed already, and move on from where they are.
 
         Raises:
-            RuntimeError: the weights are perturbed already, or a gradient is sparse.
+            RuntimeError: the weights are perturbed already; there is no gradient, or only that of
+                the last step; a gradient is sparse; or devices average the gradients in a way that
+                does not go with the descent.
         """
-        if self._saved is not None and not further:
+        update = self._update
+        first = not update.held
+        if not first and not further:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        first = self._saved is None
-        at_w = self._gradients(clone=not zero_grad) if first and self.descent else self._at_w
-        weights, grads, names, rhos = self._ascent_inputs(inv_scale)
-        if weights and self.climbs:
-            known = self.memory  # looked up by weight only where there is one: a look-up is slow
-            memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
-            # What is remembered is of the gradient at w, and changes once an update.
-            memory = memory if first else [dict(kept) for kept in memory]
-            direction, norm = self.perturbation(weights, grads, names, memory)
-            if first and any(memory):
-                known.update(zip(weights, memory, strict=True))
-            self._save(weights)
-            move(weights, direction, [rho * length for rho in rhos], norm)
+        needs_gradient = first and self.climbs and not self.along_momentum
+        if needs_gradient and not self._has_new_gradients(zeros_count=True):
+            raise RuntimeError("no gradient since the last step: call backward() before")
+        if needs_gradient and has_second_gradients(self._params):
+            raise RuntimeError(
+                "the gradient of the last second pass was neither stepped with nor cleared. To "
+                "accumulate, run all first passes before the perturbation and all second ones in it"
+            )
+        if first:
+            update.plain = update.combined = False
+            update.at_w, update.model = None, model
+        if self.climbs:
+            self._climb(first, zero_grad, scaler, length)
+        update.held = update.perturbed = True
         if zero_grad:
             self.zero_grad()
-        self._at_w = at_w
 
-    def _gradients(self, *, clone: bool) -> dict[Tensor, Tensor]:
-        grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
-        return {p: g.clone() for p, g in grads.items()} if clone else grads
-
-    def _save(self, weights: list[Tensor]) -> None:
-        known, saved = self._saved or ([], [])
-        ids = {id(w) for w in known}
-        new = [w for w in weights if id(w) not in ids] if ids else weights
-        copies = self._rooms_for(new)
-        if new:
-            torch._foreach_copy_(copies, new)
-        self._saved = [*known, *new], [*saved, *copies]
-
-    def _rooms_for(self, weights: list[Tensor]) -> list[Tensor]:
-        """Memory for copies: on a CPU that of the last step, for new pages have to be zeroed.
-
-        CUDA's allocator keeps what is given back, for whoever needs it next.
-        """
-        rooms = []
-        for w in weights:
-            room = self._rooms.get(id(w))
-            # The model may have been moved or converted since, or the id be another weight's now.
-            if room is None or room.dtype is not w.dtype or room.shape != w.shape or not w.is_cpu:
-                room = self._new_room(w)
-            rooms.append(room)
-        return rooms
-
-    def _new_room(self, w: Tensor) -> Tensor:
-        if not w.is_cpu:
-            self._rooms.pop(id(w), None)  # of before it was moved there
-            return torch.empty_like(w)
-        with torch.inference_mode(False):  # memory made in that mode is for that mode only
-            self._rooms[id(w)] = torch.empty_like(w)
-        return self._rooms[id(w)]
+    def _climb(
+        self, first: bool, zero_grad: bool, scaler: GradScaler | None, length: float
+    ) -> None:
+        update = self._update
+        if first and self.descent is not None:
+            grads = {p: p.grad for p in self._params if p.grad is not None}
+            check_gradients_can_be_combined(update.model, grads)
+            # A view is of a buffer, such as a bucket of DDP's, that the next pass writes to.
+            update.at_w = {
+                p: g if zero_grad and not g._is_view() else g.clone() for p, g in grads.items()
+            }
+        weights, grads_of, names, rhos, adaptive = self._ascent_inputs(scaler)
+        if not weights:
+            return
+        known = self.memory  # looked up by weight only where there is one: a look-up is slow
+        memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
+        # What is remembered is of the gradient at w, and changes once an update.
+        memory = memory if first else [dict(kept) for kept in memory]
+        if any(adaptive) and type(self.perturbation) is GradientAscent:
+            direction, norm = ascent_by_group(weights, grads_of, adaptive)
+        else:
+            direction, norm = self.perturbation(weights, grads_of, names, memory)
+            if any(adaptive):
+                self._check_adaptive(True)  # groups may be loaded or changed
+                direction, norm = ascent_by_group(weights, list(direction), adaptive)
+        if first and any(memory):
+            known.update(zip(weights, memory, strict=True))
+        update.backup.save(weights)
+        move(weights, direction, [rho * length for rho in rhos], norm)
 
     def _ascent_inputs(
-        self, inv_scale: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float]]:
-        weights, grads, names, rhos, decays = [], [], [], [], []
+        self, scaler: GradScaler | None
+    ) -> tuple[list[Tensor], list[Tensor], list[str | None], list[float], list[bool]]:
+        weights: list[Tensor] = []
+        grads, names, rhos, adaptive, decays = [], [], [], [], []
         along_momentum, only = self.along_momentum, self.only
         for group in self.param_groups:
-            rho, decay = group["rho"], group.get("weight_decay", 0.0)
+            before = len(weights)
             group_names = group.get("param_names") or [None] * len(group["params"])
             for name, p in zip(group_names, group["params"], strict=True):
                 grad = self._momentum(p) if along_momentum else p.grad
@@ -237,15 +281,21 @@ class SAM(Optimizer):
                 weights.append(p)
                 grads.append(grad)
                 names.append(name)
-                rhos.append(rho)
-                decays.append(decay)
-        if along_momentum:
-            return weights, grads, names, rhos
-        if inv_scale is not None and grads:
-            grads = list(torch._foreach_mul(grads, inv_scale))
-        if self.decay_in_ascent:
-            grads = [g.add(w, alpha=wd) for g, w, wd in zip(grads, weights, decays, strict=True)]
-        return weights, grads, names, rhos
+            rho, decay = group["rho"], group.get("weight_decay", 0.0)
+            if group.get("maximize") and not along_momentum:  # there the momentum is of the loss
+                rho, decay = -rho, -decay
+            count = len(weights) - before
+            rhos += [rho] * count
+            adaptive += [group["adaptive"]] * count
+            decays += [decay] * count
+        if not along_momentum:
+            if scaler is not None and grads:
+                scale = scaler.scale(torch.ones((), device=grads[0].device))
+                grads = list(foreach(torch._foreach_mul, grads, 1 / scale))
+            if self.decay_in_ascent:
+                decayed = zip(grads, weights, decays, strict=True)
+                grads = [g.add(w, alpha=decay) for g, w, decay in decayed]
+        return weights, grads, names, rhos, adaptive
 
     def _momentum(self, p: Tensor) -> Tensor | None:
         state = self.state.get(p, {})
@@ -253,14 +303,12 @@ class SAM(Optimizer):
         assert momentum is None or isinstance(momentum, Tensor)
         return momentum
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
-        if self._saved is not None:
-            torch._foreach_copy_(*self._saved)
-            if len(self._rooms) > len(self._saved[0]):  # some are of weights that have gone
-                self._rooms = {id(w): copy for w, copy in zip(*self._saved, strict=True)}
-            self._saved = None
+        self._update.backup.restore()
+        self._update.held = False
 
     @contextmanager
     def perturbed(
@@ -268,7 +316,7 @@ class SAM(Optimizer):
         model: nn.Module | None = None,
         *,
         zero_grad: bool = True,
-        inv_scale: Tensor | None = None,
+        scaler: GradScaler | None = None,
         length: float = 1.0,
     ) -> Iterator[None]:
         """Hold the weights at w + e; they are restored however the block ends.
@@ -278,161 +326,243 @@ class SAM(Optimizer):
                 pass has updated them. Leave it out only for a model that has none. A perturbation
                 along the momentum has no other pass than this one, and freezes nothing.
             zero_grad: clear the gradients on entry, so that the two passes do not add up.
-            inv_scale, length: as for ``perturb()``.
+            scaler, length: as for ``perturb()``.
         """
         if model is None or self.along_momentum:
             statistics: AbstractContextManager[None] = nullcontext()
         else:
             statistics = frozen_running_stats(model)
         try:
-            self.perturb(zero_grad=zero_grad, inv_scale=inv_scale, length=length)
+            self.perturb(model=model, zero_grad=zero_grad, scaler=scaler, length=length)
             with statistics:
                 yield
+            self.combine()
+            mark_second(self._params)
         except BaseException:
-            self._at_w = None
+            self._update.at_w, self._update.perturbed = None, False
             raise
         finally:
             self.restore()
 
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def perturbation_norm(self) -> Tensor:
+        """The distance ||e||_2 of the weights from their saved copy, 0-dim; 0 without one."""
+        if not self._update.backup:
+            return torch.zeros((), device=next(self._params).device)
+        return self._update.backup.distance()
+
+    # --------------------------------------------------------------------------- stepping
+
+    def skip_perturbation(self) -> None:
+        """Let the next ``step()`` be one of the base optimizer, with the gradient at w.
+
+        LookSAM adds its correction to that gradient.
+        """
+        # A scaler may have skipped the step before.
+        self._update.plain, self._update.combined = True, False
+
+    @torch._disable_dynamo
     @torch.no_grad()
     def combine(self) -> None:
         """Make what is stepped with of the gradients at w and the present ones at w + e.
 
-        That is what ``descent`` does, once a step. ``step()`` calls this. With a loss scale, call
-        it before the gradients are unscaled, for those at w are scaled too. Under DDP leave
-        ``gradient_as_bucket_view`` off: the second pass would write over the gradients at w.
+        That is what ``descent`` does, once a step. The end of ``perturbed()``, or else ``step()``
+        calls this; call it before if gradients are changed or averaged in between.
+
+        Raises:
+            RuntimeError: the last pass was inside ``no_sync``.
         """
-        at_w, self._at_w = self._at_w, None
-        if self.descent is None or not self.climbs:
+        update = self._update
+        if update.combined or self.descent is None or not self.climbs:
             return
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        at_w, update.at_w, update.combined = update.at_w, None, True
+        params = [p for p in self._params if p.grad is not None]
         second = [p.grad for p in params if p.grad is not None]
         first = None
         if at_w is not None:
+            check_gradients_can_be_combined(update.model, params)
             first = [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]
         self.descent(first, second, [self.memory[p] for p in params])
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and at w forget those that a step left behind."""
-        if self._saved is None:
-            self._at_w = None
+        update = self._update
+        if not update.held:
+            update.at_w, update.perturbed, update.combined = None, False, False
         if not set_to_none:
             super().zero_grad(set_to_none=False)
+            mark_spent(self._params, update.clearings)
             return
+        update.clearings += 1
         for group in self.param_groups:  # in half the time that Optimizer.zero_grad takes
             for p in group["params"]:
                 p.grad = None
 
-    @torch.no_grad()
-    def perturbation_norm(self) -> Tensor:
-        """The distance ||e||_2 of the weights from their saved copy, 0-dim; 0 without one."""
-        if self._saved is None:
-            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
-        # One difference at a time, for all of them would take the memory of the weights again.
-        differences = zip(*self._saved, strict=True)
-        return norm_of_norms([norm for w, old in differences for norm in norms_of([w - old])])
-
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(
+        self,
+        zero_grad: bool = False,
+        *,
+        model: nn.Module | None = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
         """Perturb the weights; the familiar name of ``perturb()``."""
-        self.perturb(zero_grad=zero_grad)
+        self.perturb(model=model, zero_grad=zero_grad, scaler=scaler)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and step the base optimizer with the present gradients."""
+        self.restore()
+        self.combine()  # before a wrapper unscales the gradients
         self.step()
         if zero_grad:
             self.zero_grad()
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
         """Step the base optimizer with the present gradients, or do a whole SAM step.
 
+        After ``perturb()`` or ``perturbed()`` it is the end of that update. Otherwise the closure
+        computes the loss and its gradient. It is called at w and at w + e, each time with cleared
+        gradients; only at w + e if a backward pass since the last step has left the gradient at w;
+        only at w if every rho is 0 or after ``skip_perturbation()``; only at the perturbed weights
+        if the perturbation is along the momentum.
+
         Args:
-            closure: computes the loss and its gradient, and returns the loss. It is called twice,
-                at w and at w + e (once if every rho is 0, or if the perturbation is along the
-                momentum), each time with cleared gradients.
+            closure: computes the loss and its gradient, and returns the loss. Any other, such as
+                Lightning's, which computes nothing after a perturbation, is called once.
             model: what the closure calls; as for ``perturbed()``.
 
         Returns:
-            the loss of the first call, or None without a closure.
+            what the closure returned, at w if it was called there; None if it was not called.
+
+        Raises:
+            RuntimeError: nothing was perturbed, so it would be a plain step. That is taken for an
+                error unless every rho is 0, every learning rate is 0, or ``skip_perturbation()``
+                was called.
         """
-        loss = None
+        update, result = self._update, None
         if closure is not None:
-            self.restore()
-            self.zero_grad()
+            ended = update.held or (update.perturbed and lightning_module(closure) is not None)
             with torch.enable_grad():
-                if not self.along_momentum:
-                    loss = closure()
-                if self.climbs or self.along_momentum:
-                    with self.perturbed(model):
-                        loss_there = closure()
-                    loss = loss_there if self.along_momentum else loss
+                result = closure() if ended else self._evaluate(closure, model)
         self.restore()
-        self.combine()
-        self._base_step()
-        return loss
+        if not update.perturbed and not update.plain and self.climbs:
+            self._dry_run()
+        self._combine_and_unscale()
+        self.step_base()
+        mark_spent(self._params, update.clearings)
+        update.perturbed = update.plain = update.combined = False
+        return result
 
-    def _base_step(self) -> None:
-        found_inf, self.found_inf = self.found_inf, None
-        if found_inf is None:
-            self.base_optimizer.step()
-        elif getattr(self.base_optimizer, "_step_supports_amp_scaling", False):
-            # torch's fused kernels take the decision to skip from a tensor: no host sync.
-            first = not self.state
-            base: Any = self.base_optimizer
-            base.found_inf = found_inf
-            try:
-                base.step()
-            finally:
-                del base.found_inf
-            if first:  # a skipped first step leaves fused SGD's new momentum uninitialised
-                for value in (v for s in self.state.values() for v in s.values()):
-                    if isinstance(value, Tensor):
-                        value.masked_fill_(found_inf.to(value.device).bool(), 0)
-        elif not found_inf:
-            self.base_optimizer.step()
+    def _evaluate(self, closure: Callable[[], Any], model: nn.Module | None) -> Any:
+        """Compute the gradient to step with by a closure, and perturb in between."""
+        if self._update.perturbed:  # by a pass that was not stepped with
+            self.zero_grad()
+        module = lightning_module(closure)
+        automatic = module is not None and module.automatic_optimization
+        compute, finish = closure_in_parts(closure)
+        if self._update.plain or not self.climbs:
+            result = compute() if automatic else self._gradient_at_w(compute)
+            self.combine()
+            finish()
+            return result
+        if automatic and module.trainer.accumulate_grad_batches > 1:
+            raise RuntimeError(
+                "accumulate_grad_batches under automatic optimization: SAM needs a second pass "
+                "over all accumulated batches; use manual optimization"
+            )
+        model = module if model is None else model
+        if self.along_momentum:
+            with self.perturbed(model):
+                result = compute()
+        elif self._has_new_gradients(zeros_count=False):
+            self._second_pass(compute, model)
+            result = None
+        else:
+            self.zero_grad()
+            result = compute()
+            if any(p.grad is not None for p in self._params):
+                self._second_pass(compute, model)
+            elif automatic and result is None:
+                self.skip_perturbation()  # training_step left this batch out
+        finish()
+        return result
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, ``rho`` among them; never any weights.
+    def _gradient_at_w(self, compute: Callable[[], Any]) -> Any:
+        """Compute the gradient, if it is not there and the closure computes any."""
+        if self._has_new_gradients(zeros_count=False):
+            return None
+        grads = [(p, p.grad) for p in self._params]
+        self.zero_grad()
+        result = compute()
+        if all(p.grad is None for p in self._params):
+            for p, grad in grads:
+                p.grad = grad
+        return result
 
-        A method with a memory adds it, as ``memory``: for each parameter's index its tensors.
-        Another method does not take it up.
+    def _second_pass(self, closure: Callable[[], Any], model: nn.Module | None) -> None:
+        grads = [(p, p.grad) for p in self._params]
+        with self.perturbed(model):
+            closure()
+            if all(p.grad is None for p in self._params):  # the closure computes nothing
+                for p, grad in grads:
+                    p.grad = grad
+                raise RuntimeError(UNPERTURBED)
+
+    def _dry_run(self) -> None:
+        """Take a step that moves nothing, as torch.distributed.checkpoint does to make state.
+
+        What a method remembers is made too, so that a checkpoint can be loaded into it.
         """
-        state = self.base_optimizer.state_dict()
-        params = [p for group in self.param_groups for p in group["params"]]
-        memory = {i: dict(self.memory[p]) for i, p in enumerate(params) if self.memory.get(p)}
-        return {**state, "memory": {"of": self._method, **memory}} if memory else state
+        params = [p for p in self._params if p.grad is not None]
+        if not params or any(group.get("lr", 1) != 0 for group in self.param_groups):
+            raise RuntimeError(UNPERTURBED)
+        weights, grads, names, _, _ = self._ascent_inputs(None)
+        memory: list[Memory] = [{} for _ in params]
+        with torch.no_grad():
+            if not self.along_momentum:
+                self.perturbation(weights, grads, names, memory)
+            if self.descent is not None:
+                self.descent(grads, [g.clone() for g in grads], memory)
+        for p, made in zip(weights, memory, strict=False):
+            for name, value in made.items():
+                self.memory[p].setdefault(name, torch.zeros_like(value))
+        self._update.combined = True
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one."""
-        memory = state_dict.get("memory", {})
-        self.base_optimizer.load_state_dict(
-            {name: value for name, value in state_dict.items() if name != "memory"}
-        )
-        self._share()
-        self.memory.clear()
-        if memory.get("of") != self._method:
-            memory = {}
-        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            for name, value in memory.get(i, {}).items():
-                self.memory[p][name] = value.to(p.device, copy=True)
-        for group in self.param_groups:
-            group.setdefault("rho", self.defaults["rho"])
+    @torch.no_grad()
+    def _combine_and_unscale(self) -> None:
+        """Combine, and divide by a GradScaler's scale where it leaves that to the optimizer."""
+        scale = getattr(self, "grad_scale", None)
+        if self.found_inf is not None and scale is None and self._update.at_w is not None:
+            raise RuntimeError(
+                "scaler.unscale_(): of the two gradients that are combined it has unscaled one. "
+                "Run the second pass in `with optimizer.perturbed(model):`, or call combine() "
+                "before scaler.unscale_()"
+            )
+        self.combine()
+        if scale is None or self.found_inf is None:
+            return
+        grads = [p.grad for p in self._params if p.grad is not None]
+        if grads:
+            foreach(torch._foreach_mul_, grads, 1 / scale)
+            # It looked at the gradients before they were combined. Fused kernels compare with 1.
+            bad = (global_norm(grads) * 0 != 0).to(self.found_inf)
+            self.found_inf = torch.maximum(self.found_inf, bad)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler calls step() also if a gradient overflowed.
+
+        It has to, while the weights are perturbed.
+        """
+        return self._update.held
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer's own keeps the groups and the state only.
+        names = ("perturbation", "descent", "only", "decay_in_ascent")
         return {
             **super().__getstate__(),
-            "base_optimizer": self.base_optimizer,
-            "perturbation": self.perturbation,
-            "descent": self.descent,
-            "only": self.only,
-            "decay_in_ascent": self.decay_in_ascent,
-            "memory": self.memory,
-            "found_inf": None,
-            "_saved": self._saved,  # a copy made at w + e can go back to w
-            "_rooms": {},
-            "_at_w": self._at_w,
+            **{name: getattr(self, name) for name in names},
+            # A copy made at w + e can go back to w.
+            "_update": dataclasses.replace(self._update, model=None),
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share()

@@ -1,9 +1,12 @@
 """All weights as one vector, which is never made: its norm, its products, a step along it."""
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
@@ -20,7 +23,14 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def norm_of_norms(norms: list[Tensor]) -> Tensor:
-    """The 2-norm of the whole from those of its parts, each 0-dim."""
+    """The 2-norm of the whole from those of its parts, each 0-dim.
+
+    Norms of sharded tensors are reduced over their devices, which communicates.
+    """
+    if any_sharded(norms):
+        sharded = torch.stack([n for n in norms if any_sharded([n])])
+        rest = [n for n in norms if not any_sharded([n])]
+        norms = [_whole(torch.linalg.vector_norm(sharded)), *rest]
     if len({n.device for n in norms}) > 1:
         norms = [n.to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -35,11 +45,14 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for t in tensors:
         by_dtype[t.dtype].append(t)
-    return [
-        norm
-        for dtype, same in by_dtype.items()
-        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    ]
+    norms: list[Tensor] = []
+    for dtype, same in by_dtype.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        if any_sharded(same):  # whose norm neither takes another dtype nor goes with others
+            norms += [torch.linalg.vector_norm(t.to(wide)) for t in same]
+        else:
+            norms += torch._foreach_norm(same, 2, dtype=wide)
+    return norms
 
 
 def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
@@ -50,10 +63,56 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for a, b in zip(ones, others, strict=True):
         dtype = torch.promote_types(a.dtype, torch.float32)
-        product = torch.sum(a.to(dtype) * b)
+        product = _whole(torch.sum(a.to(dtype) * b))
         total = product if total is None else total + product.to(total.device)
     assert total is not None
     return total
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one is a DTensor, as FSDP2 makes of parameters and gradients."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return _sharded_type() in set(map(type, tensors))
+
+
+def _sharded_type() -> Any:
+    # It takes half a second to import, and who has such a tensor has done so.
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if any_sharded([t]) else t  # type: ignore[attr-defined]
+
+
+def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """This device's shards, in the same memory; tensors that are not sharded as they are."""
+    if not any_sharded(tensors):
+        return tensors
+    return [t.to_local() if any_sharded([t]) else t for t in tensors]  # type: ignore[attr-defined]
+
+
+def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes, dtypes and shards."""
+    torch._foreach_copy_(list(_local(to)), list(_local(of)))
+
+
+def foreach(
+    operation: Callable[..., Any], tensors: Sequence[Tensor], *others: Any, **options: Any
+) -> list[Tensor]:
+    """One of torch's ``_foreach`` operations; it does not take sharded tensors among others.
+
+    Where a model is sharded in part, it is called tensor by tensor.
+    """
+    kinds = set(map(type, tensors))
+    if len(kinds) == 1 or _sharded_type() not in kinds:
+        return operation(tensors, *others, **options)
+    results = []
+    for i, tensor in enumerate(tensors):
+        own = [[o[i]] if isinstance(o, (list, tuple)) else o for o in others]
+        results.append(operation([tensor], *own, **options))
+    return [result[0] for result in results if result]
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
@@ -96,7 +155,7 @@ def move(
     inv_norm = 1 / (norm + 1e-12)
     whole = [slice(0, len(weights))]
     for part in whole if isinstance(direction, list) else parts(weights):
-        _move(weights[part], direction[part], rhos[part], inv_norm, found_inf)
+        _move(_local(weights[part]), _local(direction[part]), rhos[part], inv_norm, found_inf)
 
 
 def _move(
@@ -106,13 +165,17 @@ def _move(
     inv_norm: Tensor,
     found_inf: Tensor,
 ) -> None:
-    alike: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
-    for w, d, rho in zip(weights, direction, rhos, strict=True):
-        if rho > 0:
-            ws, ds = alike.setdefault((w.device, w.dtype, rho), ([], []))
-            ws.append(w)
-            ds.append(d)
-    for (device, dtype, rho), (ws, ds) in alike.items():
+    # In most models one kind of weight, so sorting them by kind can wait until there are more.
+    kinds = list({(w.device, w.dtype, rho) for w, rho in zip(weights, rhos, strict=True)})
+    for kind in kinds:
+        device, dtype, rho = kind
+        if rho == 0:
+            continue
+        ws, ds = list(weights), list(direction)
+        if len(kinds) > 1:
+            rows = zip(weights, direction, rhos, strict=True)
+            chosen = [(w, d) for w, d, r in rows if (w.device, w.dtype, r) == kind]
+            ws, ds = [w for w, _ in chosen], [d for _, d in chosen]
         step_size = (inv_norm * rho).to(device)
         if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
             step_size = step_size.float() if device.type == "cuda" else step_size

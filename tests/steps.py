@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from sam_lightning.methods.friendly import FriendlyAscent
+from sam_lightning.methods.gsam import SurrogateGap
+from sam_lightning.methods.looksam import Reuse
+from sam_lightning.methods.msam import MomentumAscent
 from sam_lightning.perturbations import AdaptiveAscent
 
 BASES = {
@@ -98,3 +102,42 @@ METHODS = {
     "asam": {"perturbation": AdaptiveAscent(eta=0.01)},
     "adaptive": {"adaptive": True},
 }
+RELATIVES = {
+    **METHODS,
+    "friendly": {"perturbation": FriendlyAscent()},
+    "gsam": {"descent": SurrogateGap()},
+    "looksam": {"descent": Reuse()},
+    "msam": {"perturbation": MomentumAscent()},
+}
+
+
+def in_turn(i, model, optimizer, batch):
+    """Step in one of the three forms, each in its turn."""
+    optimizer.zero_grad()
+    return STEPS[i % len(STEPS)](model, optimizer, batch)
+
+
+def plain_sam_step(model, base, batch, ascent):
+    """A SAM step by hand; ``ascent`` maps gradients and weights to e."""
+    at_w = weights_of(model)
+    base.zero_grad()
+    params = list(model.parameters())
+
+    def gradient():
+        return torch.autograd.grad(loss_at(model, batch), params, materialize_grads=True)
+
+    e = ascent(gradient(), at_w)
+    set_weights(model, [w + d for w, d in zip(at_w, e, strict=True)])
+    grads = gradient()
+    set_weights(model, at_w)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g.clone()
+    base.step()
+
+
+def along_gradient(rho):
+    def ascent(grads, weights):
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        return [rho * g / norm for g in grads]
+
+    return ascent

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +26,7 @@ from torch import nn
 
 import sam_lightning.sam
 from inject import forked
-from reference import assert_close, batches, convnet, state
+from reference import assert_close, batches, convnet, loader, state, trainer
 from runs import summary
 from sam_lightning import SAM
 from sam_lightning.arguments import parse
@@ -322,11 +324,49 @@ def test_the_loops_of_the_optimizers_docstring():
     loop_is_right(f"{head}{closure}        return loss\n{with_closure}")
 
 
+LOOPS = [
+    (heading, block)
+    for section in PAGES["loops.md"].split("\n## ")[1:]
+    for heading in [section.partition("\n")[0]]
+    for block in blocks(section, "python")
+]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """What DistributedDataParallel and accelerate leave in the process is undone."""
+    store = dist.FileStore(str(tmp_path / "store"))
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("heading", "code"), LOOPS, ids=lambda text: text.splitlines()[0])
+def test_the_loops_of_the_page(heading, code, one_process):
+    if heading == "accelerate":  # it starts a process group of its own
+        dist.destroy_process_group()
+    optimizer = blocks(PAGES["loops.md"], "python")[0]
+    if "class Module" in code:
+        code += "\ntrainer(max_epochs=1).fit(Module(), loader(batches))\n"
+    loop_is_right(f"{optimizer}\n{code}")
+
+
+def test_the_page_has_every_loop():
+    table = re.findall(r"^\| \[.*?\]\(#(\S+)\) \|", PAGES["loops.md"], re.M)
+    assert len(table) == 11
+    assert len(LOOPS) == 12  # a closure and a GradScaler have two, FSDP2 has none
+
+
 def loop_is_right(code):
     """Weights and running statistics of three batches are those of SAM's formulas."""
     data = batches([8, 6, 7])
     ours, theirs = convnet(), convnet()
     names = {"torch": torch, "SAM": SAM, "loss_fn": nn.CrossEntropyLoss()}
+    names |= {"trainer": trainer, "loader": loader}
     exec(code, {**names, "model": ours, "batches": data})
     momentum = {}
     for x, y in data:

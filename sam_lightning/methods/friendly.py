@@ -25,6 +25,8 @@ class FriendlyAscent:
         ValueError: sigma is negative, or decay is outside [0, 1).
     """
 
+    euclidean = True
+
     def __init__(self, sigma: float = 1.0, decay: float = 0.9) -> None:
         if not sigma >= 0:
             raise ValueError(f"sigma={sigma}: must be a number >= 0")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.perturbations import Memory
-from sam_lightning.vectors import projection
+from sam_lightning.vectors import foreach, projection
 
 
 class SurrogateGap:
@@ -35,5 +35,5 @@ class SurrogateGap:
         """Subtract alpha * g_o from g'; leave the gradient of an update that does not climb."""
         if first is None:
             return
-        torch._foreach_mul_(second, 1 + self.alpha * projection(first, second))
-        torch._foreach_add_(second, first, alpha=-self.alpha)
+        foreach(torch._foreach_mul_, second, 1 + self.alpha * projection(first, second))
+        foreach(torch._foreach_add_, second, first, alpha=-self.alpha)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.perturbations import Memory
-from sam_lightning.vectors import global_norm
+from sam_lightning.vectors import foreach, global_norm
 
 
 class SignAscent:
@@ -26,4 +26,4 @@ class SignAscent:
         """Return sign(g) and 1, or NaN where a gradient is not finite."""
         norm = global_norm(grads)
         norm = torch.where(norm.isfinite(), torch.ones_like(norm), torch.nan)
-        return torch._foreach_sign(grads), norm
+        return foreach(torch._foreach_sign, grads), norm

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.perturbations import Memory
-from sam_lightning.vectors import global_norm, projection
+from sam_lightning.vectors import foreach, global_norm, projection
 
 
 class Reuse:
@@ -43,8 +43,8 @@ class Reuse:
                 g.add_(kept["direction"] * size)
 
     def _keep(self, first: list[Tensor], second: list[Tensor], memory: Sequence[Memory]) -> None:
-        rest = torch._foreach_mul(first, -projection(second, first))
-        torch._foreach_add_(rest, second)
+        rest = foreach(torch._foreach_mul, first, -projection(second, first))
+        foreach(torch._foreach_add_, rest, second)
         size = global_norm(rest)
         seen = size > 1e-6 * global_norm(second)  # not where rounding is all there is of it
         for r, kept in zip(rest, memory, strict=True):

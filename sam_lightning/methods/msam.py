@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.perturbations import Memory
-from sam_lightning.vectors import global_norm
+from sam_lightning.vectors import foreach, global_norm
 
 
 class MomentumAscent:
@@ -28,4 +28,4 @@ class MomentumAscent:
         memory: Sequence[Memory],
     ) -> tuple[Sequence[Tensor], Tensor]:
         """Return -v and ||v||_2, of the momentum v that stands in place of the gradients."""
-        return torch._foreach_neg(grads), global_norm(grads)
+        return foreach(torch._foreach_neg, grads), global_norm(grads)

@@ -1,0 +1,124 @@
+"""What ``SAM`` has to find out about the loop that it is used in."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sam_lightning.vectors import any_sharded
+
+SPENT = "_sam_spent_at_version"  # the attribute of a gradient that holds its mark
+SECOND = "second"
+
+
+def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
+    """Note that the present gradients have been stepped with, or set to zero.
+
+    The mark is on the gradient itself, so that it goes when the gradient does.
+
+    Args:
+        params: whose gradients.
+        clearings: how often gradients were cleared. A tensor that somebody assigns once more after
+            that is a new gradient.
+    """
+    for p in params:
+        grad = p.grad
+        if grad is not None:
+            setattr(grad, SPENT, (clearings, _version(grad)))
+
+
+def mark_second(params: Iterable[Tensor]) -> None:
+    """Note that the present gradients are those of a second pass, still to be stepped with."""
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if grad is not None:
+        setattr(grad, SPENT, (SECOND, _version(grad)))
+
+
+def has_second_gradients(params: Iterable[Tensor]) -> bool:
+    """Whether gradients of a second pass are still there, with others added to them."""
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    mark, version = getattr(grad, SPENT, (None, None))
+    return grad is not None and mark == SECOND and version != _version(grad)
+
+
+def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:
+    """Whether there are gradients that were written since ``mark_spent``.
+
+    Args:
+        params: whose gradients.
+        clearings: as for ``mark_spent``.
+        zeros_count: whether a write that left zeros in a gradient of before counts, which may be
+            a backward pass, or somebody who cleared it. If so, no host waits for a device.
+    """
+    rewritten = []
+    for p in params:
+        if p.grad is None or not p.requires_grad:
+            continue
+        cleared, version = getattr(p.grad, SPENT, (None, None))
+        if cleared != clearings:
+            return True
+        if _version(p.grad) != version:
+            rewritten.append(p.grad)
+    return any(zeros_count or bool(grad.any()) for grad in rewritten)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # of a tensor made in inference mode
+        return 0
+
+
+def lightning_module(closure: Any) -> Any:
+    """The LightningModule of the trainer that made a closure, or None for any other closure.
+
+    Lightning hands every ``step`` a closure, and it has to be called: in manual optimization it
+    computes nothing unless it was given one, but runs ``on_before_optimizer_step``; in automatic
+    optimization it clears the gradients and runs ``training_step`` and the backward pass.
+    """
+    arguments = getattr(closure, "args", ())  # of a functools.partial
+    return next((a for a in arguments if hasattr(a, "automatic_optimization")), None)
+
+
+def closure_in_parts(closure: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What computes the loss and its gradients, and what Lightning's closure does after that.
+
+    The latter runs ``on_before_optimizer_step`` and clips the gradients. Only those that the
+    optimizer steps with are to be clipped, so it has to run once, after the second pass.
+    """
+    *others, compute = getattr(closure, "args", (None,))
+    if lightning_module(closure) is None or not callable(compute):
+        return closure, lambda: None
+    return compute, partial(closure.func, *others, lambda: None)  # type: ignore[attr-defined]
+
+
+def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[Tensor]) -> None:
+    """Refuse to combine two gradients where devices would end with different weights.
+
+    Args:
+        model: what computed the gradients, DistributedDataParallel or with it inside; None if that
+            is not known.
+        weights: those that have a gradient.
+
+    Raises:
+        RuntimeError: the last pass was inside ``no_sync``; or there are several devices, their
+            weights are not sharded, and it is not known what averages their gradients.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if any_sharded(weights):
+        return  # a reduced gradient is all that there is
+    if model is None:
+        raise RuntimeError(
+            "a method that combines two gradients has to know what averages them over devices: "
+            "pass the model, as in perturbed(model), first_step(model=model)"
+        )
+    for module in model.modules():
+        ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        if ddp and not module.require_forward_param_sync:
+            raise RuntimeError(
+                "a method that combines two gradients takes those that are averaged over devices: "
+                "run both passes outside of no_sync()"
+            )
