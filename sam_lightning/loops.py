@@ -113,7 +113,7 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
     if model is None:
         raise RuntimeError(
             "a method that combines two gradients has to know what averages them over devices: "
-            "pass the model, as in perturbed(model), first_step(model=model)"
+            "pass the model: perturbed(model), first_step(model=model) or step(closure, model)"
         )
     for module in model.modules():
         ddp = isinstance(module, nn.parallel.DistributedDataParallel)

@@ -111,8 +111,8 @@ class SAM(OptimizerAround):
         TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
         ValueError: a rho is negative or not finite, both ways to choose a perturbation are used,
             the base optimizer evaluates the loss itself or takes sparse gradients only, it has no
-            momentum to climb along, that is combined with a descent, or ``only`` has an unknown
-            name.
+            momentum to climb along, that is combined with a descent, ``only`` has an unknown name,
+            or parameters are those of FullyShardedDataParallel.
     """
 
     grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
@@ -156,6 +156,11 @@ class SAM(OptimizerAround):
         """Add parameters, with a ``rho`` and an ``adaptive`` of their own or the default ones."""
         self._check_adaptive(param_group.setdefault("adaptive", self.defaults["adaptive"]))
         super().add_param_group(param_group)
+        if any(getattr(p, "_fsdp_flattened", False) for p in param_group["params"]):
+            raise ValueError(
+                "FullyShardedDataParallel: not supported, for it hides that each device has a part "
+                "of the gradient only; use torch.distributed.fsdp.fully_shard"
+            )
 
     def _check_adaptive(self, adaptive: bool) -> None:
         if adaptive and not getattr(self.perturbation, "euclidean", False):
@@ -225,9 +230,14 @@ class SAM(OptimizerAround):
         if first:
             update.plain = update.combined = False
             update.at_w, update.model = None, model
-        if self.climbs:
-            self._climb(first, zero_grad, scaler, length)
-        update.held = update.perturbed = True
+        update.held = True
+        try:
+            if self.climbs:
+                self._climb(first, zero_grad, scaler, length)
+        except BaseException:
+            self.restore()
+            raise
+        update.perturbed = True
         if zero_grad:
             self.zero_grad()
 
@@ -510,6 +520,7 @@ class SAM(OptimizerAround):
                     p.grad = grad
                 raise RuntimeError(UNPERTURBED)
 
+    @torch.no_grad()
     def _dry_run(self) -> None:
         """Take a step that moves nothing, as torch.distributed.checkpoint does to make state.
 
@@ -519,14 +530,14 @@ class SAM(OptimizerAround):
         if not params or any(group.get("lr", 1) != 0 for group in self.param_groups):
             raise RuntimeError(UNPERTURBED)
         weights, grads, names, _, _ = self._ascent_inputs(None)
-        memory: list[Memory] = [{} for _ in params]
-        with torch.no_grad():
-            if not self.along_momentum:
-                self.perturbation(weights, grads, names, memory)
-            if self.descent is not None:
-                self.descent(grads, [g.clone() for g in grads], memory)
-        for p, made in zip(weights, memory, strict=False):
-            for name, value in made.items():
+        remembered: list[Memory] = [{} for _ in [*weights, *params]]
+        if not self.along_momentum:
+            self.perturbation(weights, grads, names, remembered[: len(weights)])
+        if self.descent is not None:
+            zeros = [torch.zeros_like(p) for p in params]
+            self.descent(zeros, [z.clone() for z in zeros], remembered[len(weights) :])
+        for p, kept in zip([*weights, *params], remembered, strict=True):
+            for name, value in kept.items():
                 self.memory[p].setdefault(name, torch.zeros_like(value))
         self._update.combined = True
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from inject import SERVER
 from loops_reference import (
@@ -136,6 +136,16 @@ def fsdp(rank, method, form, partly):
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in whole}
 
 
+def fsdp1(rank, original):
+    model = network(batch_norm=False)
+    model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    try:
+        sam_of(model, "sam")
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
 def main(rank, folder, kind, cases):
     """Run every case and keep what each returns, or its error."""
     torch.set_num_threads(1)
@@ -204,3 +214,9 @@ def test_ddp_refuses_to_combine_gradients_of_one_device(results, method, what):
 @pytest.mark.parametrize(("method", "form", "partly"), FSDP)
 def test_fsdp2(results, method, form, partly):
     check(results("fsdp", FSDP)[method, form, partly], expected(method))
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_is_refused(results, original):
+    for message in results("fsdp1", [(False,), (True,)])[(original,)]:
+        assert message.startswith("FullyShardedDataParallel: not supported")
