@@ -77,7 +77,7 @@ def peaks(
 
     kept = allocations(first_steps, device)[-1]
     step = kept + max(allocations(sam_step(model, optimizers[0], batch), device))
-    alone = kept + max(allocations(both_steps(optimizers[0]), device))
+    alone = kept + max(allocations(both_steps(optimizers[0], model), device))
     return step, alone, kept
 
 

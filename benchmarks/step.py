@@ -164,7 +164,8 @@ def optimizer_alone(count: int, size: int, rounds: int, device: torch.device) ->
     cases: dict[str, Callable[[], None]] = {"base": base.step}
     for method, adaptive in (("SAM", False), ("ASAM", True)):
         for name, make in implementations(adaptive).items():
-            cases[f"{method}, {name}"] = both_steps(make(tensors(count, size, device)))
+            model = tensors(count, size, device)
+            cases[f"{method}, {name}"] = both_steps(make(model), model)
     repeatedly = {name: repeated(case) for name, case in cases.items()}
     seconds = interleave(repeatedly, rounds, warmup=3, clock=clock_of(device))
     what = f"perturb + restore + SGD step / SGD step, {count:,} tensors of {size:,}"
@@ -184,10 +185,12 @@ def tensors(count: int, size: int, device: torch.device) -> nn.ParameterList:
     return model
 
 
-def both_steps(optimizer: TwoStep) -> Callable[[], None]:
-    """All of SAM but the passes: the gradients stay what they are."""
+def both_steps(optimizer: TwoStep, model: nn.Module) -> Callable[[], None]:
+    """All of SAM but the passes: the gradients stay what they are, and pass for new ones."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
 
     def run() -> None:
+        torch.autograd.graph.increment_version(grads)
         optimizer.first_step()
         optimizer.second_step()
 

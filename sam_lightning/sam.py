@@ -26,7 +26,7 @@ Lightning.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -333,18 +333,16 @@ class SAM(OptimizerAround):
 
         Args:
             model: its running statistics (BatchNorm) are frozen in the block, because the first
-                pass has updated them. Leave it out only for a model that has none. A perturbation
-                along the momentum has no other pass than this one, and freezes nothing.
+                pass has updated them. If it is left out, those of every layer that is called are,
+                which takes a little longer. A perturbation along the momentum has no other pass
+                than this one, and freezes nothing.
             zero_grad: clear the gradients on entry, so that the two passes do not add up.
             scaler, length: as for ``perturb()``.
         """
-        if model is None or self.along_momentum:
-            statistics: AbstractContextManager[None] = nullcontext()
-        else:
-            statistics = frozen_running_stats(model)
+        frozen = nullcontext() if self.along_momentum else frozen_running_stats(model)
         try:
             self.perturb(model=model, zero_grad=zero_grad, scaler=scaler, length=length)
-            with statistics:
+            with frozen:
                 yield
             self.combine()
             mark_second(self._params)

@@ -411,8 +411,12 @@ def assert_same(one, two):
         assert torch.equal(one[name], two[name]), name
 
 
+told = pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+
+
+@told
 @pytest.mark.parametrize("name", LAYERS)
-def test_statistics_stay_and_the_batch_normalises(name):
+def test_statistics_stay_and_the_batch_normalises(name, told):
     layer, shape = LAYERS[name]
     layer = copy.deepcopy(layer)
     first, second, third = (3 * images(*shape, seed=seed) + seed for seed in (1, 2, 3))
@@ -421,7 +425,7 @@ def test_statistics_stay_and_the_batch_normalises(name):
     assert len(before) == 3
     twin = copy.deepcopy(layer)  # does without the frozen pass
     expected = copy.deepcopy(layer)(second)
-    with frozen_running_stats(layer):
+    with frozen_running_stats(layer if told else None):
         out = layer(second)
     assert torch.equal(out, expected)
     assert_same(statistics(layer), before)
@@ -442,15 +446,16 @@ def test_a_diverged_second_pass_leaves_no_trace(name, value):
     assert_same(statistics(layer), before)
 
 
+@told
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_layers_are_as_before_after_an_error(name, error):
+def test_layers_are_as_before_after_an_error(name, error, told):
     layer, shape = LAYERS[name]
     layer = copy.deepcopy(layer)
     twin, x = copy.deepcopy(layer), images(*shape, seed=4)
 
     def fail():
-        with frozen_running_stats(layer):
+        with frozen_running_stats(layer if told else None):
             layer(x)
             raise error
 
@@ -496,13 +501,14 @@ def residual_network():
     return nn.Sequential(BasicBlock(3, 4, 2), nn.AdaptiveAvgPool2d(1))
 
 
-def test_only_layers_that_are_to_learn_statistics_change():
+@told
+def test_only_layers_that_are_to_learn_statistics_change(told):
     model, x = mixed_network(), images(4, 3, 8, 8, seed=1)
     before = statistics(model)
     expected = copy.deepcopy(model)(x)
     flags = [getattr(m, "track_running_stats", None) for m in model]
     modes = [m.training for m in model]
-    with frozen_running_stats(model):
+    with frozen_running_stats(model if told else None):
         assert torch.equal(model(x), expected)
     assert_same(statistics(model), before)
     assert [getattr(m, "track_running_stats", None) for m in model] == flags
@@ -529,6 +535,24 @@ def test_a_model_in_evaluation_mode_is_left_alone():
     with frozen_running_stats(model):
         assert torch.equal(model(x), expected)
     assert_same(statistics(model), before)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.`")  # with a hook for all modules
+def test_a_compiled_model_keeps_its_statistics_without_being_told(in_place):
+    torch._dynamo.reset()
+    model = compiled = mixed_network()
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    for step in range(3):
+        x = images(4, 3, 8, 8, seed=step)
+        compiled(x)
+        before = statistics(model)
+        with frozen_running_stats():
+            compiled(x)
+        assert_same(statistics(model), before)
 
 
 @pytest.mark.parametrize("make", [mixed_network, residual_network])
