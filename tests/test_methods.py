@@ -9,6 +9,7 @@ import torch
 from family import CHANGED, FAMILY, PlainLoop, options_of
 from pytorch_optimizer.lr_scheduler import ProportionScheduler
 from torch import nn
+from torch.optim import SGD
 
 from reference import assert_close as assert_states_close
 from reference import batches as image_batches
@@ -266,6 +267,30 @@ def test_a_state_dict_has_what_a_method_remembers(method, base):
     two.load_state_dict(plain.state_dict())  # of a run without a memory
     assert not any(two.memory.values())
     assert not any(two.state.values())
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_file_with_the_memory_beside_the_state_loads_too(method):
+    """As it was saved before it became a part of the state."""
+    models = network(), network()
+    one, two = (SAM(m.parameters(), SGD, 0.2, lr=0.01, **MEMORIES[method]) for m in models)
+    first, second = batches(2)
+    step_with_closure(models[0], one, first)
+    saved = one.state_dict()
+    names = [type(one.perturbation).__name__, type(one.descent).__name__]
+    memory = {i: dict(one.memory[p]) for i, p in enumerate(models[0].parameters())}
+    assert all(memory.values())
+    two.load_state_dict({**saved, "state": {}, "memory": {"of": names, **memory}})
+    models[1].load_state_dict(models[0].state_dict())
+    for model, sam in zip(models, (one, two), strict=True):
+        step_with_closure(model, sam, second)
+        closure_of(model, sam, second)()
+        sam.skip_perturbation()
+        sam.step()
+    assert_equal(weights_of(models[0]), weights_of(models[1]))
+    other = SAM(models[1].parameters(), SGD, 0.2, lr=0.01)
+    other.load_state_dict({**saved, "state": {}, "memory": {"of": names, **memory}})
+    assert not any(other.memory.values())
 
 
 @pytest.mark.parametrize("method", MEMORIES)
