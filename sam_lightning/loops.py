@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sam_lightning.vectors import any_sharded
 
-SPENT = "_sam_spent_at_version"  # the attribute of a gradient that holds its mark
 SECOND = "second"
 
 
@@ -24,22 +23,25 @@ def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
             that is a new gradient.
     """
     for p in params:
-        grad = p.grad
+        grad: Any = p.grad
         if grad is not None:
-            setattr(grad, SPENT, (clearings, _version(grad)))
+            try:
+                grad._sam_spent = clearings, grad._version
+            except RuntimeError:  # it was made in inference mode
+                grad._sam_spent = clearings, 0
 
 
 def mark_second(params: Iterable[Tensor]) -> None:
     """Note that the present gradients are those of a second pass, still to be stepped with."""
-    grad = next((p.grad for p in params if p.grad is not None), None)
+    grad: Any = next((p.grad for p in params if p.grad is not None), None)
     if grad is not None:
-        setattr(grad, SPENT, (SECOND, _version(grad)))
+        grad._sam_spent = SECOND, _version(grad)
 
 
 def has_second_gradients(params: Iterable[Tensor]) -> bool:
     """Whether gradients of a second pass are still there, with others added to them."""
     grad = next((p.grad for p in params if p.grad is not None), None)
-    mark, version = getattr(grad, SPENT, (None, None))
+    mark, version = getattr(grad, "_sam_spent", (None, None))
     return grad is not None and mark == SECOND and version != _version(grad)
 
 
@@ -52,16 +54,14 @@ def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: 
         zeros_count: whether a write that left zeros in a gradient of before counts, which may be
             a backward pass, or somebody who cleared it. If so, no host waits for a device.
     """
-    rewritten = []
     for p in params:
         if p.grad is None or not p.requires_grad:
             continue
-        cleared, version = getattr(p.grad, SPENT, (None, None))
-        if cleared != clearings:
+        cleared, version = getattr(p.grad, "_sam_spent", (None, None))
+        rewritten = _version(p.grad) != version
+        if cleared != clearings or (rewritten and (zeros_count or bool(p.grad.any()))):
             return True
-        if _version(p.grad) != version:
-            rewritten.append(p.grad)
-    return any(zeros_count or bool(grad.any()) for grad in rewritten)
+    return False
 
 
 def _version(tensor: Tensor) -> int:

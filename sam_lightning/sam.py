@@ -255,10 +255,11 @@ class SAM(OptimizerAround):
         weights, grads_of, names, rhos, adaptive = self._ascent_inputs(scaler)
         if not weights:
             return
-        known = self.memory  # looked up by weight only where there is one: a look-up is slow
-        memory = [known.get(w, {}) for w in weights] if known else [{} for _ in weights]
-        # What is remembered is of the gradient at w, and changes once an update.
-        memory = memory if first else [dict(kept) for kept in memory]
+        memory: list[Memory] = []
+        if type(self.perturbation) is not GradientAscent:  # which remembers nothing
+            memory = [self.memory.get(w, {}) for w in weights]
+        if not first:  # what is remembered is of the gradient at w, and changes once an update
+            memory = [dict(kept) for kept in memory]
         if any(adaptive) and type(self.perturbation) is GradientAscent:
             direction, norm = ascent_by_group(weights, grads_of, adaptive)
         else:
@@ -267,7 +268,7 @@ class SAM(OptimizerAround):
                 self._check_adaptive(True)  # groups may be loaded or changed
                 direction, norm = ascent_by_group(weights, list(direction), adaptive)
         if first and any(memory):
-            known.update(zip(weights, memory, strict=True))
+            self.memory.update(zip(weights, memory, strict=True))
         update.backup.save(weights)
         move(weights, direction, [rho * length for rho in rhos], norm)
 
