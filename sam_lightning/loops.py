@@ -31,18 +31,21 @@ def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
                 grad._sam_spent = clearings, 0
 
 
-def mark_second(params: Iterable[Tensor]) -> None:
+def mark_second(params: Iterable[Tensor], clearings: int) -> None:
     """Note that the present gradients are those of a second pass, still to be stepped with."""
     grad: Any = next((p.grad for p in params if p.grad is not None), None)
     if grad is not None:
-        grad._sam_spent = SECOND, _version(grad)
+        grad._sam_spent = (SECOND, clearings), _version(grad)
 
 
-def has_second_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether gradients of a second pass are still there, with others added to them."""
+def has_second_gradients(params: Iterable[Tensor], clearings: int) -> bool:
+    """Whether gradients of a second pass are still there, with others added to them.
+
+    One write since then is a backward pass; setting them to zero before it is another.
+    """
     grad = next((p.grad for p in params if p.grad is not None), None)
-    mark, version = getattr(grad, "_sam_spent", (None, None))
-    return grad is not None and mark == SECOND and version != _version(grad)
+    mark, version = getattr(grad, "_sam_spent", (None, 0))
+    return grad is not None and mark == (SECOND, clearings) and _version(grad) - version == 1
 
 
 def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:
@@ -78,8 +81,8 @@ def lightning_module(closure: Any) -> Any:
     computes nothing unless it was given one, but runs ``on_before_optimizer_step``; in automatic
     optimization it clears the gradients and runs ``training_step`` and the backward pass.
     """
-    arguments = getattr(closure, "args", ())  # of a functools.partial
-    return next((a for a in arguments if hasattr(a, "automatic_optimization")), None)
+    made_by = getattr(getattr(closure, "func", None), "__name__", "")  # of a functools.partial
+    return closure.args[0] if made_by == "_wrap_closure" else None
 
 
 def closure_in_parts(closure: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -88,9 +91,9 @@ def closure_in_parts(closure: Callable[[], Any]) -> tuple[Callable[[], Any], Cal
     The latter runs ``on_before_optimizer_step`` and clips the gradients. Only those that the
     optimizer steps with are to be clipped, so it has to run once, after the second pass.
     """
-    *others, compute = getattr(closure, "args", (None,))
-    if lightning_module(closure) is None or not callable(compute):
+    if lightning_module(closure) is None:
         return closure, lambda: None
+    *others, compute = closure.args  # type: ignore[attr-defined]
     return compute, partial(closure.func, *others, lambda: None)  # type: ignore[attr-defined]
 
 

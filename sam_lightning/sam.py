@@ -53,7 +53,7 @@ from sam_lightning.perturbations import (
     ascent_by_group,
 )
 from sam_lightning.vectors import foreach, global_norm, move
-from sam_lightning.wrapper import OptimizerAround
+from sam_lightning.wrapper import OptimizerAround, check_rho
 
 UNPERTURBED = (
     "step() without a perturbation: this would be a plain step of the base optimizer. Run the "
@@ -179,7 +179,13 @@ class SAM(OptimizerAround):
 
     @property
     def climbs(self) -> bool:
-        """Whether any group has rho > 0, that is, whether a step needs its second pass."""
+        """Whether any group has rho > 0, that is, whether a step needs its second pass.
+
+        Raises:
+            ValueError: a rho has become negative or not finite.
+        """
+        for group in self.param_groups:
+            check_rho(group["rho"])
         return any(group["rho"] > 0 for group in self.param_groups)
 
     @property
@@ -222,7 +228,7 @@ class SAM(OptimizerAround):
         needs_gradient = first and self.climbs and not self.along_momentum
         if needs_gradient and not self._has_new_gradients(zeros_count=True):
             raise RuntimeError("no gradient since the last step: call backward() before")
-        if needs_gradient and has_second_gradients(self._params):
+        if needs_gradient and has_second_gradients(self._params, update.clearings):
             raise RuntimeError(
                 "the gradient of the last second pass was neither stepped with nor cleared. To "
                 "accumulate, run all first passes before the perturbation and all second ones in it"
@@ -346,7 +352,7 @@ class SAM(OptimizerAround):
             with frozen:
                 yield
             self.combine()
-            mark_second(self._params)
+            mark_second(self._params, self._update.clearings)
         except BaseException:
             self._update.at_w, self._update.perturbed = None, False
             raise
@@ -387,6 +393,8 @@ class SAM(OptimizerAround):
             return
         at_w, update.at_w, update.combined = update.at_w, None, True
         params = [p for p in self._params if p.grad is not None]
+        if not params:
+            return
         second = [p.grad for p in params if p.grad is not None]
         first = None
         if at_w is not None:
@@ -422,7 +430,8 @@ class SAM(OptimizerAround):
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and step the base optimizer with the present gradients."""
         self.restore()
-        self.combine()  # before a wrapper unscales the gradients
+        if self._update.perturbed:
+            self.combine()  # before a wrapper unscales the gradients
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -453,8 +462,12 @@ class SAM(OptimizerAround):
         update, result = self._update, None
         if closure is not None:
             ended = update.held or (update.perturbed and lightning_module(closure) is not None)
-            with torch.enable_grad():
-                result = closure() if ended else self._evaluate(closure, model)
+            try:
+                with torch.enable_grad():
+                    result = closure() if ended else self._evaluate(closure, model)
+            except BaseException:  # what it has computed is not a gradient to climb along
+                mark_spent(self._params, update.clearings)
+                raise
         self.restore()
         if not update.perturbed and not update.plain and self.climbs:
             self._dry_run()
@@ -476,7 +489,7 @@ class SAM(OptimizerAround):
             self.combine()
             finish()
             return result
-        if automatic and module.trainer.accumulate_grad_batches > 1:
+        if automatic and _accumulates(module.trainer):
             raise RuntimeError(
                 "accumulate_grad_batches under automatic optimization: SAM needs a second pass "
                 "over all accumulated batches; use manual optimization"
@@ -485,7 +498,7 @@ class SAM(OptimizerAround):
         if self.along_momentum:
             with self.perturbed(model):
                 result = compute()
-        elif self._has_new_gradients(zeros_count=False):
+        elif not automatic and self._has_new_gradients(zeros_count=False):
             self._second_pass(compute, model)
             result = None
         else:
@@ -493,8 +506,8 @@ class SAM(OptimizerAround):
             result = compute()
             if any(p.grad is not None for p in self._params):
                 self._second_pass(compute, model)
-            elif automatic and result is None:
-                self.skip_perturbation()  # training_step left this batch out
+            elif automatic:
+                self.skip_perturbation()  # training_step, or a callback, left this batch out
         finish()
         return result
 
@@ -576,3 +589,9 @@ class SAM(OptimizerAround):
             # A copy made at w + e can go back to w.
             "_update": dataclasses.replace(self._update, model=None),
         }
+
+
+def _accumulates(trainer: Any) -> bool:
+    """Whether Lightning accumulates gradients; averaging weights, it says so and computes none."""
+    computes = not getattr(trainer.fit_loop, "_skip_backward", False)
+    return bool(computes and trainer.accumulate_grad_batches > 1)

@@ -62,6 +62,8 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for a, b in zip(ones, others, strict=True):
+        if a.is_complex():
+            a, b = torch.view_as_real(a), torch.view_as_real(b)
         dtype = torch.promote_types(a.dtype, torch.float32)
         product = _whole(torch.sum(a.to(dtype) * b))
         total = product if total is None else total + product.to(total.device)

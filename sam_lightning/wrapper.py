@@ -55,7 +55,7 @@ class OptimizerAround(Optimizer):
         **kwargs: Any,
     ) -> None:
         _check_base(base_optimizer)
-        _check_rho(defaults["rho"])
+        check_rho(defaults["rho"])
         self.method = method
         self.memory: dict[Tensor, Memory] = defaultdict(dict)
         self._own = tuple(defaults)
@@ -108,7 +108,7 @@ class OptimizerAround(Optimizer):
         Raises:
             ValueError: ``rho`` is negative or not finite.
         """
-        _check_rho(param_group.setdefault("rho", self.defaults["rho"]))
+        check_rho(param_group.setdefault("rho", self.defaults["rho"]))
         if not isinstance(self.base_optimizer, Optimizer):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
@@ -129,7 +129,7 @@ class OptimizerAround(Optimizer):
                 _step_without_hooks(base)
             elif getattr(base, "_step_supports_amp_scaling", False):
                 # torch's fused kernels take the decision to skip from a tensor: no host sync.
-                first = not self.state
+                first = not any(self.state.values())
                 base.found_inf = found_inf
                 try:
                     _step_without_hooks(base)
@@ -164,6 +164,11 @@ class OptimizerAround(Optimizer):
                 self.state[p][f"{self.method}/{name}"] = value
 
     # -------------------------------------------------------------------- saving, copying
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups and the state, with what the method remembers; never any weights."""
+        self._show_memory()  # it may be newer than the last step
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one.
@@ -238,7 +243,8 @@ def _check_base(base_optimizer: Any) -> None:
             raise ValueError(f"base_optimizer={made.__name__}: not supported, {reason}")
 
 
-def _check_rho(rho: float) -> None:
+def check_rho(rho: float) -> None:
+    """Raise a ValueError if a radius is negative or not finite."""
     if not (rho >= 0 and math.isfinite(rho)):
         raise ValueError(f"rho={rho}: must be a finite number >= 0")
 
