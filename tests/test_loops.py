@@ -56,6 +56,15 @@ def test_a_plain_loop(method, form):
 
 @every_form
 @every_method
+def test_a_plain_loop_in_float32(method, form):
+    model = network(torch.float32)
+    data = [(images.float(), labels) for images, labels in batches()]
+    loop(FORMS[form], method, model, sam_of(model, method), data)
+    assert_close(state_of(model), PLAIN(method), 1e-5)
+
+
+@every_form
+@every_method
 def test_how_often_the_model_is_called(method, form):
     model, passes = network(), []
     model.register_forward_hook(lambda *_: passes.append(1))
