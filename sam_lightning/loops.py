@@ -12,23 +12,24 @@ from sam_lightning.vectors import any_sharded
 SECOND = "second"
 
 
-def mark_spent(params: Iterable[Tensor], clearings: int) -> None:
+def mark_spent(params: Iterable[Tensor], clearings: int, *, each: bool = False) -> None:
     """Note that the present gradients have been stepped with, or set to zero.
 
-    The mark is on the gradient itself, so that it goes when the gradient does.
+    The mark is on the first gradient itself, so that it goes when the gradient does.
 
     Args:
         params: whose gradients.
         clearings: how often gradients were cleared. A tensor that somebody assigns once more after
             that is a new gradient.
+        each: mark every gradient. That takes a while, and tells of a backward pass that left the
+            first one out.
     """
     for p in params:
         grad: Any = p.grad
         if grad is not None:
-            try:
-                grad._sam_spent = clearings, grad._version
-            except RuntimeError:  # it was made in inference mode
-                grad._sam_spent = clearings, 0
+            grad._sam_spent = clearings, _version(grad)
+            if not each:
+                return
 
 
 def mark_second(params: Iterable[Tensor], clearings: int) -> None:
@@ -48,23 +49,33 @@ def has_second_gradients(params: Iterable[Tensor], clearings: int) -> bool:
     return grad is not None and mark == (SECOND, clearings) and _version(grad) - version == 1
 
 
-def has_new_gradients(params: Iterable[Tensor], clearings: int, *, zeros_count: bool) -> bool:
+def has_new_gradients(groups: list[dict[str, Any]], clearings: int, *, zeros_count: bool) -> bool:
     """Whether there are gradients that were written since ``mark_spent``.
 
     Args:
-        params: whose gradients.
+        groups: of the parameters whose gradients they are.
         clearings: as for ``mark_spent``.
         zeros_count: whether a write that left zeros in a gradient of before counts, which may be
             a backward pass, or somebody who cleared it. If so, no host waits for a device.
     """
-    for p in params:
+    marked = False
+    for p in (p for group in groups for p in group["params"]):
         if p.grad is None or not p.requires_grad:
             continue
         cleared, version = getattr(p.grad, "_sam_spent", (None, None))
-        rewritten = _version(p.grad) != version
-        if cleared != clearings or (rewritten and (zeros_count or bool(p.grad.any()))):
+        if cleared == clearings:
+            marked = True
+            rewritten = _version(p.grad) != version
+            if rewritten and (zeros_count or _any_nonzero(groups)):
+                return True
+        elif not marked:
             return True
     return False
+
+
+def _any_nonzero(groups: list[dict[str, Any]]) -> bool:
+    params = (p for group in groups for p in group["params"])
+    return any(bool(p.grad.any()) for p in params if p.grad is not None)
 
 
 def _version(tensor: Tensor) -> int:

@@ -173,7 +173,7 @@ class SAM(OptimizerAround):
 
     def _has_new_gradients(self, *, zeros_count: bool) -> bool:
         clearings = self._update.clearings
-        return has_new_gradients(self._params, clearings, zeros_count=zeros_count)
+        return has_new_gradients(self.param_groups, clearings, zeros_count=zeros_count)
 
     # ------------------------------------------------------------------------- perturbing
 
@@ -410,7 +410,7 @@ class SAM(OptimizerAround):
             update.at_w, update.perturbed, update.combined = None, False, False
         if not set_to_none:
             super().zero_grad(set_to_none=False)
-            mark_spent(self._params, update.clearings)
+            mark_spent(self._params, update.clearings, each=True)
             return
         update.clearings += 1
         for group in self.param_groups:  # in half the time that Optimizer.zero_grad takes

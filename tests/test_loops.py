@@ -452,7 +452,7 @@ def test_torch_compile(method, form, what, backend):
 
 
 @pytest.mark.slow
-@backends
+@pytest.mark.parametrize("backend", ["aot_eager"])
 @pytest.mark.parametrize("what", ["model", "step", "calls"])
 @every_form
 @pytest.mark.parametrize("method", ["sam", "asam", "adaptive", "friendly", "looksam"])
