@@ -187,10 +187,10 @@ def tensors(count: int, size: int, device: torch.device) -> nn.ParameterList:
 
 def both_steps(optimizer: TwoStep, model: nn.Module) -> Callable[[], None]:
     """All of SAM but the passes: the gradients stay what they are, and pass for new ones."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    first = next(p.grad for p in model.parameters() if p.grad is not None)
 
     def run() -> None:
-        torch.autograd.graph.increment_version(grads)
+        torch.autograd.graph.increment_version(first)  # as a backward pass that adds to it does
         optimizer.first_step()
         optimizer.second_step()
 
