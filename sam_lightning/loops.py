@@ -26,7 +26,7 @@ def mark_spent(params: Iterable[Tensor], clearings: int, *, each: bool = False) 
     """
     for p in params:
         grad: Any = p.grad
-        if grad is not None:
+        if grad is not None and p.requires_grad:
             grad._sam_spent = clearings, _version(grad)
             if not each:
                 return
@@ -99,8 +99,8 @@ def lightning_module(closure: Any) -> Any:
 def closure_in_parts(closure: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """What computes the loss and its gradients, and what Lightning's closure does after that.
 
-    The latter runs ``on_before_optimizer_step`` and clips the gradients. Only those that the
-    optimizer steps with are to be clipped, so it has to run once, after the second pass.
+    The second part runs ``on_before_optimizer_step`` and clips the gradients. It runs once, after
+    the second pass, because only the gradient of the step is clipped.
     """
     if lightning_module(closure) is None:
         return closure, lambda: None
@@ -114,7 +114,7 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
     Args:
         model: what computed the gradients, DistributedDataParallel or with it inside; None if that
             is not known.
-        weights: those that have a gradient.
+        weights: the parameters with a gradient.
 
     Raises:
         RuntimeError: the last pass was inside ``no_sync``; or there are several devices, their
@@ -133,6 +133,6 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
         ddp = isinstance(module, nn.parallel.DistributedDataParallel)
         if ddp and not module.require_forward_param_sync:
             raise RuntimeError(
-                "a method that combines two gradients takes those that are averaged over devices: "
-                "run both passes outside of no_sync()"
+                "a method that combines two gradients needs both averaged over devices: run both "
+                "passes outside of no_sync()"
             )

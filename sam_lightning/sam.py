@@ -79,7 +79,7 @@ class _Update:
     plain: bool = False  # skip_perturbation() was called
     combined: bool = False  # combine() was called
     at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
-    model: nn.Module | None = None  # that of the second pass
+    model: nn.Module | None = None  # what the second pass calls
     backup: Backup = dataclasses.field(default_factory=Backup)
 
 

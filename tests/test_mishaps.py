@@ -157,6 +157,18 @@ def test_second_step_alone_leaves_the_gradients(method):
     assert all(map(torch.equal, before, [p.grad for p in model.parameters()]))
 
 
+def test_a_frozen_layer_with_an_old_gradient_does_not_hide_that_there_is_no_new_one():
+    model = network()
+    optimizer = sam_of(model, "sam")
+    loss_at(model, batches()[0]).backward()
+    model[0].requires_grad_(False)  # and its gradient stays
+    with optimizer.perturbed(model, zero_grad=False):
+        loss_at(model, batches()[0]).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no gradient since the last step"):
+        optimizer.first_step()
+
+
 @pytest.mark.parametrize("rho", [float("nan"), -0.1, float("inf")])
 def test_a_rho_that_became_impossible_is_refused(rho):
     model = network()
