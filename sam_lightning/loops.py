@@ -112,27 +112,34 @@ def check_gradients_can_be_combined(model: nn.Module | None, weights: Iterable[T
     """Refuse to combine two gradients where devices would end with different weights.
 
     Args:
-        model: what computed the gradients, DistributedDataParallel or with it inside; None if that
-            is not known.
+        model: what computed the gradients: DistributedDataParallel, with it inside, or a module of
+            a trainer that has put it around; None if that is not known.
         weights: the parameters with a gradient.
 
     Raises:
         RuntimeError: the last pass was inside ``no_sync``; or there are several devices, their
-            weights are not sharded, and it is not known what averages their gradients.
+            weights are not sharded, and nothing is seen that averages their gradients.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     if any_sharded(weights):
         return  # a reduced gradient is all that there is
-    if model is None:
+    # Lightning keeps what it has put around a module with the trainer.
+    strategy = getattr(getattr(model, "_trainer", None), "strategy", None)
+    seen = [m for m in (model, getattr(strategy, "model", None)) if isinstance(m, nn.Module)]
+    modules = [m for whole in seen for m in whole.modules()]
+    averaging = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
+    if not averaging:
         raise RuntimeError(
-            "a method that combines two gradients has to know what averages them over devices: "
-            "pass the model: perturbed(model), first_step(model=model) or step(closure, model)"
+            "a method that combines two gradients has to see what averages them over devices: "
+            "pass the model that DistributedDataParallel has wrapped, not the one inside, or the "
+            "LightningModule, as perturbed(model), first_step(model=model) or step(closure, model);"
+            " or pass local=True, call combine(), and average what it makes of the gradients"
         )
-    for module in model.modules():
-        ddp = isinstance(module, nn.parallel.DistributedDataParallel)
-        if ddp and not module.require_forward_param_sync:
-            raise RuntimeError(
-                "a method that combines two gradients needs both averaged over devices: run both "
-                "passes outside of no_sync()"
-            )
+    # A pass notes there whether it is one that averages.
+    if not all(ddp.require_forward_param_sync for ddp in averaging):
+        raise RuntimeError(
+            "a method that combines two gradients needs both averaged over devices: run both "
+            "passes outside of no_sync(); or both inside of it, with perturbed(local=True) or "
+            "first_step(local=True), call combine(), and average what it makes of the gradients"
+        )

@@ -285,7 +285,8 @@ class SAMModule(GradientModule):
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
         scale: dict[str, Any] = {"scaler": self.scaler, "length": self._length()}
         self._seed_perturbation(0)
-        with self.sam.perturbed(self.model, **scale):
+        # A descent has both gradients averaged by the strategy, or its result by _update.
+        with self.sam.perturbed(self, local=not self.sync_perturbation, **scale):
             for further in range(1, self.ascent_steps):
                 self._ascent_gradient(micro_batches, second_pass=True)
                 self._seed_perturbation(further)

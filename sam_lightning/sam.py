@@ -80,6 +80,7 @@ class _Update:
     combined: bool = False  # combine() was called
     at_w: dict[Tensor, Tensor] | None = None  # the gradients there, for the descent
     model: nn.Module | None = None  # what the second pass calls
+    local: bool = False  # nothing averages gradients before combine()
     backup: Backup = dataclasses.field(default_factory=Backup)
 
 
@@ -203,18 +204,22 @@ class SAM(OptimizerAround):
         scaler: GradScaler | None = None,
         length: float = 1.0,
         further: bool = False,
+        local: bool = False,
     ) -> None:
         """Move the weights to w + e along the present gradients, keeping a copy of w.
 
         A gradient with a non-finite norm moves nothing; that is decided on the device.
 
         Args:
-            model: what the passes call; a descent needs it under DistributedDataParallel.
+            model: what the passes call; under DistributedDataParallel a descent needs it, wrapped,
+                or else the LightningModule.
             zero_grad: clear the gradients afterwards.
             scaler: what has scaled the loss. A method that remembers gradients needs it, for the
                 scale changes; others climb as far without it.
             length: factor on every rho.
             further: the weights may be perturbed already, and move on from where they are.
+            local: the gradients are this device's own, in both passes. You call ``combine()``, and
+                average over devices what it makes of them. Without a descent this changes nothing.
 
         Raises:
             RuntimeError: the weights are perturbed already; there is no gradient, or only that of
@@ -235,7 +240,7 @@ class SAM(OptimizerAround):
             )
         if first:
             update.plain = update.combined = False
-            update.at_w, update.model = None, model
+            update.at_w, update.model, update.local = None, model, local
         update.held = True
         try:
             if self.climbs:
@@ -253,7 +258,8 @@ class SAM(OptimizerAround):
         update = self._update
         if first and self.descent is not None:
             grads = {p: p.grad for p in self._params if p.grad is not None}
-            check_gradients_can_be_combined(update.model, grads)
+            if not update.local:
+                check_gradients_can_be_combined(update.model, grads)
             # A view is of a buffer, such as a bucket of DDP's, that the next pass writes to.
             update.at_w = {
                 p: g if zero_grad and not g._is_view() else g.clone() for p, g in grads.items()
@@ -335,6 +341,7 @@ class SAM(OptimizerAround):
         zero_grad: bool = True,
         scaler: GradScaler | None = None,
         length: float = 1.0,
+        local: bool = False,
     ) -> Iterator[None]:
         """Hold the weights at w + e; they are restored however the block ends.
 
@@ -344,11 +351,15 @@ class SAM(OptimizerAround):
                 which takes a little longer. A perturbation along the momentum has no other pass
                 than this one, and freezes nothing.
             zero_grad: clear the gradients on entry, so that the two passes do not add up.
-            scaler, length: as for ``perturb()``.
+            scaler, length, local: as for ``perturb()``. The end of the block calls ``combine()``.
+
+        Raises:
+            RuntimeError: as for ``perturb()`` and ``combine()``.
         """
         frozen = nullcontext() if self.along_momentum else frozen_running_stats(model)
         try:
-            self.perturb(model=model, zero_grad=zero_grad, scaler=scaler, length=length)
+            options: dict[str, Any] = {"scaler": scaler, "length": length, "local": local}
+            self.perturb(model=model, zero_grad=zero_grad, **options)
             with frozen:
                 yield
             self.combine()
@@ -386,7 +397,7 @@ class SAM(OptimizerAround):
         calls this; call it before if gradients are changed or averaged in between.
 
         Raises:
-            RuntimeError: the last pass was inside ``no_sync``.
+            RuntimeError: the last pass was inside ``no_sync``, and it was not said to be ``local``.
         """
         update = self._update
         if update.combined or self.descent is None or not self.climbs:
@@ -398,7 +409,8 @@ class SAM(OptimizerAround):
         second = [p.grad for p in params if p.grad is not None]
         first = None
         if at_w is not None:
-            check_gradients_can_be_combined(update.model, params)
+            if not update.local:
+                check_gradients_can_be_combined(update.model, params)
             first = [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]
         self.descent(first, second, [self.memory[p] for p in params])
 
@@ -423,9 +435,10 @@ class SAM(OptimizerAround):
         *,
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
+        local: bool = False,
     ) -> None:
         """Perturb the weights; the familiar name of ``perturb()``."""
-        self.perturb(model=model, zero_grad=zero_grad, scaler=scaler)
+        self.perturb(model=model, zero_grad=zero_grad, scaler=scaler, local=local)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and step the base optimizer with the present gradients."""

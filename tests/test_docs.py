@@ -358,7 +358,7 @@ def test_the_loops_of_the_page(heading, code, one_process):
 def test_the_page_has_every_loop():
     table = re.findall(r"^\| \[.*?\]\(#(\S+)\) \|", PAGES["loops.md"], re.M)
     assert len(table) == 11
-    assert len(LOOPS) == 12  # a closure and a GradScaler have two, FSDP2 has none
+    assert len(LOOPS) == 13  # a closure, a GradScaler and DDP have two, FSDP2 has none
 
 
 def loop_is_right(code):

@@ -1,11 +1,16 @@
 """SAM under DistributedDataParallel and FSDP2, two processes on gloo, against one plain loop."""
 
+import os
 import traceback
 from contextlib import nullcontext
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,6 +28,7 @@ from loops_reference import (
     sam_of,
     state_of,
 )
+from reference import loader, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -32,10 +38,20 @@ DDP = [
     (method, form, own, views)
     for method in METHODS
     for form in TWO_FORMS
-    for own in ([False] if method in COMBINES else [False, True])
+    for own in (False, True)
     for views in (False, True)
 ]
-REFUSED = [(method, what) for method in COMBINES for what in ("first", "second", "no model")]
+REFUSED = [
+    (method, what)
+    for method in COMBINES
+    for what in ("first", "second", "no model", "inside, first", "inside, second", "inside")
+]
+FABRIC = [(method, silent) for method in COMBINES for silent in ("", "first", "second")]
+LIGHTNING = [
+    (method, how)
+    for method in COMBINES
+    for how in ("automatic", "manual", "first", "second", "inside")
+]
 FSDP = [
     (method, form, partly) for method in METHODS for form in TWO_FORMS for partly in (False, True)
 ]
@@ -56,38 +72,63 @@ def expected(method, own=False):
 # ---------------------------------------------------------------------- in the two processes
 
 
-def step(model, optimizer, batch, climb, form, silent=(), finish=lambda: None, told=True):
+def nothing():
+    pass
+
+
+def step(
+    model, optimizer, batch, climb, form, /, silent=(), finish=nothing, late=nothing, **options
+):
     """One of the two forms; passes in ``silent`` average no gradients."""
     quiet = {n: model.no_sync() if n in silent else nullcontext() for n in ("first", "second")}
-    known = model if told else None
     with quiet["first"]:
         loss_at(model, batch).backward()
     finish()
     if not climb:
         optimizer.skip_perturbation()
+        late()
         optimizer.step()
     elif form == "perturbed":
-        with optimizer.perturbed(known), quiet["second"]:
+        with optimizer.perturbed(**options), quiet["second"]:
             loss_at(model, batch).backward()
             finish()
+        late()
         optimizer.step()
     else:
-        optimizer.first_step(zero_grad=True, model=known)
+        optimizer.first_step(zero_grad=True, **options)
         with quiet["second"]:
             loss_at(model, batch).backward()
         finish()
+        late()
         optimizer.second_step()
     optimizer.zero_grad()
+
+
+def average(params):
+    for p in params:
+        dist.all_reduce(p.grad)
+        p.grad /= RANKS
 
 
 def ddp(rank, method, form, own, views):
     model = network(batch_norm=False)
     model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
     optimizer = sam_of(model.module, method)
+    own_ones = own and method in COMBINES
+
+    def late():  # what was combined on each device
+        optimizer.combine()
+        if own_ones:
+            average(model.parameters())
+
     same = True
     for i, batch in enumerate(data_of(rank)):
         climb = climbs_at(method, i)
-        step(model, optimizer, batch, climb, form, ["first"] if own and climb else [])
+        if own_ones:
+            options = {"silent": ["first", "second"], "local": True}
+        else:
+            options = {"silent": ["first"] if own else [], "model": model}
+        step(model, optimizer, batch, climb, form, late=late, **options)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         others = [torch.empty_like(weights) for _ in range(RANKS)]
         dist.all_gather(others, weights)
@@ -99,12 +140,14 @@ def ddp(rank, method, form, own, views):
 def refused(rank, method, what):
     model = nn.parallel.DistributedDataParallel(network(batch_norm=False))
     optimizer = sam_of(model.module, method)
-    before = state_of(model.module)
+    before, batch = state_of(model.module), data_of(rank)[0]
     messages = []
+    silent = [n for n in ("first", "second") if n in what]
+    known = {"model": model.module if "inside" in what else model}
     for form in TWO_FORMS:
-        silent = [what] if what in ("first", "second") else []
+        options = {} if what == "no model" else known
         try:
-            step(model, optimizer, data_of(rank)[0], True, form, silent, told=what != "no model")
+            step(model, optimizer, batch, True, form, silent, **options)
         except RuntimeError as error:
             messages.append(str(error))
         optimizer.restore()
@@ -125,13 +168,12 @@ def fsdp(rank, method, form, partly):
     assert bool(plain) == partly
 
     def finish():  # what nobody shards is averaged by hand
-        for p in plain:
-            dist.all_reduce(p.grad)
-            p.grad /= RANKS
+        average(plain)
 
     optimizer = sam_of(model, method)
     for i, batch in enumerate(data_of(rank)):
-        step(model, optimizer, batch, climbs_at(method, i), form, finish=finish)
+        climb = climbs_at(method, i)
+        step(model, optimizer, batch, climb, form, finish=finish, model=model)
     whole = state_of(model).items()
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in whole}
 
@@ -146,9 +188,81 @@ def fsdp1(rank, original):
     return "not refused"
 
 
+def fabric(rank, method, silent):
+    """In Fabric's DDP, whose wrapper is around torch's."""
+    strategy = FabricDDP(cluster_environment=TorchElasticEnvironment())
+    fabric = L.Fabric(accelerator="cpu", devices=RANKS, strategy=strategy)
+    fabric.launch()
+    model = network(batch_norm=False)
+    wrapped, optimizer = fabric.setup(model, sam_of(model, method))
+
+    def backward(batch, name):
+        with fabric.no_backward_sync(wrapped, enabled=silent == name):
+            fabric.backward(loss_at(wrapped, batch))
+
+    for i, batch in enumerate(data_of(rank)):
+        backward(batch, "first")
+        if climbs_at(method, i):
+            try:
+                with optimizer.perturbed(wrapped):
+                    backward(batch, "second")
+            except RuntimeError as error:
+                return {"refused": str(error)}
+        else:
+            optimizer.skip_perturbation()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state_of(model)
+
+
+class Module(L.LightningModule):
+    def __init__(self, method, how):
+        super().__init__()
+        self.model, self.method, self.how = network(batch_norm=False), method, how
+        self.automatic_optimization = how == "automatic"
+
+    def configure_optimizers(self):
+        return sam_of(self.model, self.method)
+
+    def on_train_batch_start(self, batch, i):
+        if not climbs_at(self.method, i):
+            self.optimizers().skip_perturbation()
+
+    def training_step(self, batch, i):
+        if self.automatic_optimization:
+            return loss_at(self.model, batch)
+
+        def backward(name):
+            quiet = self.trainer.strategy.block_backward_sync
+            with quiet() if self.how == name else nullcontext():
+                self.manual_backward(loss_at(self.model, batch))
+
+        optimizer = self.optimizers()
+        backward("first")
+        if climbs_at(self.method, i):
+            with optimizer.perturbed(self.model if self.how == "inside" else self):
+                backward("second")
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def lightning(rank, method, how):
+    module = Module(method, how)
+    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment())
+    runner = trainer(devices=RANKS, strategy=strategy, use_distributed_sampler=False)
+    try:
+        runner.fit(module, loader(data_of(rank)))
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    return state_of(module.model)
+
+
 def main(rank, folder, kind, cases):
     """Run every case and keep what each returns, or its error."""
     torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     results = {}
@@ -204,11 +318,30 @@ def test_ddp(results, method, form, own, views):
 
 @pytest.mark.parametrize(("method", "what"), REFUSED)
 def test_ddp_refuses_to_combine_gradients_of_one_device(results, method, what):
-    reason = "pass the model" if what == "no model" else "no_sync"
+    reason = "no_sync" if what in ("first", "second") else "pass the model that Distributed"
     for messages in results("refused", REFUSED)[method, what]:
         assert isinstance(messages, list), messages
         assert len(messages) == 2
         assert all(reason in message for message in messages)
+
+
+@pytest.mark.parametrize(("method", "silent"), FABRIC)
+def test_fabric(results, method, silent):
+    found = results("fabric", FABRIC)[method, silent]
+    if silent:
+        assert all("outside of no_sync" in result["refused"] for result in found)
+    else:
+        check(found, expected(method))
+
+
+@pytest.mark.parametrize(("method", "how"), LIGHTNING)
+def test_lightning(results, method, how):
+    found = results("lightning", LIGHTNING)[method, how]
+    if how in ("automatic", "manual"):
+        check(found, expected(method))
+    else:
+        reason = "LightningModule" if how == "inside" else "outside of no_sync"
+        assert all(reason in result["refused"] for result in found)
 
 
 @pytest.mark.parametrize(("method", "form", "partly"), FSDP)
