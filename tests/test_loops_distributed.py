@@ -46,6 +46,7 @@ REFUSED = [
     for method in COMBINES
     for what in ("first", "second", "no model", "inside, first", "inside, second", "inside")
 ]
+CUT = [(method, views, to_none) for method in METHODS for views in (0, 1) for to_none in (0, 1)]
 FABRIC = [(method, silent) for method in COMBINES for silent in ("", "first", "second")]
 LIGHTNING = [
     (method, how)
@@ -134,6 +135,27 @@ def ddp(rank, method, form, own, views):
         dist.all_gather(others, weights)
         same = same and torch.equal(*others)
     assert same, "the ranks have different weights"
+    return state_of(model.module)
+
+
+def cut(rank, method, views, to_none):
+    """Of four updates one is whole, two are left out in the middle and one is skipped."""
+    model = network(batch_norm=False)
+    model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bool(views))
+    optimizer = sam_of(model.module, method)
+    for i, batch in enumerate(data_of(rank)):
+        loss_at(model, batch).backward()
+        if i % 4 != 1:
+            if climbs_at(method, i):
+                with optimizer.perturbed(model):
+                    loss_at(model, batch).backward()
+            else:
+                optimizer.skip_perturbation()
+            if i % 4 == 3:
+                optimizer.found_inf = torch.ones(())
+            if i % 4 != 2:
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=bool(to_none))
     return state_of(model.module)
 
 
@@ -314,6 +336,17 @@ def check(found, weights):
 @pytest.mark.parametrize(("method", "form", "own", "views"), DDP)
 def test_ddp(results, method, form, own, views):
     check(results("ddp", DDP)[method, form, own, views], expected(method, own))
+
+
+@pytest.mark.parametrize(("method", "views", "to_none"), CUT)
+def test_ddp_with_updates_that_are_left_out_or_skipped(results, method, views, to_none):
+    loop = PlainLoop(method, network(batch_norm=False))
+    for i, devices in enumerate(zip(*map(data_of, range(RANKS)), strict=True)):
+        if i % 4 == 0:
+            loop.update(*devices, climb=climbs_at(method, i))
+        elif i % 4 != 1:  # what is remembered stays
+            loop.direction(0, devices, climbs_at(method, i), (False, False))
+    check(results("cut", CUT)[method, views, to_none], state_of(loop.model))
 
 
 @pytest.mark.parametrize(("method", "what"), REFUSED)
