@@ -111,9 +111,10 @@ class SAM(OptimizerAround):
     Raises:
         TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
         ValueError: a rho is negative or not finite, both ways to choose a perturbation are used,
-            the base optimizer evaluates the loss itself or takes sparse gradients only, it has no
-            momentum to climb along, that is combined with a descent, ``only`` has an unknown name,
-            or parameters are those of FullyShardedDataParallel.
+            the base optimizer evaluates the loss itself, takes sparse gradients only or shards its
+            state by itself, it has no momentum to climb along, that is combined with a descent,
+            ``only`` has an unknown name, or FullyShardedDataParallel or ZeroRedundancyOptimizer
+            has divided the parameters.
     """
 
     grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
@@ -161,6 +162,11 @@ class SAM(OptimizerAround):
             raise ValueError(
                 "FullyShardedDataParallel: not supported, for it hides that each device has a part "
                 "of the gradient only; use torch.distributed.fsdp.fully_shard"
+            )
+        if "base_optimizer" in param_group:  # one of the arguments that it makes settings of
+            raise ValueError(
+                "ZeroRedundancyOptimizer around SAM: not supported, for each device would perturb "
+                "its own part of the weights only; use torch.distributed.fsdp.fully_shard"
             )
 
     def _check_adaptive(self, adaptive: bool) -> None:

@@ -38,8 +38,8 @@ class OptimizerAround(Optimizer):
 
     Raises:
         TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
-        ValueError: a rho is negative or not finite, or the base optimizer evaluates the loss itself
-            or takes sparse gradients only.
+        ValueError: a rho is negative or not finite, or the base optimizer evaluates the loss
+            itself, takes sparse gradients only or shards its state by itself.
     """
 
     # Set by GradScaler, or by whoever decides on a step; non-zero makes the next one a no-op,
@@ -241,6 +241,11 @@ def _check_base(base_optimizer: Any) -> None:
     for cls, reason in UNSUPPORTED.items():
         if inspect.isclass(made) and issubclass(made, cls):
             raise ValueError(f"base_optimizer={made.__name__}: not supported, {reason}")
+    if hasattr(made, "consolidate_state_dict"):  # ZeroRedundancyOptimizer, whose import takes long
+        raise ValueError(
+            f"base_optimizer={made.__name__}: not supported, for it keeps its state where "
+            "state_dict() does not find it; use torch.distributed.fsdp.fully_shard"
+        )
 
 
 def check_rho(rho: float) -> None:

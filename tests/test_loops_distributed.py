@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from inject import SERVER
 from loops_reference import (
@@ -29,6 +30,7 @@ from loops_reference import (
     state_of,
 )
 from reference import loader, trainer
+from sam_lightning import SAM
 
 pytestmark = pytest.mark.slow
 
@@ -210,6 +212,18 @@ def fsdp1(rank, original):
     return "not refused"
 
 
+def zero(rank, around):
+    params, sgd = network().parameters(), torch.optim.SGD
+    try:
+        if around:
+            ZeroRedundancyOptimizer(params, SAM, base_optimizer=sgd, rho=0.1, lr=0.1)
+        else:
+            SAM(params, ZeroRedundancyOptimizer, rho=0.1, optimizer_class=sgd, lr=0.1)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
 def fabric(rank, method, silent):
     """In Fabric's DDP, whose wrapper is around torch's."""
     strategy = FabricDDP(cluster_environment=TorchElasticEnvironment())
@@ -386,3 +400,11 @@ def test_fsdp2(results, method, form, partly):
 def test_fsdp1_is_refused(results, original):
     for message in results("fsdp1", [(False,), (True,)])[(original,)]:
         assert message.startswith("FullyShardedDataParallel: not supported")
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_zero_redundancy_is_refused(results, around):
+    name = "ZeroRedundancyOptimizer around SAM" if around else "base_optimizer=ZeroRedundancy"
+    for message in results("zero", [(False,), (True,)])[(around,)]:
+        assert message.startswith(name)
+        assert message.endswith("use torch.distributed.fsdp.fully_shard")
