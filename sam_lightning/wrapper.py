@@ -166,21 +166,54 @@ class OptimizerAround(Optimizer):
     # -------------------------------------------------------------------- saving, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups and the state, with what the method remembers; never any weights."""
+        """What the base optimizer saves, with what the method remembers; never any weights."""
         self._show_memory()  # it may be newer than the last step
-        return super().state_dict()
+        if not self._overrides("state_dict"):
+            return super().state_dict()
+        saved = self.base_optimizer.state_dict
+        first = self.register_state_dict_post_hook(lambda *_: saved(), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self.base_optimizer), name) is not getattr(Optimizer, name)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one.
 
         A state of the base optimizer is loaded too. What another method remembers is left out.
         """
-        # The last of these hooks, so that a user's see the state as it is, and may change it.
-        last = self.register_load_state_dict_pre_hook(lambda _, given: self._adapted(given))
+        adapted: dict[str, Any] = {}
+
+        def adapt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            adapted.update(self._adapted(given))
+            return adapted
+
+        # A user's hooks see the state as it is, and may change it, and then all that was loaded.
+        last = self.register_load_state_dict_pre_hook(adapt)
+        first = self.register_load_state_dict_post_hook(
+            lambda _: self._load_base(adapted), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+            first.remove()
+
+    def _load_base(self, adapted: dict[str, Any]) -> None:
+        """Load the base optimizer's state again where it takes more, or casts less, by itself."""
+        if not self._overrides("load_state_dict"):
+            return
+        state = {
+            i: own
+            for i, values in adapted["state"].items()
+            if (own := {name: value for name, value in values.items() if "/" not in name})
+        }
+        self.base_optimizer.load_state_dict({**adapted, "state": state})
+        self._show_memory()
+        self._complete_groups()
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state that this optimizer can load, of one that it or another one has saved."""
@@ -218,9 +251,12 @@ class OptimizerAround(Optimizer):
                 method, _, name = key.rpartition("/")
                 if method == self.method:
                     self.memory[p][name] = value.clone()
-        base = self.base_optimizer
-        base.__setstate__(state)
+        self.base_optimizer.__setstate__(state)
         self._show_memory()
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
+        base = self.base_optimizer
         for group in self.param_groups:
             if "rho" in base.defaults and "base_rho" not in group:
                 group["base_rho"] = group.get("rho", base.defaults["rho"])

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import pytorch_optimizer
+import schedulefree
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -257,6 +258,79 @@ def test_a_file_of_pytorch_optimizer_is_taken_up(base):
         step_in_two(theirs, published, batch)
         step_in_two(ours, sam, batch)
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-7, rtol=0)
+
+
+class Counting(torch.optim.SGD):
+    """Saves more than its state, and has state that is not of the weights' dtype."""
+
+    count = 0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.1 / (1 + self.count)
+        super().step()
+        self.count += 1
+        for values in self.state.values():
+            values["whole"] = torch.tensor([self.count], dtype=torch.uint8)
+
+    def state_dict(self):
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.count = state_dict.pop("count")
+        for values, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
+            values["whole"] = saved["whole"].clone()
+
+
+SAVING = {
+    "counting": functools.partial(Counting, momentum=0.9),
+    "ranger": functools.partial(pytorch_optimizer.Ranger21, num_iterations=20, lr=0.1),
+    "spam": functools.partial(pytorch_optimizer.StableSPAM, lr=0.1),
+    "schedule-free": functools.partial(schedulefree.AdamWScheduleFree, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("base", SAVING)
+@pytest.mark.parametrize("method", ["sam", "friendly", "looksam"])
+def test_what_a_base_optimizer_saves_in_its_own_way(method, base):
+    ours, theirs, data = network(), network(), list(batches(12))
+    sam = SAM(ours.parameters(), SAVING[base], rho=0.3, **RELATIVES[method])
+    getattr(sam, "train", list)()
+    for batch in data[:6]:
+        step_with_context(ours, sam, batch)
+    state = saved(sam)
+    set_weights(theirs, weights_of(ours))
+    other = SAM(theirs.parameters(), SAVING[base], rho=0.9, **RELATIVES[method])
+    kept, seen = copy.deepcopy(state), []
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state_dict()["state"]))
+    other.load_state_dict(state)
+    assert_same_state(kept["state"], state["state"])  # what was given is not changed
+    assert kept.keys() == state.keys() == other.state_dict().keys()
+    assert_same_state(seen[0], sam.state_dict()["state"])
+    for now, before in zip(other.state.values(), sam.state.values(), strict=True):
+        for name, value in before.items():
+            assert getattr(now[name], "dtype", None) == getattr(value, "dtype", None), name
+    for batch in data[6:]:
+        step_with_context(ours, sam, batch)
+        step_with_context(theirs, other, batch)
+    assert_equal(weights_of(ours), weights_of(theirs))
+    assert other.param_groups[0]["rho"] == 0.3
+
+
+def test_a_file_of_a_base_optimizer_that_saves_in_its_own_way():
+    ours, theirs, data = network(), network(), list(batches(8))
+    alone = SAVING["counting"](theirs.parameters())
+    for batch in data[:4]:
+        plain_sam_step(theirs, alone, batch, along_gradient(0.3))
+    set_weights(ours, weights_of(theirs))
+    sam = SAM(ours.parameters(), SAVING["counting"], rho=0.3)
+    sam.load_state_dict(saved(alone))
+    for batch in data[4:]:
+        step_in_two(ours, sam, batch)
+        plain_sam_step(theirs, alone, batch, along_gradient(0.3))
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-11, rtol=1e-11)
+    assert sam.base_optimizer.count == alone.count == 8
 
 
 def through_a_file(objects):
