@@ -417,6 +417,35 @@ def test_a_scaler_that_unscales_to_clip(method, form):
     assert_close(state_of(model), PLAIN(method, clip=0.3))
 
 
+# ---------------------------------------------------------------------------------- torch.jit
+
+JIT = {
+    "script": torch.jit.script,
+    "trace": lambda model: torch.jit.trace(model, batches()[0][0]),
+    "in part": lambda model: torch.nn.Sequential(torch.jit.script(model[:4]), model[4:]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("how", JIT)
+@pytest.mark.parametrize("method", ["sam", "gsam"])
+def test_torch_jit(method, how, told):
+    model = network()
+    called = JIT[how](model)
+    model.load_state_dict(network().state_dict())  # a trace calls the model
+    optimizer = sam_of(model, method)
+    for batch in batches():
+        loss_at(called, batch).backward()
+        with optimizer.perturbed(called if told else None):
+            loss_at(called, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = dict(zip(model.state_dict(), called.state_dict().values(), strict=True))
+    assert_close(found, PLAIN(method))
+
+
 # ------------------------------------------------------------------------------ torch.compile
 
 backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,11 +1,11 @@
 """Normalisation statistics in SAM's second pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,15 +18,15 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
     not enter them (the official JAX code keeps those of the first pass). Works on every layer with
     ``track_running_stats``: BatchNorm, SyncBatchNorm and InstanceNorm, lazy ones too once a first
     batch has given them their shape; means, variances and ``num_batches_tracked`` all stay. A
-    layer in evaluation mode is left alone, for it normalises by its running statistics.
+    layer in evaluation mode is left alone, for it normalises by its running statistics. Modules of
+    ``torch.jit.script`` and ``torch.jit.trace`` update copies, which takes their memory once more.
 
     Args:
         model: whose statistics; those of every layer that is called in the block if not given,
             which costs a call of a function for each.
     """
     frozen: list[Any] = []
-    # InstanceNorm updates what buffers it has, whatever its flag says, so they are put aside.
-    put_aside: list[tuple[Any, Any, Any]] = []
+    put_aside: dict[int, tuple[Any, dict[str, Tensor]]] = {}  # buffers, by the id of their layer
 
     @torch._disable_dynamo
     def freeze_all(module: nn.Module, *_: Any) -> None:
@@ -34,12 +34,22 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
             freeze(layer)
 
     def freeze(layer: Any) -> None:
-        if layer.training and getattr(layer, "track_running_stats", False):
+        if isinstance(layer, torch.jit.ScriptModule):  # whose flags are constants
+            if id(layer) not in put_aside:
+                replace(layer, torch.clone)
+        elif layer.training and getattr(layer, "track_running_stats", False):
             frozen.append(layer)
             layer.track_running_stats = False
-            if isinstance(layer, _InstanceNorm):
-                put_aside.append((layer, layer.running_mean, layer.running_var))
-                layer.running_mean = layer.running_var = None
+            if isinstance(layer, _InstanceNorm):  # it updates what buffers it has despite the flag
+                replace(layer, lambda _: None)
+
+    def replace(layer: Any, by: Callable[[Tensor], Tensor | None]) -> None:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = {name: getattr(layer, name, None) for name in names}
+        kept = {name: b for name, b in buffers.items() if isinstance(b, Tensor)}
+        put_aside[id(layer)] = layer, kept
+        for name, buffer in kept.items():
+            setattr(layer, name, by(buffer))
 
     hook = register_module_forward_pre_hook(freeze_all) if model is None else None
     try:
@@ -51,5 +61,6 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
             hook.remove()
         for layer in frozen:
             layer.track_running_stats = True
-        for layer, mean, var in put_aside:
-            layer.running_mean, layer.running_var = mean, var
+        for layer, kept in put_aside.values():
+            for name, buffer in kept.items():
+                setattr(layer, name, buffer)
