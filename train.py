@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from sam_lightning.command import guarded, run
+from sam_lightning.cli import guarded, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

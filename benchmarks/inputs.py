@@ -16,7 +16,7 @@ from benchmarks.loop import quieten
 from benchmarks.synthetic import BATCH_SIZE, data_module, noise
 from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.data.augment import BatchAugment, draw_seed
-from sam_lightning.data.sources import Split
+from sam_lightning.data.source import Split
 
 CUTOUT = 16
 WORKERS = (0, 2)

@@ -9,7 +9,7 @@ from torch.optim import SGD
 from benchmarks.peers import BASE, RHO
 from benchmarks.step import Step, repeated, resnet18, sam_step
 from benchmarks.timing import Measurement, clock_of, interleave, ratio
-from sam_lightning.sam import SAM
+from sam_lightning.optim.sam import SAM
 
 # width, batch size, rounds, and whether under bf16 autocast
 MODELS = [(8, 128, 8, False)]

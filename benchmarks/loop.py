@@ -22,12 +22,12 @@ from benchmarks.synthetic import BATCH_SIZE, data_module
 from benchmarks.timing import Measurement, clock_of, ratio, summary
 from sam_lightning.data.augment import BatchAugment, draw_seed
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.methods.esam import RandomSubsetAscent
-from sam_lightning.methods.gsam import SurrogateGap
-from sam_lightning.methods.looksam import Reuse
-from sam_lightning.methods.msam import MomentumAscent
-from sam_lightning.module import SAMModule
-from sam_lightning.sam import SAM
+from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.gsam import SurrogateGap
+from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.msam import MomentumAscent
+from sam_lightning.optim.sam import SAM
+from sam_lightning.training.module import SAMModule
 
 WIDTH, GPU_WIDTH = 8, 64
 LOG_EVERY = 50

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from sam_lightning.sam import SAM
+from sam_lightning.optim.sam import SAM
 
 RHO = 0.05
 # The base optimizer of every case. Its fused form is the fastest there is, so that what SAM adds

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.sources import ImageSource, Split
+from sam_lightning.data.source import ImageSource, Split
 
 BATCH_SIZE = 128
 

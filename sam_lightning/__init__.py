@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sam_lightning.data.datamodule import ImageDataModule
-    from sam_lightning.models import SAMResNet18, frozen_running_stats
-    from sam_lightning.module import SAMModule
-    from sam_lightning.sam import SAM
-    from sam_lightning.trained import load
+    from sam_lightning.inference.load import load
+    from sam_lightning.models import SAMResNet18
+    from sam_lightning.optim import SAM, frozen_running_stats
+    from sam_lightning.training.module import SAMModule
 
 __all__ = ["SAM", "ImageDataModule", "SAMModule", "SAMResNet18", "frozen_running_stats", "load"]
 
 _HOME = {
-    "SAM": "sam_lightning.sam",
+    "SAM": "sam_lightning.optim",
     "ImageDataModule": "sam_lightning.data.datamodule",
-    "SAMModule": "sam_lightning.module",
+    "SAMModule": "sam_lightning.training.module",
     "SAMResNet18": "sam_lightning.models",
-    "frozen_running_stats": "sam_lightning.models",
-    "load": "sam_lightning.trained",
+    "frozen_running_stats": "sam_lightning.optim",
+    "load": "sam_lightning.inference.load",
 }
 
 

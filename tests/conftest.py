@@ -1,12 +1,14 @@
 """The machine as the tests see it: one thread a process, and no GPU but with ``-m gpu``."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 # The models of the tests are small, and threads that share cores wait. Set before torch is
 # imported, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = str(Path(__file__).parent / "helpers")  # for processes of torchrun
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sam_lightning.errors import ConfigError
+from sam_lightning.config.errors import ConfigError
 
 POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
 

@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
 from sam_lightning.data.loading import (
     EpochSampler,
@@ -24,8 +25,7 @@ from sam_lightning.data.loading import (
     TrainSampler,
     TransformedDataset,
 )
-from sam_lightning.data.sources import ImageSource, Split, stratified_split
-from sam_lightning.errors import ConfigError
+from sam_lightning.data.source import ImageSource, Split, stratified_split
 
 DEVICES = (None, "cpu", "cuda")  # where images are kept
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment, draw_seed
-from sam_lightning.data.sources import Split
+from sam_lightning.data.source import Split
 
 
 class SplitDataset(Dataset[tuple[Tensor, Tensor]]):

@@ -2,8 +2,8 @@
 
 from sam_lightning.models.pyramidnet import PyramidNet
 from sam_lightning.models.resnet import SAMResNet18, SAMResNet34, SAMResNet50
-from sam_lightning.models.running_stats import frozen_running_stats
 from sam_lightning.models.wide_resnet import WideResNet
+from sam_lightning.optim.batch_norm import frozen_running_stats
 
 __all__ = [
     "PyramidNet",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sam_lightning.errors import ConfigError
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.resnet import check_sizes
 
 

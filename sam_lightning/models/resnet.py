@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from sam_lightning.errors import ConfigError
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.onednn import subsample_first
 
 Stem = Literal["cifar", "imagenet"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from sam_lightning.errors import ConfigError
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.resnet import check_sizes
 
 

@@ -1,0 +1,210 @@
+"""``python images/sam_update.py NAME``: the figures of the documentation, computed afresh."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import Rule, did_you_mean, integer, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor, nn
+
+Point = tuple[float, float]
+
+ABOUT = """
+Compute and draw a figure of the documentation, as PNG and SVG.
+
+  python images/sam_update.py update out=images/sam_update
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to draw a figure: from its options to the files written; its keys, and their rules."""
+
+    draw: Callable[[DictConfig], list[Path]]
+    defaults: Mapping[str, Any]
+    rules: Iterable[Rule] = field(default=())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the figure that the first argument names."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(ABOUT.strip(), "", "Figures, with their keys:", sep="\n")
+        for known, figure in FIGURES.items():
+            print(f"  {known}", *(f"{k}={v}" for k, v in figure.defaults.items()))
+        sys.exit(0)
+    if name not in FIGURES:
+        hint = did_you_mean(name, FIGURES) or f"; there are {', '.join(FIGURES)}"
+        raise ConfigError(f"{name}: no such figure{hint}")
+    figure = FIGURES[name]
+    options = parse(ABOUT, figure.defaults, figure.rules, arguments)
+    print(*map(os.path.relpath, figure.draw(options)))
+
+
+def _two_numbers(value: Any) -> bool:
+    return OmegaConf.is_list(value) and len(value) == 2 and all(map(number(-math.inf), value))
+
+
+# ------------------------------------------------------------------ update: what one step of SAM is
+
+
+def update(options: DictConfig) -> list[Path]:
+    """One update of SAM beside one of SGD, and where many of them lead, on a loss of two weights.
+
+    The loss, of ``two_weights`` on 569 tumours, depends on the product of the weights. So its
+    minima are a curve, a valley, which is widest where the two are equal.
+    """
+    from sam_lightning import plotting as plots
+
+    with plots.style():
+        figure, (near, far) = plots.panels(2, 3.8, 3.4)
+        draw_update(near, options)
+        draw_paths(far, options)
+        return plots.save(figure, Path(str(options.out)).expanduser())
+
+
+def two_weights(options: DictConfig) -> tuple["nn.Sequential", "Callable[[], Tensor]"]:
+    """A network of two linear layers of one weight each, and its loss.
+
+    It tells malignant from benign tumours by their mean radius, in scikit-learn's breast cancer
+    data; the loss is logistic. The weights are ``options.start``.
+    """
+    import torch
+    from sklearn.datasets import load_breast_cancer
+    from torch import nn
+
+    bunch = load_breast_cancer()
+    radius = torch.tensor(bunch.data[:, :1])
+    radius = (radius - radius.mean()) / radius.std()
+    malignant = torch.tensor(bunch.target[:, None] == 0).double()
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    with torch.no_grad():
+        for weight, value in zip(model.parameters(), options.start, strict=True):
+            weight.fill_(value)
+    criterion = nn.BCEWithLogitsLoss()
+    return model, lambda: criterion(model(radius), malignant)
+
+
+def walk(options: DictConfig, rho: float, steps: int) -> list[Point]:
+    """Weights at the start and, after each update of ``SAM``, those climbed to and stepped to."""
+    import torch
+
+    from sam_lightning.optim.sam import SAM
+
+    model, loss = two_weights(options)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=options.lr)
+    points = [point(model)]
+    for _ in range(steps):
+        loss().backward()
+        optimizer.first_step(zero_grad=True)
+        points.append(point(model))
+        loss().backward()
+        optimizer.second_step(zero_grad=True)
+        points.append(point(model))
+    return points
+
+
+def point(model: "nn.Module") -> Point:
+    """The two weights of a model."""
+    first, second = (p.item() for p in model.parameters())
+    return first, second
+
+
+def draw_update(axes: "Axes", options: DictConfig) -> None:
+    """w, w + e, and the step along the gradient there, beside the step of SGD."""
+    start, climbed, sam = walk(options, options.rho, 1)
+    sgd = walk(options, 0.0, 1)[-1]
+    points = [start, climbed, sam, sgd]
+    reach = 0.6 * max(max(values) - min(values) for values in zip(*points, strict=True))
+    middle = [(max(values) + min(values)) / 2 for values in zip(*points, strict=True)]
+    draw_loss(axes, options, [(c - 1.2 * reach, c + 1.2 * reach) for c in middle])
+    # The gradient at w + e, as long as the step that it makes from w.
+    there = (climbed[0] + sam[0] - start[0], climbed[1] + sam[1] - start[1])
+    for begin, end, style in (
+        (start, climbed, "-C1"),
+        (climbed, there, ":C1"),
+        (start, sam, "-C1"),
+        (start, sgd, "-C0"),
+    ):
+        line = {"linestyle": style[0], "color": style[1:], "linewidth": 1.8}
+        arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **line}
+        axes.annotate("", end, begin, arrowprops=arrow)
+    axes.plot(*zip(*points, strict=True), "ko", markersize=4)
+    for at, name, offset in (
+        (start, "$w$", (-6, 7)),
+        (climbed, "$w + e$", (-10, 8)),
+        (there, "$-\\eta\\, g(w + e)$", (-18, -15)),
+        (sam, "SAM", (6, -4)),
+        (sgd, "SGD", (6, 2)),
+    ):
+        axes.annotate(name, at, offset, textcoords="offset points")
+    axes.set_title("one update")
+
+
+def draw_paths(axes: "Axes", options: DictConfig) -> None:
+    """Where the updates lead: SAM goes on along the valley, to where it is wide."""
+    paths = {
+        "SGD": walk(options, 0.0, options.steps)[::2],
+        f"SAM, rho {options.rho:g}": walk(options, options.rho, options.steps)[::2],
+    }
+    draw_loss(axes, options, [(0, 3.2), (0, 3.2)])
+    for i, (name, path) in enumerate(paths.items()):
+        axes.plot(*zip(*path, strict=True), f"C{i}", linewidth=0.7)
+        axes.plot(*path[-1], f"C{i}o", markersize=6, label=name)
+    axes.plot(*options.start, "ko", markersize=4)
+    axes.axline((0, 0), slope=1, color="k", linestyle=":", linewidth=0.8, label="equal weights")
+    axes.legend(loc="lower right", frameon=True)
+    axes.set_title(f"{options.steps} updates")
+
+
+def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, float]]) -> None:
+    """Contours of the loss; the floor of the valley is dark."""
+    import torch
+
+    from sam_lightning import plotting as plots
+
+    model, loss = two_weights(options)
+    x, y = (torch.linspace(low, high, 61) for low, high in limits)
+    heights = torch.zeros(len(y), len(x))
+    with torch.no_grad():
+        for i, second in enumerate(y):
+            for j, first in enumerate(x):
+                for weight, value in zip(model.parameters(), (first, second), strict=True):
+                    weight.fill_(value)
+                heights[i, j] = loss()
+    low, high = heights.min().item(), heights.max().item()
+    levels = low + (high - low) * torch.linspace(0, 1, 16).square()  # close on the valley's floor
+    axes.contourf(x, y, heights, levels, cmap=plots.HEIGHTS, alpha=0.5)
+    axes.contour(x, y, heights, levels[1:], colors="white", linewidths=0.5)
+    axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    axes.grid(False)
+
+
+FIGURES = {
+    "update": Recipe(
+        update,
+        {"out": "images/sam_update", "start": [0.6, 1.8], "rho": 0.4, "lr": 1.5, "steps": 200},
+        [
+            ("start", _two_numbers, "two numbers, as in start=[0.6,1.8]"),
+            ("rho", number(0, open_low=True), "a number > 0"),
+            ("lr", number(0, open_low=True), "a number > 0"),
+            ("steps", integer(1), "a whole number >= 1"),
+        ],
+    )
+}
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

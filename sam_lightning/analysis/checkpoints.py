@@ -1,0 +1,168 @@
+"""What ``sharpness`` and ``landscape`` share: checkpoints, their images and names, a progress bar.
+
+Only what the arguments need is imported at once; torch is when a checkpoint is loaded.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import Rule, integer, one_of, or_null
+from sam_lightning.runs.files import checkpoint_file, run_folder
+
+if TYPE_CHECKING:
+    from sam_lightning.analysis.loss_surface import LossSurface
+    from sam_lightning.inference.load import Trained
+
+DEFAULTS: dict[str, Any] = {
+    "ckpt_path": "???",
+    "split": "train",
+    "images": 512,
+    "batch_size": 128,
+    "seed": 0,
+    "device": "auto",
+    "data.root": None,
+    "out": None,
+}
+RULES: list[Rule] = [
+    ("split", *one_of(("train", "val", "test"))),
+    ("images", integer(1), "a whole number >= 1"),
+    ("batch_size", integer(1), "a whole number >= 1"),
+    ("seed", lambda v: integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
+    ("device", *one_of(("auto", "cpu", "cuda"))),
+    ("out", or_null(lambda v: isinstance(v, str)), "a folder, as in ./figures, or null"),
+]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that is looked at: its file, the loaded model, and where its results go."""
+
+    file: Path
+    model: "Trained"
+    out: Path
+
+
+def listed(value: Any) -> list[str]:
+    """``a,b`` or ``[a,b]`` as a list."""
+    if OmegaConf.is_list(value):
+        return [str(v) for v in value]
+    return [part for part in str(value).split(",") if part]
+
+
+def checkpoint_files(value: Any) -> list[Path]:
+    """The checkpoints that ``ckpt_path=a,b`` names, of a run's folder the last one.
+
+    Raises:
+        ConfigError: one of them is not there, or none is named.
+    """
+    files, name = [], ""
+    for part in listed(value):
+        name = f"{name},{part}" if name else part
+        if Path(name).expanduser().exists():  # else the comma is in the name, as in a sweep's
+            files.append(checkpoint_file(name))
+            name = ""
+    if name or not files:
+        raise ConfigError(f"ckpt_path={name or value}: no such file or folder")
+    return files
+
+
+def load_subjects(options: DictConfig) -> list[Subject]:
+    """Load the checkpoints, onto the device that ``options`` names.
+
+    Raises:
+        ConfigError: a file is no checkpoint, ``out`` no folder, or there is no such device.
+    """
+    files = checkpoint_files(options.ckpt_path)
+    out = None if options.out is None else Path(options.out).expanduser()
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out}: is not a folder")
+
+    from sam_lightning.inference.load import load, torch_device
+
+    device = torch_device(options.device)
+    return [Subject(file, load(file).to(device), out or run_folder(file)) for file in files]
+
+
+def surface_of(subject: Subject, options: DictConfig, batch_norm: str = "stored") -> "LossSurface":
+    """The loss of a checkpoint on images of its own run, as ``options`` chooses them.
+
+    Raises:
+        ConfigError: the images are not there, or the loss of the weights is not finite.
+    """
+    from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
+    from sam_lightning.inference.load import data_of
+
+    root = OmegaConf.select(options, "data.root")
+    moved = {} if root is None else {"root": str(root)}
+    data = data_of({"hyper_parameters": subject.model.config}, **moved)
+    device = next(subject.model.parameters()).device
+    drawn = (options.split, options.images, options.batch_size, options.seed)
+    batches = fixed_batches(data, *drawn, device)
+    surface = LossSurface(subject.model, batches, batch_norm=batch_norm)
+    if not math.isfinite(loss := surface.value()):
+        raise ConfigError(f"ckpt_path={subject.file}: the loss of its weights is {loss}")
+    return surface
+
+
+def labels_of(given: Any, subjects: Sequence[Subject]) -> list[str]:
+    """A short name for each: as given, or the method, or what else tells them apart.
+
+    Raises:
+        ConfigError: other than one label is given for each.
+    """
+    if given is not None:
+        labels = listed(given)
+        if len(labels) != len(subjects):
+            raise ConfigError(f"labels={','.join(labels)}: must be {len(subjects)}, one for each")
+        return labels
+    names = [
+        [_method(subject) for subject in subjects],
+        [f"{_method(s)}, seed {s.model.config['seed']}" for s in subjects],
+        [run_folder(subject.file).name for subject in subjects],
+        [str(subject.file) for subject in subjects],
+    ]
+    return next((n for n in names if len({*n}) == len(n)), names[-1])
+
+
+def _method(subject: Subject) -> str:
+    method = subject.model.config["method"]
+    name = str(method["name"]).upper()
+    if method.get("rho"):
+        return f"{name}, rho {method['rho']:g}"
+    return name if name == "SGD" else "base optimizer"
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    silent = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
+        yield bar
+
+
+@contextmanager
+def stage(bar: Progress, surface: "LossSurface", name: str, passes: int) -> Iterator[None]:
+    """Show the passes of one measurement, ``passes`` over all batches at most."""
+    task = bar.add_task(name, total=passes * len(surface.batches))
+    before, surface.tick = surface.tick, lambda: bar.advance(task)
+    try:
+        yield
+    finally:
+        surface.tick = before
+        bar.remove_task(task)

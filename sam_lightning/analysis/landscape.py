@@ -1,0 +1,156 @@
+"""The command ``landscape``: the loss around checkpoints and between two of them."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from sam_lightning.analysis import checkpoints as inspection
+from sam_lightning.analysis.checkpoints import Subject, labels_of, stage, surface_of
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import integer, number, one_of
+from sam_lightning.runs.files import make_folder, run_folder, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor
+
+    from sam_lightning.analysis.loss_surface import LossSurface
+
+ABOUT = """
+Draw the loss around checkpoints along random directions, each filter of which has the norm of that
+filter's weights (Li et al. 2018, arXiv 1712.09913); biases and normalisation layers stay. Several
+checkpoints get the same directions, axes and colours. kind=line draws the loss on the line between
+two checkpoints of one architecture instead, on images of the first.
+
+  python -m sam_lightning.analysis.landscape ckpt_path=RUN/checkpoints/last.ckpt
+  python -m sam_lightning.analysis.landscape ckpt_path=RUN1,RUN2 labels=SGD,SAM out=figures
+  python -m sam_lightning.analysis.landscape ckpt_path=RUN1,RUN2 kind=line
+
+A folder stands for its checkpoints/last.ckpt. Images are fixed and not augmented. BatchNorm uses
+its stored statistics, as in evaluation (on the line: those between the two); batch_norm=batch
+takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the folder landscape
+of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
+checkpoint. A 2d picture takes points x points passes over the images.
+"""
+DEFAULTS = inspection.DEFAULTS | {
+    "labels": None,
+    "kind": "2d",
+    "span": 1.0,
+    "points": 21,
+    "batch_norm": "stored",
+}
+RULES = [
+    *inspection.RULES,
+    ("kind", *one_of(("2d", "1d", "line"))),
+    ("span", number(0, open_low=True), "a number > 0"),
+    ("points", lambda v: integer(3)(v) and v % 2 == 1, "an odd number >= 3"),
+    ("batch_norm", *one_of(("stored", "batch"))),
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compute the losses, write them, and draw them."""
+    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    subjects = inspection.load_subjects(options)
+    labels = labels_of(options.labels, subjects)
+    line = options.kind == "line"
+    if line:
+        _check_pair(subjects)
+    coordinates = spaced(0.0 if line else -options.span, 1.0 if line else options.span, options)
+    out = subjects[0].out if options.out is not None else subjects[0].out / "landscape"
+
+    from sam_lightning.analysis.landscape_plots import draw, show_in_tensorboard
+    from sam_lightning.runs.checkpoint import read
+
+    measured = subjects[:1] if line else subjects
+    surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
+    make_folder(out, out)
+    with inspection.progress() as bar:
+        if line:
+            end = subjects[1].model.state_dict()
+            losses = [between(surfaces[0], end, coordinates, bar)]
+        else:
+            losses = [around(surface, coordinates, options, bar) for surface in surfaces]
+    result = {
+        "kind": options.kind,
+        "labels": labels,
+        "ckpt_path": [str(subject.file) for subject in subjects],
+        **{key: options[key] for key in ("split", "seed", "batch_norm")},
+        "images": surfaces[0].examples,
+        "guessing": math.log(len(subjects[0].model.classes)),
+        "coordinates": coordinates,
+        "loss": losses,
+    }
+    write_json(out / "landscape.json", result)
+    pictures = draw(result, out)
+    print(*map(os.path.relpath, [out / "landscape.json", *pictures]))
+    for subject in subjects:
+        events = run_folder(subject.file) / "tensorboard"
+        if events.is_dir():
+            update = read(subject.file, mmap=True)["global_step"]
+            show_in_tensorboard(events / "landscape", update, options.kind, pictures)
+
+
+def around(
+    surface: "LossSurface", coordinates: Sequence[float], options: DictConfig, bar: "Progress"
+) -> list[Any]:
+    """The loss around the weights: a list, or a list of rows, as ``LossSurface.along``."""
+    import torch
+
+    generator = torch.Generator().manual_seed(options.seed)
+    dimensions = 2 if options.kind == "2d" else 1
+    directions = [surface.filter_normalised(generator) for _ in range(dimensions)]
+    with stage(bar, surface, "landscape", len(coordinates) ** dimensions):
+        return surface.along(directions, coordinates).tolist()
+
+
+def between(
+    surface: "LossSurface",
+    end: "Mapping[str, Tensor]",
+    coordinates: Sequence[float],
+    bar: "Progress",
+) -> list[float]:
+    """The loss of (1 - t) a + t b, for every t from a surface's model a to the state b of another.
+
+    Running statistics are mixed as the weights are.
+    """
+    import torch
+
+    start = {name: value.clone() for name, value in surface.model.state_dict().items()}
+    losses = []
+    try:
+        with stage(bar, surface, "line", len(coordinates)):
+            for t in coordinates:
+                mixed = {
+                    name: torch.lerp(value, end[name], t) if value.is_floating_point() else value
+                    for name, value in start.items()
+                }
+                surface.model.load_state_dict(mixed)
+                losses.append(surface.value())
+    finally:
+        surface.model.load_state_dict(start)
+    return losses
+
+
+def spaced(low: float, high: float, options: DictConfig) -> list[float]:
+    """``points`` numbers from ``low`` to ``high``, with the middle exact."""
+    middle, half = (low + high) / 2, options.points // 2
+    return [middle + (high - middle) * i / half for i in range(-half, half + 1)]
+
+
+def _check_pair(subjects: Sequence[Subject]) -> None:
+    files = " and ".join(str(subject.file) for subject in subjects)
+    if len(subjects) != 2:
+        raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(subjects)}")
+    shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in subjects]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(f"kind=line: {files} are of different models")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,212 @@
+"""The loss of a network over fixed images, as a function of its weights.
+
+What curvature and pictures of it need: the loss, its gradient and the product of its Hessian with
+a vector, here or some way off. The model comes back as it was: weights bit for bit, ``.grad``,
+running statistics and the training mode of every module.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.data.augment import BatchAugment, draw_seed
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.source import stratified_split
+from sam_lightning.optim.batch_norm import frozen_running_stats
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LossSurface:
+    """L(w), the mean loss over all examples of some batches, without dropout.
+
+    Vectors in the space of the weights are flat: the trainable parameters one after the other, in
+    the order of ``model.parameters()``, ``size`` numbers in all.
+
+    Args:
+        model: inputs -> outputs, on the device of the batches.
+        batches: pairs of inputs and targets; a pass takes them one at a time, to save memory.
+        criterion: (outputs, targets) -> mean loss over the batch.
+        batch_norm: normalise by ``"stored"`` running statistics, as in evaluation, or by those of
+            each ``"batch"``, as in training.
+        tick: called after each pass over a batch, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        *,
+        batch_norm: str = "stored",
+        tick: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.criterion = criterion
+        self.batch_norm = batch_norm
+        self.tick = tick
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.size = sum(w.numel() for w in self.weights)
+        self.examples = sum(len(targets) for _, targets in batches)
+
+    def of(self, batches: Sequence[Batch]) -> "LossSurface":
+        """The loss of the same model on other batches."""
+        options: Any = {"batch_norm": self.batch_norm, "tick": self.tick}
+        return LossSurface(self.model, batches, self.criterion, **options)
+
+    def in_batches_of(self, size: int) -> "LossSurface":
+        """The same loss, with so many examples in each batch."""
+        inputs, targets = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        return self.of(list(zip(inputs.split(size), targets.split(size), strict=True)))
+
+    def value(self) -> float:
+        """L(w)."""
+        with self._evaluating(), torch.no_grad():
+            return sum(loss.item() for loss in self._losses())
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """L(w) and its gradient, a flat vector."""
+        value, gradient = 0.0, self.zeros()
+        with self._evaluating():
+            for loss in self._losses():
+                gradient += _flat(_grad(loss, self.weights))
+                value += loss.item()
+        return value, gradient
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        """The Hessian times a flat vector, exactly, by differentiating twice (Pearlmutter 1994)."""
+        parts, product = self.split(vector), self.zeros()
+        with self._evaluating():
+            for loss in self._losses():
+                slopes = _grad(loss, self.weights, create_graph=True)
+                slope = torch.stack([(s * v).sum() for s, v in zip(slopes, parts, strict=True)])
+                if slope.requires_grad:  # else the loss is linear
+                    product += _flat(_grad(slope.sum(), self.weights))
+        return product
+
+    @contextmanager
+    def moved(self, by: Tensor) -> Iterator[None]:
+        """Hold the weights at w + ``by``, a flat vector; they come back bit for bit."""
+        saved = [w.detach().clone() for w in self.weights]
+        try:
+            with torch.no_grad():
+                for w, step in zip(self.weights, self.split(by), strict=True):
+                    w.add_(step)
+            yield
+        finally:
+            with torch.no_grad():
+                for w, before in zip(self.weights, saved, strict=True):
+                    w.copy_(before)
+
+    def along(self, directions: Sequence[Tensor], coordinates: Sequence[float]) -> Tensor:
+        """L(w + a d) for every a of the coordinates, or L(w + a d + b d') for every a and b.
+
+        Args:
+            directions: one or two flat vectors.
+            coordinates: of both axes, P of them.
+
+        Returns:
+            float64, P or P x P, the first direction along the first axis.
+        """
+        axes = [torch.tensor(coordinates, dtype=torch.float64)] * len(directions)
+        losses = []
+        for point in torch.cartesian_prod(*axes).reshape(-1, len(directions)).tolist():
+            step = sum((a * d for a, d in zip(point, directions, strict=True)), self.zeros())
+            with self.moved(step):
+                losses.append(self.value())
+        return torch.tensor(losses, dtype=torch.float64).reshape([len(axis) for axis in axes])
+
+    def filter_normalised(self, generator: torch.Generator) -> Tensor:
+        """A random direction in the scale of the weights (Li et al. 2018, arXiv 1712.09913, 4).
+
+        Each filter of a Gaussian direction, that is each output unit of a convolution or linear
+        layer, gets the norm of the same filter of the weights. Biases and normalisation layers do
+        not move. So networks that differ in the scale of their weights can be compared.
+
+        Args:
+            generator: on the CPU; models of the same shapes draw the same Gaussians.
+        """
+        parts = []
+        for w in self.weights:
+            d = torch.randn(w.shape, generator=generator).to(w)
+            if w.ndim <= 1:
+                parts.append(torch.zeros_like(d).flatten())
+                continue
+            rows, filters = d.flatten(1), w.detach().flatten(1)
+            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            size = torch.linalg.vector_norm(filters, dim=1, keepdim=True)
+            parts.append((rows * (size / (length + 1e-10))).flatten())
+        return torch.cat(parts)
+
+    def zeros(self) -> Tensor:
+        """The flat vector 0."""
+        return self.weights[0].new_zeros(self.size)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a flat vector, in the shapes of the parameters."""
+        parts = vector.split([w.numel() for w in self.weights])
+        return [part.view(w.shape) for part, w in zip(parts, self.weights, strict=True)]
+
+    def _losses(self) -> Iterator[Tensor]:
+        """What each batch adds to L(w)."""
+        for inputs, targets in self.batches:
+            yield self.criterion(self.model(inputs), targets) * (len(targets) / self.examples)
+            self.tick()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()
+            if self.batch_norm == "batch":
+                for module, _ in modes:
+                    if getattr(module, "track_running_stats", False):
+                        module.train()
+            with frozen_running_stats(self.model):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def fixed_batches(
+    data: ImageDataModule, split: str, images: int, batch_size: int, seed: int, device: Any
+) -> list[Batch]:
+    """Batches for a ``LossSurface``: images of one split, normalised and not augmented.
+
+    Args:
+        data: a data module that is set up.
+        split: ``train`` (with label noise where the run has it), ``val`` or ``test``.
+        images: how many to draw, stratified and in random order; all if there are fewer.
+        batch_size: images per batch; the last one may have fewer.
+        seed: the draw depends on nothing else.
+        device: where the batches go.
+
+    Raises:
+        ConfigError: the run has no validation images.
+    """
+    source = getattr(data, split)
+    if source is None:
+        raise ConfigError(f"split={split}: this run has no validation images")
+    assert data.mean is not None
+    assert data.std is not None
+    count = min(images, len(source))
+    chosen, _ = stratified_split(source.labels.cpu(), count, draw_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    drawn = source.take(chosen[order].to(source.labels.device)).to(device)
+    normalised = BatchAugment(data.mean, data.std).normalize(drawn.images)
+    return list(zip(normalised.split(batch_size), drawn.labels.split(batch_size), strict=True))
+
+
+def _grad(loss: Tensor, weights: list[Tensor] | list[nn.Parameter], **options: Any) -> Any:
+    return torch.autograd.grad(loss, weights, materialize_grads=True, **options)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])

@@ -1,0 +1,208 @@
+"""The command ``sharpness``: how sharp and how curved the loss of checkpoints is."""
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sam_lightning.analysis import checkpoints as inspection
+from sam_lightning.analysis.checkpoints import Subject, labels_of, stage
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import boolean, integer, number
+from sam_lightning.runs.files import make_folder, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+ABOUT = """
+Measure how sharp and how curved the loss of checkpoints is, on fixed images of their own runs
+without augmentation: the rise of the loss within the radius rho, in one step and by projected
+ascent; m-sharpness; the largest eigenvalues of the Hessian, its trace and, with density=true, the
+distribution of its eigenvalues. BatchNorm uses its stored statistics.
+
+  python -m sam_lightning.analysis.sharpness ckpt_path=RUN/checkpoints/last.ckpt
+  python -m sam_lightning.analysis.sharpness ckpt_path=RUN1,RUN2 density=true out=figures
+
+A folder stands for its checkpoints/last.ckpt. The numbers go into sharpness.json in the folder of
+the run, or in out. Most of the time goes into products of the Hessian with vectors, each as long as
+about four passes over the images, forwards and backwards: as many as the top_k eigenvalues need, at
+most max_steps, of which each keeps a vector of the size of the weights; trace_samples of them for
+the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
+take half the time with images=256, and then depend more on which images are drawn.
+"""
+DEFAULTS = inspection.DEFAULTS | {
+    "labels": None,
+    "rho": 0.05,
+    "m": 128,
+    "ascent_steps": 10,
+    "top_k": 10,
+    "max_steps": 100,
+    "trace_samples": 4,
+    "density": False,
+    "density_samples": 1,
+    "density_steps": 16,
+}
+RULES = [
+    *inspection.RULES,
+    ("rho", number(0, open_low=True), "a number > 0"),
+    ("m", integer(1), "a whole number >= 1"),
+    ("ascent_steps", integer(1), "a whole number >= 1"),
+    ("top_k", integer(1), "a whole number >= 1"),
+    ("max_steps", integer(2), "a whole number >= 2"),
+    ("trace_samples", integer(2), "a whole number >= 2"),
+    ("density", boolean, "true, false"),
+    ("density_samples", integer(1), "a whole number >= 1"),
+    ("density_steps", integer(2), "a whole number >= 2"),
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table and write ``sharpness.json``."""
+    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    if options.max_steps < options.top_k:
+        raise ConfigError(f"max_steps={options.max_steps}: must be >= top_k={options.top_k}")
+    subjects = inspection.load_subjects(options)
+    labels = labels_of(options.labels, subjects)
+    for subject in subjects:
+        make_folder(subject.out, subject.out)
+
+    results: dict[Path, list[dict[str, Any]]] = {}
+    try:
+        with inspection.progress() as bar:
+            for subject, label in zip(subjects, labels, strict=True):
+                measured = {"label": label, "ckpt_path": str(subject.file)}
+                measured |= measure(subject, label, options, bar)
+                results.setdefault(subject.out, []).append(measured)
+                write_json(subject.out / "sharpness.json", {"checkpoints": results[subject.out]})
+    finally:  # what was measured is shown also where it cannot be written
+        if results:
+            print_table([measured for group in results.values() for measured in group], options)
+    for out, group in results.items():
+        files = [out / "sharpness.json"]
+        if options.density:
+            files += draw_density(group, out / "density")
+        print(*map(os.path.relpath, files))
+
+
+def measure(subject: Subject, label: str, options: DictConfig, bar: "Progress") -> dict[str, Any]:
+    """Every measure of one checkpoint, by name, as plain values."""
+    import torch
+
+    from sam_lightning.analysis import curvature
+
+    generator = torch.Generator().manual_seed(options.seed)
+    surface = inspection.surface_of(subject, options)
+    with stage(bar, surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
+        worst = curvature.worst_case(surface, options.rho)
+        climbed = curvature.worst_case(surface, options.rho, options.ascent_steps)
+    by_m = surface.in_batches_of(options.m)
+    with stage(bar, by_m, f"{label}: m-sharpness", 2):
+        m_sharpness = curvature.m_sharpness(by_m, options.rho)
+    with stage(bar, surface, f"{label}: largest eigenvalues, at most", options.max_steps):
+        limits = {"tolerance": 1e-3, "max_steps": options.max_steps}
+        top = curvature.top_eigenpairs(surface, generator, options.top_k, **limits)
+    with stage(bar, surface, f"{label}: trace", options.trace_samples):
+        trace, trace_error = curvature.trace(surface, generator, options.trace_samples, top)
+    measured = {
+        **{key: options[key] for key in ("split", "rho", "m", "ascent_steps", "seed")},
+        "images": surface.examples,
+        "weights": surface.size,
+        "loss": surface.value(),
+        "worst": worst,
+        "worst_by_steps": climbed,
+        "m_sharpness": m_sharpness,
+        "eigenvalues": top.values.tolist(),
+        "eigenvalue_errors": top.errors.tolist(),
+        "lambda_max": top.values[0].item(),
+        "trace": trace,
+        "trace_error": trace_error,
+    }
+    if options.density:
+        samples, steps = options.density_samples, options.density_steps
+        with stage(bar, surface, f"{label}: density of eigenvalues", samples * steps):
+            found = curvature.spectrum(surface, generator, samples, steps, top)
+        measured["density"] = {"nodes": found.nodes.tolist(), "weights": found.weights.tolist()}
+    return measured
+
+
+def print_table(results: list[dict[str, Any]], options: DictConfig) -> None:
+    """A row per checkpoint."""
+    k = min(options.top_k, 5)  # the ratio of Foret et al. 2021, 4.2
+    table = Table(title=f"rho {options.rho:g}, {results[0]['images']} images of {options.split}")
+    table.add_column("run")
+    for heading in (
+        "loss",
+        "sharpness",
+        f"in {options.ascent_steps}\nsteps",
+        f"by {options.m}\nimages",
+        "λ 1",
+        *([f"λ 1 /\nλ {k}"] if k > 1 else []),
+        "trace",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in results:
+        top = r["eigenvalues"]
+        ratio = top[0] / top[k - 1] if top[k - 1] else math.nan
+        table.add_row(
+            escape(r["label"]),
+            f"{r['loss']:.4g}",
+            f"{r['worst']:.4g}",
+            f"{r['worst_by_steps']:.4g}",
+            f"{r['m_sharpness']:.4g}",
+            f"{r['lambda_max']:.4g}{_unless_known(r)}",
+            *([f"{ratio:.3g}"] if k > 1 else []),
+            f"{r['trace']:.4g} ± {r['trace_error']:.2g}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _unless_known(result: dict[str, Any]) -> str:
+    """How far off the largest eigenvalue may be, if ``max_steps`` were too few to know it well."""
+    error = result["eigenvalue_errors"][0]
+    return f" ± {error:.2g}" if error > 0.01 * abs(result["lambda_max"]) else ""
+
+
+def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
+    """The eigenvalues of each checkpoint's Hessian: how many there are around each value."""
+    import torch
+
+    from sam_lightning import plotting as plots
+    from sam_lightning.analysis.curvature import Spectrum
+
+    spectra = [
+        Spectrum(**{k: torch.tensor(v, dtype=torch.float64) for k, v in r["density"].items()})
+        for r in results
+    ]
+    low = min(s.nodes.min().item() for s in spectra)
+    high = max(s.nodes.max().item() for s in spectra)
+    finest = [s.resolution(len(r["eigenvalues"])) for r, s in zip(results, spectra, strict=True)]
+    width = max(0.005 * (high - low), *finest) or 1.0
+    points = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=torch.float64)
+    counts = [
+        s.density(points, width) * r["weights"] for r, s in zip(results, spectra, strict=True)
+    ]
+    with plots.style():
+        figure, (axes,) = plots.panels(1, 5.0, 3.2)
+        for i, (r, count) in enumerate(zip(results, counts, strict=True)):
+            label = plots.plain(r["label"])
+            axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
+            # Those that were found one by one.
+            foot, found = axes.get_xaxis_transform(), r["eigenvalues"]
+            axes.plot(found, [0.02 + 0.03 * i] * len(found), f"C{i}|", transform=foot)
+        axes.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues per unit")
+        # From the peak of a fortieth of an eigenvalue on.
+        axes.set_ylim(0.01 / width, 10 * max(count.max().item() for count in counts))
+        axes.legend()
+        return plots.save(figure, stem)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

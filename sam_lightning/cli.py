@@ -1,0 +1,308 @@
+"""The command line around a run: errors in one line, no folder left by a refused run, resume."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.hydra_errors import (
+    COMPOSING,
+    CONF,
+    OF_ARGUMENTS,
+    check_flags,
+    explain,
+    key_of,
+    unreadable,
+)
+from sam_lightning.config.schema import check, check_values, one_line
+from sam_lightning.config.usage import usage
+from sam_lightning.runs.failures import read_summary
+from sam_lightning.runs.folder import TASK_NAME
+from sam_lightning.runs.resume import replayable
+from sam_lightning.studies.sweep import SweepFolder, fail, summarized
+
+log = logging.getLogger(__name__)
+
+
+def guarded(main: Callable[[], Any]) -> None:
+    """Call a Hydra main function; end with one line on stderr where the user can mend the cause.
+
+    Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
+    tracebacks instead.
+    """
+    if {"-h", "--help"} & {*sys.argv}:
+        print(usage(CONF))
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
+    debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
+    try:
+        arguments = flags_first(sys.argv[1:])
+        check_flags(arguments)
+        sys.argv[1:] = flags_first(without_ghosts(as_launched(resumed(arguments))))
+        with summarized():
+            main()
+    except Exception as error:
+        said = None if debug else _line_and_code(error)
+        if said is None:
+            raise
+        _fail(*said)
+
+
+def _line_and_code(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error that the user can mend, and the exit code; None for any other."""
+    if isinstance(error, ConfigError | TrainingError):
+        return one_line(error), 1 if isinstance(error, TrainingError) else 2
+    composing = isinstance(error, COMPOSING)
+    said = _cannot_log(error)
+    if said is None and (not composing or "hydra.sweeper.storage" in str(error)):
+        said = _cannot_store()
+    if composing or said:
+        for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
+            _discard(folder)
+    if said:
+        return said, 2
+    if composing or any(text in str(error) for text in OF_ARGUMENTS):
+        return explain(error, sys.argv[1:]), 2
+    if isinstance(error, OSError | UnicodeDecodeError) and (said := unreadable(sys.argv[1:])):
+        return said, 2  # Hydra's error would not name the file
+    return None
+
+
+def _cannot_log(error: Exception) -> str | None:
+    """What to say where Python's logging does not take what Hydra hands on to it."""
+    text = one_line(error)
+    if not text.startswith("Unable to configure "):
+        return None
+    given = [a for a in sys.argv[1:] if re.match(r"hydra\.\w+_logging", key_of(a))]
+    cause = error.__cause__ or error
+    reason = "cannot be written" if isinstance(cause, OSError) else text
+    return f"{given[0] if given else 'hydra.job_logging'}: {reason} ({one_line(cause)})"
+
+
+def _cannot_store() -> str | None:
+    """What to say where the database of a search cannot be opened."""
+    if (url := SweepFolder.storage) is None:
+        return None
+    from optuna.storages import get_storage
+
+    try:
+        get_storage(url)
+    except Exception as error:  # those of SQLAlchemy, of Optuna and of drivers
+        reason = str(error).partition("\n")[0]
+        return (
+            f"hydra.sweeper.storage={url}: cannot be opened ({reason}); allowed is null, or a URL "
+            "such as sqlite:////home/me/optuna.db"
+        )
+    return None
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Check a configuration, train, and return ``cfg.optimized_metric`` of the results.
+
+    A single run that is refused leaves no folder. In a sweep the job keeps its folder, whose log
+    says why, and the others go on.
+    """
+    hydra = HydraConfig.get()
+    try:
+        check(cfg, top_level())
+        if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
+            _check_job(Path(hydra.runtime.output_dir))
+        from sam_lightning.training.launch import end_process_group  # torch and Lightning, only now
+        from sam_lightning.training.run import train
+
+        metrics = train(cfg)
+        end_process_group()
+        if cfg.optimized_metric is None:
+            return None
+        if cfg.optimized_metric not in metrics:
+            raise ConfigError(
+                f"optimized_metric={cfg.optimized_metric}: this run logged {', '.join(metrics)}"
+            )
+        value = metrics[cfg.optimized_metric]
+        if math.isnan(value):  # no sweeper could compare it
+            raise TrainingError(f"optimized_metric={cfg.optimized_metric}: came out as nan")
+        return value
+    except (ConfigError, TrainingError, OmegaConfBaseException) as error:
+        if hydra.mode == RunMode.MULTIRUN:
+            log.error("%s", one_line(error))
+            fail(cfg, hydra, error)
+            return None
+        if hydra.output_subdir is not None:  # else the folder is that of an earlier run
+            os.chdir(hydra.runtime.cwd)  # out of that folder, with hydra.job.chdir=true
+            _discard(Path(hydra.runtime.output_dir))
+        if cfg.get("debug") is True:
+            raise
+        _fail(one_line(error), 1 if isinstance(error, TrainingError) else 2)
+    except Exception as error:
+        log.exception("the run failed")  # Hydra itself leaves the log of a failed job empty
+        if hydra.mode == RunMode.MULTIRUN:
+            fail(cfg, hydra, error)
+            return None
+        raise
+
+
+def _check_job(folder: Path) -> None:
+    """Refuse to train over what an earlier sweep has left in the folder of a job."""
+    summary = read_summary(folder / "metrics.json") or {}
+    if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
+        raise ConfigError(
+            f"hydra.sweep.dir={folder.parent}: job {folder.name} has a run already; continue it "
+            "with ckpt_path=last, or name another folder"
+        )
+
+
+def top_level() -> list[str]:
+    """The keys that may stand at the top of a configuration, and the names of its groups."""
+    primary = OmegaConf.load(CONF / "train.yaml")
+    groups = [str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry]
+    return [*groups, *(str(key) for key in primary if key not in ("defaults", "hydra"))]
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder that holds nothing but what Hydra wrote at the start."""
+    found = list(folder.iterdir())
+    written = [e for e in found if e.name in (".hydra", "train.log", "multirun.yaml")]
+    if (folder / "multirun.yaml").is_file():  # of a sweep, and so are the empty folders of jobs
+        written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
+    if not {*found} <= {*written}:
+        return
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # hydra.run.dir=.
+        for entry in written:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return
+    shutil.rmtree(folder)
+    for parent in folder.absolute().parents:
+        if Path.cwd() not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put Hydra's flags and their values in front of settings.
+
+    Behind one flag its parser takes settings, but not on both sides of it.
+    """
+    actions = get_args_parser()._option_string_actions
+    first, settings, last = [], [], []
+    rest = iter(arguments)
+    for argument in rest:
+        nargs = getattr(actions.get(argument), "nargs", 0)
+        value = list(islice(rest, 1)) if nargs is None else []
+        if not argument.startswith("-"):
+            settings.append(argument)
+        elif nargs == "?" or (nargs is None and not value):  # would take a setting for its value
+            last.append(argument)
+        else:
+            first += [argument, *value]
+    return [*first, *settings, *last]
+
+
+def sqlite(path: str) -> str:
+    """The URL of a database that Optuna may make at ``path``, in a folder that is there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{path}"
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """Complete ``ckpt_path=...`` with what the run of that checkpoint was started with.
+
+    It is a checkpoint, a run's folder, or ``last``: the folder of ``hydra.run.dir`` if that is
+    given, whether there is a run in it yet or not, else that of the newest run. The run's stored
+    overrides come first, then those given now, which win; the output goes on in the run's own
+    folder, and its stored configuration is not written again.
+
+    Raises:
+        ConfigError: there is no run to continue.
+    """
+    given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
+    sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
+    if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
+        return arguments
+    path = Path(given["ckpt_path"])
+    if given["ckpt_path"] == "last":
+        folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
+    elif given["ckpt_path"] and path.exists():
+        # Quoted, for the name of a sweep's folder has "=" and "," in it.
+        quoted = f"ckpt_path={_quoted(path)}"
+        arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
+        folder = path if path.is_dir() else path.parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+    else:
+        return arguments
+    folder = folder.resolve()
+    stored = folder / ".hydra" / "overrides.yaml"
+    if not stored.is_file():
+        return arguments
+    kept = replayable(stored, top_level(), given)
+    if "hydra.run.dir" not in given:
+        arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
+    if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
+        arguments = [*arguments, "hydra.output_subdir=null"]
+    # One run, also where the checkpoint is of a sweep that its configuration asked for.
+    return [*kept, *arguments, "hydra.mode=RUN"]
+
+
+def _newest_run(given: dict[str, str]) -> Path:
+    """The run started last, of the task that the arguments tell, or of any; by its folder's name.
+
+    Its times are those of the start, where those of files would change with a copy.
+    """
+    if "task_name" in given:
+        check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
+    task = given.get("task_name", "**")
+    if experiment := given.get("experiment"):
+        file = CONF / "experiment" / f"{experiment}.yaml"
+        if file.is_file():
+            task = OmegaConf.select(OmegaConf.load(file), "task_name", default=task)
+    runs = {file.parent.parent for file in Path("logs").glob(f"{task}/runs/*/checkpoints/*.ckpt")}
+    if not runs:
+        folder = "logs" if task == "**" else f"logs/{task}/runs"
+        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in {folder}")
+    return max(runs, key=lambda run: run.name)
+
+
+def as_launched(arguments: list[str]) -> list[str]:
+    """Under torchrun or SLURM, take the numbers of devices and nodes from there unless given."""
+    found = launched()
+    if found is None or found.per_node is None:
+        return arguments
+    counts = {"devices": found.per_node, "num_nodes": found.processes // found.per_node}
+    given = [key_of(a) for a in arguments]
+    added = [f"trainer.{k}={n}" for k, n in counts.items() if f"trainer.{k}" not in given]
+    return [*arguments, *added]
+
+
+def without_ghosts(arguments: list[str]) -> list[str]:
+    """Under torchrun or SLURM, where every process composes for itself, rank 0 alone has a folder.
+
+    What the others are told to write goes nowhere: loggers and checkpoints are rank 0's.
+    """
+    if number("RANK", number("SLURM_PROCID", 0)) == 0:
+        return arguments
+    nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    return [*arguments, *nowhere]
+
+
+def _quoted(path: Path) -> str:
+    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
+    return f"'{escaped}'"

@@ -1,0 +1,1 @@
+"""What may be said in a configuration: names, types, ranges; and how errors are told."""

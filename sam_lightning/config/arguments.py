@@ -1,0 +1,62 @@
+"""The arguments of ``python -m sam_lightning.NAME key=value``, checked before torch is loaded."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.schema import Rule, check_values, no_such_key, one_line
+
+
+def parse(
+    about: str,
+    defaults: Mapping[str, Any],
+    rules: Iterable[Rule] = (),
+    argv: Sequence[str] | None = None,
+) -> DictConfig:
+    """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
+
+    Args:
+        about: what the command does, with an example.
+        defaults: every key with its default; ``"???"`` for one that must be given.
+        rules: (key, holds, allowed), as ``configuration.RULES``.
+        argv: ``sys.argv[1:]`` if None.
+
+    Raises:
+        ConfigError: an argument is not of that form, or its key or value is not allowed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(about.strip(), "", "Keys, here with their defaults (???: must be given):", sep="\n")
+        print(*(f"  {k}={'null' if v is None else v}" for k, v in defaults.items()), sep="\n")
+        sys.exit(0)
+    options = OmegaConf.create(dict(defaults))
+    for argument in argv:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument}: not of the form key=value")
+        if key not in defaults:
+            raise ConfigError(f"{argument}: {no_such_key(key, defaults)}")
+        try:
+            options.merge_with_dotlist([argument])
+            OmegaConf.to_container(options, resolve=True)
+        except Exception as error:  # those of YAML and of OmegaConf
+            raise ConfigError(f"{argument}: {one_line(error)}") from error
+    for key in defaults:
+        if OmegaConf.is_missing(options, key):
+            raise ConfigError(f"{key}: must be given, as in {key}=...")
+    check_values(options, rules)
+    return options
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on stderr and exit code 2 or 1, as ``train.py`` does."""
+    try:
+        yield
+    except (ConfigError, TrainingError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, TrainingError) else 2)

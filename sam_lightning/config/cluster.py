@@ -1,0 +1,53 @@
+"""What torchrun or SLURM says of the processes that it has started, read without torch."""
+
+import os
+from dataclasses import dataclass
+
+from sam_lightning.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process is one of several; ``per_node`` is None if the launcher does not say."""
+
+    launcher: str
+    rank: int
+    processes: int
+    per_node: int | None
+
+
+def launched() -> Launched | None:
+    """What has started this process as one of several; None if it is alone.
+
+    As in Lightning, torchrun comes before SLURM, and a SLURM job named ``bash`` or ``interactive``
+    is a shell that the user starts processes from.
+
+    Raises:
+        ConfigError: SLURM was not told the number of tasks per node, or what is told is no number.
+    """
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        per_node = number("LOCAL_WORLD_SIZE", 0) or None
+        found = Launched("torchrun", number("RANK", 0), number("WORLD_SIZE", 1), per_node)
+    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        tasks = number("SLURM_NTASKS", 1)
+        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
+            raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
+        per_node = number("SLURM_NTASKS_PER_NODE", tasks)
+        found = Launched("SLURM", number("SLURM_PROCID", 0), tasks, per_node)
+    else:
+        return None
+    return found if found.processes > 1 else None
+
+
+def number(variable: str, default: int) -> int:
+    """The whole number in a variable of the environment; ``default`` where it is empty or missing.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = os.environ.get(variable) or default
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{variable}={value}: must be a whole number") from error

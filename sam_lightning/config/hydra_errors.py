@@ -1,0 +1,152 @@
+"""What Hydra says of a command line that it cannot compose, in one line with a remedy."""
+
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import did_you_mean, flat, no_such_key, one_line
+
+CONF = Path(__file__).parents[2] / "conf"
+# What is raised while a configuration is composed from files and arguments.
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+# What Hydra says in a ValueError of arguments that it cannot use.
+OF_ARGUMENTS = ("Config group override must be", "The --resolve flag", "Only one of --run")
+
+
+def key_of(override: str) -> str:
+    """The key of ``key=value``, ``+key=value``, ``++key=value`` or ``~key``."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Refuse what Hydra's own parser would refuse by listing all its flags.
+
+    Raises:
+        ConfigError: names the flag, and the nearest one.
+    """
+    parser = get_args_parser()
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and flag not in known:
+            hint = did_you_mean(flag, known) or "; a setting is given as key=value"
+            raise ConfigError(f"{argument}: no such flag{hint}")
+
+    def refuse(message: str) -> NoReturn:
+        _, late, settings = message.partition("unrecognized arguments: ")
+        raise ConfigError(f"{settings}: must stand before all flags" if late else message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
+
+
+def unreadable(arguments: list[str]) -> str | None:
+    """What keeps the first YAML file of the configuration that is no text from being read."""
+    given, _ = get_args_parser().parse_known_args(arguments)
+    for folder in (CONF, *filter(None, (given.config_path, given.config_dir))):
+        for file in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                return f"{file}: cannot be read ({one_line(error)})"
+    return None
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
+    text = str(error)
+    if nameless := [a for a in arguments if not key_of(a).strip()]:
+        return f"{nameless[0]!r}: not of the form key=value"
+    if isinstance(error, OverrideParseException):
+        reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
+        return f"{error.override}: not of the form key=value ({_shortened(reason)})"
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text):
+        key = found.group(1)
+        argument = next((a for a in arguments if key_of(a) == key), key)
+        if _is_group(key):
+            return f"{argument}: allowed are {', '.join(_options(key))}"
+        known = [k for k in _known_keys(arguments) if k != key]
+        return f"{argument}: {no_such_key(key, known)}"
+    if "Config group override must be" in text or "force-add of config groups" in text:
+        for argument in arguments:
+            key, choice = key_of(argument), argument.partition("=")[2]
+            if _is_group(key) and (argument.startswith("+") or choice not in _options(key)):
+                without = ", without +" if argument.startswith("+") else ""
+                return f"{argument}: allowed are {', '.join(_options(key))}{without}"
+    if "Could not find 'hydra/sweeper/optuna'" in text:
+        return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
+    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):
+        group, choice = found.groups()
+        listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or _options(group)
+        allowed = [option for option in listed if option != "base"]
+        hint = did_you_mean(choice, allowed)
+        return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
+    if error.__cause__ is not None:
+        text = f"{text}: {error.__cause__}"
+    text = re.split(r"\n *full_key: ", text)[0]
+    at_fault = [a for a in arguments if key_of(a) == getattr(error, "full_key", None)]
+    return _shortened(": ".join([*at_fault[:1], text]))
+
+
+def _shortened(text: str) -> str:
+    """On one line, without where Hydra searched and where its documentation is."""
+    text = re.sub(r"See https?://\S+ for details\.?", "", text.partition("Config search path:")[0])
+    return " ".join(text.split())
+
+
+def _options(group: str) -> list[str]:
+    return sorted({file.stem for file in (CONF / group).glob("*.yaml")} - {"base"})
+
+
+def _is_group(key: str) -> bool:
+    return key not in ("", "study") and (CONF / key).is_dir()
+
+
+def _known_keys(arguments: list[str]) -> list[str]:
+    """The keys of the configuration with the groups as chosen, in dotted form.
+
+    They are read from the files, for to compose again would double the time of a typing error.
+    """
+    primary = OmegaConf.load(CONF / "train.yaml")
+    defaults: Any = OmegaConf.to_container(primary)
+    choices = _choices(defaults["defaults"])
+    given = {key_of(a): a.partition("=")[2] for a in arguments if _is_group(key_of(a))}
+    experiment = given.get("experiment", choices["experiment"])
+    choices |= _choices(_load("experiment", experiment).get("defaults", [])) | given
+    parts = [
+        primary,
+        *(part for group, choice in choices.items() for part in _parts(group, choice)),
+    ]
+    known: Any = OmegaConf.to_container(OmegaConf.merge(*parts))
+    return [key for key in flat(known) if key.partition(".")[0] not in ("defaults", "hydra")]
+
+
+def _choices(defaults: list[Any]) -> dict[str, str]:
+    """The groups in a defaults list, ``override /group: choice`` among them."""
+    groups = [entry for entry in defaults if isinstance(entry, dict)]
+    return {
+        key.partition("/")[2] or key: choice for entry in groups for key, choice in entry.items()
+    }
+
+
+def _parts(group: str, choice: str) -> list[Any]:
+    """What a choice adds to the configuration: its file, after those that it builds upon."""
+    node = _load(group, choice)
+    parents = [name for name in node.pop("defaults", []) if isinstance(name, str)]
+    parts = [part for name in parents for part in _parts(group, name)]
+    return [*parts, node if node.pop("is_global", False) else {group: node}]
+
+
+def _load(group: str, choice: str) -> dict[str, Any]:
+    file = CONF / group / f"{choice}.yaml"
+    if not file.is_file():
+        return {}
+    node: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return node | {"is_global": file.read_text().startswith("# @package _global_")}

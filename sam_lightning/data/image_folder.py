@@ -1,0 +1,115 @@
+"""Image files to tensors, decoded once: the next run reads what this one has kept."""
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import one_line
+
+
+def decode_cached(
+    base: Path, paths: list[list[Path]], image_size: int | None, cache_dir: Path
+) -> list[Tensor]:
+    """Read lists of image files into one uint8 N x 3 x H x W tensor each.
+
+    Args:
+        base: the folder that all are in; where it lies makes no difference to the cache.
+        paths: the lists, none of them empty.
+        image_size: side of a square, or None where all images have one size.
+        cache_dir: has what was decoded in an earlier run, for files that are still the same.
+
+    Raises:
+        ConfigError: a file cannot be read, is no image, or is of another size than the others.
+    """
+    file = cache_dir / f"images-{_key(base, paths, image_size)}.pt"
+    if file.exists():
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} is not what was saved")
+            images: list[Tensor] = torch.load(file, weights_only=True)
+            if [len(split) for split in images] == [len(split) for split in paths]:
+                return images
+        except Exception as error:  # a damaged file fails in the ways of zip, pickle and torch
+            warnings.warn(f"{file} is damaged and made anew: {one_line(error)}", stacklevel=2)
+    images = _decode(paths, image_size)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+            torch.save(images, Path(folder) / "images.pt")
+            os.replace(Path(folder) / "images.pt", file)  # readers see all of it or nothing
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        warnings.warn(f"cannot keep decoded images in {cache_dir}: {error}", stacklevel=2)
+    return images
+
+
+def _key(base: Path, paths: list[list[Path]], image_size: int | None) -> str:
+    """A hash of the names, sizes and times of all files: another one if any is changed."""
+    listing: list[Any] = [image_size]
+    for path in (path for split in paths for path in split):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ConfigError(f"data.root: cannot read {path} ({one_line(error)})") from error
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+            raise ConfigError(f"data.root: {path} is no ordinary file")
+        listing.append([str(path.relative_to(base)), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+
+
+def _decode(paths: list[list[Path]], image_size: int | None) -> list[Tensor]:
+    """Read each list of files into one uint8 N x 3 x H x W tensor."""
+    first = paths[0][0]
+    height, width = _read(first, image_size).shape[:2]
+    try:
+        images = [torch.empty(len(split), 3, height, width, dtype=torch.uint8) for split in paths]
+    except RuntimeError as error:
+        count = sum(map(len, paths))
+        raise ConfigError(
+            f"data.image_size={'null' if image_size is None else image_size}: {count} images of "
+            f"{width} x {height} take {3 * count * height * width / 1e9:.1f} GB, which are not "
+            "there; set a smaller one"
+        ) from error
+
+    def fill(path: Path, out: np.ndarray) -> None:
+        pixels = _read(path, image_size)
+        if pixels.shape[:2] != (height, width):
+            raise ConfigError(
+                f"data.image_size=null: {path} has {pixels.shape[1]} x {pixels.shape[0]} pixels "
+                f"and {first} has {width} x {height}; set data.image_size to bring them to one size"
+            )
+        out[:] = pixels.transpose(2, 0, 1)
+
+    # Threads, as PIL decodes without the GIL and all can write to one tensor. On thumbnails they
+    # would rather wait for the GIL: one thread reads files of 1 kB twice as fast as two do.
+    with ThreadPoolExecutor() as pool:
+        run = pool.map if first.stat().st_size > 8_000 else map
+        for split, out in zip(paths, images, strict=True):
+            for _ in run(fill, split, out.numpy()):
+                pass
+    return images
+
+
+def _read(path: Path, image_size: int | None) -> np.ndarray:
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms.functional import center_crop, resize
+
+    try:
+        image: Any = pil_loader(path)
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more
+        raise ConfigError(f"data.root: cannot decode {path} ({one_line(error)})") from error
+    if image_size is not None:
+        image = center_crop(resize(image, [image_size]), [image_size])
+    return np.asarray(image)

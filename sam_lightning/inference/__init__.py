@@ -1,0 +1,1 @@
+"""A checkpoint as a model: evaluate, predict, export. Nothing here loads Lightning."""

@@ -1,0 +1,246 @@
+"""The command ``evaluate``: how good a checkpoint is, by class and under corruption."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
+from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sam_lightning.data.source import Split
+    from sam_lightning.inference.load import Trained
+
+ABOUT = """
+Evaluate a checkpoint on the data of its run.
+
+python -m sam_lightning.inference.evaluate ckpt_path=RUN/checkpoints/best.ckpt
+python -m sam_lightning.inference.evaluate ckpt_path=RUN corruptions=true device=cuda
+
+Prints the loss (mean negative log-likelihood, natural logarithm), the accuracy, that among the 5
+most likely of 10 or more classes, the expected calibration error (15 bins), and the accuracy of
+each class; with corruptions=true also the accuracy on images made worse in 7 ways at 5 severities.
+Writes evaluation.json and confusion_matrix.csv (rows: true classes, columns: predictions).
+
+Computed in float32, on one device: equal to the run's own test where that was too.
+
+  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
+  split          test, val or train: as the run had them, wrong labels included
+  data.root      where the data are now; null: where the run found them
+  batch_size     null: that of the run's evaluation
+  device         auto, cpu or cuda
+  seed           of the noise of corruptions
+  out            the folder to write to; null: the run's
+"""
+
+DEFAULTS = {
+    "ckpt_path": "???",
+    "split": "test",
+    "data.root": None,
+    "batch_size": None,
+    "device": "auto",
+    "corruptions": False,
+    "seed": 0,
+    "out": None,
+}
+
+SHOWN = 20  # classes in the printed table; evaluation.json has all
+
+RULES: list[Rule] = [
+    ("split", *one_of(("test", "val", "train"))),
+    ("batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("device", *one_of(("auto", "cpu", "cuda"))),
+    ("corruptions", boolean, "true, false"),
+    ("seed", integer(0), "a whole number >= 0"),
+    ("out", or_null(lambda v: isinstance(v, str)), "a folder, as in ./figures, or null"),
+]
+
+
+def evaluate(trained: Trained, split: Split, batch_size: int = 512) -> dict[str, Any]:
+    """Loss, accuracies, calibration and confusion matrix of a model on a split.
+
+    Args:
+        trained: on the device to compute on.
+        split: images and labels, anywhere.
+        batch_size: images at a time.
+
+    Returns:
+        ``loss``: mean negative log-likelihood; ``acc``: fraction that is right; ``error``: the
+        rest; ``acc5``, from 10 classes on: fraction whose class is among the 5 most likely;
+        ``calibration_error``: expected calibration error in 15 bins of equal width (Guo et al.
+        2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
+    """
+    import torch
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import (
+        MulticlassAccuracy,
+        MulticlassCalibrationError,
+        MulticlassConfusionMatrix,
+    )
+
+    device, classes = next(trained.parameters()).device, len(trained.classes)
+    # Loss and accuracies as in the run's own evaluation, so that they are equal to the bit.
+    metrics: dict[str, Any] = {"acc": MulticlassAccuracy(classes, average="micro")}
+    if classes >= 10:
+        metrics["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+    metrics["confusion"] = MulticlassConfusionMatrix(classes)
+    of_logits = MetricCollection(metrics, compute_groups=False).to(device)
+    calibration_error = MulticlassCalibrationError(classes, n_bins=15).to(device)
+    loss = MeanMetric(nan_strategy="disable").to(device)
+    with torch.inference_mode():
+        for logits, labels in _outputs(trained, split, batch_size):
+            loss.update(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+            of_logits.update(logits, labels)
+            # Logits that all happen to lie in 0..1 would be taken for probabilities.
+            calibration_error.update(logits.softmax(1), labels)
+    values = {"loss": loss.compute(), **of_logits.compute()}
+    values |= {"error": 1 - values["acc"], "calibration_error": calibration_error.compute()}
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def corrupted(
+    trained: Trained, split: Split, batch_size: int = 512, seed: int = 0
+) -> dict[str, list[float]]:
+    """Accuracy under each of ``corruptions.CORRUPTIONS``, from severity 1 to 5.
+
+    Noise depends on the seed and the order of the images alone.
+
+    Raises:
+        ConfigError: the images have neither 1 nor 3 channels.
+    """
+    import torch
+
+    from sam_lightning.data.augment import draw_seed
+    from sam_lightning.data.corruptions import CORRUPTIONS
+
+    if trained.in_channels not in (1, 3):
+        raise ConfigError(f"corruptions=true: not for images of {trained.in_channels} channels")
+    accuracies: dict[str, list[float]] = {}
+    for kind, (name, (corrupt, strengths)) in enumerate(CORRUPTIONS.items()):
+        accuracies[name] = []
+        for severity, strength in enumerate(strengths):
+            generator = torch.Generator().manual_seed(draw_seed(seed, kind, severity))
+            change = partial(corrupt, strength=strength, generator=generator)
+            with torch.inference_mode():
+                outputs = _outputs(trained, split, batch_size, change)
+                right = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs)
+            accuracies[name].append(right / len(split))
+    return accuracies
+
+
+def _outputs(
+    trained: Trained,
+    split: Split,
+    batch_size: int,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels, batch by batch, of images that are changed before."""
+    device = next(trained.parameters()).device
+    for start in range(0, len(split), batch_size):
+        batch = slice(start, start + batch_size)
+        logits = trained(trained.preprocess(change(split.images[batch])))
+        yield logits, split.labels[batch].to(device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate as the arguments say; print the result, and write it.
+
+    Raises:
+        ConfigError: an argument, the checkpoint or the data are wrong.
+    """
+    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    file = checkpoint_file(str(options.ckpt_path))
+    out = Path(options.out or run_folder(file)).expanduser()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out}: is not a folder")
+
+    from sam_lightning.inference.load import data_of, load, torch_device
+
+    device = torch_device(options.device)
+    trained = load(file).to(device)
+    root = OmegaConf.select(options, "data.root")
+    moved = {} if root is None else {"root": str(root)}
+    data = data_of({"hyper_parameters": trained.config}, **moved)
+    split: Split | None = getattr(data, options.split)
+    if split is None:
+        raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
+    batch_size = options.batch_size or data.eval_batch_size
+    values = evaluate(trained, split, batch_size)
+    confusion = values.pop("confusion")
+    by_kind = corrupted(trained, split, batch_size, options.seed) if options.corruptions else {}
+    if by_kind:
+        values["corrupted_acc"] = mean(mean(accuracies) for accuracies in by_kind.values())
+    result = {
+        "ckpt_path": str(file),
+        "split": options.split,
+        "images": len(split),
+        "metrics": {f"{options.split}/{name}": value for name, value in values.items()},
+        "classes": _by_class(trained.classes, confusion),
+        "corruptions": by_kind,
+    }
+    try:
+        _write(out, result, trained.classes, confusion)
+    finally:  # what was computed is shown also where it cannot be written
+        _print_tables(result)
+
+
+def _write(out: Path, result: dict[str, Any], classes: list[str], confusion: list[Any]) -> None:
+    rows = [[name, *counts] for name, counts in zip(classes, confusion, strict=True)]
+    with (
+        replacing(out / "confusion_matrix.csv") as path,
+        open(path, "w", newline="", encoding="utf-8") as written,
+    ):
+        csv.writer(written).writerows([["true class", *classes], *rows])
+    write_json(out / "evaluation.json", result)
+
+
+def _by_class(classes: list[str], confusion: list[list[int]]) -> list[dict[str, Any]]:
+    """Number of images and accuracy of each class; the accuracy is None without an image."""
+    totals = [sum(row) for row in confusion]
+    return [
+        {"class": name, "images": total, "acc": confusion[i][i] / total if total else None}
+        for i, (name, total) in enumerate(zip(classes, totals, strict=True))
+    ]
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("result", Column("value", justify="right"), title=f"{result['images']:,} images")
+    for name, value in result["metrics"].items():
+        table.add_row(name, f"{value:.4f}" if name.endswith("/loss") else f"{value:.2%}")
+    console.print(table)
+    seen = [entry for entry in result["classes"] if entry["images"]]
+    title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
+    table = Table("class", *_right("images", "accuracy"), title=title)
+    for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
+        table.add_row(escape(entry["class"]), f"{entry['images']:,}", f"{entry['acc']:.2%}")
+    console.print(table)
+    if result["corruptions"]:
+        table = Table("accuracy at severity", *_right("1", "2", "3", "4", "5", "mean"))
+        for name, accuracies in result["corruptions"].items():
+            table.add_row(name, *(f"{a:.2%}" for a in (*accuracies, mean(accuracies))))
+        console.print(table)
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,232 @@
+"""The command ``export``: a checkpoint as a file that runs without this project."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
+from sam_lightning.runs.files import checkpoint_file, replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sam_lightning.inference.load import Trained
+
+Shape = tuple[int, ...]  # of one image: channels, height, width
+
+ABOUT = """
+Write a checkpoint as one file that runs without this project, and compare it with the checkpoint.
+
+python -m sam_lightning.inference.export ckpt_path=RUN format=onnx         # for onnxruntime
+python -m sam_lightning.inference.export ckpt_path=RUN format=pt2 batch=1  # for torch.export.load
+
+The file takes images, float32 N x C x H x W, and returns logits N x classes. The names of the
+classes, a JSON list, are the entry "classes" of ONNX's metadata and of the extra files of pt2.
+Nothing is written if the logits of random images are not those of the checkpoint.
+
+  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
+  format         onnx (torch 2.7 or newer), or pt2 (torch.export)
+  normalize      true: takes pixels in 0..1; false: pixels from which mean and std have been taken
+  batch          dynamic, or the number N of images
+  image_size     side of the images in pixels; null: that of the run
+  out            the file to write to; null: beside the checkpoint
+"""
+
+DEFAULTS = {
+    "ckpt_path": "???",
+    "format": "???",
+    "normalize": True,
+    "batch": "dynamic",
+    "image_size": None,
+    "out": None,
+}
+
+RULES: list[Rule] = [
+    ("format", *one_of(("onnx", "pt2"))),
+    ("normalize", boolean, "true, false"),
+    ("batch", lambda v: v == "dynamic" or integer(1)(v), "dynamic, or a whole number >= 1"),
+    ("image_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("out", or_null(lambda v: isinstance(v, str)), "a file, as in ./model.onnx, or null"),
+]
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
+
+TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order stay far below
+
+
+def export(
+    trained: Trained,
+    out: Path,
+    normalize: bool = True,
+    batch: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> float:
+    """Write a model to a file, and compare the logits of random images.
+
+    Args:
+        trained: on the CPU.
+        out: the file; its suffix, ``.onnx`` or ``.pt2``, is its format.
+        normalize: the file takes pixels in 0..1, otherwise what ``trained`` does.
+        batch: number of images; None: any.
+        image_size: (height, width); None: ``trained.image_size``.
+
+    Returns:
+        the largest difference between logits of the file and of ``trained``.
+
+    Raises:
+        ConfigError: the size of images is not known, the file cannot be written, or torch is too
+            old for its format.
+        TrainingError: the logits differ; nothing is written.
+    """
+    import torch
+
+    if out.suffix == ".onnx" and torch.__version__ < "2.7":
+        raise ConfigError(f"format=onnx: needs torch 2.7, here is {torch.__version__}; use pt2")
+    size = image_size or trained.image_size
+    if size is None:
+        raise ConfigError("image_size=null: the checkpoint does not say it; give image_size=32")
+    model = _portable(trained, normalize)
+    save, run = (_save_onnx, _run_onnx) if out.suffix == ".onnx" else (_save_pt2, _run_pt2)
+    metadata = {
+        "classes": json.dumps(trained.classes),
+        "images": "pixels in 0..1" if normalize else "(pixels in 0..1 - mean) / std",
+        "mean": json.dumps(trained.mean),
+        "std": json.dumps(trained.std),
+    }
+    shape = (trained.in_channels, *size)
+    with replacing(out) as path:
+        save(model, path, shape, batch, metadata)
+        difference = _largest_difference(trained, run(path), normalize, shape, batch)
+    return difference
+
+
+def _portable(trained: Trained, normalize: bool) -> nn.Module:
+    """The model in the usual memory layout, behind its normalisation where that is asked for."""
+    import torch
+
+    model = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
+    if not normalize:
+        return model
+    # (pixel - mean) / std per channel is what BatchNorm does with given statistics. Its eps is lost
+    # in rounding; torch.export of some versions refuses 0.
+    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30, affine=False)
+    normalization.running_mean = torch.tensor(trained.mean)
+    normalization.running_var = torch.tensor(trained.std).square()
+    return torch.nn.Sequential(normalization, model).eval()
+
+
+def _trace_arguments(shape: Shape, batch: int | None) -> tuple[tuple[Tensor], Any]:
+    """Example images, and which of their dimensions may change."""
+    import torch
+
+    if batch is not None:
+        return (torch.zeros(batch, *shape),), None
+    return (torch.zeros(2, *shape),), ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _save_onnx(
+    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
+) -> None:
+    import torch
+
+    images, dynamic = _trace_arguments(shape, batch)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(
+        model, images, dynamo=True, dynamic_shapes=dynamic, verbose=False, **names
+    )
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    program.save(path, external_data=False)
+
+
+def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import torch
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _save_pt2(
+    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
+) -> None:
+    import torch
+
+    images, dynamic = _trace_arguments(shape, batch)
+    program = torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
+    torch.export.save(program, path, extra_files=metadata)
+
+
+def _run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    return torch.export.load(path).module()
+
+
+def _largest_difference(
+    trained: Trained,
+    run: Callable[[Tensor], Tensor],
+    normalize: bool,
+    shape: Shape,
+    batch: int | None,
+) -> float:
+    """Over random images, in batches of some sizes; a ``TrainingError`` if it is no rounding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    expected, written = [], []
+    for n in (1, 2, 5) if batch is None else (batch,):
+        pixels = torch.randint(256, (n, *shape), generator=generator, dtype=torch.uint8)
+        images = trained.normalize(pixels)  # preprocess would resize them
+        with torch.no_grad():
+            expected.append(trained(images))
+            written.append(run(pixels / 255 if normalize else images))
+    scale = torch.cat(expected).abs().max().item()
+    difference = (torch.cat(written) - torch.cat(expected)).abs().max().item()
+    if not difference <= TOLERANCE * scale:  # nor is NaN
+        raise TrainingError(
+            f"the logits of the exported file differ by up to {difference:.2g} from those of the "
+            f"checkpoint, the largest of which is {scale:.2g}; nothing was written"
+        )
+    return difference
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export as the arguments say, and print the largest difference of logits.
+
+    Raises:
+        ConfigError: an argument or the checkpoint is wrong, or packages are missing.
+        TrainingError: the logits differ.
+    """
+    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    file = checkpoint_file(str(options.ckpt_path))
+    suffix = f".{options.format}"
+    out = Path(options.out or file.with_suffix(suffix)).expanduser()
+    if out.suffix != suffix or out.is_dir():
+        raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if options.format == "onnx" and missing:
+        raise ConfigError(
+            f"format=onnx: needs {', '.join(missing)}; run pip install {' '.join(missing)}"
+        )
+
+    from sam_lightning.inference.load import load
+
+    trained = load(file)
+    batch = None if options.batch == "dynamic" else options.batch
+    size = None if options.image_size is None else (options.image_size, options.image_size)
+    difference = export(trained, out, options.normalize, batch, size)
+    print(f"{out}: {out.stat().st_size:,} bytes")
+    print(f"largest difference from the checkpoint's logits: {difference:.2g}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

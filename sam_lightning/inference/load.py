@@ -1,0 +1,238 @@
+"""A trained checkpoint as a plain module: names, normalisation and data of its run included."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.instantiate import build
+from sam_lightning.config.schema import check_targets, one_line
+from sam_lightning.data.augment import BatchAugment
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.models.onednn import reaches_fault, subsample_first
+from sam_lightning.runs.checkpoint import read
+from sam_lightning.training.build import SOURCE_KEYS, make_data
+
+Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
+
+
+class Trained(nn.Module):
+    """The classifier of a checkpoint, in eval mode, in float32, on the CPU.
+
+    Args:
+        checkpoint: as ``checkpoint.read`` returns it.
+
+    Attributes:
+        classes: names, in the order of the logits.
+        in_channels: channels of an image: 3 for colour, 1 for grey.
+        image_size: (height, width) of the images it was trained on; None if that is not known.
+        mean, std: per channel, of pixels in 0..1.
+        config: what the run was configured with: model, data, method, seed and so on.
+        normalize: uint8 N x in_channels x H x W -> what the model takes, of any size.
+
+    Raises:
+        ConfigError: the checkpoint does not say all of this, or its weights are of another model.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any]) -> None:
+        super().__init__()
+        config = self.config = checkpoint["hyper_parameters"]
+        try:
+            self.classes: list[str] = [str(name) for name in config["classes"]]
+            self.mean = tuple(map(float, config["mean"]))
+            self.std = tuple(map(float, config["std"]))
+            self.in_channels = int(config["model"]["in_channels"])
+            self.image_size = _image_size(config)
+            outputs = int(config["model"]["num_classes"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"hyper_parameters: {text}") from error
+        if len(self.classes) != outputs or len(self.mean) != self.in_channels:
+            raise ConfigError(
+                f"hyper_parameters: {len(self.classes)} classes and {len(self.mean)} means do not "
+                f"fit a model of {outputs} classes and {self.in_channels} channels"
+            )
+        self.normalize = BatchAugment(self.mean, self.std).normalize
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+            self.model: nn.Module = build(_stored(config, "model"), "model")
+        subsample_first(self.model)
+        self._load_weights(checkpoint["state_dict"])
+        self.eval()
+
+    def _load_weights(self, state_dict: dict[str, Tensor]) -> None:
+        weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        try:
+            # The stored tensors themselves, in the memory layout that they were trained in.
+            self.model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ConfigError(f"weights are not of {self.config['model']}") from error
+        self.model.float()  # from trainer.precision=64-true they are float64; images are float32
+        channels_last = any(
+            not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
+            for w in weights.values()
+            if w.ndim == 4
+        )
+        size = self.image_size or (64, 64)
+        if channels_last and not reaches_fault(self.model, (self.in_channels, *size)):
+            self.memory_format = torch.channels_last
+        else:
+            self.model.to(memory_format=torch.contiguous_format)
+            self.memory_format = torch.contiguous_format
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images N x in_channels x H x W -> logits N x number of classes."""
+        return self.model(images.contiguous(memory_format=self.memory_format))
+
+    def preprocess(self, images: Images) -> Tensor:
+        """What the model takes, computed as the run's evaluation does.
+
+        Args:
+            images: a PIL image, a uint8 tensor C x H x W or N x C x H x W, or a list of images.
+                Others than ``in_channels`` become grey or RGB. Other sizes than ``image_size`` are
+                resized until they cover it, and the centre is cropped.
+
+        Returns:
+            float32, N x in_channels x H x W, on the model's device.
+
+        Raises:
+            ValueError: no image, not such an image, or images of different size where
+                ``image_size`` is None.
+        """
+        if isinstance(images, Tensor) and images.ndim == 4 and self._fits(images):
+            pixels = images
+        else:
+            single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3
+            listed: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+            each = [self._pixels(image) for image in listed]
+            sizes = {tuple(image.shape[-2:]) for image in each}
+            if len(sizes) != 1:
+                raise ValueError(f"images: must be some, of one size, not {sorted(sizes)}")
+            pixels = torch.stack(each)
+        return self.normalize(pixels.to(next(self.parameters()).device))
+
+    def _fits(self, pixels: Tensor) -> bool:
+        """Whether C x H x W or N x C x H x W bytes are as those that were trained on."""
+        size = self.image_size or tuple(pixels.shape[-2:])
+        return pixels.dtype == torch.uint8 and pixels.shape[-3:] == (self.in_channels, *size)
+
+    def _pixels(self, image: Any) -> Tensor:
+        """uint8, in_channels x H x W."""
+        if isinstance(image, Tensor):
+            if image.dtype != torch.uint8 or image.ndim != 3:
+                raise ValueError(
+                    f"images: a tensor must be uint8, C x H x W or N x C x H x W, not {image.dtype}"
+                    f" of shape {tuple(image.shape)}"
+                )
+            if self._fits(image):
+                return image
+            image = to_pil_image(image)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"images: must be PIL images or uint8 tensors, not {type(image)}")
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"images: must be tensors of {self.in_channels} channels")
+        image = image.convert("L" if self.in_channels == 1 else "RGB")
+        return pil_to_tensor(image if self.image_size is None else cover(image, self.image_size))
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name; ``auto``: a CUDA device if there is one, and else the CPU.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: there is no CUDA device here; allowed are auto, cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load(ckpt_path: str | Path) -> Trained:
+    """The classifier of a checkpoint: ``load`` it, ``preprocess`` images, call it on them.
+
+    Args:
+        ckpt_path: a file such as ``RUN/checkpoints/last.ckpt``.
+
+    Raises:
+        ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
+    """
+    checkpoint = read(ckpt_path)
+    try:
+        return Trained(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
+
+
+def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageDataModule:
+    """The data of a run, set up: its split, its label noise, its normalisation.
+
+    Images are kept in host memory and loaded in this process, whatever the run did.
+
+    Args:
+        checkpoint: as ``checkpoint.read`` returns it; ``hyper_parameters`` is all that is used.
+        overrides: keys of the data configuration, such as ``root`` where the files have moved.
+
+    Raises:
+        ConfigError: the data are not there, an override does not exist or is out of its range,
+            or the classes are others than those of the run.
+    """
+    keys = ("data", "batch_size", "seed", "classes", "mean", "std")
+    stored = _stored(checkpoint["hyper_parameters"], *keys)
+    stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
+    for key, value in overrides.items():
+        if key in SOURCE_KEYS:
+            if key not in stored.data.source:
+                raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
+            stored.data.source[key] = value
+        stored.data[key] = value
+    data = make_data(stored)
+    if data.classes != list(stored.classes):
+        at = f"data.root={stored.data.root}" if "root" in stored.data else "data.source"
+        raise ConfigError(
+            f"{at}: has the classes {', '.join(data.classes)}; those of the checkpoint are "
+            f"{', '.join(stored.classes)}"
+        )
+    return data
+
+
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image, keeping its proportions, until it covers (height, width); crop the centre.
+
+    For a square this is torchvision's Resize to the side and CenterCrop, as for training.
+    """
+    height, width = size
+    if image.height * width <= image.width * height:
+        resized = [height, max(width, int(height * image.width / image.height))]
+    else:
+        resized = [max(height, int(width * image.height / image.width)), width]
+    return center_crop(resize(image, resized), [height, width])
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) as recorded, or that of ``data.image_size``."""
+    height, width = config.get("image_size") or [config["data"].get("image_size")] * 2
+    return None if height is None else (int(height), int(width))
+
+
+def _stored(config: dict[str, Any], *keys: str) -> DictConfig:
+    """Parts of a stored configuration, which anyone may have written, if they are safe to build.
+
+    Raises:
+        ConfigError: a key is missing, or a value is none that a run stores.
+    """
+    try:
+        plain = {key: config[key] for key in keys}
+        stored = OmegaConf.create(plain)
+    except (KeyError, OmegaConfBaseException) as error:
+        raise ConfigError(f"hyper_parameters: {type(error).__name__}: {one_line(error)}") from error
+    if "${" in repr(plain):  # it would be replaced by what this machine has to say
+        raise ConfigError("hyper_parameters: must be values, without ${...}")
+    check_targets(stored)
+    return stored

@@ -1,0 +1,28 @@
+"""SAM, its relatives, schedules. Needs torch and nothing else."""
+
+from sam_lightning.optim.batch_norm import frozen_running_stats
+from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
+from sam_lightning.optim.methods.gsam import SurrogateGap
+from sam_lightning.optim.methods.linf import SignAscent
+from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.msam import MomentumAscent
+from sam_lightning.optim.perturbation import AdaptiveAscent, GradientAscent
+from sam_lightning.optim.sam import SAM
+from sam_lightning.optim.schedules import constant, cosine, multistep
+
+__all__ = [
+    "SAM",
+    "AdaptiveAscent",
+    "FriendlyAscent",
+    "GradientAscent",
+    "MomentumAscent",
+    "RandomSubsetAscent",
+    "Reuse",
+    "SignAscent",
+    "SurrogateGap",
+    "constant",
+    "cosine",
+    "frozen_running_stats",
+    "multistep",
+]

@@ -1,0 +1,56 @@
+"""Friendly-SAM: climb along what is special to the batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sam_lightning.optim.foreach import global_norm
+from sam_lightning.optim.perturbation import Memory
+
+
+class FriendlyAscent:
+    """Climb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (arXiv 2403.12350).
+
+    e = rho * d / ||d|| with d = g - sigma * m, where m, the mean of earlier gradients, stands for
+    the gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d is taken
+    with the m of the updates before (with one that has g in it, sigma = 1 gives decay * d, the same
+    direction), and the first update climbs along g and sets m = g.
+
+    Args:
+        sigma: how much of the mean is left out; 0 is SAM, 1 the authors' choice.
+        decay: the paper's lambda, in [0, 1); the authors use 0.6 to 0.95.
+
+    Raises:
+        ValueError: sigma is negative, or decay is outside [0, 1).
+    """
+
+    euclidean = True
+
+    def __init__(self, sigma: float = 1.0, decay: float = 0.9) -> None:
+        if not sigma >= 0:
+            raise ValueError(f"sigma={sigma}: must be a number >= 0")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: must be a number from 0 to below 1")
+        self.sigma = sigma
+        self.decay = decay
+
+    def __call__(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str | None],
+        memory: Sequence[Memory],
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Return d and ||d||_2; keep the mean, unless a gradient is not finite."""
+        finite = global_norm(grads).isfinite()
+        direction = []
+        for g, kept in zip(grads, memory, strict=True):
+            if "mean" not in kept:
+                kept["mean"] = torch.where(finite, g, 0)
+                direction.append(g)
+                continue
+            mean = kept["mean"]
+            direction.append(torch.sub(g, mean, alpha=self.sigma))
+            kept["mean"] = torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean)
+        return direction, global_norm(direction)

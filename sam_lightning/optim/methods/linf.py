@@ -1,0 +1,29 @@
+"""Ascent in the infinity norm: every weight moves as far as it may."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sam_lightning.optim.foreach import foreach, global_norm
+from sam_lightning.optim.perturbation import Memory
+
+
+class SignAscent:
+    """Move every weight by rho in the direction that raises the loss.
+
+    e = rho * sign(g): Foret et al. 2021 (arXiv 2010.01412), equation 2 with p = infinity. A rho of
+    its own is needed, smaller than SAM's by about the root of the number of weights.
+    """
+
+    def __call__(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str | None],
+        memory: Sequence[Memory],
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Return sign(g) and 1, or NaN where a gradient is not finite."""
+        norm = global_norm(grads)
+        norm = torch.where(norm.isfinite(), torch.ones_like(norm), torch.nan)
+        return foreach(torch._foreach_sign, grads), norm

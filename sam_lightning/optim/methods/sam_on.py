@@ -1,0 +1,38 @@
+"""SAM-ON: perturb the normalisation layers only."""
+
+from torch import nn
+
+from sam_lightning.config.errors import ConfigError
+
+LAYERS = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def normalization_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of normalisation layers: SAM-ON, Mueller et al. 2023 (2306.04226).
+
+    SAM's perturbation (equation 2 of Foret et al. 2021) with all other gradients left out; the norm
+    too is taken over these alone (the authors' code). They are told by the type of
+    their layer; the authors look for "bn" or "norm" in the name, which would miss those of a
+    torchvision ResNet's shortcuts.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    names = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, LAYERS)
+        for name, p in layer.named_parameters(recurse=False)
+        if p.requires_grad
+    }
+    if not names:
+        raise ConfigError(
+            "method.perturbed_layers=normalization: the model has no normalisation layer with "
+            "trainable weights"
+        )
+    return names

@@ -1,0 +1,302 @@
+"""An optimizer around another one, of which everybody else sees one."""
+
+import inspect
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_lightning.optim.perturbation import Memory
+
+UNSUPPORTED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "for it evaluates the loss itself, many times a step",
+    torch.optim.SparseAdam: "for it takes sparse gradients only, and SAM takes none",
+}
+
+
+class OptimizerAround(Optimizer):
+    """Shares parameter groups, state and hooks with a base optimizer, and steps it.
+
+    Schedulers, ``state_dict``, ``torch.distributed.checkpoint`` and resumed runs see one optimizer.
+    A group's ``rho`` is this one's. The base optimizer's own ``rho``, which Adadelta has, is kept
+    as ``base_rho``. What a method remembers of each parameter is in ``memory``, and between two
+    steps in the state too.
+
+    Args:
+        params: as for any torch optimizer.
+        base_optimizer: a torch optimizer class, or any callable from parameter groups to one.
+        defaults: of this optimizer's own keys of a group, ``rho`` among them.
+        method: a name for who remembers; another method does not take it up.
+        **kwargs: passed to ``base_optimizer``.
+
+    Raises:
+        TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
+        ValueError: a rho is negative or not finite, or the base optimizer evaluates the loss
+            itself, takes sparse gradients only or shards its state by itself.
+    """
+
+    # Set by GradScaler, or by whoever decides on a step; non-zero makes the next one a no-op,
+    # decided on the device.
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        defaults: dict[str, Any],
+        method: str,
+        **kwargs: Any,
+    ) -> None:
+        _check_base(base_optimizer)
+        check_rho(defaults["rho"])
+        self.method = method
+        self.memory: dict[Tensor, Memory] = defaultdict(dict)
+        self._own = tuple(defaults)
+        self.base_optimizer: Any = SimpleNamespace()  # holds groups and state until there is one
+        super().__init__(params, defaults)
+        base = base_optimizer(self.param_groups, **kwargs)
+        _check_base(type(base))
+        if "rho" in base.defaults:
+            for group in base.param_groups:
+                group["base_rho"] = base.defaults["rho"]
+        self.base_optimizer = base
+        self.defaults = {**base.defaults, **defaults}
+        self._share_hooks()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the base optimizer, with this one's own keys too."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+        for group in groups:
+            for name in self._own:
+                group.setdefault(name, self.defaults[name])
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """That of the base optimizer, and between two steps what the method remembers."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base_optimizer.state = state
+
+    def _share_hooks(self) -> None:
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            hooks = getattr(self, name)
+            hooks.update(getattr(self.base_optimizer, name))
+            setattr(self.base_optimizer, name, hooks)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("train", "eval"):  # of schedule-free optimizers
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own or the default ones.
+
+        Raises:
+            ValueError: ``rho`` is negative or not finite.
+        """
+        check_rho(param_group.setdefault("rho", self.defaults["rho"]))
+        if not isinstance(self.base_optimizer, Optimizer):  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        for name in self._own:
+            param_group.setdefault(name, self.defaults[name])
+        if "rho" in self.base_optimizer.defaults:
+            param_group.setdefault("base_rho", self.base_optimizer.defaults["rho"])
+        self.base_optimizer.add_param_group(param_group)
+
+    # --------------------------------------------------------------------------- stepping
+
+    def step_base(self) -> None:
+        """Step the base optimizer with the present gradients, unless ``found_inf`` says no."""
+        base, found_inf = self.base_optimizer, self.found_inf
+        self.found_inf = None
+        with self._for_base():
+            if found_inf is None:
+                _step_without_hooks(base)
+            elif getattr(base, "_step_supports_amp_scaling", False):
+                # torch's fused kernels take the decision to skip from a tensor: no host sync.
+                first = not any(self.state.values())
+                base.found_inf = found_inf
+                try:
+                    _step_without_hooks(base)
+                finally:
+                    del base.found_inf
+                if first:  # a skipped first step leaves fused SGD's new momentum uninitialised
+                    for value in (v for s in self.state.values() for v in s.values()):
+                        if isinstance(value, Tensor):
+                            value.masked_fill_(found_inf.to(value.device).bool(), 0)
+            elif not found_inf:
+                _step_without_hooks(base)
+
+    @contextmanager
+    def _for_base(self) -> Iterator[None]:
+        """Show the base optimizer its own ``rho`` and its own state only."""
+        groups = [group for group in self.param_groups if "base_rho" in group]
+        for group in groups:
+            group["rho"], group["base_rho"] = group["base_rho"], group["rho"]
+        for p, kept in self.memory.items():
+            for name in kept:
+                self.state[p].pop(f"{self.method}/{name}", None)
+        try:
+            yield
+        finally:
+            for group in groups:
+                group["rho"], group["base_rho"] = group["base_rho"], group["rho"]
+            self._show_memory()
+
+    def _show_memory(self) -> None:
+        for p, kept in self.memory.items():
+            for name, value in kept.items():
+                self.state[p][f"{self.method}/{name}"] = value
+
+    # -------------------------------------------------------------------- saving, copying
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the base optimizer saves, with what the method remembers; never any weights."""
+        self._show_memory()  # it may be newer than the last step
+        if not self._overrides("state_dict"):
+            return super().state_dict()
+        saved = self.base_optimizer.state_dict
+        first = self.register_state_dict_post_hook(lambda *_: saved(), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self.base_optimizer), name) is not getattr(Optimizer, name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one.
+
+        A state of the base optimizer is loaded too. What another method remembers is left out.
+        """
+        adapted: dict[str, Any] = {}
+
+        def adapt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            adapted.update(self._adapted(given))
+            return adapted
+
+        # A user's hooks see the state as it is, and may change it, and then all that was loaded.
+        last = self.register_load_state_dict_pre_hook(adapt)
+        first = self.register_load_state_dict_post_hook(
+            lambda _: self._load_base(adapted), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _load_base(self, adapted: dict[str, Any]) -> None:
+        """Load the base optimizer's state again where it takes more, or casts less, by itself."""
+        if not self._overrides("load_state_dict"):
+            return
+        state = {
+            i: own
+            for i, values in adapted["state"].items()
+            if (own := {name: value for name, value in values.items() if "/" not in name})
+        }
+        self.base_optimizer.load_state_dict({**adapted, "state": state})
+        self._show_memory()
+        self._complete_groups()
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state that this optimizer can load, of one that it or another one has saved."""
+        state = {i: dict(values) for i, values in state_dict["state"].items()}
+        older = dict(state_dict.get("memory", {}))  # files of before it was in the state
+        if "/".join(older.pop("of", [])) == self.method:
+            for i, kept in older.items():
+                state.setdefault(i, {}).update({f"{self.method}/{n}": v for n, v in kept.items()})
+        if any("old_p" in values for values in state.values()):
+            warnings.warn(
+                "load_state_dict: the state is of another SAM. Its copies of weights are left out; "
+                "where it has no state of the base optimizer, that starts afresh",
+                stacklevel=2,
+            )
+            for values in state.values():
+                values.pop("old_p", None)
+        state = {i: values for i, values in state.items() if values}
+        rest = {name: value for name, value in state_dict.items() if name != "memory"}
+        return {**rest, "state": state}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own has defaults, groups and state only.
+        names = ("defaults", "base_optimizer", "method", "memory", "_own")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" in state:  # a copy
+            super().__setstate__(state)
+            self._share_hooks()
+            return
+        self.memory.clear()  # called by load_state_dict
+        for p, values in state["state"].items():
+            for key in [key for key in values if "/" in key]:
+                value = values.pop(key)
+                method, _, name = key.rpartition("/")
+                if method == self.method:
+                    self.memory[p][name] = value.clone()
+        self.base_optimizer.__setstate__(state)
+        self._show_memory()
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
+        base = self.base_optimizer
+        for group in self.param_groups:
+            if "rho" in base.defaults and "base_rho" not in group:
+                group["base_rho"] = group.get("rho", base.defaults["rho"])
+                if not all(name in group for name in self._own):  # it is the base optimizer's only
+                    group["rho"] = self.defaults["rho"]
+            for name in self._own:
+                group.setdefault(name, self.defaults[name])
+
+
+def _check_base(base_optimizer: Any) -> None:
+    if isinstance(base_optimizer, Optimizer):
+        name = type(base_optimizer).__name__
+        raise TypeError(
+            f"base_optimizer: an optimizer of class {name} was given; pass the class itself, "
+            f"SAM(params, {name}, ...)"
+        )
+    made = getattr(base_optimizer, "func", base_optimizer)  # of a functools.partial
+    for cls, reason in UNSUPPORTED.items():
+        if inspect.isclass(made) and issubclass(made, cls):
+            raise ValueError(f"base_optimizer={made.__name__}: not supported, {reason}")
+    if hasattr(made, "consolidate_state_dict"):  # ZeroRedundancyOptimizer, whose import takes long
+        raise ValueError(
+            f"base_optimizer={made.__name__}: not supported, for it keeps its state where "
+            "state_dict() does not find it; use torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_rho(rho: float) -> None:
+    """Raise a ValueError if a radius is negative or not finite."""
+    if not (rho >= 0 and math.isfinite(rho)):
+        raise ValueError(f"rho={rho}: must be a finite number >= 0")
+
+
+def _step_without_hooks(optimizer: Optimizer) -> None:
+    """Step; the hooks are shared with the optimizer around, whose step runs them already."""
+    step = type(optimizer).step
+    replaced = vars(optimizer).get("step")
+    if hasattr(replaced, "_wrapped_by_lr_sched"):  # by a scheduler, to know that there was a step
+        replaced, optimizer._opt_called = None, True  # type: ignore[attr-defined]
+    if replaced is not None or not getattr(step, "hooked", False):
+        optimizer.step()
+    else:
+        step.__wrapped__(optimizer)  # type: ignore[attr-defined]

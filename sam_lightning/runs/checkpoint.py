@@ -1,0 +1,106 @@
+"""Checkpoints as files: whole when they are there, checked when they are read, and only data."""
+
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.schema import one_line
+from sam_lightning.runs.old_names import with_current_names
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and renames, so that a checkpoint is the old one or the new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()  # that this run has saved to
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save on local disk; on an error, such as a full disk, the file that was there stays."""
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._folders.add(file.parent.resolve())
+        temporary = file.with_name(f".{file.name}.part")
+        try:
+            with open(temporary, "wb") as out:
+                torch.save(checkpoint, out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, file)
+        except (OSError, RuntimeError) as error:
+            cause: BaseException = error  # behind the RuntimeError of torch's writer
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            raise TrainingError(
+                f"cannot save {file} ({one_line(cause)}); checkpoints that were there still are"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint beside those that were saved, and nothing else.
+
+        Which one the best replaces is told by the checkpoint that was resumed, so by anyone.
+        """
+        file = Path(path)
+        if file.suffix == ".ckpt" and file.parent.resolve() in self._folders:
+            file.unlink(missing_ok=True)
+
+
+def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Load a checkpoint of a run onto the CPU, after comparing its bytes with their checksums.
+
+    Only tensors and plain values are loaded (``weights_only``), so a file cannot run code.
+
+    Raises:
+        ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ConfigError(f"ckpt_path={path}: is damaged ({damaged} is not what was saved)")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint["state_dict"], checkpoint["global_step"], checkpoint["hyper_parameters"]["model"]
+        checkpoint["hyper_parameters"] = with_current_names(checkpoint["hyper_parameters"])
+    except ConfigError:
+        raise
+    except Exception as error:  # zip, pickle and torch each fail in their own ways
+        if not Path(path).is_file():
+            raise ConfigError(f"ckpt_path={path}: no such file") from error
+        raise ConfigError(
+            f"ckpt_path={path}: not a readable checkpoint of a run ({type(error).__name__})"
+        ) from error
+    return checkpoint
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most updates of those in ``folder`` that are whole, or None.
+
+    Steps decide and not times, for clocks may go backwards. Damaged ones are named in the log.
+
+    Raises:
+        ConfigError: there are checkpoints, and all are damaged.
+    """
+    found: list[tuple[int, bool, Path]] = []
+    damaged = []
+    for path in folder.glob("*.ckpt"):
+        try:
+            step = read(path, mmap=True)["global_step"]
+        except ConfigError as error:
+            log.warning("%s", error)
+            damaged.append(path.name)
+        else:
+            found.append((step, path.name == "last.ckpt", path))
+    if damaged and not found:
+        raise ConfigError(f"ckpt_path={folder}: damaged are {', '.join(sorted(damaged))}")
+    return max(found)[2] if found else None

@@ -1,0 +1,91 @@
+"""Files of commands: found before torch is loaded, and whole whenever they are there."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import one_line
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint."""
+    checkpoint = checkpoint.resolve()
+    return checkpoint.parents[1 if checkpoint.parent.name == "checkpoints" else 0]
+
+
+def checkpoint_file(ckpt_path: str) -> Path:
+    """The file that ``ckpt_path`` names: a checkpoint, or the last one of a run's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(ckpt_path).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise ConfigError(f"ckpt_path={ckpt_path}: there is no checkpoints/last.ckpt in it")
+    elif not path.is_file():
+        raise ConfigError(f"ckpt_path={ckpt_path}: no such file or folder")
+    return path
+
+
+@contextmanager
+def replacing(path: Path, key: str = "out") -> Iterator[Path]:
+    """A name beside ``path`` to write to; it becomes ``path`` if the block ends without an error.
+
+    Raises:
+        ConfigError: it cannot be written, to where ``key`` says; what was there stays.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be written ({one_line(error)})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any], key: str = "out") -> None:
+    """Write all or nothing; NaN and infinity, which JSON does not have, become null.
+
+    Raises:
+        ConfigError: as ``replacing``.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    with replacing(path, key) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(child) for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def make_folder(folder: Path, given: Path) -> Path:
+    """Make the folder of results before the work for them is done, and return it.
+
+    Args:
+        folder: the folder to make.
+        given: what ``out`` said, for the error.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={given}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"out={given}: cannot be written")
+    return folder

@@ -1,0 +1,77 @@
+"""The folder of a run: one that can be written, and that no other run has."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.config.cluster import launched
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import check_values
+
+# Folders of that name are made below logs, so it must not lead out of there.
+TASK_NAME = (
+    "task_name",
+    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", str(v))) and v is not None,
+    "a name of letters, digits, -, _ and .",
+)
+
+
+class RunFolder(Callback):
+    """Makes the folder before Hydra does, whose errors say neither key nor remedy.
+
+    It refuses the run where that cannot be done.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it writes anything."""
+        part = config.hydra.output_subdir
+        if part is None:  # the run goes on in the folder of an earlier one
+            return
+        folder = _made(config, "hydra.run.dir")
+        try:
+            # Of two runs that start at once, one succeeds; one that is started over and over with
+            # ckpt_path=last may find what was killed before it had written anything.
+            (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
+        except FileExistsError:
+            refuse(
+                f"hydra.run.dir={folder}: has a run already; continue it with ckpt_path=last "
+                f"hydra.run.dir={folder}, or name another folder"
+            )
+        except OSError as error:
+            refuse(f"hydra.output_subdir={part}: cannot be made ({error.strerror})")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before the first job of a sweep."""
+        _made(config, "hydra.sweep.dir")
+
+
+def _made(config: DictConfig, key: str) -> Path:
+    try:
+        check_values(config, [TASK_NAME])
+        path = OmegaConf.select(config, key)
+        if not path:
+            raise ConfigError(f"{key}={path or ''}: must be the path of a folder")
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except ConfigError as error:
+        refuse(str(error))
+    except OmegaConfBaseException as error:
+        refuse(f"{key}: {str(error).splitlines()[0]}")
+    except OSError as error:
+        refuse(f"{key}={path}: cannot be made ({error.strerror})")
+    return Path(path)
+
+
+def refuse(message: str) -> NoReturn:
+    """End the process with one line and exit code 2, from a callback of Hydra.
+
+    By SystemExit, for Hydra turns other errors of its callbacks into warnings. Of the processes of
+    torchrun or SLURM, the first one says it for all.
+    """
+    if (found := launched()) is None or found.rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

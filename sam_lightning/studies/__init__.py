@@ -1,0 +1,1 @@
+"""Many runs: sweeps, studies, their cost, the report."""

@@ -1,0 +1,254 @@
+"""The command: a study's file in; runs, report and evidence out."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from sam_lightning.cli import top_level
+from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.cluster import launched
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.hydra_errors import key_of
+from sam_lightning.config.schema import (
+    Rule,
+    boolean,
+    did_you_mean,
+    integer,
+    no_such_key,
+    one_line,
+    or_null,
+)
+from sam_lightning.runs.files import make_folder
+from sam_lightning.studies.plan import FOLDER, Plan, Planned, folder_name, read
+from sam_lightning.studies.report.runs import PLACES
+from sam_lightning.studies.runner import TRAIN, Runner, begun, outcome
+
+ABOUT = """
+A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
+
+  python -m sam_lightning.studies.study FILE [key=value] [override of train.py for every run]
+  python -m sam_lightning.studies.study conf/study/quick.yaml jobs=2
+  python -m sam_lightning.studies.study conf/study/quick.yaml dry=true   # lists the runs only
+  python -m sam_lightning.studies.study FILE only=sgd,sam seed=0 data.root=photos
+
+Runs are in logs/studies/NAME; the same command goes on where it was stopped. What
+the report makes of them, and runs.json with every run's results, goes to OUT/NAME.
+"""
+DEFAULTS = {"jobs": 1, "out": "results", "only": None, "seed": None, "dry": False}
+RULES: list[Rule] = [
+    ("jobs", integer(1), "a whole number >= 1, of runs at a time"),
+    ("out", lambda v: isinstance(v, str) and v != "", "the path of a folder"),
+    ("only", or_null(lambda v: isinstance(v, str | int)), "names of arms, as in sgd,sam"),
+    ("seed", or_null(lambda v: isinstance(v, str | int)), "seeds of the file, as in 0,1"),
+    ("dry", boolean, "true, false"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check everything, run what is missing, report.
+
+    Raises:
+        ConfigError: the file or an argument is wrong, and nothing was started.
+        TrainingError: some runs did not complete.
+        Interrupted: a signal has stopped the study.
+    """
+    path, options, overrides = arguments(sys.argv[1:] if argv is None else argv)
+    plan = read(path, overrides)
+    runs = selected(plan, options)
+    if options.dry:
+        for run in runs:
+            command = ["python", os.path.relpath(TRAIN), *run.arguments]
+            print(f"{outcome(run).state:<11} {shlex.join(command)}")
+    refuse_changed(plan)
+    if options.dry:
+        return
+    out = make_folder(Path(options.out) / plan.name, Path(options.out))
+    refuse_loss(plan, out, runs)
+    with Runner(runs, options.jobs) as runner:
+        runner.run()
+    refuse_changed(plan)  # another process may have been at a run
+    report(plan, out)
+    if left := [run for run in runs if not outcome(run).completed]:
+        print_states(left)
+        raise TrainingError(f"{len(left)} of {len(runs)} runs did not complete")
+
+
+def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
+    """The file, the study's own options, and overrides of every run.
+
+    Raises:
+        ConfigError: one of them cannot be any of these.
+    """
+    own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
+    options = parse(ABOUT, DEFAULTS, RULES, own)
+    files = [a for a in argv if a not in own and "=" not in a]
+    overrides = [a for a in argv if a not in own and "=" in a]
+    if flags := [a for a in argv if a.startswith("-")]:
+        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    if len(files) != 1:
+        raise ConfigError(
+            f"FILE: give one, as in conf/study/quick.yaml, not {' and '.join(files) or 'none'}"
+        )
+    known = [*DEFAULTS, *top_level()]
+    for override in overrides:
+        if key_of(override).partition(".")[0] not in (*known, "hydra"):
+            raise ConfigError(f"{override}: {no_such_key(key_of(override), known)}")
+    if (found := launched()) is not None:
+        raise ConfigError(
+            f"a study is started by one process, and {found.launcher} has started "
+            f"{found.processes}: leave it out, and give trainer.devices=N for each run"
+        )
+    return Path(files[0]), options, overrides
+
+
+def selected(plan: Plan, options: DictConfig) -> list[Planned]:
+    """The runs that ``only`` and ``seed`` leave."""
+    runs = list(plan.runs)
+    for option, attribute in (("only", "arm"), ("seed", "seed")):
+        if options[option] is None:
+            continue
+        known = list(dict.fromkeys(str(getattr(run, attribute)) for run in plan.runs))
+        wanted = str(options[option]).split(",")
+        for name in wanted:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; the file has {', '.join(known)}"
+                raise ConfigError(f"{option}={options[option]}: no such {attribute}, {name}{hint}")
+        runs = [run for run in runs if str(getattr(run, attribute)) in wanted]
+    return runs
+
+
+def refuse_changed(plan: Plan) -> None:
+    """Never mix results: what is there must be of the overrides that the study has now.
+
+    Raises:
+        ConfigError: names the first folder that is not, and how it differs.
+    """
+    changed = [(run, how) for run in plan.runs if (how := _difference(run))]
+    if changed:
+        run, how = changed[0]
+        more = f" (so are {len(changed) - 1} more folders)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{run.folder}: is of a run with {how}{more}; undo the change, or remove what is to "
+            "be run anew"
+        )
+
+
+def _difference(run: Planned) -> str | None:
+    """How the overrides that a run was started with differ from those it has now."""
+    if not begun(run):
+        return None
+    file = run.folder / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return f"no {file.name}" if outcome(run).completed else None
+    try:
+        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
+        before = {key: value for key, _, value in (str(o).partition("=") for o in stored)}
+    except Exception as error:  # of the file system, of YAML and of OmegaConf
+        raise ConfigError(f"{file}: {one_line(error)}") from error
+    before.pop("ckpt_path", None)
+    for key in {**before, **run.overrides}:
+        then, now = before.get(key), run.overrides.get(key)
+        if then != now and not _moved(run, key, then, now):
+            was, has = (f"{key}={v}" if v is not None else f"no {key}" for v in (then, now))
+            return f"{was}, and the study has {has}"
+    return None
+
+
+def _moved(run: Planned, key: str, then: str | None, now: str | None) -> bool:
+    """Whether a key tells only where the same images are, or how they are read."""
+    names = {Path(str(value).strip("'\"")).name for value in (then, now)}
+    if key_of(key) != "data.root" or len(names) == 1:
+        return key_of(key) in PLACES
+    config = run.folder / ".hydra" / "config.yaml"  # an image folder's name is the data set's
+    return config.is_file() and ".image_folder" not in config.read_text(encoding="utf-8")
+
+
+def refuse_loss(plan: Plan, out: Path, expected: Sequence[Planned] = ()) -> None:
+    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    file = out / "runs.json"
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        names = [
+            (line["arm"], line["settings"], line["seed"])
+            for line in lines
+            if line["state"] == "completed"
+        ]
+        kept = [Planned(*name, {}, FOLDER / plan.name / folder_name(*name)) for name in names]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # there is none, or none of a study
+    folders = {run.folder for run in expected}
+    if lost := [r for r in kept if r.folder not in folders and not outcome(r).completed]:
+        raise ConfigError(
+            f"{file}: has results of {len(lost)} runs that are not in {FOLDER / plan.name}, the "
+            f"first is {lost[0].folder.name}; give out=FOLDER for a report without them"
+        )
+
+
+def report(plan: Plan, out: Path) -> None:
+    """Write and show what all completed runs of the file say, also of those not selected now."""
+    from sam_lightning.studies.report.evidence import commits, write_runs
+    from sam_lightning.studies.report.groups import analyse  # scipy, only now
+    from sam_lightning.studies.report.runs import LeftOut, gather
+    from sam_lightning.studies.report.write import print_tables, write
+
+    outcomes = {run.folder: outcome(run) for run in plan.runs}
+    runs, left_out, warnings = gather(f for f, found in outcomes.items() if found.completed)
+    left_out += [
+        LeftOut(folder, found.state, found.reason)
+        for folder, found in outcomes.items()
+        if found.state not in ("completed", "missing")
+    ]
+    if not runs:
+        return
+    refuse_loss(plan, out)
+    write_runs(plan, outcomes, runs, out / "runs.json")
+    study = analyse(runs, plan.metric, plan.baseline)
+    warnings += [*study.warnings, *commits(runs), *_strangers(plan)]
+    if (missing := len(plan.runs) - len(runs)) > 0:
+        warnings.append(f"{missing} of the file's {len(plan.runs)} runs have no result yet")
+    write(study, left_out, warnings, out, ["png"])
+    print_tables(study)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{len(runs)} runs; see {out / 'report.md'}")
+
+
+def _strangers(plan: Plan) -> list[str]:
+    """A warning of folders that the file once had, or that someone has put there."""
+    known = {run.folder for run in plan.runs}
+    others = sorted(set((FOLDER / plan.name).iterdir()) - known)
+    if not others:
+        return []
+    return [
+        f"{len(others)} in {FOLDER / plan.name} are not of the file and not counted: the first "
+        f"is {others[0].name}"
+    ]
+
+
+def print_states(left: Sequence[Planned]) -> None:
+    """A table of the runs that did not complete."""
+    table = Table(title="not completed")
+    for column in ("run", "state", "reason"):
+        table.add_column(column, overflow="fold")
+    for run in left:
+        found = outcome(run)
+        table.add_row(str(run.folder), found.state, found.reason)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
+    with one_line_errors():
+        main()

@@ -1,0 +1,310 @@
+"""Sweeps: the names of their folders, jobs that fail alone, and a table of all at the end.
+
+Jobs may run in other processes or on other machines, so what is known of them is in their folders.
+"""
+
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_lightning.config.cluster import launched
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.schema import Rule, check_values, integer, number, one_line, or_null
+from sam_lightning.runs.failures import read_summary, record_failure
+from sam_lightning.runs.files import write_json
+from sam_lightning.runs.folder import refuse
+
+log = logging.getLogger(__name__)
+
+RULES: list[Rule] = [
+    ("hydra.sweeper.n_trials", integer(1), "a whole number >= 1"),
+    (
+        "hydra.sweeper.direction",
+        lambda v: getattr(v, "name", v) in ("minimize", "maximize"),
+        "minimize, maximize",
+    ),
+    ("hydra.sweeper.n_jobs", integer(1), "a whole number >= 1"),
+    ("hydra.sweeper.max_failure_rate", number(0, 1), "a number from 0 to 1"),
+    (
+        "hydra.sweeper.storage",
+        or_null(lambda v: isinstance(v, str) or OmegaConf.is_dict(v)),
+        "the URL of a database, or null",
+    ),
+    (
+        "hydra.sweeper.storage.path",
+        lambda v: isinstance(v, str) and v != "",
+        "the path of a file",
+    ),
+    ("hydra.sweeper.max_batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
+]
+LONGEST_NAME = 255  # bytes that file systems allow a folder
+
+
+def job_folder(number: int, overrides: str, first: int = 0) -> str:
+    """``<number>_<overrides>`` as the name of one folder: without slashes, and not too long.
+
+    The number alone tells jobs apart; all overrides are in ``.hydra/overrides.yaml``.
+    """
+    name = f"{first + number}_{overrides}".replace("/", "-").encode()
+    if len(name) > LONGEST_NAME:
+        return name[: LONGEST_NAME - 3].decode(errors="ignore") + "..."
+    return name.decode()
+
+
+def next_job(sweep: str) -> int:
+    """The number after those of the jobs that are in the folder of a sweep already."""
+    names = [started.parent.name for started in Path(sweep).glob("*/.hydra")]
+    numbers = [int(found.group()) for name in names if (found := re.match(r"[0-9]+", name))]
+    return max(numbers, default=-1) + 1
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+# Cached, as Hydra's ``now`` is: the jobs of a sweep get the value that was found at its start.
+OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=True)
+
+
+@dataclass
+class Job:
+    """What a job's folder tells of it; ``status`` as in ``metrics.json``, or ``no result``."""
+
+    job: str
+    overrides: list[str]
+    status: str
+    exit_reason: str
+    metrics: dict[str, float]
+    folder: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether it ended because of its configuration."""
+        return self.exit_reason.startswith(f"{ConfigError.__name__}: ")
+
+    @property
+    def reason(self) -> str:
+        """Why it did not complete."""
+        return re.sub(f"^({ConfigError.__name__}|{TrainingError.__name__}): ", "", self.exit_reason)
+
+
+class SweepFolder(Callback):
+    """Remembers where a run or a sweep writes, and which jobs were there before.
+
+    Args:
+        first_job: number of the first job, see ``next_job``.
+    """
+
+    run: Path | None = None
+    path: Path | None = None
+    metric: str | None = None
+    storage: str | None = None  # the URL of a search's database
+    earlier: dict[Path, int]
+
+    def __init__(self, first_job: int = 0) -> None:
+        self.first_job = first_job
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it writes anything."""
+        if config.hydra.output_subdir is None:  # the run goes on in the folder of an earlier one
+            return
+        with suppress(OmegaConfBaseException):  # ``RunFolder`` refuses it then
+            SweepFolder.run = Path(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before the first job."""
+        try:
+            path = Path(config.hydra.sweep.dir)
+        except OmegaConfBaseException:  # ``RunFolder`` refuses it
+            return
+        metric = OmegaConf.select(config, "optimized_metric")
+        try:
+            _check_processes(config)
+            _check_overrides(config)
+            check_values(config, RULES)
+            if "n_trials" in config.hydra.sweeper and metric is None:
+                raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+        except ConfigError as error:
+            refuse(str(error))
+        SweepFolder.path = path
+        SweepFolder.metric = metric
+        storage = OmegaConf.select(config, "hydra.sweeper.storage")
+        if OmegaConf.is_dict(storage) and "path" in storage:
+            storage = f"sqlite:///{storage.path}"
+        SweepFolder.storage = storage if isinstance(storage, str) else None
+        logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
+        SweepFolder.earlier = _started(SweepFolder.path)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the process that a job runs in."""
+        # In joblib's workers new processes are started in joblib's way, which neither torch's
+        # launcher nor its data loader can use: back to Python's.
+        if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method(None, force=True)
+
+
+def _check_processes(config: DictConfig) -> None:
+    if (found := launched()) is not None:
+        raise ConfigError(
+            f"a sweep is started by one process, and {found.launcher} has started "
+            f"{found.processes}: leave it out, and give each job trainer.devices=N"
+        )
+    launcher = config.hydra.launcher
+    if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
+        raise ConfigError(
+            "hydra/launcher=submitit_slurm: there is no srun here; start it where SLURM is, or "
+            "take basic, joblib or submitit_local"
+        )
+    tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
+    if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
+        raise ConfigError(
+            f"hydra/launcher=submitit_local: would train each job {tasks} times; leave "
+            "tasks_per_node and nodes at 1 and give trainer.devices=N"
+        )
+
+
+def _check_overrides(config: DictConfig) -> None:
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # "${...}" as it stands
+    for override in parser.parse_overrides(given):
+        if not override.is_discrete_sweep():
+            continue
+        if override.key_or_group == "sweep":
+            raise ConfigError(f"{override.input_line}: one at a time")
+        try:
+            first = next(iter(override.sweep_iterator()), None)
+        except ValueError as error:  # of range(...)
+            raise ConfigError(f"{override.input_line}: {one_line(error)}") from error
+        if first is None:
+            raise ConfigError(f"{override.input_line}: stands for no value")
+
+
+def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
+    """Leave in a job's folder why it failed, and keep the sweep going.
+
+    Raises:
+        Exception: the error, for sweepers that have to know of it, in a form that can be sent from
+            one process to another.
+    """
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+    # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
+    if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("debug") is True:
+        if isinstance(error, ConfigError | TrainingError):
+            raise error
+        raise TrainingError(f"{type(error).__name__}: {one_line(error)}") from error
+
+
+@contextmanager
+def summarized() -> Iterator[None]:
+    """Around ``main``: however a sweep ends, print and write its table.
+
+    Raises:
+        ConfigError: all jobs were refused.
+        TrainingError: some jobs failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException):  # the rest could not be composed
+        _summarize()
+        raise
+    except Exception as error:  # a launcher's or sweeper's, about the failed jobs, if there are any
+        failure = _summarize()
+        if failure is None:
+            raise
+        log.error("the sweep has ended early: %s", one_line(error))
+        raise failure from error
+    except BaseException:
+        _summarize()
+        raise
+    else:
+        failure = _summarize()
+    if failure is not None:
+        raise failure
+
+
+def _summarize() -> Exception | None:
+    """Print and write the table of the sweep, if there was one; return what to say of failures."""
+    if SweepFolder.path is None:
+        return None
+    started = _started(SweepFolder.path)
+    jobs = [_job(SweepFolder.path, file) for file in started]
+    new = [
+        j for j, f in zip(jobs, started, strict=True) if started[f] != SweepFolder.earlier.get(f)
+    ]
+    if not new:
+        return None
+    names = (SweepFolder.metric, "test/acc", "val/acc")
+    metric = next((n for n in names if n and any(n in job.metrics for job in jobs)), "test/acc")
+    write_json(
+        SweepFolder.path / "sweep.json", {"jobs": [asdict(job) for job in jobs]}, "hydra.sweep.dir"
+    )
+    _print_table(SweepFolder.path, jobs, metric)
+    failed = [job for job in new if job.status != "completed"]
+    if not failed:
+        return None
+    message = failed[0].reason
+    if len(failed) < len(new) or len({job.reason for job in failed}) > 1:
+        message += f" (job {failed[0].job}; {len(failed)} of {len(new)} jobs failed)"
+    return ConfigError(message) if all(job.refused for job in new) else TrainingError(message)
+
+
+def _started(sweep: Path) -> dict[Path, int]:
+    """The file that Hydra writes at the start of a job, and when it was written; by number."""
+    files = [file for folder in sweep.rglob(".hydra") if (file := folder / "hydra.yaml").is_file()]
+    files.sort(key=lambda file: [(len(part), part) for part in re.split(r"(\d+)", str(file))])
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _job(sweep: Path, started: Path) -> Job:
+    folder = started.parent.parent
+    file = folder / "metrics.json"
+    found = {"status": "no result", "exit_reason": "the process ended and left no metrics.json"}
+    if file.is_file() and file.stat().st_mtime_ns >= started.stat().st_mtime_ns:
+        found = read_summary(file) or found
+    if "refused" in found:
+        found |= {"status": "failed", "exit_reason": found["refused"]}
+    overrides: Any = OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml")))
+    metrics: Any = found.get("metrics", {})
+    return Job(
+        job=folder.name.partition("_")[0],
+        overrides=overrides,
+        status=found["status"],
+        exit_reason=found["exit_reason"],
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        folder=str(folder.relative_to(sweep)),
+    )
+
+
+def _print_table(sweep: Path, jobs: list[Job], metric: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    table = Table(title=f"{len(jobs)} jobs in {os.path.relpath(sweep)}")
+    table.add_column("job", justify="right")
+    for column in ("overrides", "status"):
+        table.add_column(column, overflow="fold")
+    table.add_column(metric, justify="right")
+    table.add_column("folder", overflow="fold")
+    for job in jobs:
+        own = " ".join(o for o in job.overrides if o not in shared)
+        status = job.status if job.status == "completed" else f"{job.status}: {job.reason}"
+        value = f"{job.metrics[metric]:.4f}" if metric in job.metrics else ""
+        table.add_row(job.job, own, status, value, job.folder)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)

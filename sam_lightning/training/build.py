@@ -1,0 +1,208 @@
+"""From a configuration to the trainer, the data and the module of a run."""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.instantiate import build, check_names, factory
+from sam_lightning.config.schema import one_line
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.models.onednn import reaches_fault, subsample_first
+from sam_lightning.optim.sam import SAM
+from sam_lightning.runs.checkpoint import AtomicCheckpointIO, read
+from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.module import SAMModule
+
+log = logging.getLogger(__name__)
+
+# Keys of the data configuration that belong to its source; the rest is the data module's.
+SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
+# Keys of the trainer configuration that the module acts on; Lightning would refuse them.
+MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
+# Keys of the method's configuration that are not passed on as they are.
+OWN_KEYS = {"name", "perturbation", "descent", "passes"}
+
+
+def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
+    """The trainer, with the loggers and callbacks that the configuration names."""
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    for key in MODULE_KEYS:
+        options.pop(key)
+    options.pop("strategy", None)  # one of launch.STRATEGIES: this one
+    options.pop("timeout", None)  # that of launch.init_process_group
+    if processes * options["num_nodes"] > 1:
+        # Running statistics stay local while training and are averaged for evaluation.
+        options["strategy"] = DDPStrategy(broadcast_buffers=False)
+    if options["accelerator"] == "auto" and not torch.cuda.is_available():
+        options["accelerator"] = "mps" if torch.backends.mps.is_available() else "cpu"
+    callbacks = _build_all(cfg, "callbacks")
+    own = {
+        "max_epochs": cfg.epochs,
+        "default_root_dir": cfg.output_dir,
+        "logger": _build_all(cfg, "logger"),
+        "callbacks": [*callbacks, throughput],
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "plugins": [AtomicCheckpointIO()],
+    }
+    check_names("trainer", options, L.Trainer, own)
+    try:
+        return L.Trainer(**own, **options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {one_line(error)}") from error
+
+
+def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
+    """The data module, set up: downloaded and decoded by one process, loaded by all."""
+    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    check_names("data", options, ImageDataModule, own)
+    data = ImageDataModule(**own, **options)
+    data.trainer = trainer
+    if trainer is None or trainer.local_rank == 0:
+        data.prepare_data()
+    if trainer is not None:
+        trainer.strategy.barrier("data")
+    data.setup("fit")
+    return data
+
+
+def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
+    """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
+    shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    image_size = list(data.train.images.shape[-2:])
+    model = build(cfg, "model", **shape)
+    for name in subsample_first(model):
+        log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
+    layout = memory_format(cfg, model, (data.in_channels, *image_size))
+    if cfg.compile:
+        # By default it arranges images in channels_last, on CPUs.
+        model.compile(options={"layout_optimization": layout != "contiguous"})
+    base_optimizer = factory(cfg, "optimizer")
+    perturbation = build(cfg, "method.perturbation")
+    try:
+        SAM(model.parameters(), base_optimizer, perturbation=perturbation)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {one_line(error)}") from error
+    updates, total = _updates(cfg, data.steps_per_epoch)
+    method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
+    assert data.mean is not None
+    assert data.std is not None
+    model_config = {**_plain(cfg.model), **shape}
+    hparams = {
+        "model": model_config,
+        "data": _plain(cfg.data),
+        "method": _plain(cfg.method),
+        "optimizer": _plain(cfg.optimizer),
+        "seed": cfg.seed,
+        "epochs": cfg.epochs,
+        "batch_size": cfg.batch_size,
+        "label_smoothing": cfg.label_smoothing,
+        "image_size": image_size,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    _check_checkpoint(cfg.ckpt_path, hparams, model)
+    own = {
+        "model": model,
+        "num_classes": data.num_classes,
+        "base_optimizer": base_optimizer,
+        "perturbation": perturbation,
+        "descent": build(cfg, "method.descent") if cfg.method.get("descent") else None,
+        "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=updates),
+        "label_smoothing": cfg.label_smoothing,
+        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
+        "gradient_clip_val": cfg.trainer.gradient_clip_val,
+        "max_skipped_steps": cfg.max_skipped_steps,
+        "memory_format": layout,
+        "seed": cfg.seed,
+        "hparams": hparams,
+    }
+    check_names("method", method, SAMModule, own)
+    return SAMModule(**own, **method)
+
+
+def _updates(cfg: DictConfig, batches: int) -> tuple[int, int]:
+    """Updates of an epoch of so many batches and of the run, as the trainer's limits leave them."""
+    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
+    if limit is not None:  # a float is a fraction
+        batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
+    updates = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
+    total = cfg.epochs * updates
+    most = cfg.trainer.get("max_steps", -1)
+    return updates, total if most == -1 else min(total, most)
+
+
+def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
+    """The memory layout of weights and images; for ``auto`` what is fastest of what is right.
+
+    On CPUs channels_last is what ``benchmarks/layout.py`` measures as faster, on CUDA what
+    PyTorch's documentation recommends for its tensor cores.
+
+    Args:
+        cfg: of the run.
+        model: as it was built.
+        shape: channels, height and width of an image.
+
+    Raises:
+        ConfigError: channels_last was asked for, and its gradients are wrong on this CPU.
+    """
+    asked, accelerator = cfg.memory_format, cfg.trainer.accelerator
+    if accelerator == "auto" and not torch.cuda.is_available():
+        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
+    if wrong and asked == "channels_last":
+        raise ConfigError(
+            "memory_format=channels_last: on this CPU the gradient of a 1x1 convolution in this "
+            "model would be wrong, by a fault of oneDNN (its issue 6035); allowed are auto, "
+            "contiguous"
+        )
+    if asked != "auto":
+        return str(asked)
+    if wrong:
+        log.info("memory_format=auto: contiguous, as channels_last trains this model wrongly here")
+    return "contiguous" if wrong or accelerator == "mps" else "channels_last"
+
+
+def _build_all(cfg: DictConfig, group: str) -> list[Any]:
+    chosen = cfg.get(group) or {}  # ~callbacks leaves all out, callbacks.best=null one
+    return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
+
+
+def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> None:
+    if path is None:
+        return
+    checkpoint = read(path, mmap=True)
+    saved, now = checkpoint["hyper_parameters"], hparams
+    keys = [("model", key) for key in sorted({*saved["model"], *now["model"]})]
+    # Other settings may change; another optimizer could do nothing with the state of this one.
+    for group, key in [*keys, ("optimizer", "_target_")]:
+        of_run, given = saved.get(group, {}).get(key), now[group].get(key)
+        if of_run != given:
+            raise ConfigError(
+                f"ckpt_path={path}: is of another {group}, with {group}.{key}={of_run}; "
+                f"the configuration has {given}"
+            )
+    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
+    if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
+        raise ConfigError(f"ckpt_path={path}: its weights are not those of {now['model']}")
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

@@ -1,0 +1,181 @@
+"""When a run is saved: after every epoch, every so many updates, and when it is told to stop."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from sam_lightning.config.errors import Interrupted
+
+log = logging.getLogger(__name__)
+
+
+class StopSignal:
+    """Takes SIGINT, SIGTERM and, under SLURM, SIGUSR1 for a request to save and stop.
+
+    Training goes on to the end of the update it is in, so that a checkpoint never has perturbed
+    weights; elsewhere, and on a second request, the process stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.deferred = False  # whether someone looks at ``received`` soon
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Handle the signals here, also where someone else has asked for them since."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows handlers in the main thread only
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if "SLURM_JOB_ID" in os.environ:
+            signals.append(signal.SIGUSR1)
+        for signum in signals:
+            before = signal.signal(signum, self._handle)
+            self._before.setdefault(signum, before)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # A terminal and a launcher may both pass on one and the same request.
+        again = self.received is not None and time.monotonic() - self._at > 1
+        if self.received is None:
+            self.received, self._at = signum, time.monotonic()
+        if again or not self.deferred:
+            raise Interrupted(signum)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``, from which a run continues as if it had never stopped.
+
+    The one before it stays as ``previous.ckpt`` until the run is complete, in case the disk
+    damages the last. Place it behind other checkpoint callbacks, for it saves their state.
+
+    Args:
+        dirpath: the folder of both.
+        every_n_steps: save after so many updates too; None: at the end of epochs only.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        self.dirpath = Path(dirpath)
+        self.every_n_steps = every_n_steps
+        self.stop = StopSignal()
+        self.metrics: dict[str, float] = {}  # as logged before the last checkpoint
+        self._saved = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics, for a run that was stopped when it had only the test left."""
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up those of the checkpoint."""
+        self.metrics = state_dict["metrics"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen again: Lightning has set handlers that would end the run between two passes."""
+        self.stop.listen()
+        self.stop.deferred = True
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time, or time to stop; the epoch's last update is left to its end."""
+        if trainer.is_last_batch or trainer.global_step == self._saved:
+            return
+        stop = self._stop_agreed(trainer)
+        if stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            self._save(trainer)
+        if stop:
+            self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after the validation, and stop if asked to meanwhile."""
+        self._save(trainer)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if self._stop_agreed(trainer) and not last:
+            self._leave(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights are final: only the last checkpoint is of use."""
+        self.stop.deferred = False
+        if trainer.is_global_zero:
+            (self.dirpath / "previous.ckpt").unlink(missing_ok=True)
+        if self.stop.received is not None:
+            raise Interrupted(self.stop.received)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen again, as at the start of training."""
+        self.stop.listen()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Nothing is left to wait for."""
+        self.stop.deferred = False
+
+    def _stop_agreed(self, trainer: L.Trainer) -> bool:
+        """Whether any process was told to stop; all of them find the same at the same update."""
+        told = self.stop.received is not None
+        if trainer.world_size == 1:
+            return told
+        return trainer.strategy.reduce_boolean_decision(told, all=False)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved = trainer.global_step
+        self.metrics = {name: float(v) for name, v in trainer.callback_metrics.items()}
+        new, last = self.dirpath / "new.ckpt", self.dirpath / "last.ckpt"
+        trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            # Killed between the two, a run still has both, and continues from the newer.
+            if last.exists():
+                os.replace(last, self.dirpath / "previous.ckpt")
+            os.replace(new, last)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        signum = self.stop.received or signal.SIGTERM
+        log.warning(
+            "stopped by %s after update %d; ckpt_path=last continues",
+            signal.Signals(signum).name,
+            trainer.global_step,
+        )
+        if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1:
+            _requeue()
+        raise Interrupted(signum)
+
+
+def _requeue() -> None:
+    """Tell SLURM to start this job again when it can."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("scontrol requeue %s failed: %s", job, error)

@@ -1,0 +1,109 @@
+"""Sharpness and curvature in the course of a run, beside its losses in every logger."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from sam_lightning.analysis.curvature import top_eigenpairs, trace, worst_case
+from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.data.datamodule import ImageDataModule
+
+
+class SharpnessMonitor(Callback):
+    """Logs ``sharpness/worst``, ``sharpness/lambda_max`` and ``sharpness/trace``.
+
+    They are those of ``curvature.py``, on always the same training images, without augmentation
+    and label smoothing, normalised by running statistics. Training is not changed by a bit, only
+    slower. Rank 0 computes, with the running statistics of all devices, while the others wait.
+
+    Args:
+        every_n_epochs: measure after so many epochs, and after the last one.
+        images: how many training images to measure on.
+        batch_size: images at a time.
+        rho: radius of ``sharpness/worst``.
+        trace_samples: random vectors for the trace.
+        max_steps: products with the Hessian at most for the largest eigenvalue.
+        seed: of the images and of random vectors.
+
+    Raises:
+        ConfigError: an argument is out of its range, or the run has other data than an
+            ``ImageDataModule``.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        images: int = 512,
+        batch_size: int = 128,
+        rho: float = 0.05,
+        trace_samples: int = 8,
+        max_steps: int = 30,
+        seed: int = 0,
+    ) -> None:
+        counts = {
+            "every_n_epochs": every_n_epochs,
+            "images": images,
+            "batch_size": batch_size,
+            "trace_samples": trace_samples,
+            "max_steps": max_steps,
+        }
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise ConfigError(f"callbacks.sharpness.{name}={count}: must be an integer >= 1")
+        if not isinstance(rho, int | float) or not 0 < rho < float("inf"):
+            raise ConfigError(f"callbacks.sharpness.rho={rho}: must be a number > 0")
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"callbacks.sharpness.seed={seed}: must be an integer >= 0")
+        self.every_n_epochs = every_n_epochs
+        self.images = images
+        self.batch_size = batch_size
+        self.rho = float(rho)
+        self.trace_samples = trace_samples
+        self.max_steps = max_steps
+        self.seed = seed
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse data that one cannot take fixed images of."""
+        if not isinstance(getattr(trainer, "datamodule", None), ImageDataModule):
+            raise ConfigError("callbacks.sharpness: needs the data of an ImageDataModule")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Measure on rank 0 and log on all, so that other callbacks can monitor the values."""
+        epochs = trainer.current_epoch + 1
+        if epochs % self.every_n_epochs and epochs != trainer.max_epochs:
+            return
+        buffers = [buffer.clone() for buffer in pl_module.model.buffers()]
+        pl_module.average_running_stats()
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            with _uncompiled(pl_module.model):
+                values = self._measure(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        for buffer, local in zip(pl_module.model.buffers(), buffers, strict=True):
+            buffer.copy_(local)
+        values = trainer.strategy.broadcast(values)
+        pl_module.log_dict(values, logger=False)
+        pl_module.log_update(values)
+
+    def _measure(self, data: ImageDataModule, pl_module: Any) -> dict[str, float]:
+        options = (self.images, self.batch_size, self.seed, pl_module.device)
+        dtype = next(pl_module.parameters()).dtype
+        batches = [(x.to(dtype), y) for x, y in fixed_batches(data, "train", *options)]
+        surface = LossSurface(pl_module.model, batches)
+        generator = torch.Generator().manual_seed(self.seed)
+        top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
+        return {
+            "sharpness/worst": worst_case(surface, self.rho),
+            "sharpness/lambda_max": top.values[0].item(),
+            "sharpness/trace": trace(surface, generator, self.trace_samples, top)[0],
+        }
+
+
+def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Run a compiled model as it was written, for compiled code cannot be differentiated twice."""
+    if getattr(model, "_compiled_call_impl", None) is None:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,314 @@
+"""TensorBoard beyond curves: charts laid out, images, the model, and where the test went wrong."""
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.callbacks.sharpness import SharpnessMonitor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+# What only a run with callbacks=sharpness has.
+MONITORED = "Sharpness on fixed training images"
+# The charts of the page "Custom scalars" and the metrics in each.
+CHARTS = {
+    "Learning": {
+        "loss": ["train/loss", "val/loss"],
+        "accuracy": ["train/acc", "val/acc"],
+        "learning rate": ["train/lr"],
+    },
+    "Sharpness": {
+        "loss at the perturbed weights minus loss": ["train/sharpness"],
+        "cosine of the two passes' gradients": ["train/cosine"],
+        "norms of gradient and perturbation": ["train/grad_norm", "train/perturbation_norm"],
+    },
+    MONITORED: {
+        "rise of the loss within rho": ["sharpness/worst"],
+        "largest eigenvalue of the Hessian": ["sharpness/lambda_max"],
+        "trace of the Hessian": ["sharpness/trace"],
+    },
+    "Speed": {
+        "training images per second": ["train/images_per_second"],
+    },
+}
+WRONG_IMAGES = 25
+
+
+class Dashboard(Callback):
+    """Adds to what ``TensorBoardLogger``s get; a run without one is not touched.
+
+    - a layout of charts, and the training images per second of each epoch;
+    - images of the first training batch, augmented as the model sees them, and the model's graph;
+    - after the test, the confusion matrix over all devices, and the wrong predictions of largest
+      loss among the images of rank 0.
+
+    All of it is written by rank 0, outside the time to the first step, and changes no run by a bit.
+
+    Raises:
+        ConfigError: the run has other data than an ``ImageDataModule``.
+    """
+
+    def __init__(self) -> None:
+        self._seen = (0, 0.0)  # images and seconds of the epochs before this one
+        self._confusion: Tensor | None = None  # counts, label x prediction
+        self._wrong: list[Tensor] = []  # losses, labels, predictions, their probabilities, images
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse data whose images cannot be shown."""
+        if _loggers(trainer) and not isinstance(_data(trainer), ImageDataModule):
+            raise ConfigError("callbacks.dashboard: needs the data of an ImageDataModule")
+
+    # -------------------------------------------------------------------------------- training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lay out the charts; a resumed run writes the same once more."""
+        monitored = any(isinstance(c, SharpnessMonitor) for c in _callbacks(trainer))
+        layout = {
+            page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
+            for page, of in CHARTS.items()
+            if monitored or page != MONITORED
+        }
+        for writer in _writers(trainer):
+            writer.add_custom_scalars(layout)
+        self._seen = _throughput(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show the first batch, once it has been trained on."""
+        if trainer.current_epoch == 0 and batch_idx == 0:
+            for writer in _writers(trainer):
+                writer.add_image("train/first_batch", grid(_pixels(batch[0], _data(trainer))), 0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Log images per second, which never repeat, to TensorBoard only; add the model's graph."""
+        images, seconds = _throughput(trainer)
+        images, seconds = images - self._seen[0], seconds - self._seen[1]
+        self._seen = _throughput(trainer)
+        for writer in _writers(trainer):
+            if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short runs still
+                writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
+            if trainer.current_epoch == 0:
+                add_graph(writer, pl_module.model, _data(trainer).train.images.shape[1:])
+
+    # ------------------------------------------------------------------------------------ test
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from zero."""
+        if _loggers(trainer):
+            classes = _data(trainer).num_classes
+            self._confusion = torch.zeros(
+                classes, classes, dtype=torch.long, device=pl_module.device
+            )
+            self._wrong = []
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take up a batch and its logits, without waiting for the device."""
+        if self._confusion is None:
+            return
+        (images, labels), logits = batch, outputs.float()
+        probabilities, predicted = logits.softmax(1).max(1)
+        self._confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        losses = cross_entropy(logits, labels, reduction="none")
+        losses = losses.masked_fill(predicted == labels, -math.inf)
+        found = _first([losses, labels, predicted, probabilities, images])
+        if self._wrong:
+            found = _first([torch.cat(both) for both in zip(self._wrong, found, strict=True)])
+        self._wrong = found
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the confusion matrix and the wrong predictions."""
+        if self._confusion is None:
+            return
+        confusion = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu()
+        data, step = _data(trainer), trainer.global_step
+        for writer in _writers(trainer):
+            writer.add_figure("test/confusion", draw_confusion(confusion, data.classes), step)
+            losses, *wrong = self._wrong
+            labels, predicted, probabilities, images = (v[losses != -math.inf] for v in wrong)
+            if len(images):
+                names = [_short(name, 12) for name in data.classes]
+                found = zip(labels, predicted, probabilities, strict=True)
+                titles = [f"{names[i]}\n→ {names[j]}, {100 * p:.0f} %" for i, j, p in found]
+                figure = draw_images(_pixels(images, data), titles)
+                writer.add_figure("test/most_wrong", figure, step)
+        self._confusion, self._wrong = None, []
+
+
+def _loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _writers(trainer: L.Trainer) -> list[Any]:
+    """The ``SummaryWriter``s, on rank 0."""
+    return [logger.experiment for logger in _loggers(trainer) if trainer.is_global_zero]
+
+
+def _data(trainer: Any) -> Any:
+    return trainer.datamodule
+
+
+def _callbacks(trainer: Any) -> list[Callback]:
+    return trainer.callbacks
+
+
+def _throughput(trainer: Any) -> tuple[int, float]:
+    """Images and seconds up to now."""
+    counters = [c for c in _callbacks(trainer) if isinstance(c, Throughput)]
+    return (counters[0].images, counters[0].seconds) if counters else (0, 0.0)
+
+
+def _first(values: list[Tensor]) -> list[Tensor]:
+    """The rows with the largest of the first values, largest first."""
+    order = values[0].topk(min(WRONG_IMAGES, len(values[0]))).indices
+    return [value[order] for value in values]
+
+
+def _short(name: str, length: int = 18) -> str:
+    short = name if len(name) <= length else f"{name[: length - 1]}…"
+    return short.replace("$", r"\$")  # or matplotlib would read formulas
+
+
+def _pixels(images: Tensor, data: ImageDataModule) -> Tensor:
+    """Undo the normalisation of at most 64 images: uint8 N x C x H x W, C = 1 or 3, on the CPU."""
+    assert data.mean is not None
+    assert data.std is not None
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    pixels = (images[:64].float().cpu() * std + mean).mul(255).round().clamp(0, 255)
+    if pixels.shape[1] not in (1, 3):
+        pixels = pixels.mean(1, keepdim=True)
+    return pixels.byte()
+
+
+def grid(pixels: Tensor) -> Tensor:
+    """At most 64 images in rows, in not much more than 1,000 x 1,000 pixels: 3 x H x W."""
+    from torchvision.utils import make_grid  # slow to import
+
+    per_row = min(8, max(1, 1024 // pixels.shape[3]))
+    rows = min(8, max(1, 1024 // pixels.shape[2]))
+    return make_grid(pixels[: rows * per_row], nrow=per_row, pad_value=255)
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
+    """Trace the model with one image, C x H x W; where it cannot be traced, only say so."""
+    first = next(model.parameters())
+    image = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
+    modes = {module: module.training for module in model.modules()}
+    compiled = getattr(model, "_compiled_call_impl", None)
+    try:
+        if compiled is not None:
+            model._compiled_call_impl = None  # its code as it was written
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([first.device] if first.is_cuda else []),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),  # torch prints errors too, in many lines
+        ):
+            warnings.simplefilter("ignore")
+            model.eval()
+            # Unchecked: to trace it once more, and compare, would take half of the time.
+            writer.add_graph(torch.jit.trace(model, image, check_trace=False), image)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        log.warning("TensorBoard gets no graph of the model: %s: %s", type(error).__name__, reason)
+    finally:
+        if compiled is not None:
+            model._compiled_call_impl = compiled
+        for module, training in modes.items():
+            module.training = training
+
+
+# ------------------------------------------------------------------------------------- the figures
+
+
+def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
+    """How often each label (rows) was predicted as each class (columns), in percent of the label.
+
+    Args:
+        counts: label x prediction, integers.
+        classes: their names.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    from sam_lightning import plotting as plots
+
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    number = len(classes)
+    side = min(12.0, 3.5 + 0.1 * max(number, 10))
+    with plots.style():
+        figure = Figure(figsize=(side + 0.6, side), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        # By their roots, for in a good model the errors are a few percent here and there.
+        shown = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        if number <= 100:
+            size = 9 if number <= 20 else 5
+            names = [_short(name) for name in classes]
+            upright = 90 if max(map(len, names)) > 2 else 0
+            axes.set_xticks(range(number), names, rotation=upright, fontsize=size)
+            axes.set_yticks(range(number), names, fontsize=size)
+        for i, j in counts.nonzero().tolist() if number <= 10 else []:
+            share = shares[i, j].item()
+            at: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+            axes.text(j, i, f"{share:.1f}", c="white" if share > 40 else "black", **at)
+        right = 100 * counts.diagonal().sum() / counts.sum()
+        axes.set(xlabel="prediction", ylabel="label", title=f"test accuracy {right:.2f} %")
+        axes.grid(False)
+        figure.colorbar(shown, ax=axes, label="% of the label", shrink=0.8, aspect=30)
+    return figure
+
+
+def draw_images(pixels: Tensor, titles: Sequence[str]) -> "Figure":
+    """Images, uint8 N x C x H x W, in rows of five, each below its title of two lines."""
+    from matplotlib.figure import Figure
+
+    from sam_lightning import plotting as plots
+
+    rows, ratio = math.ceil(len(pixels) / 5), pixels.shape[2] / pixels.shape[3]
+    step = ratio + 0.4  # of a row, in widths of an image
+    with plots.style():
+        figure = Figure(figsize=(7, 7 / 5.8 * (rows * step + 0.1)), dpi=120)
+        axes = figure.add_axes((0, 0, 1, 1))
+        for i, (image, title) in enumerate(
+            zip(pixels.permute(0, 2, 3, 1).numpy(), titles, strict=True)
+        ):
+            left, bottom = i % 5 * 1.15, (i // 5 + 1) * step
+            colours: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255}
+            axes.imshow(image, extent=(left, left + 1, bottom, bottom - ratio), **colours)
+            axes.text(left, bottom - ratio - 0.05, title, fontsize=8)
+        axes.set(xlim=(-0.1, 5.7), ylim=(rows * step + 0.1, 0))
+        axes.axis("off")
+    return figure

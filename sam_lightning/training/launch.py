@@ -1,0 +1,261 @@
+"""Processes of a run on several devices.
+
+Lightning starts them by repeating the command line, which under a sweep repeats the sweep. Here
+they are started with the finished configuration instead, so that a process is always part of the
+run it was started for, and the end of one ends all. They find each other through files in a private
+folder and talk over the loopback interface, so that no other host can reach them.
+"""
+
+import logging
+import multiprocessing
+import os
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    RunProcsResult,
+    SignalException,
+    start_processes,
+)
+
+from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
+from sam_lightning.runs.failures import record_failure
+
+log = logging.getLogger(__name__)
+
+# Data parallel, with a copy of the weights in every process.
+STRATEGIES = ("auto", "ddp")
+# What gloo says, and the store before gloo is connected.
+TIMEOUTS = ("Timed out waiting", "Wait timeout", "Timeout waiting for key")
+NOTICED_WITHIN = 5.0  # seconds in which all that live notice that one does not answer
+
+
+def externally_launched() -> bool:
+    """Whether torchrun, SLURM or ``launch`` has started this process as one of several."""
+    return launched() is not None
+
+
+def local_processes(trainer: DictConfig) -> int:
+    """Number of processes on this machine.
+
+    Raises:
+        ConfigError: there is no such accelerator here, there are fewer devices, the strategy does
+            not keep whole weights, or torchrun or SLURM has started another number of processes.
+    """
+    strategy = trainer.get("strategy", "ddp")
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"trainer.strategy={strategy}: allowed is {', '.join(STRATEGIES)}: perturbing needs "
+            "whole weights in every process"
+        )
+    processes, nodes = _devices_here(trainer), trainer.get("num_nodes", 1)
+    found = launched()
+    if found is not None and processes * nodes != found.processes:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}, trainer.num_nodes={nodes}: {found.launcher} has "
+            f"started {found.processes} processes; leave both out, or give what makes that number"
+        )
+    return processes
+
+
+def _devices_here(trainer: DictConfig) -> int:
+    accelerator, devices = trainer.accelerator, trainer.devices
+    gpus = torch.cuda.device_count()
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("trainer.accelerator=mps: there is no Apple GPU here; use cpu or auto")
+    if accelerator in ("cuda", "gpu") and gpus == 0:
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use cpu or auto"
+        )
+    on_gpus = accelerator in ("cuda", "gpu") or (accelerator == "auto" and gpus > 0)
+    apple = accelerator != "cpu" and torch.backends.mps.is_available()
+    if trainer.get("precision") == "16-mixed" and not (on_gpus or apple):
+        raise ConfigError("trainer.precision=16-mixed: is for GPUs; use bf16-mixed or 32-true")
+    if trainer.get("sync_batchnorm") and not on_gpus:
+        raise ConfigError("trainer.sync_batchnorm=true: PyTorch has it for GPUs only; set false")
+    if devices == "auto":
+        return gpus if on_gpus else 1
+    if not isinstance(devices, int):
+        if not on_gpus:
+            raise ConfigError(f"trainer.devices={devices}: indices are for GPUs; give a number")
+        if max(devices) >= gpus:
+            raise ConfigError(f"trainer.devices={devices}: the GPUs here are 0 to {gpus - 1}")
+        return len(devices)
+    if on_gpus and devices > gpus:
+        raise ConfigError(f"trainer.devices={devices}: there are {gpus} GPUs here")
+    return devices
+
+
+def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
+    """Connect the processes before Lightning does, for the data is prepared by one of them.
+
+    Whatever they wait for each other later on, ``trainer.timeout`` seconds are the limit.
+
+    Args:
+        trainer: what the configuration says of devices.
+        store: where the processes find each other; None: where torchrun or SLURM says.
+    """
+    if dist.is_initialized():
+        return
+    options: dict[str, Any] = {}
+    if "timeout" in trainer:
+        options["timeout"] = timedelta(seconds=trainer.timeout)
+    if store is not None:
+        options |= {"store": store, "rank": number("RANK", 0)}
+        options["world_size"] = number("WORLD_SIZE", 1)
+        if "timeout" in options:  # torch sets it for stores that it makes itself
+            store.set_timeout(options["timeout"])
+    elif "WORLD_SIZE" not in os.environ:
+        slurm = SLURMEnvironment()
+        # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
+        log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
+        options |= {"rank": slurm.global_rank(), "world_size": slurm.world_size()}
+    cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if cuda:
+        # NCCL takes the current device, which is the first one in every process until Lightning
+        # sets it, later on.
+        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
+        devices = trainer.devices
+        torch.cuda.set_device(local if isinstance(devices, int | str) else devices[local])
+    dist.init_process_group("nccl" if cuda else "gloo", **options)
+
+
+def end_process_group() -> None:
+    """Disconnect the processes, if they are connected; for a process that is about to end.
+
+    Otherwise gloo's threads may let go of a tensor while Python is being taken apart, which aborts
+    a process that has done all its work (pytorch issue 190489). Not after an error: it could wait
+    for a process that has ended.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
+    """Run ``training.train`` in new processes on this machine and return rank 0's metrics.
+
+    Raises:
+        TrainingError: names the rank whose failure was noticed first, and its error.
+    """
+    if cfg.trainer.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start every node's processes with "
+            "torchrun or SLURM"
+        )
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
+    try:
+        with TemporaryDirectory(prefix="sam_lightning_", ignore_cleanup_errors=True) as folder:
+            result = _run_workers(cfg, processes, folder)
+    except SignalException as error:  # the processes have been told, and have saved
+        raise Interrupted(int(error.sigval)) from error
+    if result.is_failed():
+        # The first that was noticed: the others have been told to end.
+        rank, failure = next(iter(result.failures.items()))
+        text = failure.message
+        reason = text.get("message", text) if isinstance(text, dict) else text
+        message = f"rank {rank} of {processes} failed: {reason}"
+        record_failure(cfg, message)
+        raise TrainingError(message)
+    return result.return_values[0]
+
+
+def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult:
+    """Start the processes, wait for them, and terminate all if one fails or a signal comes."""
+    # Otherwise each process would use as many threads as there are cores.
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+    config = OmegaConf.to_container(cfg, resolve=True)
+    ranks, run_id = range(processes), Path(folder).name
+    context = start_processes(
+        "run",
+        _worker,
+        args=dict.fromkeys(ranks, (config, threads, folder)),
+        envs={rank: _environment(rank, processes, run_id) for rank in ranks},
+        logs_specs=DefaultLogsSpecs(folder),  # what a process fails with is in a file there
+    )
+    try:
+        result = context.wait(period=0.1)
+        assert result is not None  # it waits as long as it takes
+        return result
+    except SignalException as error:
+        context.close(error.sigval)
+        raise
+    finally:
+        context.close()
+
+
+def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
+    """The variables of one process: what torchrun would say, and the network to use."""
+    loopback = _loopback()
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # Lightning needs an id to believe the ranks, or SLURM's own would win inside of a job.
+        "TORCHELASTIC_RUN_ID": run_id,
+        # Gloo would listen on the address of the host's name, NCCL on any interface but this. The
+        # run is on one machine, so this holds whatever the user has set.
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not how it begins
+    }
+
+
+def _loopback() -> str:
+    """The name of the interface that no other host can reach: lo on Linux, lo0 on macOS.
+
+    Raises:
+        ConfigError: there is none of these names.
+    """
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            return name
+    raise ConfigError("trainer.devices: several processes need the interface lo, or lo0")
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Whether to show a process's traceback: not of an error that is said in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return f"{ConfigError.__module__}." not in str(error)
+
+
+def _worker(config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
+    from sam_lightning.training.run import train
+
+    # Back from the way that this process was started in, by which each of its loading processes
+    # would import everything again, to the platform's own.
+    multiprocessing.set_start_method(None, force=True)
+    torch.set_num_threads(threads)
+    cfg = OmegaConf.create(config)
+    try:
+        init_process_group(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)))
+        metrics = train(cfg)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in TIMEOUTS):
+            raise
+        raise TrainingError(
+            f"{_silent(Path(folder))} within trainer.timeout={cfg.trainer.timeout} s"
+        ) from error
+    end_process_group()
+    return metrics
+
+
+def _silent(folder: Path) -> str:
+    """Which ranks do not answer: those that do not wait for others themselves."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    (folder / f"waits_{rank}").touch()
+    time.sleep(NOTICED_WITHIN)
+    silent = [str(r) for r in range(ranks) if not (folder / f"waits_{r}").exists()]
+    if not silent:
+        return "the ranks have not reached each other"
+    return f"rank {' and '.join(silent)} has not answered"

@@ -1,0 +1,207 @@
+"""A run: fitted, tested, recorded, and continued where an earlier one stopped."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.schema import one_line
+from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.runs.checkpoint import newest
+from sam_lightning.runs.record import Record
+from sam_lightning.training.build import make_data, make_module, make_trainer
+from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
+from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
+from sam_lightning.training.launch import (
+    externally_launched,
+    init_process_group,
+    launch,
+    local_processes,
+)
+from sam_lightning.training.module import SAMModule
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Fit, test and record one run.
+
+    Several devices without a launcher around (torchrun, SLURM): starts a process for each.
+
+    Args:
+        cfg: a configuration as composed from ``conf/train.yaml``.
+
+    Returns:
+        the final metrics by name, such as ``test/acc``.
+
+    Raises:
+        ConfigError: a setting does not fit this machine, the data or the checkpoint.
+        TrainingError: the run could not go on.
+    """
+    processes = local_processes(cfg.trainer)
+    world_size = processes * cfg.trainer.num_nodes
+    if cfg.batch_size % world_size:
+        raise ConfigError(
+            f"batch_size={cfg.batch_size}: is over all devices together, and must be a "
+            f"multiple of their number, {world_size}"
+        )
+    _quieten()
+    external = externally_launched()
+    if world_size > 1 and external:
+        init_process_group(cfg.trainer)
+    resume(cfg)
+    if world_size > 1 and not external:
+        _check_parts(cfg)  # what is wrong is said once, before processes start
+        return launch(cfg, processes)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    throughput = Throughput()
+    trainer = make_trainer(cfg, processes, throughput)
+    data = make_data(cfg, trainer)
+    module = make_module(cfg, data)
+    _check_validation(cfg, data)
+    return execute(cfg, trainer, data, module, throughput)
+
+
+def resume(cfg: DictConfig) -> None:
+    """Replace a ``ckpt_path`` that is ``last`` or a run's folder by the newest whole checkpoint.
+
+    ``last`` is that of this run's own folder; where there is none yet, the run starts anew.
+
+    Raises:
+        ConfigError: the folder given has no checkpoint that is whole.
+    """
+    if cfg.ckpt_path is None or Path(cfg.ckpt_path).is_file():
+        return
+    found: list[str | ConfigError | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:  # rank 0 alone knows the run's folder
+        try:
+            found = [_newest_of_run(cfg)]
+        except ConfigError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], ConfigError):  # on all, or the others would wait
+        raise found[0]
+    cfg.ckpt_path = found[0]
+
+
+def _newest_of_run(cfg: DictConfig) -> str | None:
+    own = cfg.ckpt_path == "last"
+    folder = Path(cfg.output_dir if own else cfg.ckpt_path)
+    path = newest(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+    if path is None and not own:
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no checkpoint in it")
+    log.info("%s", "starting anew" if path is None else f"continuing from {path}")
+    return None if path is None else str(path)
+
+
+def _check_parts(cfg: DictConfig) -> None:
+    data = make_data(cfg)
+    make_module(cfg, data)
+    _check_validation(cfg, data)
+
+
+def execute(
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    data: ImageDataModule,
+    module: SAMModule,
+    throughput: Throughput,
+) -> dict[str, float]:
+    """Fit and test, and leave ``metrics.json`` behind however that ends."""
+    if data.val is None:  # nothing to choose the best by
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [c for c in callbacks if not _chooses_by_validation(c)]
+    savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]  # type: ignore[attr-defined]
+    stop = savers[0].stop if savers else StopSignal()
+    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
+        _continue_logs(cfg, trainer)
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        for saver in savers:
+            record.add(saver.metrics)
+        record.add(trainer.callback_metrics)
+        if cfg.test:
+            trainer.test(module, datamodule=data, verbose=False)
+            record.add(trainer.callback_metrics)
+    return record.metrics
+
+
+def _chooses_by_validation(callback: L.Callback) -> bool:
+    monitor = str(getattr(callback, "monitor", ""))
+    return isinstance(callback, Checkpoint) and monitor.startswith("val/")
+
+
+def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Drop from the logs in the run's folder what is behind the checkpoint: lost work."""
+    step = -1
+    if cfg.ckpt_path is not None:
+        step = torch.load(cfg.ckpt_path, weights_only=True, mmap=True)["global_step"]
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV) and cfg.ckpt_path is not None:
+            logger.continue_from(step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1
+
+
+@contextmanager
+def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
+    try:
+        yield
+    except MisconfigurationException as error:  # of the trainer or a callback
+        raise ConfigError(one_line(error)) from error
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ConfigError(f"trainer.val_check_interval: {one_line(error)}") from error
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise ConfigError(one_line(error)) from error
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise TrainingError(
+                f"out of memory: lower batch_size={cfg.batch_size}, or divide it and raise "
+                "trainer.accumulate_grad_batches="
+                f"{cfg.trainer.accumulate_grad_batches} by as much ({one_line(error)})"
+            ) from error
+        raise
+
+
+def _check_validation(cfg: DictConfig, data: ImageDataModule) -> None:
+    metric = str(cfg.optimized_metric)
+    watched = {"optimized_metric": metric}
+    for name, callback in (cfg.get("callbacks") or {}).items():
+        if str(callback and callback.get("_target_")).endswith(".EarlyStopping"):
+            watched[f"callbacks.{name}.monitor"] = str(callback.get("monitor"))
+    for key, value in watched.items():
+        if value.startswith("val/") and data.val is None:
+            raise ConfigError(f"{key}={value}: there is no validation data; set data.val_size")
+    if metric.endswith("/acc5") and data.num_classes < 10:
+        raise ConfigError(f"optimized_metric={metric}: needs at least 10 classes")
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says of every run; what matters is said by the run itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`srun` command is available.*",  # a login node; the launchers are told apart by us
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
+        ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
+        ".*broadcast_buffers.* is deprecated.*",
+        ".*all_gather.* is deprecated.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation data
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,62 @@
+"""Figures of the documentation: what they show is what the optimizer does."""
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from sklearn.datasets import load_breast_cancer
+
+import sam_update as figures
+from sam_lightning.config.errors import ConfigError
+
+
+def gradient(w):
+    """Of the mean logistic loss of w[0] * w[1] * radius."""
+    bunch = load_breast_cancer()
+    x = bunch.data[:, 0]
+    x = (x - x.mean()) / x.std(ddof=1)
+    malignant = bunch.target == 0
+    slope = np.mean((1 / (1 + np.exp(-w[0] * w[1] * x)) - malignant) * x)
+    return slope * np.array([w[1], w[0]])
+
+
+def test_the_update_is_that_of_the_formula():
+    options = OmegaConf.create({"start": [0.6, 1.8], "lr": 1.5})
+    rho, expected = 0.4, [np.array([0.6, 1.8])]
+    for _ in range(5):
+        w = expected[-1]
+        g = gradient(w)
+        climbed = w + rho * g / np.linalg.norm(g)
+        expected += [climbed, w - 1.5 * gradient(climbed)]
+    assert np.array(figures.walk(options, rho, 5)) == pytest.approx(np.array(expected), rel=1e-9)
+    sgd = figures.walk(options, 0.0, 1)
+    assert sgd[1] == sgd[0]
+    assert sgd[2] == pytest.approx(expected[0] - 1.5 * gradient(expected[0]), rel=1e-9)
+
+
+def test_sam_goes_on_to_where_the_valley_is_wide():
+    """What the right panel shows: both end on the curve of minima, SAM at equal weights."""
+    options = figures.FIGURES["update"].defaults
+    ends = [figures.walk(OmegaConf.create(dict(options)), rho, 200)[-1] for rho in (0, 0.4)]
+    assert np.linalg.norm(gradient(ends[0])) < 1e-6
+    assert [b - a for a, b in ends] == [pytest.approx(0.67, abs=0.01), pytest.approx(0, abs=0.1)]
+
+
+def test_the_command(tmp_path, capsys):
+    figures.main(["update", f"out={tmp_path}/folder/name", "steps=3"])
+    assert capsys.readouterr().out.count("folder/name.") == 2
+    for form in ("png", "svg"):
+        assert (tmp_path / "folder" / f"name.{form}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["updat"], "updat: no such figure; did you mean update?"),
+        (["update", "start=3"], "start=3: allowed is two numbers, as in start=[0.6,1.8]"),
+        (["update", "rh=1"], "rh=1: no such key; did you mean rho?"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message):
+    with pytest.raises(ConfigError) as raised:
+        figures.main(arguments)
+    assert str(raised.value) == message

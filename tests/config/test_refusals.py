@@ -1,0 +1,378 @@
+"""Wrong input of every kind ends in one clear line, before torch is loaded where it can."""
+
+from functools import cache
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from commands import SMALL, TRAIN, assert_refused, serve
+from sam_lightning.cli import CONF, top_level
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import check
+
+
+@pytest.fixture(scope="module")
+def light():
+    yield from serve("sam_lightning.cli", "hydra_plugins.hydra_optuna_sweeper._impl")
+
+
+@pytest.fixture(scope="module")
+def heavy():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU on any machine
+        yield from serve("sam_lightning.training.run", "torchvision.datasets", "sklearn.datasets")
+
+
+LIGHT = [
+    # names
+    ("rhoo=0.1", "rhoo=0.1: no such key; did you mean rho?"),
+    ("++lrr=9", "lrr=9: no such key; did you mean lr?"),
+    ("+foo=1", "foo=1: no such key; allowed are data, model, ", " rho, epochs, "),
+    ("model.widht=16", "model.widht=16: no such key; did you mean model.width?"),
+    ("data.foo=1", "data.foo=1: no such key; allowed in data are val_size, subset, "),
+    ("width=16", "width=16: no such key; did you mean model.width?"),
+    ("optim.momentum=0.9", "optim.momentum=0.9: no such key; did you mean optimizer.momentum?"),
+    (
+        "optimizer=adamw optimizer.momentum=0.9",
+        "optimizer.momentum=0.9: no such key; allowed in optimizer are _target_, lr, betas, ",
+    ),
+    ("hydra.foo=1", "hydra.foo=1: no such key"),
+    ("method=samm", "method=samm: allowed are asam, ", ", sgd; did you mean sam?"),
+    ("data=cifar", "data=cifar: allowed are cifar10, cifar100, ", "did you mean cifar10?"),
+    ("model=null", "model=null: allowed are ", ", resnet18, "),
+    ("experiment=quick", "experiment=quick: allowed are ", "did you mean quickstart?"),
+    ("experiment=../x", "experiment/..=x: allowed are digits_label_noise, "),
+    ("experiment=", "experiment=: allowed are digits_label_noise, "),
+    (
+        "logger=[csv,tensorbord]",
+        "logger=tensorbord: allowed are csv, ",
+        "did you mean tensorboard?",
+    ),
+    ("model=3", "model=3: allowed are ", ", resnet18, "),
+    ("model={a:1}", "model={a:1}: allowed are ", ", resnet18, "),
+    ("++model=resnet34", "++model=resnet34: allowed are ", ", resnet18, ", ", without +"),
+    ("data=base", "data.source._target_: must be given, as in data.source._target_=..."),
+    ("RHO=1", "RHO=1: no such key; allowed are seed, rho, "),
+    ("model.width.x=3", "model.width.x=3: no such key; did you mean model.width?"),
+    ("defaults=[]", "defaults=[]: no such key"),
+    # left out
+    ("~rho", "rho: must be given, as in rho=..."),
+    ("~optimizer", "optimizer: must be given, as in optimizer=..."),
+    ("~method.rho", "method.rho: must be given, as in method.rho=..."),
+    ("~trainer.devices", "trainer.devices: must be given, as in trainer.devices=..."),
+    ("~model._target_", "model._target_: must be given, as in model._target_=..."),
+    ("data.source=null", "data.source._target_: must be given, as in data.source._target_=..."),
+    ("lr=???", "lr: must be given, as in lr=..."),
+    ("~nothing", "~nothing: no such key; allowed are seed, "),
+    ("~modell", "~modell: no such key; did you mean model?"),
+    ("data=image_folder", "data.root: must be given, as in data.root=..."),
+    # values, more of them below
+    ("rho=-0.1", "rho=-0.1: allowed is a number >= 0"),
+    ("rho=", "rho=: allowed is a number >= 0"),
+    ("rho=${lrr}", "rho=${lrr}: Interpolation key 'lrr' not found"),
+    # what a configuration may name: more in test_security.py
+    ("model._target_=os.system", "model._target_=os.system: allowed are names in sam_lightning"),
+    ("callbacks.last._target_=os.system", "callbacks.last._target_=os.system: allowed are"),
+    ("model._target_=null", "model._target_=None: allowed are names in sam_lightning"),
+    # files and folders
+    ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt: no such file"),
+    ("data=image_folder data.root=nowhere", "data.root=nowhere: no such folder"),
+    ("data=cifar10 data.root=null", "data.root=null: allowed is the path of a folder"),
+    ("task_name=", "task_name=: allowed is a name of letters, digits, -, _ and ."),
+    ("task_name=../../x", "task_name=../../x: allowed is a name of letters, digits, -, _ and ."),
+    ("output_dir=null", "output_dir=null: allowed is the path of a folder"),
+    ("output_dir={train}/x", "output_dir={train}/x: cannot be written (Not a "),
+    ("logger.csv.root_dir={train}/x", "logger.csv.root_dir={train}/x: cannot be written (Not a "),
+    ("logger.tensorboard.save_dir={train}", "save_dir={train}: cannot be written (File exists)"),
+    ("callbacks.last.dirpath={train}/x", "callbacks.last.dirpath={train}/x: cannot be written "),
+    ("callbacks.best.dirpath=3", "callbacks.best.dirpath=3: allowed is the path of a folder"),
+    ("hydra.run.dir=", "hydra.run.dir=: must be the path of a folder"),
+    ("hydra.run.dir=${nope}", "hydra.run.dir: Interpolation key 'nope' not found"),
+    ("hydra.run.dir={train}", "hydra.run.dir={train}: cannot be made (File exists)"),
+    ("hydra.run.dir={train}/x", "hydra.run.dir={train}/x: cannot be made (Not a directory)"),
+    ("-m rho=1,2 hydra.sweep.dir={train}/x", "hydra.sweep.dir={train}/x: cannot be made (Not a "),
+    ("hydra.run.dir=. rho=-1", "rho=-1: allowed is a number >= 0"),
+    ("hydra.job.chdir=true rho=-1", "rho=-1: allowed is a number >= 0"),
+    (
+        "hydra.job_logging.handlers.file.filename=/proc/x",
+        "hydra.job_logging.handlers.file.filename=/proc/x: cannot be written ([Errno 2] No such f",
+    ),
+    (
+        "hydra.job_logging.root.level=LOUD",
+        "hydra.job_logging.root.level=LOUD: Unable to configure root logger (Unknown level: ",
+    ),
+    ("hydra.job.name=a/b", "hydra.job_logging: cannot be written ([Errno 2] No such file or "),
+    # the form of an argument
+    ("rho=[", "rho=[: not of the form key=value"),
+    ("rho='0.1", "rho='0.1: not of the form key=value"),
+    ("rho={a", "rho={a: not of the form key=value"),
+    ("rho=0.1;ls", "rho=0.1;ls: not of the form key=value"),
+    ("rho=1e−3", "rho=1e−3: not of the form key=value"),
+    ("ρ=0.1", "ρ=0.1: not of the form key=value"),
+    ("=1", "'=1': not of the form key=value"),
+    ("~", "'~': not of the form key=value"),
+    ("rho", "rho: not of the form key=value"),
+    ("rho=0.1,0.2", "rho=0.1,0.2", "To sweep over it, add --multirun"),
+    ("rho=range(0,1)", "rho=range(0,1)", "requires --multirun"),
+    ("hydra.mode=FOO", "hydra.mode=FOO: Invalid value 'FOO', expected one of [RUN, MULTIRUN]"),
+    ("hydra/launcher=nope", "hydra/launcher=nope: allowed are basic"),
+    # flags
+    ("--multirn", "--multirn: no such flag; did you mean --multirun?"),
+    ("--rho=1", "--rho=1: no such flag"),
+    ("-x", "-x: no such flag; a setting is given as key=value"),
+    ("--cfg jobs", "--cfg/-c: invalid choice: 'jobs'"),
+    ("--cfg", "--cfg/-c: expected one argument"),
+    ("--resolve", "--resolve flag can only be used in conjunction with --cfg"),
+    ("--run --multirun", "Only one of --run, --multirun, "),
+    ("--config-name=nope", "Cannot find primary config 'nope'."),
+    # sweeps
+    ("-m method=sam,samm", "method=samm: allowed are asam, "),
+    ("-m rhoo=0.1,0.2", "rhoo=0.1,0.2: no such key; did you mean rho?"),
+    ("-m rho=1,2 hydra.sweeper.max_batch_size=0", "max_batch_size=0: allowed is a whole number"),
+    ("sweep=rho_optuna hydra.sweeper.n_trials=0", "n_trials=0: allowed is a whole number >= 1"),
+    ("sweep=rho_optuna hydra.sweeper.direction=up", "direction=up: allowed is minimize, maximize"),
+    ("sweep=rho_optuna optimized_metric=null", "optimized_metric=null: a search needs one, such"),
+    ("-m rho=range(0,1,0)", "rho=range(0,1,0): range() arg 3 must not be zero"),
+    ("-m rho=range(1,0)", "rho=range(1,0): stands for no value"),
+    ("-m method=glob(nope*)", "method=glob(nope*): stands for no value"),
+    ("-m sweep=seeds,rho_grid", "sweep=seeds,rho_grid: one at a time"),
+    ("-m rho=1,2 hydra.sweep.dir=${nope}", "hydra.sweep.dir: Interpolation key 'nope' not found"),
+    ("-m rho=1,2 hydra/launcher=submitit_slurm", "=submitit_slurm: there is no srun here; start "),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db",
+        "hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db: cannot be opened (",
+        "unable to open database file); allowed is null, or a URL such as sqlite:////home/me/",
+    ),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlitee:///x.db",
+        "hydra.sweeper.storage=sqlitee:///x.db: cannot be opened (Can't load plugin: ",
+    ),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage=sqlite:///{train}",
+        "hydra.sweeper.storage=sqlite:///{train}: cannot be opened (",
+        "file is not a database); allowed is null",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.sampler._target_=nope", "Error locating target 'nope'"),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage.path=/proc/x/optuna.db",
+        "hydra.sweeper.storage=sqlite:////proc/x/optuna.db: cannot be opened (",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.storage=3", "storage=3: allowed is the URL of a database, "),
+    (
+        "sweep=rho_optuna hydra.sweeper.storage.path=null",
+        "path=null: allowed is the path of a file",
+    ),
+    ("sweep=rho_optuna hydra.sweeper.max_failure_rate=2", "failure_rate=2.0: allowed is a number "),
+    ("sweep=rho_optuna hydra.sweeper.n_jobs=0", "n_jobs=0: allowed is a whole number >= 1"),
+    (
+        "-m rho=1,2 hydra/launcher=joblib hydra.launcher.n_jobs=0",
+        "hydra.launcher.n_jobs=0: allowed is a whole number other than 0",
+    ),
+]
+
+
+@pytest.mark.parametrize("row", LIGHT, ids=lambda row: row[0])
+def test_wrong_input_is_refused_before_torch_is_loaded(light, tmp_path, row):
+    arguments, *fragments = (text.replace("{train}", str(TRAIN)) for text in row)
+    result = light(tmp_path, *SMALL, *arguments.split())
+    assert_refused(result, *fragments)
+    assert not result.torch
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["cwd"]
+
+
+VALUES = [
+    ("rho=abc", "rho=abc: allowed is a number >= 0"),
+    ("rho=nan", "rho=nan: allowed is a number >= 0"),
+    ("rho=inf", "rho=inf: allowed is a number >= 0"),
+    ("rho=null", "rho=null: allowed is a number >= 0"),
+    ("rho=true", "rho=True: allowed is a number >= 0"),
+    ("rho=[0.1]", "rho=[0.1]: allowed is a number >= 0"),
+    ("rho=0x10", "rho=0x10: allowed is a number >= 0"),
+    ("rho=${rho}", "rho=${rho}: Recursive interpolation detected"),
+    ("rho=${oc.env:NOT_SET}", "rho=${oc.env:NOT_SET}: ", "'NOT_SET' not found"),
+    ("+rho.x=1", "rho={'x': 1}: allowed is a number >= 0"),
+    ("method.rho=-1", "method.rho=-1: allowed is a number >= 0"),
+    ("method.name=3", "method.name=3: allowed is a text"),
+    ("method=asam method.perturbation.eta=-1", "method.perturbation.eta=-1: allowed is a number"),
+    ("method=asam method.perturbation.eta=x", "method.perturbation.eta=x: allowed is a number"),
+    ("method.every=2.5", "method.every=2.5: allowed is a whole number >= 1"),
+    ("seed=-1", "seed=-1: allowed is a whole number from 0 to 4294967295"),
+    ("seed=4294967296", "seed=4294967296: allowed is a whole number from 0 to"),
+    ("seed=1.5", "seed=1.5: allowed is a whole number from 0 to"),
+    ("epochs=0", "epochs=0: allowed is a whole number >= 1"),
+    ("epochs=1e9", "epochs=1000000000.0: allowed is a whole number >= 1"),
+    ("batch_size=-inf", "batch_size=-inf: allowed is a whole number from 1 to 1000000000"),
+    ("batch_size=100000000000000000000", "=100000000000000000000: allowed is a whole number from"),
+    ("weight_decay=nan", "weight_decay=nan: allowed is a number >= 0"),
+    ("label_smoothing=1", "label_smoothing=1: allowed is a number from 0 to below 1"),
+    ("epochs=1.5", "epochs=1.5: allowed is a whole number >= 1"),
+    ("lr=0", "lr=0: allowed is a number > 0"),
+    ("test=maybe", "test=maybe: allowed is true, false"),
+    ("test=0", "test=0: allowed is true, false"),
+    ("model.width=1e6", "model.width=1000000.0: allowed is a whole number >= 1"),
+    ("model.width=wide", "model.width=wide: allowed is a whole number >= 1"),
+    ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: allowed is a number >= 0"),
+    ("scheduler=multistep scheduler.milestones=3", "scheduler.milestones=3: allowed is a list"),
+    ("optimizer.momentum=-1", "optimizer.momentum=-1: allowed is a number >= 0"),
+    ("optimizer.nesterov=5", "optimizer.nesterov=5: allowed is true, false"),
+    ("optimizer=adamw optimizer.betas=[0.9]", "optimizer.betas=[0.9]: allowed is two numbers from"),
+    ("optimizer._target_=torch.optim.LBFGS", "=torch.optim.LBFGS: allowed is an optimizer that"),
+    ("optimizer._target_=torch.optim.SparseAdam", "=torch.optim.SparseAdam: allowed is an "),
+    ("data.mean=[a,b,c]", "data.mean=['a', 'b', 'c']: allowed is a list of numbers from 0 to 1"),
+    ("data.mean=0.5", "data.mean=0.5: allowed is a list of numbers from 0 to 1, or null"),
+    ("data.std=[0]", "data.std=[0]: allowed is a list of numbers > 0, or null"),
+    ("data.num_workers=100000", "data.num_workers=100000: allowed is a whole number from 0 to "),
+    ("data.policy=magic", "data.policy=magic: allowed is null, autoaugment, "),
+    ("data.label_noise=1.5", "data.label_noise=1.5: allowed is a fraction from 0 to 1"),
+    ("trainer.accelerator=cdua", "trainer.accelerator=cdua: allowed is auto, cpu, cuda, "),
+    ("trainer.devices=0", "trainer.devices=0: allowed is a whole number >= 1, a list of"),
+    ("trainer.devices=[0,0]", "trainer.devices=[0, 0]: allowed is "),
+    ("trainer.devices=-1", "trainer.devices=-1: allowed is a whole number >= 1, a list of"),
+    ("trainer.devices=1.0", "trainer.devices=1.0: allowed is a whole number >= 1, a list of"),
+    ("trainer.deterministic=maybe", "trainer.deterministic=maybe: allowed is true, false, warn"),
+    ("trainer.sync_batchnorm=5", "trainer.sync_batchnorm=5: allowed is true, false"),
+    ("trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch=0: allowed is a whole number"),
+    ("+trainer.max_steps=-7", "trainer.max_steps=-7: allowed is a whole number >= -1"),
+    ("+trainer.limit_train_batches=-1", "trainer.limit_train_batches=-1: allowed is a number"),
+    ("+trainer.val_check_interval=0", "trainer.val_check_interval=0: allowed is a number > 0"),
+    (
+        "trainer.timeout=0.5",
+        "trainer.timeout=0.5: allowed is a number of seconds from 1 to 10000000",
+    ),
+    ("+trainer.profiler=nope", "trainer.profiler=nope: allowed is null, simple, advanced, pytorch"),
+    ("+trainer.profiler.x=1", "trainer.profiler={'x': 1}: allowed is null, simple, advanced, "),
+    ("+trainer.benchmark=abc", "trainer.benchmark=abc: allowed is true, false, null"),
+    ("+trainer.min_epochs=abc", "trainer.min_epochs=abc: allowed is a whole number >= 0, or null"),
+    ("+trainer.model_registry=3", "trainer.model_registry=3: allowed is a text, or null"),
+    ("logger.tensorboard.name=3", "logger.tensorboard.name=3: allowed is a text, or null"),
+    ("trainer.precision=17", "trainer.precision=17: allowed is 32-true, 16-mixed, "),
+    ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0: allowed is a number > 0, or"),
+    ("optimized_metric=val/accuracy", "optimized_metric=val/accuracy: allowed is null, val/acc, "),
+    ("optimized_metric=test/acc test=false", "optimized_metric=test/acc: needs test=true"),
+]
+
+
+@cache
+def composed(*choices):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", ["data=digits", "output_dir=.", *choices])
+
+
+@pytest.mark.parametrize("row", VALUES, ids=lambda row: row[0])
+def test_wrong_values(row):
+    arguments, *fragments = row
+    *choices, changed = arguments.split()
+    cfg = composed(*choices)
+    (override,) = OverridesParser.create().parse_overrides([changed])
+    OmegaConf.update(cfg := cfg.copy(), override.key_or_group, override.value(), force_add=True)
+    with pytest.raises(ConfigError) as caught:
+        check(cfg, top_level())
+    assert all(fragment in str(caught.value) for fragment in fragments)
+    assert "\n" not in str(caught.value)
+
+
+FILES = {
+    "tabs": ("source:\n\t_target_: x\n", "cannot start any token", 'tabs.yaml", line 2, column 1'),
+    "unclosed": ("source: {a: b\n", "expected ',' or '}'", "unclosed.yaml"),
+    "latin": ("name: café\n", "latin.yaml: cannot be read ('utf-8' codec can't decode byte 0xe9"),
+    "twice": ("a: 1\na: 2\n", "found duplicate key a", 'twice.yaml", line 2'),
+    "empty": ("", "data.source._target_: must be given"),
+    "code": ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    "parent": (
+        "defaults: [digitts, _self_]\n",
+        "data=digitts: allowed are ",
+        "did you mean digits?",
+    ),
+    "typo": ("defaults: [digits, _self_]\nflipp: true\n", "data.flipp=True: no such key", "flip?"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_configuration_file_is_named(light, heavy, tmp_path, name):
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    content, *fragments = FILES[name]
+    (tmp_path / "conf" / "data" / f"{name}.yaml").write_text(content, encoding="latin-1")
+    command = heavy if name == "typo" else light  # its keys are those of a class
+    result = command(tmp_path, f"--config-dir={tmp_path}/conf", f"data={name}", "trainer=cpu")
+    assert_refused(result, *fragments)
+
+
+HEAVY = [
+    # names that only the class knows
+    ("+model.foo=1", "model.foo=1: no such key; allowed are width, stem, "),
+    ("+model.num_classes=3", "model.num_classes=3: no such key"),
+    ("+trainer.foo=1", "trainer.foo=1: no such key; allowed are accelerator, "),
+    ("+trainer.limit_train_batch=1", "trainer.limit_train_batch=1: no such key; did you mean "),
+    ("+trainer.max_epochs=1", "trainer.max_epochs=1: no such key"),
+    ("+optimizer.foo=1", "optimizer.foo=1: no such key; allowed are ", "momentum"),
+    ("+data.foo=1", "data.foo=1: no such key; allowed are ", "val_size"),
+    ("+data.seed=1", "data.seed=1: no such key"),
+    ("+scheduler.foo=1", "scheduler.foo=1: no such key; allowed are warmup_epochs, final"),
+    ("+scheduler.total_steps=1", "scheduler.total_steps=1: no such key"),
+    ("+method.foo=1", "method.foo=1: no such key; allowed are rho, "),
+    ("+method.seed=1", "method.seed=1: no such key"),
+    ("+callbacks.best.monitr=x", "callbacks.best.monitr=x: no such key; did you mean monitor?"),
+    ("model._target_=sam_lightning.models.Net", "model._target_=sam_lightning.models.Net: "),
+    ("optimizer.momentum=0", "optimizer: Nesterov momentum requires a momentum"),
+    ("callbacks.best.mode=most", "callbacks.best: `mode` can be min, max but got most"),
+    ("model.width=1000000", "model: ", "can't allocate memory"),
+    ("model.stem=foo", "model.stem=foo: allowed are cifar, imagenet"),
+    # this machine
+    ("trainer=cuda", "trainer.accelerator=cuda: there is no CUDA GPU here; use cpu or auto"),
+    ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: PyTorch has it for GPUs only;"),
+    ("trainer.devices=[0]", "trainer.devices=[0]: indices are for GPUs; give a number"),
+    ("trainer.devices=3", "batch_size=128: ", "must be a multiple of their number, 3"),
+    ("trainer.num_nodes=2", "trainer.num_nodes=2: start every node's processes with torchrun"),
+    # the data
+    ("data.val_size=1438", "data.val_size=1438: must come to 1..1437 of the 1438 training"),
+    ("data.crop_padding=33", "data.crop_padding=33: must be <= 32 for images of 32 x 32 pixels"),
+    ("data.cutout=33", "data.cutout=33: must be <= 32 for images of 32 x 32 pixels"),
+    ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
+    ("trainer.devices=2 optimized_metric=val/acc", "optimized_metric=val/acc: there is no val"),
+    ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),
+    ("data=cifar10 data.root={tmp}/damaged data.download=false", "cannot load CIFAR10"),
+    ("data=image_folder data.root={tmp}/damaged", "data.root=", "no folder", "train/<class>/*"),
+    ("data=cifar10 data.root={tmp}/text.ckpt", "data.root=", "cannot load CIFAR10"),
+    # the checkpoint
+    ("ckpt_path={tmp}/text.ckpt", "text.ckpt: not a readable checkpoint of a run"),
+    ("ckpt_path={tmp}/empty.ckpt", "empty.ckpt: not a readable checkpoint of a run"),
+    ("ckpt_path={tmp}/damaged", "damaged: there is no checkpoint in it"),
+    ("ckpt_path={tmp}/weights.ckpt", "weights.ckpt: not a readable checkpoint of a run"),
+    ("ckpt_path={tmp}/width16.ckpt", "is of another model, with model."),
+]
+
+
+@pytest.mark.parametrize("row", HEAVY, ids=lambda row: row[0])
+def test_wrong_input_is_refused_before_training(heavy, tmp_path, row):
+    damaged = tmp_path / "damaged" / "cifar-10-batches-py"
+    damaged.mkdir(parents=True)
+    (damaged / "data_batch_1").write_text("no pickle")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.ckpt")
+    width16 = {"_target_": "sam_lightning.models.SAMResNet18", "width": 16}
+    wider = {"state_dict": {}, "global_step": 0, "hyper_parameters": {"model": width16}}
+    torch.save(wider, tmp_path / "width16.ckpt")
+    arguments, *fragments = row
+    assert_refused(heavy(tmp_path, *SMALL, *arguments.format(tmp=tmp_path).split()), *fragments)
+
+
+def test_a_run_that_fails_ends_in_one_line_and_keeps_its_folder(heavy, tmp_path):
+    result = heavy(tmp_path, *SMALL, "batch_size=50", "lr=1e30", "max_skipped_steps=1")
+    assert result.code == 1
+    assert result.err.startswith("error: 1 steps in a row had a gradient that is not finite")
+    assert result.err.count("\n") == 1
+    assert "metrics.json" in result.left
+
+
+def test_a_metric_that_was_not_logged_keeps_the_finished_run(heavy, tmp_path):
+    unvalidated = ["data.val_size=50", "trainer.check_val_every_n_epoch=2"]  # in one epoch
+    result = heavy(tmp_path, *SMALL, *unvalidated, "optimized_metric=val/acc")
+    assert result.code == 2
+    message = result.err.splitlines()[-1]  # Lightning warns of best.ckpt before
+    assert message.startswith("error: optimized_metric=val/acc: this run logged ")
+    assert "test/acc" in message
+    assert {"metrics.json", "last.ckpt"} <= set(result.left)

@@ -1,0 +1,327 @@
+"""Evaluation of a checkpoint against the run itself, scikit-learn and plain loops."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.data.corruptions import CORRUPTIONS
+from sam_lightning.data.source import Split
+from sam_lightning.inference.evaluate import corrupted, evaluate, main
+from sam_lightning.inference.load import data_of, load
+from sam_lightning.runs.checkpoint import read
+from trained_runs import digits_run, folder_run, hostile, last
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_run(tmp_path_factory.getbasetemp())
+
+
+def written(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def probabilities_of(model, images) -> np.ndarray:
+    with torch.no_grad():
+        return model(model.preprocess(images)).double().softmax(1).numpy()
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Guo et al. 2017, equation 5, one image at a time."""
+    members: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+    for row, label in zip(probabilities, labels, strict=True):
+        confidence = row.max()
+        members[min(int(confidence * bins), bins - 1)].append((confidence, row.argmax() == label))
+    error = 0.0
+    for entries in members:
+        if entries:
+            confidence, right = (
+                sum(column) / len(entries) for column in zip(*entries, strict=True)
+            )
+            error += len(entries) / len(labels) * abs(right - confidence)
+    return error
+
+
+# ------------------------------------------------------------------------------ the numbers
+
+
+def test_it_equals_the_test_of_the_run_exactly(run, tmp_path):
+    main([f"ckpt_path={run}", f"out={tmp_path}"])
+    trained = json.loads((run / "metrics.json").read_text())["metrics"]
+    found = written(tmp_path)["metrics"]
+    for name in ("test/loss", "test/acc", "test/acc5", "test/error"):
+        assert found[name] == trained[name]
+
+
+def test_it_equals_the_last_validation_of_the_run_exactly(run, tmp_path):
+    main([f"ckpt_path={last(run)}", f"out={tmp_path}", "split=val"])
+    trained = json.loads((run / "metrics.json").read_text())["metrics"]
+    found = written(tmp_path)
+    assert (found["split"], found["images"]) == ("val", 200)
+    for name in ("val/loss", "val/acc", "val/acc5", "val/error"):
+        assert found["metrics"][name] == trained[name]
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_every_figure_is_that_of_another_implementation(run, tmp_path, split):
+    main([f"ckpt_path={run}", f"out={tmp_path}", f"split={split}", "batch_size=97"])
+    found = written(tmp_path)
+    model, data = load(last(run)), data_of(read(last(run)))  # labels of train with their noise
+    images, labels = getattr(data, split).images, getattr(data, split).labels.numpy()
+    probabilities = probabilities_of(model, images)
+    predicted = probabilities.argmax(1)
+    metrics = {name.removeprefix(f"{split}/"): v for name, v in found["metrics"].items()}
+    assert metrics == pytest.approx(
+        {
+            "loss": log_loss(labels, probabilities, labels=range(10)),
+            "acc": np.mean(predicted == labels),
+            "error": np.mean(predicted != labels),
+            "acc5": top_k_accuracy_score(labels, probabilities, k=5, labels=range(10)),
+            "calibration_error": calibration_error(probabilities, labels),
+        },
+        rel=1e-5,
+    )
+    for k, entry in enumerate(found["classes"]):
+        of_class = labels == k
+        assert entry["class"] == str(k)
+        assert entry["images"] == of_class.sum()
+        assert entry["acc"] == pytest.approx(np.mean(predicted[of_class] == k))
+    with open(tmp_path / "confusion_matrix.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["true class", *"0123456789"]
+    assert [row[0] for row in rows] == list("0123456789")
+    counts = np.array([row[1:] for row in rows], int)
+    assert np.array_equal(counts, confusion_matrix(labels, predicted, labels=range(10)))
+
+
+def test_logits_between_0_and_1_are_not_taken_for_probabilities(run):
+    model = load(last(run))
+    test = data_of(read(last(run))).test
+    logits = torch.rand(len(test), 10, generator=torch.Generator().manual_seed(0))
+    batches = iter(logits.split(100))
+    model.forward = lambda images: next(batches)  # type: ignore[method-assign]
+    found = evaluate(model, test, batch_size=100)
+    expected = calibration_error(logits.double().softmax(1).numpy(), test.labels.numpy())
+    assert found["calibration_error"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fewer_classes_have_no_top_5_and_one_without_images_no_accuracy(photos, tmp_path):
+    main([f"ckpt_path={photos}", f"out={tmp_path}"])
+    assert set(written(tmp_path)["metrics"]) == {
+        f"test/{name}" for name in ("loss", "acc", "error", "calibration_error")
+    }
+    model, test = load(last(photos)), data_of(read(last(photos))).test
+    kept = test.take((test.labels != 1).nonzero().squeeze(1))
+    assert evaluate(model, kept)["confusion"][1] == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------- corruptions
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """Smooth colour images away from black and white, so that nothing is cut off."""
+    small = torch.rand(12, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(small, (40, 32), mode="bicubic")
+    return (smooth * 80 + 90).round().to(torch.uint8)
+
+
+def corrupt(name, images, severity, seed=0):
+    function, strengths = CORRUPTIONS[name]
+    generator = torch.Generator().manual_seed(seed)
+    out = function(images, strengths[severity - 1], generator)
+    assert (out.dtype, out.shape) == (torch.uint8, images.shape)
+    return out, strengths[severity - 1]
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_corruptions_do_what_their_names_say(pixels, severity):
+    out, sigma = corrupt("gaussian_noise", pixels, severity)
+    noise = (out.float() - pixels) / 255
+    assert noise.mean().abs() < 1e-3
+    assert noise.std().item() == pytest.approx(sigma, rel=0.02)
+
+    out, fraction = corrupt("impulse_noise", pixels, severity)
+    for value in (0, 255):
+        assert (out == value).float().mean().item() == pytest.approx(fraction / 2, rel=0.15)
+    kept = (out != 0) & (out != 255)
+    assert torch.equal(out[kept], pixels[kept])
+
+    out, shift = corrupt("brightness", pixels, severity)
+    assert torch.equal(out, (pixels + 255 * shift).round().clamp(max=255).to(torch.uint8))
+
+    out, factor = corrupt("contrast", pixels, severity)
+    for before, after in zip(pixels.flatten(0, 1).double(), out.flatten(0, 1), strict=True):
+        expected = before.mean() + factor * (before - before.mean())
+        assert (after - expected).abs().max() <= 0.51
+
+    out, sigma = corrupt("gaussian_blur", pixels, severity)
+    radius = int(np.ceil(3 * sigma))
+    for before, after in zip(pixels.flatten(0, 1), out.flatten(0, 1), strict=True):
+        expected = gaussian_filter(before.double().numpy(), sigma, mode="mirror", radius=radius)
+        assert np.abs(after.numpy() - expected).max() <= 0.51
+
+    out, scale = corrupt("pixelate", pixels, severity)
+    colours = [len(image.flatten(1).unique(dim=1).T) for image in out]
+    assert max(colours) <= int(40 * scale) * int(32 * scale)
+
+    out, quality = corrupt("jpeg", pixels, severity)
+    for before, after in zip(pixels, out, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(before.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=int(quality))
+        expected = np.asarray(Image.open(file)).transpose(2, 0, 1).astype(int)
+        assert np.abs(after.numpy() - expected).mean() < 1
+
+
+def test_pixelate_repeats_the_means_of_blocks(pixels):
+    function, _ = CORRUPTIONS["pixelate"]
+    out = function(pixels, 0.5, torch.Generator())
+    for y in range(0, 40, 2):
+        for x in range(0, 32, 2):
+            block = out[..., y : y + 2, x : x + 2].float()
+            mean = pixels[..., y : y + 2, x : x + 2].float().mean((2, 3), keepdim=True)
+            assert (block - mean).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_get_worse_and_depend_on_seed_and_order_alone(pixels, name):
+    fine = torch.randint(-30, 30, pixels.shape, generator=torch.Generator().manual_seed(0))
+    pixels = (pixels + fine).to(torch.uint8)
+    damage = []
+    for severity in range(1, 6):
+        out, strength = corrupt(name, pixels, severity)
+        damage.append((out.float() - pixels).square().mean().item())
+        again, _ = corrupt(name, pixels, severity)
+        assert torch.equal(again, out)
+        generator = torch.Generator().manual_seed(0)
+        parts = [CORRUPTIONS[name][0](p, strength, generator) for p in pixels.split(5)]
+        assert torch.equal(torch.cat(parts), out)
+    assert 0 < min(damage) == damage[0]
+    assert max(damage) == damage[-1]
+    other, _ = corrupt(name, pixels, 5, seed=1)
+    assert torch.equal(other, out) == (not name.endswith("noise"))
+    tiny, _ = corrupt(name, pixels[..., :2, :3], 5)
+    assert tiny.shape[-2:] == (2, 3)
+
+
+def test_corrupted_accuracy_is_that_of_images_corrupted_one_by_one(photos):
+    model, test = load(last(photos)), data_of(read(last(photos))).test
+    found = corrupted(model, test, batch_size=4)
+    assert found.keys() == CORRUPTIONS.keys()
+    for name in ("contrast", "jpeg", "gaussian_blur"):
+        function, strengths = CORRUPTIONS[name]
+        for strength, accuracy in zip(strengths, found[name], strict=True):
+            right = 0
+            for image, label in zip(test.images, test.labels, strict=True):
+                worse = function(image[None], strength, torch.Generator())
+                right += probabilities_of(model, worse).argmax() == label.item()
+            assert accuracy == right / len(test)
+    assert corrupted(model, test, batch_size=15) == found
+    assert corrupted(model, test, seed=1)["contrast"] == found["contrast"]
+
+
+def test_images_of_two_channels_are_not_corrupted(run):
+    model = load(last(run))
+    model.in_channels = 2
+    empty = Split(torch.zeros(1, 2, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="corruptions=true: not for images of 2 channels"):
+        corrupted(model, empty)
+
+
+# --------------------------------------------------------------------------------- command
+
+
+def test_it_writes_into_the_folder_of_the_run_and_prints_tables(photos, tmp_path, capsys):
+    before = {p.name for p in photos.iterdir()}
+    main([f"ckpt_path={last(photos)}", "corruptions=true"])
+    assert {p.name for p in photos.iterdir()} - before == {
+        "evaluation.json",
+        "confusion_matrix.csv",
+    }
+    found = written(photos)
+    (photos / "evaluation.json").unlink()
+    (photos / "confusion_matrix.csv").unlink()
+    means = [sum(accuracies) / 5 for accuracies in found["corruptions"].values()]
+    assert found["metrics"]["test/corrupted_acc"] == pytest.approx(sum(means) / 7)
+    printed = capsys.readouterr().out
+    for line in (
+        f"test/acc .* {found['metrics']['test/acc']:.2%}",
+        f"yellow .* 5 .* {found['classes'][2]['acc']:.2%}",
+        f"jpeg .* {found['corruptions']['jpeg'][0]:.2%} .* {means[-1]:.2%}",
+    ):
+        assert any(all(part in row for part in line.split(" .* ")) for row in printed.splitlines())
+    # a checkpoint that lies alone has its results beside it
+    (tmp_path / "alone.ckpt").write_bytes(last(photos).read_bytes())
+    main([f"ckpt_path={tmp_path / 'alone.ckpt'}"])
+    assert written(tmp_path)["ckpt_path"] == str(tmp_path / "alone.ckpt")
+
+
+def test_images_may_have_moved(photos, tmp_path):
+    (tmp_path / "moved").symlink_to(photos / "photos")
+    out = tmp_path / "out"
+    main([f"ckpt_path={photos}", f"data.root={tmp_path / 'moved'}", f"out={out}"])
+    assert written(out)["images"] == 15
+    with pytest.raises(ConfigError, match=r"data\.root=.*nowhere"):
+        main([f"ckpt_path={photos}", f"data.root={tmp_path / 'nowhere'}", f"out={out}"])
+
+
+def test_results_are_shown_also_where_they_cannot_be_written(photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out=.*file/x/.*: cannot be written"):
+        main([f"ckpt_path={photos}", f"out={tmp_path / 'file' / 'x'}"])
+    assert "test/acc" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_wrong_arguments_are_refused_in_one_line(run, photos, tmp_path):
+    (tmp_path / "file").touch()
+    for arguments, says in [
+        (["ckpt_path=none"], "ckpt_path=none: no such file or folder"),
+        (["ckpt_path=${nope}"], r"ckpt_path=\$\{nope\}: .*'nope' not found"),
+        ([f"ckpt_path={tmp_path}"], f"ckpt_path={tmp_path}: there is no checkpoints/last.ckpt"),
+        ([f"ckpt_path={run}", "split=vals"], "split=vals: allowed is test, val, train"),
+        ([f"ckpt_path={run}", "batch_size=0"], "batch_size=0: allowed is a whole number >= 1"),
+        ([f"ckpt_path={run}", "device=tpu"], "device=tpu: allowed is auto, cpu, cuda"),
+        ([f"ckpt_path={run}", f"out={tmp_path / 'file'}"], "is not a folder"),
+        ([f"ckpt_path={run}", "out=2025"], "out=2025: allowed is a folder, as in ./figures"),
+        ([f"ckpt_path={run}", "out=[a]"], "out=.*a.*: allowed is a folder, as in ./figures"),
+        ([f"ckpt_path={run}", "data.root=x"], "data.root=x: sam_lightning.data.source.digits has"),
+        ([f"ckpt_path={photos}", "split=val"], "split=val: the run held out no validation data"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            main(arguments)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_hostile_checkpoint_ends_with_one_line(run, tmp_path):
+    made = tmp_path / "made"
+    for path in hostile(last(run), tmp_path, made):
+        with pytest.raises(ConfigError, match=f"ckpt_path={path}: "):
+            main([f"ckpt_path={path}"])
+        assert not made.exists()
+
+
+def test_a_process_ends_with_exit_code_2_and_one_line():
+    ended = subprocess.run(
+        [sys.executable, "-m", "sam_lightning.inference.evaluate", "ckpt_path=none"],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert (ended.stdout, ended.stderr) == ("", "error: ckpt_path=none: no such file or folder\n")

@@ -1,0 +1,114 @@
+"""SAM with the weights of FSDP2, which are DTensors, on two processes.
+
+This file is also the program of the processes: ``torchrun tests/optim/test_sharded.py FOLDER``.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from sam_lightning import SAM
+from steps import BASES, RELATIVES, STEPS, batches, network
+
+RANKS = 2
+CASES = {
+    f"{method}, {base}": (RELATIVES[method], base)
+    for method in ("sam", "asam", "adaptive", "friendly", "looksam")
+    for base in ("nesterov", "adamw")
+}
+
+
+def sharded(seed=0):
+    from torch.distributed.fsdp import fully_shard
+
+    model = network(seed=seed)
+    for layer in (model[0], model[3], model):
+        fully_shard(layer)
+    return model
+
+
+def train(model, sam, numbers, rank=None):
+    """Steps with the whole batches, or with this rank's halves of them."""
+    data = list(batches(12))
+    for i in numbers:
+        x, y = data[i]
+        batch = (x, y) if rank is None else (x[rank::RANKS], y[rank::RANKS])
+        sam.zero_grad()
+        if sam.descent is not None and i % 3:
+            sam.skip_perturbation()
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            sam.step()
+        else:
+            STEPS[i % len(STEPS)](model, sam, batch)
+
+
+def optimizer(model, options, base, rho=0.3):
+    cls, settings = BASES[base]
+    return SAM(model.named_parameters(), cls, rho=rho, **copy.deepcopy(options), **settings)
+
+
+def whole(model):
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def program(folder):
+    dist.init_process_group("gloo")
+    rank, results = dist.get_rank(), {}
+    for case, (options, base) in CASES.items():
+        model = sharded()
+        sam = optimizer(model, options, base)
+        train(model, sam, range(6), rank)
+        sam.zero_grad()
+        restored = sharded()
+        restored.load_state_dict(copy.deepcopy(model.state_dict()))
+        other = optimizer(restored, options, base, rho=0.9)
+        flat = StateDictOptions(flatten_optimizer_state_dict=base == "adamw")
+        state = get_optimizer_state_dict(model, sam, options=flat)
+        dcp.save({"optimizer": state}, checkpoint_id=folder / case)
+        state = get_optimizer_state_dict(restored, other, options=flat)
+        dcp.load({"optimizer": state}, checkpoint_id=folder / case)
+        set_optimizer_state_dict(restored, other, state, options=flat)
+        train(model, sam, range(6, 12), rank)
+        train(restored, other, range(6, 12), rank)
+        results[case] = {"unbroken": whole(model), "restored": whole(restored)}
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={RANKS}", __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_weights_move_as_whole_ones_and_continue_from_a_checkpoint(results, case):
+    model = network()
+    sam = optimizer(model, *CASES[case])
+    train(model, sam, range(12))
+    for found, expected in zip(results[case]["unbroken"], model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
+    for found, expected in zip(results[case]["restored"], results[case]["unbroken"], strict=True):
+        assert torch.equal(found, expected)
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))

@@ -1,0 +1,80 @@
+"""Checkpoints and run folders of earlier versions, whose classes had other names."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import sam_lightning
+from runs import command, rows
+from sam_lightning.runs.old_names import OLD_NAMES, with_current_names
+from sam_lightning.studies.report.runs import gather
+
+# A run of one epoch: digits, friendly_sam, ResNet-18 of width 1.
+BEFORE = Path(__file__).parent / "before_rooms"
+NAMES = {
+    "callbacks": ["MetricsCSV", "progress"],
+    "dashboard": ["Dashboard"],
+    "data.sources": ["cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "svhn"],
+    "methods.esam": ["RandomSubsetAscent"],
+    "methods.friendly": ["FriendlyAscent"],
+    "methods.gsam": ["SurrogateGap"],
+    "methods.linf": ["SignAscent"],
+    "methods.looksam": ["Reuse"],
+    "methods.msam": ["MomentumAscent"],
+    "models": ["PyramidNet", "SAMResNet18", "SAMResNet34", "SAMResNet50", "WideResNet"],
+    "perturbations": ["AdaptiveAscent", "GradientAscent"],
+    "saving": ["LastCheckpoint"],
+    "schedules": ["constant", "cosine", "multistep"],
+    "sharpness_monitor": ["SharpnessMonitor"],
+}
+TARGETS = [f"sam_lightning.{module}.{name}" for module, names in NAMES.items() for name in names]
+
+
+@pytest.fixture
+def before(tmp_path):
+    return shutil.copytree(BEFORE, tmp_path / "before")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_name_that_a_configuration_had_leads_to_an_object(target):
+    module, _, name = with_current_names(target).rpartition(".")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_no_entry_of_the_table_is_left_over():
+    assert {f"sam_lightning.{module}" for module in NAMES} >= {*OLD_NAMES}
+
+
+def test_only_names_are_replaced():
+    kept = ["sam_lightning.callbacks", "my.sam_lightning.saving.X", "a text", 3, None]
+    assert with_current_names({"x": kept}) == {"x": kept}
+
+
+def test_a_checkpoint_is_loaded(before):
+    model = sam_lightning.load(before / "checkpoints" / "last.ckpt")
+    stored = torch.load(before / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, stored[f"model.{name}"])
+    assert model.config["data"]["source"]["_target_"] == "sam_lightning.data.digits"
+
+
+def test_a_run_is_continued(before):
+    shutil.copy(before / "checkpoints" / "last.ckpt", before / "first.ckpt")
+    done = command(before, "ckpt_path=last", "hydra.run.dir=.", "epochs=2")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((before / "metrics.json").read_text())
+    assert metrics["epochs"] == 2
+    assert metrics["config"]["method"]["name"] == "friendly_sam"
+    assert rows(before)
+
+
+def test_a_report_names_its_classes_as_they_are_now(before):
+    (run,), _, _ = gather([before])
+    targets = {key: value for key, value in run.settings.items() if key.endswith("_target_")}
+    assert targets
+    for target in targets.values():
+        assert with_current_names(target) == target

@@ -1,0 +1,385 @@
+"""What comes from elsewhere, checkpoints, run folders and archives, is data and never runs code."""
+
+import ast
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torchvision import datasets
+
+from commands import TRAIN, assert_refused, serve
+from image_files import one_line_error, write_cifar
+from runs import run
+from sam_lightning.cli import top_level
+from sam_lightning.config.instantiate import build
+from sam_lightning.config.trust import check_targets
+from sam_lightning.data.source import cifar10
+from sam_lightning.runs.checkpoint import AtomicCheckpointIO, read
+from sam_lightning.runs.resume import replayable
+from trained_runs import changed
+
+
+class Touch:
+    """Pickled, it is a command that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+# ------------------------------------------------------------------------------ what is named
+
+
+def made(key, **node):
+    cfg = OmegaConf.create({})
+    OmegaConf.update(cfg, key, node, force_add=True)
+    check_targets(cfg)
+    return build(cfg, key)
+
+
+RESNET = "sam_lightning.models.SAMResNet18"
+FOREIGN = [
+    # not of a trusted package, so not even imported
+    ("model", "os.mkdir"),
+    ("model", "builtins.exec"),
+    ("model", "antigravity.fly"),
+    ("model", "torch.hub.load"),
+    ("model", "sam_lightning_evil.Net"),
+    ("optimizer", "torch.optimum.SGD"),
+    ("scheduler", "torch.optim.lr_scheduler.StepLR"),
+    ("callbacks.x", "lightning.pytorch.cli.LightningCLI"),
+    ("callbacks.x", "lightning.pytorch.loggers.CSVLogger"),
+    # reached through a trusted module
+    ("model", "sam_lightning.runs.record.os.mkdir"),
+    ("model", "sam_lightning.runs.record.subprocess.run"),
+    ("model", "sam_lightning.cli.hydra.utils.instantiate"),
+    ("model", "sam_lightning.config.instantiate.import_module"),
+    ("model", "sam_lightning.config.instantiate.nn.Linear"),
+    ("callbacks.x", "lightning.pytorch.callbacks.timer.os.mkdir"),
+    ("optimizer", "torch.optim.optimizer.functools.partial"),
+    ("data.source", "sam_lightning.data.source.Path"),
+    # of a trusted package, but not of the kind
+    ("model", "sam_lightning.runs.failures.write_json"),
+    ("model", "sam_lightning.data.source.digits"),
+    ("data.source", "sam_lightning.data.source.stratified_split"),
+    ("data.source", RESNET),
+    ("scheduler", "sam_lightning.optim.schedules.bisect_right"),
+    ("logger.x", "sam_lightning.training.callbacks.progress.EpochLines"),
+    ("callbacks.x", "sam_lightning.training.callbacks.progress.MetricsCSV"),
+    ("method.perturbation", "sam_lightning.optim.perturbation.global_norm"),
+    ("optimizer", "torch.optim.lr_scheduler.StepLR"),
+    # no name, a private one, or where there is none
+    ("model", None),
+    ("model", ["os.mkdir"]),
+    ("model", "sam_lightning"),
+    ("model", "sam_lightning..models"),
+    ("model", "sam_lightning.__init__.import_module"),
+    ("model", "sam_lightning.models.__loader__"),
+    ("model.part", RESNET),
+    ("data", "sam_lightning.data.source.digits"),
+    ("callbacks", "sam_lightning.training.callbacks.progress.progress"),
+    ("trainer", RESNET),
+    ("callbacks.x.part", "sam_lightning.training.callbacks.progress.progress"),
+]
+
+
+@pytest.mark.parametrize(("key", "target"), FOREIGN)
+def test_nothing_else_can_be_named(tmp_path, key, target):
+    path = tmp_path / "made"
+    before = {*sys.modules}
+    message = one_line_error(made, key, _target_=target, path=str(path))
+    assert message.startswith(f"{key}._target_={target}: ")
+    assert not path.exists()
+    assert not {"antigravity", "lightning.pytorch.cli"} & ({*sys.modules} - before)
+
+
+ALLOWED = [
+    ("model", RESNET, {"num_classes": 2, "in_channels": 1, "width": 1}),
+    ("scheduler", "sam_lightning.optim.schedules.cosine", {"total_steps": 2, "steps_per_epoch": 1}),
+    ("method.perturbation", "sam_lightning.optim.perturbation.AdaptiveAscent", {"eta": 0.1}),
+    ("callbacks.x", "sam_lightning.training.callbacks.progress.progress", {}),
+    ("callbacks.x", "lightning.pytorch.callbacks.EarlyStopping", {"monitor": "val/acc"}),
+    ("logger.x", "lightning.pytorch.loggers.CSVLogger", {"save_dir": "."}),
+]
+
+
+@pytest.mark.parametrize(("key", "target", "options"), ALLOWED)
+def test_what_keys_are_meant_for_can_be_named(key, target, options):
+    assert callable(made(key, _target_=target, **options)) or key != "model"
+
+
+def test_lists_reach_a_constructor_as_lists():
+    cfg = OmegaConf.create({"optimizer": {"_target_": "torch.optim.Adam", "betas": [0.5, 0.6]}})
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = build(cfg, "optimizer", params=[weight])
+    assert type(optimizer.defaults["betas"]) in (list, tuple)  # and so a checkpoint can be read
+
+
+OWN = """
+from pathlib import Path
+from sam_lightning.data.source import ImageSource, digits
+Path({imported!r}).touch()
+def mine() -> ImageSource:
+    return digits()
+def unsaid():
+    return digits()
+"""
+
+
+def test_packages_of_ones_own_are_trusted_by_the_environment_alone(tmp_path, monkeypatch):
+    imported = tmp_path / "imported"
+    (tmp_path / "my_project.py").write_text(OWN.format(imported=str(imported)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("SAM_LIGHTNING_TRUST", raising=False)
+    message = one_line_error(made, "data.source", _target_="my_project.mine")
+    assert "environment variable SAM_LIGHTNING_TRUST" in message
+    assert not imported.exists()
+    monkeypatch.setenv("SAM_LIGHTNING_TRUST", "other, my_project")
+    assert len(made("data.source", _target_="my_project.mine").test) == 359
+    message = one_line_error(made, "data.source", _target_="my_project.unsaid")
+    assert "annotated to return one" in message
+    message = one_line_error(made, "data.source", _target_="my_project.mien")
+    assert message.endswith("there is no mien in my_project; did you mean mine?")
+    one_line_error(made, "data.source", _target_="my_project_2.mine")
+
+
+# ------------------------------------------------------------------------- run folders of others
+
+REPLAYED = [
+    "rho=0.1",
+    "~logger",
+    "+trainer.max_steps=3",
+    "model=resnet34",
+    "logger=[csv]",
+    "experiment=null",
+    "data.mean=[0.1,0.2,0.3]",
+    "optimizer.lr=${lr}",
+    "data.root='/a b/c=d'",
+    "callbacks.best=null",
+]
+REFUSED = [
+    "--experimental-rerun={pickle}",
+    "--config-dir={folder}",
+    "-m",
+    "hydra.searchpath=[file://{folder}]",
+    "hydra/launcher=joblib",
+    "hydra/job_logging=mine",
+    "+hydra.callbacks.x._target_=os.mkdir",
+    "+hydra.callbacks.x={{_target_:os.mkdir,path:{made}}}",
+    "hydra.sweeper._target_=os.mkdir",
+    "+hydra.job.env_set.SAM_LIGHTNING_TRUST=my_project",
+    "+model@hydra.callbacks.x=resnet18",
+    "model@hydra=resnet18",
+    "data=../../{folder}/evil",
+    "data={folder}/evil",
+    "data=[digits,../evil]",
+    "data=${{oc.env:HOME}}",
+    "task_name=${{oc.env:HOME}}",
+    "task_name='${{oc.env:HOME}}'",
+    r"task_name=$\{{oc.env\:HOME\}}",
+    "task_name=x${{oc.decode:${{oc.env:HOME}}}}",
+    "+data.x={{a:[{{b:'${{oc.env:HOME}}'}}]}}",
+    "task_name=${{hydra:runtime.cwd}}",
+    "output_dir={made}",
+    "rho=0.1,0.2",
+    "defaults=[]",
+    "rho=[",
+]
+
+
+def stored(folder: Path, overrides: object) -> Path:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    return folder / ".hydra" / "overrides.yaml"
+
+
+def test_settings_of_a_run_are_replayed(tmp_path):
+    file = stored(tmp_path, [*REPLAYED, "ckpt_path=old", "seed=1"])
+    assert replayable(file, top_level(), ["seed"]) == REPLAYED
+    assert replayable(stored(tmp_path / "none", []), top_level()) == []
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_is_no_setting_of_a_run_is_not_replayed(tmp_path, override):
+    override = override.format(folder=tmp_path, made=tmp_path / "made", pickle=tmp_path / "p")
+    message = one_line_error(replayable, stored(tmp_path, ["rho=1", override]), top_level())
+    assert message.startswith(f"{tmp_path}/.hydra/overrides.yaml: ")
+    assert override in message
+
+
+@pytest.mark.parametrize("overrides", [None, 5, "rho=1", {"rho": 1}, [["rho=1"]], [1]])
+def test_what_is_no_list_of_overrides(tmp_path, overrides):
+    one_line_error(replayable, stored(tmp_path, overrides), top_level())
+
+
+def test_a_key_that_is_given_anew_may_be_anything(tmp_path):
+    file = stored(tmp_path, ["rho=1", "task_name=${oc.env:HOME}"])
+    assert replayable(file, top_level(), ["task_name"]) == ["rho=1"]
+
+
+@pytest.fixture(scope="module")
+def light():
+    yield from serve("sam_lightning.cli")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--experimental-rerun={pickle}",
+        "+hydra.callbacks.x={{_target_:os.mkdir,path:{made}}}",
+        "model._target_=os.mkdir",
+        "+callbacks.x={{_target_:os.mkdir,path:{made}}}",
+    ],
+)
+def test_resuming_in_a_foreign_folder_runs_no_code(light, tmp_path, override):
+    run, path = tmp_path / "run", tmp_path / "made"
+    (tmp_path / "rerun.pickle").write_bytes(pickle.dumps(Touch(path)))
+    stored(run, [override.format(made=path, pickle=tmp_path / "rerun.pickle")])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    result = light(tmp_path, f"ckpt_path={run}/checkpoints/last.ckpt")
+    assert_refused(result)
+    assert not path.exists()
+    assert not result.torch
+    assert {p.name for p in run.iterdir()} - {"train.log"} == {".hydra", "checkpoints"}
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_cannot_run_code_as_it_is_read(tmp_path):
+    model = {"model": Touch(tmp_path / "m")}
+    evil = {"state_dict": {}, "global_step": 0, "hyper_parameters": model}
+    torch.save(evil, tmp_path / "zip.ckpt")
+    torch.save(evil, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(evil))
+    for file in tmp_path.glob("*.ckpt"):
+        assert "not a readable checkpoint" in one_line_error(read, file)
+    assert not (tmp_path / "m").exists()
+    torch.load(tmp_path / "zip.ckpt", weights_only=False)  # which is what it would have done
+    assert (tmp_path / "m").exists()
+
+
+def test_a_checkpoint_cannot_have_other_files_removed(tmp_path):
+    run(tmp_path / "run", "data.val_size=100", "epochs=1")
+    victim, other = tmp_path / "victim", tmp_path / "other.ckpt"
+    victim.mkdir()
+    other.touch()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in (victim.name, other.name):
+        path = f"{checkpoints}/../../{name}"  # of the same beginning as the run's own
+
+        def to_be_replaced(checkpoint, path=path):
+            (key,) = (k for k in checkpoint["callbacks"] if k.startswith("ModelCheckpoint"))
+            best = {"best_k_models": {path: torch.tensor(-1.0)}, "kth_best_model_path": path}
+            checkpoint["callbacks"][key].update(best, kth_value=torch.tensor(-1.0))
+
+        evil = changed(checkpoints / "last.ckpt", tmp_path / "evil.ckpt", to_be_replaced)
+        run(tmp_path / "run", "data.val_size=100", "epochs=2", f"ckpt_path={evil}")
+        assert (checkpoints / "best.ckpt").exists()
+    assert victim.exists()
+    assert other.exists()
+
+
+def test_a_checkpoint_that_a_better_one_replaces_is_removed(tmp_path):
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({}, tmp_path / "run" / "1.ckpt")
+    files.save_checkpoint({}, tmp_path / "run" / "2.ckpt")
+    (tmp_path / "run" / "notes.txt").touch()
+    for name in ("1.ckpt", "notes.txt", "gone.ckpt"):
+        files.remove_checkpoint(tmp_path / "run" / name)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"2.ckpt", "notes.txt"}
+
+
+def test_every_load_is_of_weights_only():
+    loads = []
+    for file in (TRAIN.parent / "sam_lightning").rglob("*.py"):
+        text = file.read_text()
+        assert "pickle" not in {name.split(".")[0] for name in imports(text)}, file
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if name == "torch.load" or ("ckpt_path" in given and name.startswith("trainer.")):
+                loads.append(name)
+                assert given.get("weights_only") == "True", f"{file}: {ast.unparse(call)}"
+            assert not name.endswith(("load_from_checkpoint", "hub.load", "exec", "eval_str")), file
+    assert {"torch.load", "trainer.fit"} <= {*loads}
+
+
+def imports(text: str) -> set[str]:
+    nodes = [*ast.walk(ast.parse(text))]
+    direct = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return direct | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("which", ["train", "test", "meta"])
+def test_a_batch_that_was_altered_is_never_unpickled(tmp_path, monkeypatch, download, which):
+    folder, _ = write_cifar(tmp_path, monkeypatch, datasets.CIFAR10, "labels")
+    name = {"train": "data_batch_3", "test": "test_batch", "meta": "batches.meta"}[which]
+    (folder / name).write_bytes(pickle.dumps(Touch(tmp_path / "made")))
+    message = one_line_error(cifar10, str(tmp_path), download=download)
+    assert f"{folder / name} has MD5 " in message
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_archive_that_was_altered_is_never_unpacked(tmp_path, monkeypatch):
+    folder, _ = write_cifar(tmp_path / "other", monkeypatch, datasets.CIFAR10, "labels")
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / datasets.CIFAR10.filename, "w:gz") as archive:
+        for file in folder.iterdir():  # what it has to hold, and more
+            archive.add(file, f"cifar-10-batches-py/{file.name}")
+        archive.addfile(tarfile.TarInfo("../evil"), io.BytesIO(b""))
+        link = tarfile.TarInfo("cifar-10-batches-py/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        archive.addfile(link)
+    message = one_line_error(cifar10, str(root))
+    assert f"{root / datasets.CIFAR10.filename} has MD5 " in message
+    assert f"must have {datasets.CIFAR10.tgz_md5}" in message
+    assert {p.name for p in root.iterdir()} == {datasets.CIFAR10.filename}
+    assert not (tmp_path / "evil").exists()
+
+
+# ---------------------------------------------------------------------------------------- network
+
+WATCHED = """
+import os, runpy, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo"):
+        where = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = where if isinstance(where, str) else where[0]
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            os.write(2, f"{event} {arguments}".encode())
+            os._exit(77)
+sys.addaudithook(watch)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_on_digits_uses_no_network(tmp_path):
+    small = ["data=digits", "data.subset=50", "model.width=2", "trainer=cpu", "epochs=1"]
+    assert watched(tmp_path, TRAIN, *small) == (0, "")
+    script = tmp_path / "talks.py"
+    script.write_text("import socket\nsocket.create_connection(('192.0.2.1', 80), 0.1)")
+    assert watched(tmp_path, script)[0] == 77
+
+
+def watched(cwd: Path, script: Path, *arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-c", WATCHED, str(script), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stderr

@@ -1,0 +1,310 @@
+"""Sweeps: every job leaves how it ended and takes no other down; a table of all at the end.
+
+Most jobs here are refused, which takes no torch and no time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import optuna
+import pytest
+
+from runs import SMALL, TRAIN, command, summary
+from sam_lightning.cli import resumed
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.studies.sweep import job_folder, next_job
+
+
+def table(sweep):
+    return json.loads((sweep / "sweep.json").read_text())["jobs"]
+
+
+def only_sweep(cwd):
+    (sweep,) = cwd.glob("logs/train/multiruns/*")
+    return sweep
+
+
+# --------------------------------------------------------------------------------- names of folders
+
+
+def test_name_of_a_folder():
+    assert job_folder(3, "rho=0.1,seed=0") == "3_rho=0.1,seed=0"
+    assert job_folder(3, "rho=0.1", 20) == "23_rho=0.1"
+    assert job_folder(0, "optimized_metric=val/acc") == "0_optimized_metric=val-acc"
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "日"])
+def test_long_names_are_cut_to_what_file_systems_allow(tmp_path, letter):
+    for length in (70, 251, 252, 253, 254, 255, 1000):
+        name = job_folder(12, letter * length)
+        (tmp_path / name).mkdir(exist_ok=True)
+        whole = f"12_{letter * length}"
+        assert name == whole or (name.endswith("...") and whole.startswith(name[:-3]))
+        assert (name == whole) == (len(whole.encode()) <= 255)
+        assert len(name.encode()) > 250 or name == whole
+
+
+def test_numbers_go_on_behind_those_of_jobs_that_are_there(tmp_path):
+    assert next_job(str(tmp_path / "nowhere")) == 0
+    for name in ("0_rho=1", "9_rho=2", "10_rho=3", "x_rho=4"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+    (tmp_path / "77_no_job").mkdir()
+    assert next_job(str(tmp_path)) == 11
+
+
+def test_a_sweep_of_many_keys(tmp_path):
+    given = ["method=sam", "optimizer=sgd", "scheduler=cosine", "data.split_seed=123456789"]
+    given += ["data.crop_padding=4", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
+    given += ["trainer.accumulate_grad_batches=4", "trainer.check_val_every_n_epoch=1"]
+    done = command(tmp_path, "-m", *SMALL, *given, "rho=-1,-2")
+    assert done.returncode == 2
+    jobs = table(only_sweep(tmp_path))
+    assert [f"rho=-{i}" in job["overrides"] for i, job in enumerate(jobs, 1)] == [True, True]
+    assert {*given, *SMALL} <= {*jobs[0]["overrides"]}
+    folders = [only_sweep(tmp_path) / job["folder"] for job in jobs]
+    for number, folder in enumerate(folders):
+        assert folder.name.startswith(f"{number}_batch_size=50,data.crop_padding=4,")
+        assert len(folder.name.encode()) == 255
+        assert summary(folder)["status"] == "failed"
+
+
+# ----------------------------------------------------------------------------- jobs that do not end
+
+
+def test_a_sweep_whose_jobs_are_all_refused(tmp_path):
+    done = command(tmp_path, "-m", *SMALL, "lr=-1", "rho=0.1,0.2", "hydra.sweeper.max_batch_size=1")
+    assert done.returncode == 2
+    assert done.stderr == "error: lr=-1: allowed is a number > 0\n"
+    jobs = table(only_sweep(tmp_path))
+    assert [job["job"] for job in jobs] == ["0", "1"]  # the second batch was run too
+    for job, rho in zip(jobs, (0.1, 0.2), strict=True):
+        folder = only_sweep(tmp_path) / job["folder"]
+        found = summary(folder)
+        assert found["config"]["rho"] == rho
+        for said in (found, job):
+            assert said["status"] == "failed"
+            assert said["exit_reason"] == "ConfigError: lr=-1: allowed is a number > 0"
+            assert said["metrics"] == {}
+        assert "lr=-1: allowed is a number > 0" in (folder / "train.log").read_text()
+    lines = [line for line in done.stdout.splitlines() if "failed: lr=-1" in line]
+    assert [line.split()[1:4] for line in lines] == [["0", "│", "rho=0.1"], ["1", "│", "rho=0.2"]]
+
+
+def test_a_job_whose_configuration_cannot_be_resolved(tmp_path):
+    done = command(tmp_path, "-m", *SMALL, "++data.root=/,'${nowhere}'", "epochs=0")
+    assert done.returncode == 2
+    assert "(job 0; 2 of 2 jobs failed)" in done.stderr
+    refused, unresolved = table(only_sweep(tmp_path))
+    assert refused["exit_reason"] == "ConfigError: epochs=0: allowed is a whole number >= 1"
+    assert unresolved["exit_reason"].startswith("ConfigError: ")
+    assert "Interpolation key 'nowhere' not found" in unresolved["exit_reason"]
+    found = summary(only_sweep(tmp_path) / unresolved["folder"])
+    assert (found["status"], found["config"]["data"]["root"]) == ("failed", "${nowhere}")
+
+
+def test_a_sweep_into_the_folder_of_another_counts_only_its_own_jobs(tmp_path):
+    sweep = tmp_path / "sweep"
+    for number in range(2):
+        given = [f"hydra.sweep.dir={sweep}", f"epochs=-{number}", "test=false"]
+        done = command(tmp_path, "-m", *SMALL, *given, "rho=0.1,0.2,0.3")
+        assert done.stderr == f"error: epochs={-number}: allowed is a whole number >= 1\n"
+    assert len(table(sweep)) == 6
+
+
+COMPLETED = json.dumps({"status": "completed", "metrics": {"test/acc": 0.9}})
+
+
+@pytest.mark.parametrize(
+    ("left", "arguments", "reason", "status"),
+    [
+        (COMPLETED, [], "has a run already; continue it with ckpt_path=last", "completed"),
+        (COMPLETED, ["ckpt_path=last", "epochs=0"], "epochs=0", "completed"),
+        ("{", ["epochs=0"], "epochs=0", "failed"),
+    ],
+)
+def test_a_refused_job_keeps_what_was_complete(tmp_path, left, arguments, reason, status):
+    folder = tmp_path / "sweep" / "0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(left)
+    subdir = "hydra.sweep.subdir=0"
+    done = command(tmp_path, "-m", "seed=0", f"hydra.sweep.dir={folder.parent}", subdir, *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert reason in table(folder.parent)[0]["exit_reason"]
+    found = summary(folder)
+    assert found["status"] == status
+    assert found["metrics"] == json.loads(COMPLETED if left == COMPLETED else "{}").get(
+        "metrics", {}
+    )
+
+
+def test_what_continues_a_sweep_is_not_taken_for_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "logs/nested/task/runs/2030"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").write_text("[]")
+    assert f"hydra.run.dir='{run}'" in resumed(["ckpt_path=last"])
+    for asks in ("-m", "sweep=seeds", "hydra.mode=MULTIRUN"):
+        assert resumed([asks, "ckpt_path=last"]) == [asks, "ckpt_path=last"]
+    for task in ("/abs", "", "**a"):
+        with pytest.raises(ConfigError, match=f"task_name={re.escape(task)}: allowed is"):
+            resumed(["ckpt_path=last", f"task_name={task}"])
+
+
+def test_submitit_without_slurm_would_train_a_job_as_often_as_it_has_tasks(tmp_path):
+    several = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    done = command(tmp_path, "-m", *SMALL, *several, "rho=0.1,0.2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hydra/launcher=submitit_local: would train each job 2 ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------- jobs side by side
+
+ODD = '''
+import os, signal
+from lightning.pytorch.callbacks import Callback
+
+class OddError(Exception):
+    """Cannot be sent to another process: it needs two arguments to be made again."""
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+class Odd(Callback):
+    def on_train_start(self, trainer, module):
+        if module.rho == 0.25:
+            raise OddError("odd", "odder")
+        if module.rho == 0.5:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+SIDE_BY_SIDE = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit": ["hydra/launcher=submitit_local"],
+}
+
+
+def side_by_side(tmp_path, launcher, *arguments):
+    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "cwd").mkdir()
+    return command(
+        tmp_path / "cwd",
+        *("-m", *SIDE_BY_SIDE[launcher], *SMALL, "epochs=1", "+callbacks.odd._target_=odd.Odd"),
+        *arguments,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "odd"},
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", SIDE_BY_SIDE)
+def test_jobs_side_by_side(tmp_path, launcher):
+    done = side_by_side(tmp_path, launcher, "rho=0.1,0.25,-1")
+    assert done.returncode == 1
+    last = "error: OddError: odd and odder (job 1; 2 of 3 jobs failed)"
+    assert done.stderr.splitlines()[-1] == last
+    sweep = only_sweep(tmp_path / "cwd")
+    trained, odd, refused = table(sweep)
+    assert trained["status"] == "completed"
+    assert trained["metrics"] == summary(sweep / trained["folder"])["metrics"]
+    assert f"{trained['metrics']['test/acc']:.4f}" in done.stdout
+    assert (sweep / trained["folder"] / "checkpoints" / "last.ckpt").is_file()
+    for job, reason in [
+        (odd, "OddError: odd and odder"),
+        (refused, "ConfigError: rho=-1: allowed is a number >= 0"),
+    ]:
+        assert (job["status"], job["exit_reason"]) == ("failed", reason)
+        assert summary(sweep / job["folder"])["exit_reason"] == reason
+        said = reason.removeprefix("ConfigError: ")
+        assert said in (sweep / job["folder"] / "train.log").read_text()
+    assert {p.name for p in (tmp_path / "cwd").iterdir()} == {"logs"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", SIDE_BY_SIDE)
+def test_a_job_whose_process_is_killed(tmp_path, launcher):
+    done = side_by_side(tmp_path, launcher, "rho=0.5")
+    assert done.returncode == 1
+    last = "error: the process ended and left no metrics.json"
+    assert done.stderr.splitlines()[-1] == last
+    (job,) = table(only_sweep(tmp_path / "cwd"))
+    assert (job["status"], job["metrics"]) == ("no result", {})
+    assert "no result" in done.stdout
+
+
+@pytest.mark.slow
+def test_processes_and_loaders_in_the_workers_of_joblib(tmp_path):
+    loading = ["data.num_workers=1", "data.policy=trivialaugment"]
+    done = side_by_side(tmp_path, "joblib", "rho=0.1", "trainer.devices=2", *loading)
+    assert done.returncode == 0, done.stderr
+    sweep = only_sweep(tmp_path / "cwd")
+    (job,) = table(sweep)
+    assert (job["status"], summary(sweep / job["folder"])["devices"]) == ("completed", 2)
+
+
+# ----------------------------------------------------------------------------------------- searches
+
+
+def trials(sweep):
+    study = optuna.load_study(study_name="rho", storage=f"sqlite:///{sweep}/optuna.db")
+    return [(trial.state.name, trial.params["rho"], trial.value) for trial in study.trials]
+
+
+@pytest.mark.slow
+def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
+    sweep = tmp_path / "study"
+    study = ["-m", "sweep=rho_optuna", *SMALL, "epochs=1", "data.val_size=100", "test=false"]
+    study += ["optimized_metric=val/loss", "hydra.sweeper.direction=minimize"]
+    study += [f"hydra.sweep.dir={sweep}", "hydra.sweeper.n_trials=2"]
+    done = command(tmp_path, *study, "lr=1e30")  # weights that are not finite, and so the loss
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: optimized_metric=val/loss: came out as nan"
+    assert [state for state, *_ in trials(sweep)] == ["FAIL", "FAIL"]
+    failed = {job["folder"]: summary(sweep / job["folder"]) for job in table(sweep)}
+    assert {found["status"] for found in failed.values()} == {"failed"}
+
+    done = command(tmp_path, *study, "lr=0.1")
+    assert done.returncode == 0, done.stderr
+    found = trials(sweep)
+    assert [state for state, *_ in found] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert len({rho for _, rho, _ in found}) == 4  # none was drawn a second time
+    jobs = table(sweep)
+    assert [job["job"] for job in jobs] == ["0", "1", "2", "3"]
+    assert {job["folder"]: summary(sweep / job["folder"]) for job in jobs[:2]} == failed
+    for job, (_, rho, value) in zip(jobs, found, strict=True):
+        assert summary(sweep / job["folder"])["config"]["rho"] == rho
+        assert job["metrics"].get("val/loss") == value or value is None
+
+
+def test_a_study_whose_trials_are_all_refused(tmp_path):
+    study = ["-m", "sweep=rho_optuna", *SMALL, "hydra.sweeper.n_trials=2", "epochs=0"]
+    done = command(tmp_path, *study)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: epochs=0: allowed is a whole number >= 1"
+    assert [state for state, *_ in trials(only_sweep(tmp_path))] == ["FAIL", "FAIL"]
+
+
+def test_an_interrupted_sweep_still_has_its_table(tmp_path):
+    program = """
+import runpy, sys
+import sam_lightning.cli as command
+original, rhos = command.check, []
+def check(cfg, top_level):
+    rhos.append(cfg.rho)
+    if len(rhos) == 2:
+        raise KeyboardInterrupt  # as the second job starts
+    original(cfg, top_level)
+command.check = check
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    line = [sys.executable, "-c", program, str(TRAIN), "-m", *SMALL, "rho=-1,-2,-3"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert [job["status"] for job in table(only_sweep(tmp_path))] == ["failed", "no result"]
+    assert "│ failed: rho=-1: allowed is a number >= 0 " in done.stdout
