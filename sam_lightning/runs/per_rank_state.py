@@ -27,14 +27,17 @@ def save_by_rank(module: "SAMModule", checkpoint: dict[str, Any]) -> None:
         for (name, buffer), mean in zip(buffers.items(), means, strict=True):
             if f"model.{name}" in weights:  # not if it is one that a state dict leaves out
                 weights[f"model.{name}"] = mean.view_as(buffer).to(buffer.dtype)
-    checkpoint["by_rank"] = {"window": _of_all(module, module.sums.window), "running_stats": stats}
+    checkpoint["by_rank"] = {
+        "window": _of_all(module, module.train_metrics.window),
+        "running_stats": stats,
+    }
     if module.trainer.world_size > 1 and (memory := _memory(module)):
         checkpoint["by_rank"]["memory"] = _of_all(module, _flat(module, memory))
 
 
 def load_by_rank(module: "SAMModule", rows: dict[str, Tensor]) -> None:
     """Take up this device's rows, once the model is on the device and the optimizer is loaded."""
-    module.sums.window = rows["window"].to(module.device)
+    module.train_metrics.window = rows["window"].to(module.device)
     _fill(list(_float_buffers(module).values()), rows["running_stats"])
     if "memory" in rows and (memory := _memory(module)):  # not of another method
         _fill(memory, rows["memory"])

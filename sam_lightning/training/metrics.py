@@ -1,31 +1,30 @@
-"""What is known of the updates since the last log: sums on the device, read once per log."""
+"""Metrics of training and of evaluation: sums on the device that nothing waits for until a log."""
 
 import math
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from sam_lightning.optim.foreach import global_norm, inner_product
-
-# loss, accuracy, sharpness, gradient norm, updates, ascents; perturbation norm, cosine, and the
-# number of updates at which these two were measured; updates with a finite gradient norm
+# loss, accuracy, sharpness, gradient norm, steps, perturbed steps; perturbation norm, cosine, and
+# the number of steps at which these two were measured; steps with a finite gradient norm
 SUMS = 10
 
 
-class UpdateSums:
-    """Sums over updates, which never wait for the device until ``means`` is asked for.
+class TrainMetrics:
+    """Running sums over steps.
 
     Attributes:
         window: the sums since the last log, 1-dim of ``SUMS``.
-        skipped: skipped updates in all, in a row now, and the longest row.
+        skipped: skipped steps in all, in a row now, and the longest row.
     """
 
     def __init__(self) -> None:
         self.window = torch.zeros(SUMS)
         self.skipped = torch.zeros(3)
-        # Of the update under way: its gradient's norm, and 1 if that is finite, each 1-dim of 1.
+        # Of the present step: its gradient's norm, and 1 if that is finite, each 1-dim of 1.
         self._gradient: tuple[Tensor, Tensor] | None = None
         self.to(torch.device("cpu"))
 
@@ -33,26 +32,27 @@ class UpdateSums:
         """Move the sums."""
         self.window = self.window.to(device)
         self.skipped = self.skipped.to(device)
-        # What an update that climbs, or not, adds to the counts and, none, to the geometry.
+        # What a step, perturbed or not, adds to the counts and, none, to the geometry.
         self._counts = {
-            climbs: torch.tensor([1.0, climbs, 0, 0, 0], device=device) for climbs in (True, False)
+            perturbed: torch.tensor([1.0, perturbed, 0, 0, 0], device=device)
+            for perturbed in (True, False)
         }
 
-    def add_update(self, first: Tensor, second: Tensor, climbs: bool) -> None:
-        """Add an update with these losses and accuracies at w and at w + e, each 1-dim of 2.
+    def add_step(self, clean: Tensor, perturbed: Tensor, has_sharpness: bool) -> None:
+        """Add a step with these losses and accuracies at w and at w + e, each 1-dim of 2.
 
-        Call ``add_gradient`` before it. All is added by one operation, for to start one takes a
-        GPU's host longer than the GPU takes to do it.
+        Call ``add_gradient`` before it. One operation adds everything: a GPU's host takes longer
+        to start an operation than the GPU takes to do it.
         """
-        counts = self._counts[climbs]
-        rise = (second - first)[:1] if climbs else counts[1:2]
+        counts = self._counts[has_sharpness]
+        rise = (perturbed - clean)[:1] if has_sharpness else counts[1:2]
         assert self._gradient is not None
         (norm, finite), self._gradient = self._gradient, None
-        self.window.add_(torch.cat([first, rise, norm, counts, finite]))
+        self.window.add_(torch.cat([clean, rise, norm, counts, finite]))
 
-    def add_geometry(self, norm: Tensor, similarity: Tensor) -> None:
+    def add_geometry(self, norm: Tensor, cosine: Tensor) -> None:
         """Add the norm of a perturbation and the cosine of the two gradients."""
-        self.window[6:9].add_(torch.stack([norm, similarity, torch.ones_like(norm)]))
+        self.window[6:9].add_(torch.stack([norm, cosine, torch.ones_like(norm)]))
 
     def add_gradient(self, norm: Tensor) -> Tensor:
         """Add the norm of the gradient to step with; return 1 if it is not finite, else 0."""
@@ -66,44 +66,54 @@ class UpdateSums:
         return skip
 
     def means(self, strategy: Any, world_size: int) -> tuple[dict[str, float], float]:
-        """The means over updates and devices by metric, and the longest row of skipped updates.
+        """The means over steps and devices by metric, and the longest row of skipped steps.
 
-        The sums start anew. This waits for the device, once.
+        Sets the sums to 0. This waits for the device, once.
         """
         window = self.window
         if world_size > 1:
             window = strategy.reduce(window.clone(), reduce_op="mean")
         sums = torch.cat([window, self.skipped]).tolist()
         self.window.zero_()
-        loss, acc, sharpness, grad_norm, count, ascents = sums[:6]
-        norm, similarity, measured, finite, skipped, _, longest = sums[6:]
+        loss, acc, sharpness, grad_norm, count, perturbed = sums[:6]
+        norm, cosine, measured, finite, skipped, _, longest = sums[6:]
         values = {
             "train/loss": loss / count,
             "train/acc": acc / count,
             "train/grad_norm": grad_norm / finite if finite else math.inf,
             "train/skipped_steps": skipped,
         }
-        if ascents:
-            values["train/sharpness"] = sharpness / ascents
-        if measured and math.isfinite(similarity):  # not so where a gradient is 0 or not finite
+        if perturbed:
+            values["train/sharpness"] = sharpness / perturbed
+        if measured and math.isfinite(cosine):  # not so where a gradient is 0 or not finite
             values["train/perturbation_norm"] = norm / measured
-            values["train/cosine"] = similarity / measured
+            values["train/cosine"] = cosine / measured
         return values, longest
 
 
-class LogUpdates(L.Callback):
-    """Calls ``SAMModule.log_training`` after every batch, before other callbacks save."""
+class EvalMetrics(nn.Module):
+    """Mean loss, accuracy and, from 10 classes on, top-5 accuracy over all devices."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Log if it is time."""
-        pl_module.log_training()
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
+        metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}
+        if num_classes >= 10:
+            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, **fast)
+        self.accuracies = MetricCollection(metrics, compute_groups=False)
+        self.loss = MeanMetric(nan_strategy="disable")  # NaN stays NaN, and nothing waits
 
+    def reset(self) -> None:
+        """Forget earlier evaluations."""
+        self.loss.reset()
+        self.accuracies.reset()
 
-@torch.no_grad()
-def cosine(ones: list[Tensor | None], others: list[Tensor | None]) -> Tensor:
-    """The cosine of the angle between two gradients, 0-dim; a missing part counts as zeros."""
-    both = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
-    norms = [global_norm(g for g in gradient if g is not None) for gradient in (ones, others)]
-    if not both:
-        return torch.zeros_like(norms[0])
-    return inner_product([a for a, _ in both], [b for _, b in both]) / (norms[0] * norms[1])
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add logits N x num_classes and their labels N."""
+        self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
+        self.accuracies.update(logits, labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss``, ``acc``, ``error`` and, from 10 classes on, ``acc5``."""
+        values = {"loss": self.loss.compute(), **self.accuracies.compute()}
+        return {**values, "error": 1 - values["acc"]}

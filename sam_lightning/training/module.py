@@ -6,58 +6,58 @@ then leaves to it: accumulation, clipping, skipping of non-finite steps, the sch
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.data.augment import draw_seed
+from sam_lightning.models.onednn import subsample_first
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.optim.perturbation import Descent, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import load_by_rank, save_by_rank
-from sam_lightning.training.classifier import Batch
-from sam_lightning.training.metrics import LogUpdates, UpdateSums, cosine
-from sam_lightning.training.passes import GradientModule, MicroBatch
+from sam_lightning.training.metrics import EvalMetrics, TrainMetrics
+from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
+
+Batch = tuple[Tensor, Tensor]
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class SAMModule(GradientModule):
+class SAMModule(L.LightningModule):
     """Trains an image classifier with SAM and its relatives.
 
     Args:
         model: images N x C x H x W -> logits N x num_classes.
         num_classes: number of classes.
         base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
-        rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no
-            more.
-        rho_min: where the radius ends as the learning rate falls to 0: rho_min + (rho - rho_min)
+        rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass.
+        rho_min: the radius ends here as the learning rate falls to 0: rho_min + (rho - rho_min)
             times the schedule's factor (Zhuang et al. 2022, algorithm 1); None for a constant one.
         perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
-        lr_factor: from the number of updates done to the factor on the learning rates.
-        sync_perturbation: average the ascent gradient over devices. Otherwise each device climbs
-            along its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
-        ascent_per_micro_batch: under accumulation, climb for each micro-batch by itself
-            (m-sharpness) and not along the gradient of the whole accumulated batch.
-        ascent_fraction: part of each batch, in (0, 1], whose gradient is climbed along; a step
-            costs ``1 + ascent_fraction`` passes. Loss, accuracy and running statistics are then
-            of that part, and ``train/sharpness`` also has the noise between it and the batch.
-        ascent_steps: climb in so many steps of rho / ascent_steps, each along the gradient where it
-            starts; a step costs ``1 + ascent_steps`` passes.
-        descent_fraction: part of each batch, in (0, 1], whose gradient at w + e is taken: the
-            images whose loss rises most (Du et al. 2022, sharpness-sensitive data selection).
-        every: climb at one update in so many, starting with the first; the others are steps of
-            the base optimizer, of one pass each.
+        lr_factor: from the number of steps done to the factor on the learning rates.
+        sync_perturbation: average the gradient to perturb along over devices. Otherwise each device
+            uses its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
+        ascent_per_micro_batch: under accumulation, perturb for each micro-batch by itself.
+        ascent_fraction: part of each batch, in (0, 1], for the first pass. Loss, accuracy and
+            running statistics are of that part, and ``train/sharpness`` has its noise too.
+        ascent_steps: go from w to w + e in steps of rho / ascent_steps, with a pass for each.
+        descent_fraction: part of each batch, in (0, 1], for the second pass: the images whose loss
+            rises most (Du et al. 2022, sharpness-sensitive data selection).
+        every: perturb once in this many steps, starting with the first.
         same_randomness: the second pass uses the dropout masks of the first.
         label_smoothing: of the training loss, in [0, 1).
-        accumulate_grad_batches: batches per update.
-        gradient_clip_val: largest 2-norm of the gradient that is stepped with; None for no limit.
-        max_skipped_steps: end the run after so many non-finite gradients in a row.
+        accumulate_grad_batches: batches per step.
+        gradient_clip_val: largest 2-norm of the gradient to step with; None for no limit.
+        max_skipped_steps: end the run after this many non-finite gradients in a row.
         memory_format: ``contiguous`` or ``channels_last``.
         seed: of the dropout masks, together with epoch, batch and rank.
         hparams: plain values kept in checkpoints, to build model and data again.
@@ -94,17 +94,15 @@ class SAMModule(GradientModule):
         seed: int = 0,
         hparams: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            num_classes,
-            memory_format,
-            label_smoothing=label_smoothing,
-            same_randomness=same_randomness,
-        )
-        if ascent_fraction < 1 and descent_fraction < 1:
+        super().__init__()
+        self.automatic_optimization = False
+        if perturbed_layers not in ("all", "normalization"):
             raise ConfigError(
-                f"method.descent_fraction={descent_fraction}: needs the loss of every image before "
-                f"the ascent, so not with method.ascent_fraction={ascent_fraction}"
+                f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
+            )
+        if rho_min is not None and 0 < rho < rho_min:
+            raise ConfigError(
+                f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
             )
         if ascent_per_micro_batch and descent is not None:
             raise ConfigError(
@@ -119,34 +117,44 @@ class SAMModule(GradientModule):
                     "descent_fraction, ascent_steps, ascent_per_micro_batch, decay_in_ascent and "
                     "sync_perturbation must be as in conf/method/sam.yaml"
                 )
-        if rho_min is not None and 0 < rho < rho_min:
-            raise ConfigError(
-                f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
+        if memory_format not in MEMORY_FORMATS:
+            raise ValueError(
+                f"memory_format={memory_format}: allowed are {', '.join(MEMORY_FORMATS)}"
             )
-        if perturbed_layers not in ("all", "normalization"):
-            raise ConfigError(
-                f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
-            )
-        self.base_optimizer = base_optimizer
+        self.memory_format = MEMORY_FORMATS[memory_format]
+        subsample_first(model)
+        self.model = model.to(memory_format=self.memory_format)
+        self.make_sam = partial(
+            SAM,
+            base_optimizer=base_optimizer,
+            rho=rho,
+            perturbation=perturbation,
+            descent=descent,
+            only=normalization_parameters(model) if perturbed_layers != "all" else None,
+            decay_in_ascent=decay_in_ascent,
+        )
         self.rho = rho
         self.rho_min = rho if rho_min is None else rho_min
-        self.only = normalization_parameters(model) if perturbed_layers != "all" else None
-        self.perturbation = perturbation
-        self.descent = descent
-        self.decay_in_ascent = decay_in_ascent
         self.lr_factor = lr_factor or (lambda step: 1.0)
-        self.sync_perturbation = sync_perturbation
-        self.ascent_per_micro_batch = ascent_per_micro_batch
-        self.ascent_fraction = ascent_fraction
-        self.ascent_steps = ascent_steps
-        self.descent_fraction = descent_fraction
         self.every = every
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
-        self.sums = UpdateSums()
-        self._micro_batches: list[MicroBatch] = []
+        self.passes = Passes(
+            self.forward,
+            self._backward,
+            label_smoothing=label_smoothing,
+            same_randomness=same_randomness,
+            sync_ascent=sync_perturbation,
+            ascent_per_micro_batch=ascent_per_micro_batch,
+            ascent_fraction=ascent_fraction,
+            ascent_steps=ascent_steps,
+            descent_fraction=descent_fraction,
+        )
+        self.train_metrics = TrainMetrics()
+        self.eval_metrics = EvalMetrics(num_classes)
+        self._batches: list[MicroBatch] = []
         self._own_state: dict[str, Tensor] | None = None  # this device's part of a checkpoint
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
@@ -154,17 +162,9 @@ class SAMModule(GradientModule):
     # ------------------------------------------------------------------ optimizer and schedule
 
     def configure_optimizers(self) -> Any:
-        """SAM around the base optimizer, and the schedule that is stepped once per update."""
+        """SAM around the base optimizer, and the schedule that is stepped once per step."""
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        optimizer = SAM(
-            trainable,
-            self.base_optimizer,
-            rho=self.rho,
-            perturbation=self.perturbation,
-            descent=self.descent,
-            only=self.only,
-            decay_in_ascent=self.decay_in_ascent,
-        )
+        optimizer = self.make_sam(trainable)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
 
     @property
@@ -174,12 +174,21 @@ class SAMModule(GradientModule):
 
     @property
     def lr(self) -> float:
-        """The learning rate of the present update."""
+        """The learning rate of the present step."""
         return float(self.sam.param_groups[0]["lr"])
+
+    def on_train_start(self) -> None:
+        """Take up what a checkpoint has of this device, and put the running sums on it."""
+        self._apply_settings()
+        self._batches.clear()
+        self.train_metrics.to(self.device)
+        if self._own_state is not None:
+            load_by_rank(self, self._own_state)
+            self._own_state = None
 
     def _apply_settings(self) -> None:
         """Let the settings of this run count, also where its checkpoint has others."""
-        given = self.base_optimizer([torch.zeros(1, requires_grad=True)]).defaults
+        given = self.sam.base_optimizer.defaults
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
@@ -190,161 +199,86 @@ class SAMModule(GradientModule):
             group.update(rho=self.rho, initial_lr=given["lr"])
             group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
 
-    # ------------------------------------------------------------------------------- one update
-
-    def on_train_start(self) -> None:
-        """Take up what a checkpoint has of this device, and put the running sums on it."""
-        self._apply_settings()
-        self._micro_batches.clear()
-        self.sums.to(self.device)
-        if self._own_state is not None:
-            load_by_rank(self, self._own_state)
-            self._own_state = None
+    # --------------------------------------------------------------------------------- one step
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, update.
+        """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step.
 
-        Collecting first makes an update the exact mean over its samples, also where the last batch
+        Collecting first makes a step the exact mean over its samples, also where the last batch
         is smaller, and lets the perturbation be that of the whole accumulated batch.
         """
         seed = draw_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
-        self._micro_batches.append((batch, seed))
+        self._batches.append(MicroBatch(*batch, seed))
         last = batch_idx + 1 == self.trainer.num_training_batches or self.trainer.is_last_batch
-        if last or len(self._micro_batches) == self.accumulate_grad_batches:
-            micro_batches, self._micro_batches = self._micro_batches, []
-            self._update(micro_batches, last)
+        if last or len(self._batches) == self.accumulate_grad_batches:
+            batches, self._batches = self._batches, []
+            self._step(batches, last)
+            self._log_training(last)
 
-    def _update(self, micro_batches: list[MicroBatch], last: bool) -> None:
+    def _step(self, batches: list[MicroBatch], last: bool) -> None:
         sam = self.sam
         sam.zero_grad()
-        climbs = sam.climbs and self.global_step % self.every == 0
+        perturbs = sam.climbs and self.global_step % self.every == 0
         # What combines gradients does so on each device, and the results are averaged.
-        average_late = sam.climbs and self.descent is not None and not self.sync_perturbation
-        if not climbs:
+        average_late = sam.climbs and sam.descent is not None and not self.passes.sync_ascent
+        geometry = None
+        if not perturbs:
             sam.skip_perturbation()
-            first = second = self.gradient(micro_batches, sync=not average_late)
+            clean = perturbed = self.passes.one(batches, sync=not average_late)
         elif sam.along_momentum:
-            with sam.perturbed(length=self._length()):
-                first = second = self.gradient(micro_batches, sync=not average_late)
-        elif self.ascent_per_micro_batch:
-            first, second = self._gradients_per_micro_batch(micro_batches)
+            with sam.perturbed(length=self._rho_scale()):
+                clean = perturbed = self.passes.one(batches, sync=not average_late)
         else:
-            measure = last or self._log_before_next_ascent()
-            first, second = self._two_passes(micro_batches, measure, sync=not average_late)
-        sam.combine()  # before they are clipped
+            clean, perturbed, geometry = self._two_passes(batches, last, not average_late)
+        sam.combine()  # before the gradients are clipped
         if average_late:
-            self.average_gradients()
-        self._logged_lr = self.lr  # before the schedule sets that of the next update
+            average_gradients(self.model, self.trainer.world_size)
+        self._logged_lr = self.lr  # before the schedule sets that of the next step
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.sums.add_update(first, second, climbs and not sam.along_momentum)
+        self.train_metrics.add_step(clean, perturbed, perturbs and not sam.along_momentum)
+        if geometry is not None:
+            self.train_metrics.add_geometry(*geometry)
 
-    def _log_before_next_ascent(self) -> bool:
+    def _two_passes(self, batches: list[MicroBatch], last: bool, sync: bool) -> tuple[Any, ...]:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        return self.global_step // every != (self.global_step + self.every) // every
-
-    def _two_passes(
-        self, micro_batches: list[MicroBatch], measure: bool, *, sync: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient at w + e in ``.grad``; return loss and accuracy at w and at w + e.
-
-        ``measure`` adds the norm of e, and the cosine of the two gradients, to the log. It keeps
-        the first gradient during the second pass, so it is not done at every update.
-        """
-        losses: list[Tensor] = []
-        first = self._ascent_gradient(micro_batches, losses=losses)
-        params = [p for group in self.sam.param_groups for p in group["params"]]
-        ascent = [p.grad for p in params] if measure else []
-        with self._perturbed(micro_batches):
-            norm = self.sam.perturbation_norm() if measure else None
-            second = self._descent_gradient(micro_batches, losses, sync=sync)
-        if norm is not None and any(g is not None for g in ascent):
-            self.sums.add_geometry(norm, cosine(ascent, [p.grad for p in params]))
-        return first, second
-
-    def _ascent_gradient(
-        self,
-        micro_batches: list[MicroBatch],
-        *,
-        losses: list[Tensor] | None = None,
-        second_pass: bool = False,
-    ) -> Tensor:
-        part = []
-        for (images, labels), seed in micro_batches:
-            size = math.ceil(self.ascent_fraction * len(labels))
-            part.append(((images[:size], labels[:size]), seed))
-        return self.gradient(
-            part,
-            sync=self.sync_perturbation,
-            second_pass=second_pass,
-            losses=losses if self.descent_fraction < 1 else None,
+        logs_before_next = self.global_step // every != (self.global_step + self.every) // every
+        # A perturbation draws the same on all devices where their gradient is the same.
+        rank = 0 if self.passes.sync_ascent else self.global_rank
+        numbers = range(1, 1 + self.passes.ascent_steps)
+        return self.passes.two(
+            self.sam,
+            batches,
+            sync=sync,
+            seeds=[draw_seed(self.seed, self.global_step, number, rank) for number in numbers],
+            measure=(last or logs_before_next) and not self.passes.ascent_per_micro_batch,
+            model=self,
+            local=not self.passes.sync_ascent,
+            scaler=self.scaler,
+            length=self._rho_scale(),
         )
 
-    @contextlib.contextmanager
-    def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
-        """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
-        scale: dict[str, Any] = {"scaler": self.scaler, "length": self._length()}
-        self._seed_perturbation(0)
-        # A descent has both gradients averaged by the strategy, or its result by _update.
-        with self.sam.perturbed(self, local=not self.sync_perturbation, **scale):
-            for further in range(1, self.ascent_steps):
-                self._ascent_gradient(micro_batches, second_pass=True)
-                self._seed_perturbation(further)
-                self.sam.perturb(zero_grad=True, further=True, **scale)
-            yield
-
-    def _seed_perturbation(self, number: int) -> None:
-        """Seed what a perturbation draws: the same on all devices where their gradient is."""
-        rank = 0 if self.sync_perturbation else self.global_rank
-        self.seed_draws(draw_seed(self.seed, self.global_step, 1 + number, rank))
-
-    def _length(self) -> float:
+    def _rho_scale(self) -> float:
         """The length of a step of ascent now, in units of rho."""
         if self.rho_min == self.rho:
-            return 1 / self.ascent_steps
+            return 1 / self.passes.ascent_steps
         fraction = self.lr / self.sam.param_groups[0]["initial_lr"]
         rho = self.rho_min + (self.rho - self.rho_min) * fraction
-        return rho / self.rho / self.ascent_steps
+        return rho / self.rho / self.passes.ascent_steps
 
-    def _descent_gradient(
-        self,
-        micro_batches: list[MicroBatch],
-        losses: list[Tensor],
-        *,
-        sync: bool = True,
-        total: float | None = None,
-    ) -> Tensor:
-        """Add the gradient at w + e; return loss and accuracy there, the loss of all images."""
-        if self.descent_fraction == 1:
-            return self.gradient(micro_batches, sync=sync, second_pass=True, total=total)
-        chosen, loss = self.most_sensitive(micro_batches, losses, self.descent_fraction)
-        if total is not None:  # the images of one micro-batch weigh as all of them did
-            size = sum(len(labels) for (_, labels), _ in micro_batches)
-            total = total * sum(len(labels) for (_, labels), _ in chosen) / size
-        second = self.gradient(chosen, sync=sync, second_pass=True, total=total)
-        return torch.stack([loss, second[1]])
+    def _backward(self, loss: Tensor, sync: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            # Lightning runs training_step inside autocast, where torch advises against backward.
+            if torch.is_autocast_enabled(self.device.type):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if not sync and hasattr(self.trainer.strategy, "block_backward_sync"):
+                stack.enter_context(self.trainer.strategy.block_backward_sync())
+            self.manual_backward(loss)
 
-    def _gradients_per_micro_batch(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """As ``_two_passes``, but each micro-batch climbs along its own gradient."""
-        params = [p for group in self.sam.param_groups for p in group["params"]]
-        total = sum(len(labels) for (_, labels), _ in micro_batches)
-        first = second = torch.zeros(2, device=self.device)
-        kept: list[Tensor | None] = [None] * len(params)
-        for i, micro_batch in enumerate(micro_batches):
-            self.sam.zero_grad()
-            share = len(micro_batch[0][1]) / total
-            losses: list[Tensor] = []
-            first = first + self._ascent_gradient([micro_batch], losses=losses) * share
-            with self._perturbed([micro_batch]):
-                for p, grad in zip(params, kept, strict=True):
-                    p.grad = grad  # the second gradients add up over the micro-batches
-                last = i + 1 == len(micro_batches)
-                loss_and_accuracy = self._descent_gradient(
-                    [micro_batch], losses, sync=last, total=total
-                )
-                second = second + loss_and_accuracy * share
-                kept = [p.grad for p in params]
-        return first, second
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss under ``trainer.precision=16-mixed``."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the (unscaled) gradient, or skip the step if it is not finite; all on the device."""
@@ -352,32 +286,27 @@ class SAMModule(GradientModule):
         if not grads:
             raise TrainingError("the model has no trainable parameter with a gradient")
         norm = global_norm(grads)
-        self.sam.found_inf = self.sums.add_gradient(norm)
+        self.sam.found_inf = self.train_metrics.add_gradient(norm)
         if self.gradient_clip_val is not None:
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, factor)
 
     # ------------------------------------------------------------------- logging and checkpoint
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """The log is written before callbacks save, as the module's own hooks would not be."""
-        return [LogUpdates()]
-
-    def log_training(self) -> None:
-        """Every ``log_every_n_steps`` updates and at the end, log the means since the last time.
-
-        The end is that of an epoch, or of a run of ``max_steps``.
+    def _log_training(self, last: bool) -> None:
+        """Log the means since the last log, before callbacks save them.
 
         Raises:
-            TrainingError: too many updates in a row were skipped. A checkpoint of this epoch has
+            TrainingError: too many steps in a row were skipped. A checkpoint of this epoch has
                 not been written then, and the last good one is still there.
         """
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        due = self.trainer.is_last_batch or self.global_step % every == 0
-        if not (due or self.global_step == self.trainer.max_steps) or self._micro_batches:
+        ends = last or self.global_step == self.trainer.max_steps
+        if not ends and self.global_step % every:
             return
-        values, skipped_in_a_row = self.sums.means(self.trainer.strategy, self.trainer.world_size)
-        self.log_update({**values, "train/lr": self._logged_lr})
+        metrics = self.train_metrics
+        values, skipped_in_a_row = metrics.means(self.trainer.strategy, self.trainer.world_size)
+        self.log_at_step({**values, "train/lr": self._logged_lr})
         shown = {name: values[name] for name in ("train/loss", "train/acc")}
         self.log_dict(shown, prog_bar=True, logger=False)
         if skipped_in_a_row >= self.max_skipped_steps:
@@ -387,6 +316,11 @@ class SAMModule(GradientModule):
                 "trainer.gradient_clip_val, or check the data"
             )
 
+    def log_at_step(self, values: dict[str, float]) -> None:
+        """Send values to the loggers, at the number of steps done; ``self.log`` counts batches."""
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step)
+
     def on_train_end(self) -> None:
         """Keep the mean of all devices' running statistics, which is what a checkpoint has."""
         self.average_running_stats()  # Lightning copies those of rank 0 to all before a test
@@ -394,12 +328,59 @@ class SAMModule(GradientModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what differs between devices, to continue exactly."""
         save_by_rank(self, checkpoint)
-        checkpoint["skipped"] = self.sums.skipped
+        checkpoint["skipped"] = self.train_metrics.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this device's part of what differs between devices."""
         if "skipped" in checkpoint:
-            self.sums.skipped = checkpoint["skipped"]
+            self.train_metrics.skipped = checkpoint["skipped"]
         by_rank = checkpoint.get("by_rank")
         if by_rank is not None and len(by_rank["window"]) == self.trainer.world_size:
             self._own_state = {name: rows[self.global_rank] for name, rows in by_rank.items()}
+
+    # ------------------------------------------------------------------------------- evaluation
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images N x C x H x W -> logits N x num_classes."""
+        dtype = next(self.model.parameters()).dtype  # augmentation makes float32 for 64-true too
+        return self.model(images.to(dtype=dtype, memory_format=self.memory_format))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to the loss and the accuracies; return its logits, for callbacks."""
+        images, labels = batch
+        logits = self(images)
+        self.eval_metrics.update(logits, labels)
+        return logits
+
+    test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget earlier evaluations; evaluate with the running statistics of all devices."""
+        # Not at their end: sums made in inference mode cannot be updated in a later fit.
+        self.eval_metrics.reset()
+        self.average_running_stats()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def average_running_stats(self) -> None:
+        """Average BatchNorm's statistics over devices, as the official JAX code does."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/acc, val/error and, from 10 classes on, val/acc5."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/acc, test/error and, from 10 classes on, test/acc5."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        logged = {f"{split}/{name}": v for name, v in self.eval_metrics.compute().items()}
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log_dict(logged, prog_bar=True, logger=False)
+            self.log_at_step({name: float(value) for name, value in logged.items()})
+        else:  # the trainer returns what goes to its loggers, and takes the step from there
+            self.log_dict({**logged, "step": float(self.global_step)})

@@ -1,100 +1,216 @@
-"""Gradients of batches by hand: which masks they draw, and when devices average them."""
+"""Forward and backward passes over the batches of one step: which images, and which masks."""
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.augment import draw_seed
-from sam_lightning.training.classifier import Batch, Classifier
-
-# a batch, and the seed of its dropout masks
-MicroBatch = tuple[Batch, int]
+from sam_lightning.optim.foreach import global_norm, inner_product
+from sam_lightning.optim.sam import SAM
 
 
-class GradientModule(Classifier):
-    """A classifier that computes gradients when told to, under any precision and strategy.
+@dataclass(frozen=True)
+class MicroBatch:
+    """Images N x C x H x W, labels N, and the seed of their dropout masks."""
+
+    images: Tensor
+    labels: Tensor
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, part: "slice | Tensor") -> "MicroBatch":
+        """The images at these places, with the same seed."""
+        return MicroBatch(self.images[part], self.labels[part], self.seed)
+
+
+class Passes:
+    """The passes of SAM over the batches of a step.
 
     Args:
-        model, num_classes, memory_format: as for ``Classifier``.
-        label_smoothing: of the training loss, in [0, 1).
-        same_randomness: the second pass over a batch uses the dropout masks of the first.
+        forward: images -> logits.
+        backward: takes a loss and whether devices average its gradient, and adds to ``.grad``.
+        label_smoothing: of the loss, in [0, 1).
+        same_randomness: the second pass uses the dropout masks of the first.
+        sync_ascent: devices average the gradient that is perturbed along.
+        ascent_per_micro_batch: perturb each batch along its own gradient.
+        ascent_fraction: part of each batch, in (0, 1], that the first pass is over.
+        ascent_steps: number of steps from w to w + e.
+        descent_fraction: part of each batch, in (0, 1], that the second pass is over: the images
+            whose loss rises most.
+
+    Raises:
+        ConfigError: both fractions are below 1.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        num_classes: int,
-        memory_format: str = "contiguous",
+        forward: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor, bool], None],
         *,
         label_smoothing: float = 0.0,
         same_randomness: bool = True,
+        sync_ascent: bool = False,
+        ascent_per_micro_batch: bool = False,
+        ascent_fraction: float = 1.0,
+        ascent_steps: int = 1,
+        descent_fraction: float = 1.0,
     ) -> None:
-        super().__init__(model, num_classes, memory_format)
-        self.automatic_optimization = False
-        self.same_randomness = same_randomness
+        if ascent_fraction < 1 and descent_fraction < 1:
+            raise ConfigError(
+                f"method.descent_fraction={descent_fraction}: needs the loss of every image before "
+                f"the ascent, so not with method.ascent_fraction={ascent_fraction}"
+            )
+        self.forward = forward
+        self.backward = backward
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.same_randomness = same_randomness
+        self.sync_ascent = sync_ascent
+        self.ascent_per_micro_batch = ascent_per_micro_batch
+        self.ascent_fraction = ascent_fraction
+        self.ascent_steps = ascent_steps
+        self.descent_fraction = descent_fraction
+        self._losses_at_w: list[Tensor] = []  # of each image, where the second pass selects
 
-    def gradient(
+    def one(self, batches: list[MicroBatch], *, sync: bool) -> Tensor:
+        """Add the gradient of the mean loss; return mean loss and accuracy, 1-dim of 2."""
+        return self._gradient(batches, sync=sync)
+
+    def two(
         self,
-        micro_batches: list[MicroBatch],
+        sam: SAM,
+        batches: list[MicroBatch],
         *,
-        sync: bool = True,
-        second_pass: bool = False,
+        sync: bool,
+        seeds: Sequence[int],
+        measure: bool = False,
+        **perturb: Any,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Leave the gradient at w + e in ``.grad``, and the weights at w.
+
+        Args:
+            sam: the optimizer, with cleared gradients.
+            batches: one or more.
+            sync: devices average the gradient at w + e.
+            seeds: of what a perturbation draws, one for each of ``ascent_steps``.
+            measure: measure the perturbation. It keeps the first gradient during the second pass.
+            **perturb: for ``sam.perturbed``.
+
+        Returns:
+            mean loss and accuracy at w and at w + e, each 1-dim of 2; and the norm of e with the
+            cosine of the two gradients, where they were measured.
+        """
+        params = [p for group in sam.param_groups for p in group["params"]]
+        parts = [[batch] for batch in batches] if self.ascent_per_micro_batch else [batches]
+        total = sum(map(len, batches))
+        at_w, at_w_e, geometry = [], [], None
+        for i, part in enumerate(parts):
+            earlier = [p.grad for p in params] if i else []
+            if i:
+                sam.zero_grad()
+            share = sum(map(len, part)) / total
+            at_w.append(_times(self._first(part), share))
+            first = [p.grad for p in params] if measure else []
+            with self._perturbed(sam, part, seeds, **perturb):
+                for p, grad in zip(params, earlier, strict=False):
+                    p.grad = grad  # the second gradients of all parts add up
+                norm = sam.perturbation_norm() if measure else None
+                last = i + 1 == len(parts)
+                at_w_e.append(_times(self._second(part, total, sync=sync and last), share))
+            if norm is not None and any(g is not None for g in first):
+                geometry = norm, cosine(first, [p.grad for p in params])
+        return sum(at_w[1:], at_w[0]), sum(at_w_e[1:], at_w_e[0]), geometry
+
+    @contextmanager
+    def _perturbed(
+        self,
+        sam: SAM,
+        batches: list[MicroBatch],
+        seeds: Sequence[int],
+        *,
+        model: nn.Module,
+        local: bool,
+        **options: Any,
+    ) -> Iterator[None]:
+        """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
+        first, *further = seeds
+        device = batches[0].images.device
+        seed_draws(first, device)
+        with sam.perturbed(model, local=local, **options):
+            for seed in further:
+                self._first(batches, further=True)
+                seed_draws(seed, device)
+                sam.perturb(zero_grad=True, further=True, **options)
+            yield
+
+    def _first(self, batches: list[MicroBatch], *, further: bool = False) -> Tensor:
+        """Add the gradient to perturb along: at w, or ``further`` on the way to w + e."""
+        if self.ascent_fraction < 1:
+            sizes = [math.ceil(self.ascent_fraction * len(batch)) for batch in batches]
+            batches = [b.take(slice(size)) for b, size in zip(batches, sizes, strict=True)]
+        if self.descent_fraction == 1 or further:
+            return self._gradient(batches, sync=self.sync_ascent, second=further)
+        self._losses_at_w = []
+        return self._gradient(batches, sync=self.sync_ascent, losses=self._losses_at_w)
+
+    def _second(self, batches: list[MicroBatch], total: float, *, sync: bool) -> Tensor:
+        """Add the gradient at w + e, as part of a mean over ``total`` images."""
+        if self.descent_fraction == 1:
+            return self._gradient(batches, sync=sync, second=True, total=total)
+        chosen, loss = self._most_sensitive(batches)
+        # The images that are left out of a batch weigh as those that are in.
+        total = total * sum(map(len, chosen)) / sum(map(len, batches))
+        accuracy = self._gradient(chosen, sync=sync, second=True, total=total)[1]
+        return torch.stack([loss, accuracy])
+
+    def _gradient(
+        self,
+        batches: list[MicroBatch],
+        *,
+        sync: bool,
+        second: bool = False,
         total: float | None = None,
         losses: list[Tensor] | None = None,
     ) -> Tensor:
-        """Add the gradient of the mean loss to ``.grad``; return mean loss and accuracy.
-
-        Args:
-            micro_batches: one or more.
-            sync: average the gradient over devices.
-            second_pass: it is not the first pass over these batches.
-            total: the number of samples that the gradient is a mean over, if not these alone.
-            losses: filled with the loss of each image, 1-dim for each micro-batch.
-        """
-        count = sum(len(labels) for (_, labels), _ in micro_batches)
+        count = sum(map(len, batches))
         sums: Tensor | None = None
-        for i, ((images, labels), seed) in enumerate(micro_batches):
-            # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
-            self._seed_masks(seed, second_pass)
-            logits = self(images)
-            loss = self.criterion(logits, labels)
-            with self._communication(sync and i + 1 == len(micro_batches)):
-                share = len(labels) / (total or count)
-                self.manual_backward(loss if share == 1 else loss * share)
+        for i, batch in enumerate(batches):
+            self._seed_masks(batch, second)
+            logits = self.forward(batch.images)
+            loss = self.criterion(logits, batch.labels)
+            share = len(batch) / (total or count)
+            last = i + 1 == len(batches)
+            self.backward(loss if share == 1 else loss * share, sync and last)
             with torch.no_grad():
                 if losses is not None:
-                    losses.append(self._losses(logits, labels))
-                accuracy = (logits.argmax(1) == labels).float().mean()
+                    losses.append(self._losses(logits, batch.labels))
+                accuracy = (logits.argmax(1) == batch.labels).float().mean()
                 both = torch.stack([loss.float(), accuracy])
                 if sums is None:
-                    sums = both if len(labels) == count else both * (len(labels) / count)
+                    sums = both if len(batch) == count else both * (len(batch) / count)
                 else:
-                    sums.add_(both, alpha=len(labels) / count)
+                    sums.add_(both, alpha=len(batch) / count)
         assert sums is not None
         return sums
 
     @torch.no_grad()
-    def most_sensitive(
-        self, micro_batches: list[MicroBatch], losses: list[Tensor], fraction: float
-    ) -> tuple[list[MicroBatch], Tensor]:
-        """Select from each micro-batch the images whose loss is most above ``losses`` now.
-
-        Returns:
-            ceil(fraction * N) of N images of each, in their order, and the mean loss of all, 0-dim.
-        """
-        count = sum(len(labels) for (_, labels), _ in micro_batches)
-        chosen, mean = [], torch.zeros((), device=self.device)
-        for ((images, labels), seed), before in zip(micro_batches, losses, strict=True):
-            self._seed_masks(seed, second_pass=True)
-            after = self._losses(self(images), labels)
-            size = math.ceil(fraction * len(labels))
-            index = (after - before).topk(size).indices.sort().values
-            chosen.append(((images[index], labels[index]), seed))
+    def _most_sensitive(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], Tensor]:
+        """The images whose loss has risen most, in their order, and the mean loss of all now."""
+        count = sum(map(len, batches))
+        chosen, mean = [], torch.zeros((), device=batches[0].images.device)
+        for batch, before in zip(batches, self._losses_at_w, strict=True):
+            self._seed_masks(batch, second=True)
+            after = self._losses(self.forward(batch.images), batch.labels)
+            size = math.ceil(self.descent_fraction * len(batch))
+            chosen.append(batch.take((after - before).topk(size).indices.sort().values))
             mean += after.sum() / count
         return chosen, mean
 
@@ -104,43 +220,43 @@ class GradientModule(Classifier):
             logits, labels, reduction="none", label_smoothing=smoothing
         )
 
-    def _seed_masks(self, seed: int, second_pass: bool) -> None:
-        if second_pass and not self.same_randomness:
-            seed = draw_seed(seed, 2)
-        self.seed_draws(seed)
+    def _seed_masks(self, batch: MicroBatch, second: bool) -> None:
+        # Seeding each pass repeats its masks, and lets a resumed run continue exactly.
+        changed = second and not self.same_randomness
+        seed_draws(draw_seed(batch.seed, 2) if changed else batch.seed, batch.images.device)
 
-    def seed_draws(self, seed: int) -> None:
-        """Seed what torch draws from now on, on the CPU and on this device."""
-        # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
-        # trace for each kind of device that is not there.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).manual_seed(seed)
 
-    @contextlib.contextmanager
-    def _communication(self, sync: bool) -> Iterator[None]:
-        """Run a backward pass outside autocast, averaging its gradient over devices or not."""
-        with contextlib.ExitStack() as stack:
-            # Lightning runs training_step inside autocast, where torch advises against backward.
-            if torch.is_autocast_enabled(self.device.type):
-                stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if not sync and hasattr(self.trainer.strategy, "block_backward_sync"):
-                stack.enter_context(self.trainer.strategy.block_backward_sync())
-            yield
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Seed what torch draws from now on, on the CPU and on this device."""
+    # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
+    # trace for each kind of device that is not there.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
 
-    @torch.no_grad()
-    def average_gradients(self) -> None:
-        """Average over devices the gradients that no backward pass has averaged."""
-        if self.trainer.world_size == 1:
-            return
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat = torch.cat([g.flatten() for g in grads])  # one message for all
-        dist.all_reduce(flat.div_(self.trainer.world_size))  # the strategy's would wait for it
-        for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p
 
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss under ``trainer.precision=16-mixed``."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+def _times(values: Tensor, share: float) -> Tensor:
+    return values if share == 1 else values * share
+
+
+@torch.no_grad()
+def cosine(ones: list[Tensor | None], others: list[Tensor | None]) -> Tensor:
+    """The cosine of the angle between two gradients, 0-dim; a missing part counts as zeros."""
+    both = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
+    norms = [global_norm(g for g in gradient if g is not None) for gradient in (ones, others)]
+    if not both:
+        return torch.zeros_like(norms[0])
+    return inner_product([a for a, _ in both], [b for _, b in both]) / (norms[0] * norms[1])
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module, devices: int) -> None:
+    """Average over devices the gradients that no backward pass has averaged."""
+    if devices == 1:
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])  # one message for all
+    dist.all_reduce(flat.div_(devices))  # the strategy's would wait for it
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p

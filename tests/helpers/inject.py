@@ -23,7 +23,7 @@ import sam_lightning.runs.checkpoint as checkpoint
 import sam_lightning.runs.record as results
 from sam_lightning.cli import CONF
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
-from sam_lightning.training.classifier import Classifier
+from sam_lightning.training.module import SAMModule
 
 TRAIN = str(CONF.parent / "train.py")
 SERVER = multiprocessing.get_context("forkserver")
@@ -73,7 +73,7 @@ def between_passes(number, name):
 def inject(name, at):
     where, number = at.split(":")
     if where == "pass":
-        at_call(Classifier, "forward", int(number), name)
+        at_call(SAMModule, "forward", int(number), name)
     elif where == "between":
         between_passes(int(number), name)
     elif where == "tested":

@@ -135,7 +135,7 @@ def program(folder):
         results[case] = {
             "weights": watch.weights,
             "buckets": watch.buckets,
-            "skipped": module.sums.skipped,
+            "skipped": module.train_metrics.skipped,
             "updates": runner.global_step,
         }
     cfg = configuration("trainer=ddp_cpu", "trainer.sync_batchnorm=true", "epochs=1")

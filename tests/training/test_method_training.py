@@ -71,7 +71,7 @@ def test_an_overflow_skips_an_update_and_is_not_remembered(method):
         {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]},
         **options_of(method, rho=1e-3),  # all of it in every weight would overflow for good
     )
-    assert 1 <= module.sums.skipped[0] < 8
+    assert 1 <= module.train_metrics.skipped[0] < 8
     assert all(w.isfinite().all() for w in state(model).values())
     assert not torch.equal(before["layers.1.weight"], model.layers[1].weight)
 

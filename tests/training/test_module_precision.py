@@ -78,8 +78,8 @@ def test_an_overflow_under_the_scaler_skips_the_step_and_backs_off():
     assert runner.global_step == 4
     assert scaler.get_scale() < 2.0**122
     assert all(w.isfinite().all() for w in state(model).values())
-    assert module.sums.skipped[0] >= 1
-    steps_taken = 4 - int(module.sums.skipped[0])
+    assert module.train_metrics.skipped[0] >= 1
+    steps_taken = 4 - int(module.train_metrics.skipped[0])
     assert (not torch.equal(before["weight"], model.weight)) == (steps_taken > 0)
 
 
@@ -130,7 +130,11 @@ def test_a_non_finite_gradient_skips_the_step_and_is_counted(fused):
     module, runner = fit(ours, data, optimizer=lambda p: sgd(p, fused=fused), rho=0.2)
     fit(theirs, [b for i, b in enumerate(data) if i not in (0, 3)], rho=0.2)
     assert_close(state(ours), state(theirs), atol=1e-7, rtol=0)
-    assert module.sums.skipped.tolist() == [2, 0, 1]  # in all, in a row at the end, longest row
+    assert module.train_metrics.skipped.tolist() == [
+        2,
+        0,
+        1,
+    ]  # in all, in a row at the end, longest row
     assert runner.global_step == 6
 
 

@@ -86,7 +86,7 @@ class SharpnessMonitor(Callback):
             buffer.copy_(local)
         values = trainer.strategy.broadcast(values)
         pl_module.log_dict(values, logger=False)
-        pl_module.log_update(values)
+        pl_module.log_at_step(values)
 
     def _measure(self, data: ImageDataModule, pl_module: Any) -> dict[str, float]:
         options = (self.images, self.batch_size, self.seed, pl_module.device)
