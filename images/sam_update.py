@@ -1,18 +1,15 @@
-"""``python images/sam_update.py NAME``: the figures of the documentation, computed afresh."""
+"""``python images/sam_update.py``: what one step of SAM does, as a figure."""
 
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import one_line_errors, parse
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule, did_you_mean, integer, number
+from sam_lightning.config.schema import integer, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,42 +18,14 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 
 ABOUT = """
-Compute and draw a figure of the documentation, as PNG and SVG.
+Compute and draw one step of SAM beside one of SGD, and where 200 of them lead, as PNG and SVG.
 
-  python images/sam_update.py update out=images/sam_update
+  python images/sam_update.py out=images/sam_update
 """
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to draw a figure: from its options to the files written; its keys, and their rules."""
-
-    draw: Callable[[DictConfig], list[Path]]
-    defaults: Mapping[str, Any]
-    rules: Iterable[Rule] = field(default=())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draw the figure that the first argument names."""
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(ABOUT.strip(), "", "Figures, with their keys:", sep="\n")
-        for known, figure in FIGURES.items():
-            print(f"  {known}", *(f"{k}={v}" for k, v in figure.defaults.items()))
-        sys.exit(0)
-    if name not in FIGURES:
-        hint = did_you_mean(name, FIGURES) or f"; there are {', '.join(FIGURES)}"
-        raise ConfigError(f"{name}: no such figure{hint}")
-    figure = FIGURES[name]
-    options = parse(ABOUT, figure.defaults, figure.rules, arguments)
-    print(*map(os.path.relpath, figure.draw(options)))
 
 
 def _two_numbers(value: Any) -> bool:
     return OmegaConf.is_list(value) and len(value) == 2 and all(map(number(-math.inf), value))
-
-
-# ------------------------------------------------------------------ update: what one step of SAM is
 
 
 def update(options: DictConfig) -> list[Path]:
@@ -191,18 +160,18 @@ def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, f
     axes.grid(False)
 
 
-FIGURES = {
-    "update": Recipe(
-        update,
-        {"out": "images/sam_update", "start": [0.6, 1.8], "rho": 0.4, "lr": 1.5, "steps": 200},
-        [
-            ("start", _two_numbers, "two numbers, as in start=[0.6,1.8]"),
-            ("rho", number(0, open_low=True), "a number > 0"),
-            ("lr", number(0, open_low=True), "a number > 0"),
-            ("steps", integer(1), "a whole number >= 1"),
-        ],
-    )
-}
+DEFAULTS = {"out": "images/sam_update", "start": [0.6, 1.8], "rho": 0.4, "lr": 1.5, "steps": 200}
+RULES = [
+    ("start", _two_numbers, "two numbers, as in start=[0.6,1.8]"),
+    ("rho", number(0, open_low=True), "a number > 0"),
+    ("lr", number(0, open_low=True), "a number > 0"),
+    ("steps", integer(1), "a whole number >= 1"),
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the figure that the arguments describe."""
+    print(*map(os.path.relpath, update(parse(ABOUT, DEFAULTS, RULES, argv))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from sam_lightning.analysis import checkpoints as inspection
 from sam_lightning.analysis.checkpoints import Subject, labels_of, stage, surface_of
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import integer, number, one_of
 from sam_lightning.runs.files import make_folder, run_folder, write_json
@@ -26,9 +26,9 @@ filter's weights (Li et al. 2018, arXiv 1712.09913); biases and normalisation la
 checkpoints get the same directions, axes and colours. kind=line draws the loss on the line between
 two checkpoints of one architecture instead, on images of the first.
 
-  python -m sam_lightning.analysis.landscape ckpt_path=RUN/checkpoints/last.ckpt
-  python -m sam_lightning.analysis.landscape ckpt_path=RUN1,RUN2 labels=SGD,SAM out=figures
-  python -m sam_lightning.analysis.landscape ckpt_path=RUN1,RUN2 kind=line
+  python -m sam_lightning landscape ckpt_path=RUN/checkpoints/last.ckpt
+  python -m sam_lightning landscape ckpt_path=RUN1,RUN2 labels=SGD,SAM out=figures
+  python -m sam_lightning landscape ckpt_path=RUN1,RUN2 kind=line
 
 A folder stands for its checkpoints/last.ckpt. Images are fixed and not augmented. BatchNorm uses
 its stored statistics, as in evaluation (on the line: those between the two); batch_norm=batch
@@ -149,8 +149,3 @@ def _check_pair(subjects: Sequence[Subject]) -> None:
     shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in subjects]
     if shapes[0] != shapes[1]:
         raise ConfigError(f"kind=line: {files} are of different models")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sam_lightning.analysis import checkpoints as inspection
 from sam_lightning.analysis.checkpoints import Subject, labels_of, stage
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import boolean, integer, number
 from sam_lightning.runs.files import make_folder, write_json
@@ -27,8 +27,8 @@ without augmentation: the rise of the loss within the radius rho, in one step an
 ascent; m-sharpness; the largest eigenvalues of the Hessian, its trace and, with density=true, the
 distribution of its eigenvalues. BatchNorm uses its stored statistics.
 
-  python -m sam_lightning.analysis.sharpness ckpt_path=RUN/checkpoints/last.ckpt
-  python -m sam_lightning.analysis.sharpness ckpt_path=RUN1,RUN2 density=true out=figures
+  python -m sam_lightning sharpness ckpt_path=RUN/checkpoints/last.ckpt
+  python -m sam_lightning sharpness ckpt_path=RUN1,RUN2 density=true out=figures
 
 A folder stands for its checkpoints/last.ckpt. The numbers go into sharpness.json in the folder of
 the run, or in out. Most of the time goes into products of the Hessian with vectors, each as long as
@@ -201,8 +201,3 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
         axes.set_ylim(0.01 / width, 10 * max(count.max().item() for count in counts))
         axes.legend()
         return plots.save(figure, stem)
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 ABOUT = """
 Evaluate a checkpoint on the data of its run.
 
-python -m sam_lightning.inference.evaluate ckpt_path=RUN/checkpoints/best.ckpt
-python -m sam_lightning.inference.evaluate ckpt_path=RUN corruptions=true device=cuda
+python -m sam_lightning evaluate ckpt_path=RUN/checkpoints/best.ckpt
+python -m sam_lightning evaluate ckpt_path=RUN corruptions=true device=cuda
 
 Prints the loss (mean negative log-likelihood, natural logarithm), the accuracy, that among the 5
 most likely of 10 or more classes, the expected calibration error (15 bins), and the accuracy of
@@ -239,8 +239,3 @@ def _print_tables(result: dict[str, Any]) -> None:
 
 def _right(*names: str) -> list[Column]:
     return [Column(name, justify="right") for name in names]
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
 from sam_lightning.runs.files import checkpoint_file, replacing
@@ -24,8 +24,8 @@ Shape = tuple[int, ...]  # of one image: channels, height, width
 ABOUT = """
 Write a checkpoint as one file that runs without this project, and compare it with the checkpoint.
 
-python -m sam_lightning.inference.export ckpt_path=RUN format=onnx         # for onnxruntime
-python -m sam_lightning.inference.export ckpt_path=RUN format=pt2 batch=1  # for torch.export.load
+python -m sam_lightning export ckpt_path=RUN format=onnx         # for onnxruntime
+python -m sam_lightning export ckpt_path=RUN format=pt2 batch=1  # for torch.export.load
 
 The file takes images, float32 N x C x H x W, and returns logits N x classes. The names of the
 classes, a JSON list, are the entry "classes" of ONNX's metadata and of the extra files of pt2.
@@ -225,8 +225,3 @@ def main(argv: list[str] | None = None) -> None:
     difference = export(trained, out, options.normalize, batch, size)
     print(f"{out}: {out.stat().st_size:,} bytes")
     print(f"largest difference from the checkpoint's logits: {difference:.2g}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -1,4 +1,4 @@
-"""``python -m sam_lightning.inference.predict``: what a checkpoint sees in image files."""
+"""``python -m sam_lightning predict``: what a checkpoint sees in image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import Rule, integer, one_line, one_of, or_null
 from sam_lightning.runs.files import checkpoint_file, replacing
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 ABOUT = """
 Classify image files with a checkpoint.
 
-python -m sam_lightning.inference.predict ckpt_path=RUN input=photo.jpg
-python -m sam_lightning.inference.predict ckpt_path=RUN input=photos format=csv out=predictions.csv
-python -m sam_lightning.inference.predict ckpt_path=RUN 'input=photos/**/*.png' top_k=1
+python -m sam_lightning predict ckpt_path=RUN input=photo.jpg
+python -m sam_lightning predict ckpt_path=RUN input=photos format=csv out=predictions.csv
+python -m sam_lightning predict ckpt_path=RUN 'input=photos/**/*.png' top_k=1
 
 Images become grey or RGB as those of the run were. They are resized until they cover the size
 that the run was trained on, and their centre is cropped; results are best for images like those.
@@ -205,7 +205,3 @@ def _as_csv(rows: list[dict[str, Any]]) -> str:
 
 
 FORMATS = {"table": _as_table, "json": _as_json, "csv": _as_csv}
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

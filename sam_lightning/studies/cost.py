@@ -1,4 +1,4 @@
-"""``python -m sam_lightning.studies.cost``: what a run will cost, before it is started."""
+"""``python -m sam_lightning cost``: what a run will cost, before it is started."""
 
 import sys
 import tempfile
@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.cli import top_level
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import COMPOSING, CONF, OF_ARGUMENTS, explain
 from sam_lightning.config.schema import Rule, check, number
@@ -21,8 +21,8 @@ What a run will cost: the FLOPs of a forward pass, counted on one image, times 3
 backward, times the passes of an update, the images and the epochs; and the hours that takes on one
 device. A product and a sum are two FLOPs; only those of convolutions and matrices are counted.
 
-  python -m sam_lightning.studies.cost experiment=wrn28_10 data=cifar100 epochs=1800
-  python -m sam_lightning.studies.cost experiment=wrn28_10 method=sgd flops_per_second=1e14
+  python -m sam_lightning cost experiment=wrn28_10 data=cifar100 epochs=1800
+  python -m sam_lightning cost experiment=wrn28_10 method=sgd flops_per_second=1e14
 
 All other arguments are those of train.py, for one run. The rate is what a device achieves, not what
 its maker promises: the default is a guess. A short run shows yours: 3 times the FLOPs of a forward
@@ -145,8 +145,3 @@ def forward_flops(cfg: DictConfig, classes: int, shape: tuple[int, int, int]) ->
         model.eval()(torch.empty(1, *shape))
     flops: int = counter.get_total_flops()
     return flops
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -34,10 +34,10 @@ from sam_lightning.studies.runner import TRAIN, Runner, begun, outcome
 ABOUT = """
 A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
 
-  python -m sam_lightning.studies.study FILE [key=value] [override of train.py for every run]
-  python -m sam_lightning.studies.study conf/study/quick.yaml jobs=2
-  python -m sam_lightning.studies.study conf/study/quick.yaml dry=true   # lists the runs only
-  python -m sam_lightning.studies.study FILE only=sgd,sam seed=0 data.root=photos
+  python -m sam_lightning study FILE [key=value] [override of train.py for every run]
+  python -m sam_lightning study conf/study/quick.yaml jobs=2
+  python -m sam_lightning study conf/study/quick.yaml dry=true   # lists the runs only
+  python -m sam_lightning study FILE only=sgd,sam seed=0 data.root=photos
 
 Runs are in logs/studies/NAME; the same command goes on where it was stopped. What
 the report makes of them, and runs.json with every run's results, goes to OUT/NAME.

@@ -35,14 +35,14 @@ def test_the_update_is_that_of_the_formula():
 
 def test_sam_goes_on_to_where_the_valley_is_wide():
     """What the right panel shows: both end on the curve of minima, SAM at equal weights."""
-    options = figures.FIGURES["update"].defaults
+    options = figures.DEFAULTS
     ends = [figures.walk(OmegaConf.create(dict(options)), rho, 200)[-1] for rho in (0, 0.4)]
     assert np.linalg.norm(gradient(ends[0])) < 1e-6
     assert [b - a for a, b in ends] == [pytest.approx(0.67, abs=0.01), pytest.approx(0, abs=0.1)]
 
 
 def test_the_command(tmp_path, capsys):
-    figures.main(["update", f"out={tmp_path}/folder/name", "steps=3"])
+    figures.main([f"out={tmp_path}/folder/name", "steps=3"])
     assert capsys.readouterr().out.count("folder/name.") == 2
     for form in ("png", "svg"):
         assert (tmp_path / "folder" / f"name.{form}").stat().st_size > 1000
@@ -51,9 +51,8 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["updat"], "updat: no such figure; did you mean update?"),
-        (["update", "start=3"], "start=3: allowed is two numbers, as in start=[0.6,1.8]"),
-        (["update", "rh=1"], "rh=1: no such key; did you mean rho?"),
+        (["start=3"], "start=3: allowed is two numbers, as in start=[0.6,1.8]"),
+        (["rh=1"], "rh=1: no such key; did you mean rho?"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message):

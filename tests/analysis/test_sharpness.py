@@ -177,29 +177,6 @@ def test_measures_are_shown_also_where_they_cannot_be_written(trained, tmp_path,
     assert "base optimizer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["sharpness", "landscape", "figures"])
-def test_help_and_errors_do_not_wait_for_torch(name):
-    program = f"""
-import runpy, sys
-sys.argv = ["x", *sys.argv[1:]]
-try:
-    runpy.run_module("sam_lightning.{name}", run_name="__main__")
-except SystemExit as end:
-    print({{"torch", "matplotlib", "lightning"}} & {{*sys.modules}}, end.code)
-"""
-    shown = subprocess.run(
-        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.endswith("set() 0\n")
-    assert f"python -m sam_lightning.{name}" in shown.stdout
-    wrong = subprocess.run(
-        [sys.executable, "-c", program, "nonsense"], capture_output=True, text=True, check=True
-    )
-    assert wrong.stdout == "set() 2\n"
-    assert wrong.stderr.startswith("error: ")
-    assert wrong.stderr.count("\n") == 1
-
-
 # ------------------------------------------------------------------------------- in a run
 
 

@@ -502,7 +502,7 @@ def test_cost_refuses_in_one_line(arguments, said):
 
 def test_cost_as_a_command(tmp_path):
     def command(*arguments):
-        words = [sys.executable, "-X", "importtime", "-m", "sam_lightning.studies.cost", *arguments]
+        words = [sys.executable, "-X", "importtime", "-m", "sam_lightning", "cost", *arguments]
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
 
     done = command("epochs=0")

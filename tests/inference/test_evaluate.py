@@ -319,7 +319,7 @@ def test_a_hostile_checkpoint_ends_with_one_line(run, tmp_path):
 
 def test_a_process_ends_with_exit_code_2_and_one_line():
     ended = subprocess.run(
-        [sys.executable, "-m", "sam_lightning.inference.evaluate", "ckpt_path=none"],
+        [sys.executable, "-m", "sam_lightning", "evaluate", "ckpt_path=none"],
         capture_output=True,
         text=True,
     )

@@ -162,7 +162,7 @@ def test_a_hostile_checkpoint_ends_with_one_line(run, tmp_path):
 
 def test_a_process_ends_with_exit_code_2_and_one_line():
     ended = subprocess.run(
-        [sys.executable, "-m", "sam_lightning.inference.export", "ckpt_path=none", "format=pt2"],
+        [sys.executable, "-m", "sam_lightning", "export", "ckpt_path=none", "format=pt2"],
         capture_output=True,
         text=True,
     )

@@ -180,7 +180,8 @@ def test_a_process_ends_with_exit_code_1_after_a_damaged_image(photos, mixed):
     command = [
         sys.executable,
         "-m",
-        "sam_lightning.inference.predict",
+        "sam_lightning",
+        "predict",
         f"ckpt_path={photos}",
         "format=csv",
     ]

@@ -319,30 +319,3 @@ def test_importing_the_package_loads_no_torch():
     code = "import sam_lightning, sys; assert 'load' in sam_lightning.__all__; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize("name", ["evaluate", "predict", "export"])
-def test_help_and_wrong_arguments_load_no_torch(name):
-    code = f"""
-import sys
-from sam_lightning.config.arguments import one_line_errors
-from sam_lightning.{name} import main
-try:
-    with one_line_errors():
-        main()
-finally:
-    assert "torch" not in sys.modules
-"""
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-        )
-
-    shown = run("--help")
-    assert shown.returncode == 0
-    assert f"python -m sam_lightning.{name} ckpt_path=" in shown.stdout
-    assert "  ckpt_path=???" in shown.stdout
-    wrong = run("ckpt_pth=x")
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: ckpt_pth=x: no such key; did you mean ckpt_path?\n"

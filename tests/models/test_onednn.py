@@ -179,7 +179,7 @@ def test_a_model_of_the_user_trains_and_is_analysed(users_models, middle, compil
         assert kept_contiguous == (isa == "AVX2" and middle != "layer")
         losses.append(column(users_models / isa, "train/loss"))
         # The run of AVX is in channels_last.
-        command = [sys.executable, "-m", "sam_lightning.analysis.sharpness", "ckpt_path=AVX"]
+        command = [sys.executable, "-m", "sam_lightning", "sharpness", "ckpt_path=AVX"]
         done = subprocess.run(
             [*command, "images=50", "top_k=1", f"out={isa}"],
             cwd=users_models,

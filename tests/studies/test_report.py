@@ -713,7 +713,7 @@ def test_another_metric(sweep, tmp_path):
 
 
 def report(*arguments, **options):
-    command = [sys.executable, "-m", "sam_lightning.studies.report", *map(str, arguments)]
+    command = [sys.executable, "-m", "sam_lightning", "report", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 

@@ -46,7 +46,7 @@ def write(content, name="noise"):
 
 
 def study(*arguments, **options):
-    command = [sys.executable, "-m", "sam_lightning.studies.study", *arguments]
+    command = [sys.executable, "-m", "sam_lightning", "study", *arguments]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
@@ -407,7 +407,7 @@ def test_a_folder_of_other_overrides_is_not_mixed_in(stand_in, end):
     assert len(starts("a,seed=0")) == len(starts("b,seed=0")) == 1
 
 
-# What ``python -m sam_lightning.studies.study`` does, with the stand-in.
+# What ``python -m sam_lightning study`` does, with the stand-in.
 COMMAND = """
 import sys
 from pathlib import Path

@@ -247,17 +247,18 @@ def test_the_commands_of_readme(tmp_path):
     checkpoint = ["ckpt_path=run", "device=cuda"]
     for arguments in (
         [*train, "callbacks=sharpness"],
-        ["-m", "sam_lightning.inference.evaluate", *checkpoint, "corruptions=true"],
+        ["-m", "sam_lightning", "evaluate", *checkpoint, "corruptions=true"],
         [
             "-m",
-            "sam_lightning.analysis.sharpness",
+            "sam_lightning",
+            "sharpness",
             *checkpoint,
             "images=100",
             "density=true",
             "out=.",
         ],
-        ["-m", "sam_lightning.analysis.landscape", *checkpoint, "points=3", "images=100", "out=."],
-        ["-m", "sam_lightning.inference.export", "ckpt_path=run", "format=pt2"],
+        ["-m", "sam_lightning", "landscape", *checkpoint, "points=3", "images=100", "out=."],
+        ["-m", "sam_lightning", "export", "ckpt_path=run", "format=pt2"],
         ["-m", "torch.distributed.run", "--nproc_per_node=1", *train[:-1], "hydra.run.dir=again"],
     ):
         done = subprocess.run(

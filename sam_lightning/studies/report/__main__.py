@@ -21,8 +21,8 @@ ABOUT = """
 Tables and figures of runs and sweeps: means and 95 % intervals over seeds, the best rho on
 validation data, paired tests against a baseline, and what it cost.
 
-  python -m sam_lightning.studies.report FOLDER... [key=value]
-  python -m sam_lightning.studies.report logs/train/multiruns/2025-01-01_12-00-00 baseline=sgd
+  python -m sam_lightning report FOLDER... [key=value]
+  python -m sam_lightning report logs/train/multiruns/2025-01-01_12-00-00 baseline=sgd
 
 Writes report.md, report.tex, report.csv (a row per run), summary.csv (a row per group) and figures
 to a folder, by default report in the first of those given. Failed runs are named and left out.
@@ -80,9 +80,7 @@ def arguments(argv: Sequence[str]) -> tuple[list[Path], DictConfig]:
     folders = [a for a in given if Path(a).exists() or "=" not in a or "/" in a.partition("=")[0]]
     options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in folders])
     if not folders:
-        raise ConfigError(
-            "FOLDER: must be given, as in python -m sam_lightning.studies.report logs"
-        )
+        raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")

@@ -1,0 +1,54 @@
+"""``python -m sam_lightning COMMAND``, installed as ``sam-lightning COMMAND`` too."""
+
+import sys
+from importlib import import_module
+
+from sam_lightning.config.arguments import one_line_errors
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.hydra_errors import CONF
+from sam_lightning.config.schema import did_you_mean
+
+# The module in the package, and what the command does. A module has main(argv).
+COMMANDS = {
+    "evaluate": ("inference.evaluate", "test a checkpoint: accuracies, calibration, by class"),
+    "predict": ("inference.predict", "classify image files with a checkpoint"),
+    "export": ("inference.export", "write a checkpoint as ONNX or for torch.export"),
+    "sharpness": ("analysis.sharpness", "measure how sharp and curved the loss of checkpoints is"),
+    "landscape": ("analysis.landscape", "draw the loss around checkpoints"),
+    "report": ("studies.report.__main__", "make tables, tests and figures of runs"),
+    "study": ("studies.study", "run methods x settings x seeds, then report"),
+    "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
+}
+NEEDS_CONF = ("study", "cost")
+
+
+def main() -> None:
+    """Run the command that the first argument names; without one, list the commands."""
+    with one_line_errors():
+        run(sys.argv[1:])
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command.
+
+    Raises:
+        ConfigError: there is no such command, or it needs files that are not there.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("python -m sam_lightning COMMAND [key=value ...]", "", "Commands:", sep="\n")
+        for known, (_, about) in COMMANDS.items():
+            print(f"  {known:<10} {about}")
+        print("", "python -m sam_lightning COMMAND --help explains one.", sep="\n")
+        print("python train.py trains; python train.py --help explains it.")
+        return
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f"; allowed are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{name}: no such command{hint}")
+    if name in NEEDS_CONF and not CONF.is_dir() and not {"-h", "--help"} & {*rest}:
+        raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
+    import_module(f"sam_lightning.{COMMANDS[name][0]}").main(rest)
+
+
+if __name__ == "__main__":
+    main()
