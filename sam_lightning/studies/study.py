@@ -1,5 +1,6 @@
 """The command: a study's file in; runs, report and evidence out."""
 
+import io
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_lightning.cli import top_level
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         TrainingError: some runs did not complete.
         Interrupted: a signal has stopped the study.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a line at a time, also into a file
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     path, options, overrides = arguments(sys.argv[1:] if argv is None else argv)
     plan = read(path, overrides)
     runs = selected(plan, options)
@@ -246,9 +249,3 @@ def print_states(left: Sequence[Planned]) -> None:
         found = outcome(run)
         table.add_row(str(run.folder), found.state, found.reason)
     Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
-    with one_line_errors():
-        main()
