@@ -23,10 +23,10 @@ from sam_lightning.command import CONF
 from sam_lightning.errors import ConfigError
 from sam_lightning.report import figures, tables
 from sam_lightning.report.__main__ import main
-from sam_lightning.report.groups import Study, analyse
+from sam_lightning.report.comparison import Study, analyse
+from sam_lightning.report.files import chosen, uncompared
 from sam_lightning.report.runs import curve, gather, passes_per_step
 from sam_lightning.report.statistics import estimate, holm, paired
-from sam_lightning.report.write import chosen, uncompared
 
 
 @cache

@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     folders, options = arguments(sys.argv[1:] if argv is None else argv)
     out = folders[0] / "report" if options.out is None else Path(options.out)
-    from sam_lightning.report.groups import analyse  # scipy, only now
+    from sam_lightning.report.comparison import analyse  # scipy, only now
+    from sam_lightning.report.files import print_tables, write
     from sam_lightning.report.runs import gather
-    from sam_lightning.report.write import print_tables, write
 
     runs, left_out, warnings = gather(folders)
     where = ", ".join(map(str, folders))

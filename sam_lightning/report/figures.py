@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sam_lightning.plots import plain, save, style
-from sam_lightning.report.groups import Group, Study
+from sam_lightning.report.comparison import Group, Study
 from sam_lightning.report.runs import curve
 from sam_lightning.report.tables import spoken, unit
 

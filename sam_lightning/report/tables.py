@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from sam_lightning.report.groups import ABSENT, SELECTION, Comparison, Study, show, title
+from sam_lightning.report.comparison import ABSENT, SELECTION, Comparison, Study, show, title
 from sam_lightning.report.runs import Run
 from sam_lightning.report.statistics import Estimate
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sam_lightning.files import replacing
 from sam_lightning.report import FORMATS, tables
-from sam_lightning.report.groups import SELECTION, Choice, Study, show, title
+from sam_lightning.report.comparison import SELECTION, Choice, Study, show, title
 from sam_lightning.report.runs import LeftOut
 from sam_lightning.report.tables import interval, spoken
 
