@@ -1,11 +1,12 @@
-"""Which runs repeat each other, which radius is best, and what is compared with what."""
+"""Group the runs of a study over seeds, choose rho on validation data, and test the methods."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
+import pandas as pd
 from omegaconf import OmegaConf
 
 from sam_lightning.configuration import flat
@@ -14,7 +15,7 @@ from sam_lightning.report.runs import Run
 from sam_lightning.report.statistics import Estimate, Paired, estimate, holm, paired
 
 ABSENT = "–"  # the value of a setting that a run does not have
-SHOWN = ("method", "rho", "epochs")  # columns also where all runs agree
+SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
 SELECTION = "val/acc"
 
 
@@ -25,21 +26,26 @@ class Group:
     values: Mapping[str, Any]
     runs: Sequence[Run]
 
-    def estimate(self, metric: str) -> Estimate | None:
-        """Mean and interval of a final metric, over the runs that have it."""
-        return estimate([v for run in self.runs if (v := run.metric(metric)) is not None])
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """Metrics and costs of every run, by seed."""
+        seeds = [run.identity for run in self.runs]
+        return pd.DataFrame([run.results for run in self.runs], index=seeds, dtype=float)
 
-    def mean(self, attribute: str) -> float | None:
-        """The mean of an attribute of the runs, such as ``train_seconds``."""
-        found = estimate([v for run in self.runs if (v := getattr(run, attribute)) is not None])
-        return None if found is None else found.mean
+    def result(self, name: str) -> "pd.Series[float]":
+        """A metric or a cost by seed, of the runs that have it."""
+        return self.results.get(name, pd.Series(dtype=float)).dropna()
+
+    def estimate(self, name: str) -> Estimate:
+        """Mean and interval of a metric or a cost."""
+        return estimate(self.result(name).tolist())
 
 
 @dataclass(frozen=True)
 class Choice:
     """Groups that differ in rho only; ``best`` has the highest mean validation accuracy.
 
-    It is None where some group has none, or there is one group and so nothing to choose.
+    It is None where some group has none, or where there is only one group.
     """
 
     groups: Sequence[Group]
@@ -48,21 +54,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group against a baseline with as many epochs or passes; ``result`` is None without pairs.
-
-    ``holm`` is the p value of the t test, adjusted for all comparisons of the report.
-    """
+    """A group against a baseline of ``equal`` cost; ``holm`` is the adjusted p value."""
 
     group: Group
     baseline: Group
     equal: str
-    result: Paired | None
-    holm: float | None = None
+    test: Paired
+    holm: float
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that tables and figures show."""
+    """Everything that tables and figures show.
+
+    ``columns`` tell the groups apart, ``common`` settings are the same in all runs, ``leading`` are
+    the chosen groups, and all where none is chosen.
+    """
 
     metric: str
     baseline: str
@@ -70,40 +77,38 @@ class Study:
     common: Mapping[str, Any]
     groups: Sequence[Group]
     choices: Sequence[Choice]
+    leading: Sequence[Group]
     comparisons: Sequence[Comparison]
     warnings: Sequence[str]
 
     @property
     def differing(self) -> list[str]:
-        """The columns that tell groups apart."""
+        """The columns with more than one value."""
         return [c for c in self.columns if len({g.values[c] for g in self.groups}) > 1]
 
     def describe(self, group: Group, without: Iterable[str] = ()) -> str:
-        """A group in words: method, rho, and what else tells it from others, except ``without``."""
-        others = [c for c in self.differing if c not in ("method", "rho")]
-        return self.words(group, [c for c in ("method", "rho", *others) if c not in without])
+        """A group in words: method, rho and all that differs, except ``without``."""
+        columns = dict.fromkeys(["method", "rho", *self.differing])
+        return self.words(group, [c for c in columns if c not in without])
 
     def words(self, group: Group, columns: Iterable[str]) -> str:
-        """The values of a group in these columns, as far as it has them."""
-        bare = ("method", "data", "model")
+        """The values that a group has in these columns, in words."""
         words = []
         for column in columns:
             value = group.values[column]
             if value == ABSENT or (column == "rho" and group.values["method"] == "sgd"):
                 continue
-            name, text = title(column, self.columns), show(value)
-            form = "{1}" if column in bare else "{1} epochs" if column == "epochs" else "{0} {1}"
-            words.append(form.format(name, text))
+            if column == "epochs":
+                words.append(f"{show(value)} epochs")
+            elif column in ("method", "data", "model"):
+                words.append(show(value))
+            else:
+                words.append(f"{title(column, self.columns)} {show(value)}")
         return ", ".join(words)
-
-    @property
-    def leading(self) -> list[Group]:
-        """Of every method the chosen group, or all groups where none is chosen."""
-        return leading(self.choices)
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
-    """Group the runs, choose radii and compare methods with the baseline.
+    """Group the runs, choose rho, and compare every method with the baseline.
 
     Args:
         runs: completed runs.
@@ -112,28 +117,22 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     """
     columns, common = _columns([run.settings for run in runs])
     groups, warnings = _groups(runs, columns, baseline)
-    choices = _choices(groups, columns)
-    comparisons = _comparisons(leading(choices), columns, metric, baseline)
-    study = Study(metric, baseline, columns, common, groups, choices, comparisons, warnings)
+    choices = _choices(groups)
+    leading = [g for c in choices for g in (c.groups if c.best is None else [c.best])]
+    tests = _comparisons(leading, columns, metric, baseline)
+    study = Study(metric, baseline, columns, common, groups, choices, leading, tests, warnings)
     for group in groups:
         if len(devices := sorted({run.device for run in group.runs})) > 1:
-            name = study.describe(group)
-            warnings.append(
-                f"{name}: seconds are a mean over different devices ({', '.join(devices)})"
-            )
+            mixed = f"seconds are a mean over different devices ({', '.join(devices)})"
+            warnings.append(f"{study.describe(group)}: {mixed}")
     for choice in choices:
         seeds = [", ".join(str(run.seed) for run in group.runs) for group in choice.groups]
         if choice.best is not None and len({*seeds}) > 1:
             rhos = [show(group.values["rho"]) for group in choice.groups]
-            listed = "; ".join(f"{rho}: {of_rho}" for rho, of_rho in zip(rhos, seeds, strict=True))
+            listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
             name = study.describe(choice.best, without=["rho"])
             warnings.append(f"{name}: not the same seeds at every rho ({listed})")
     return study
-
-
-def leading(choices: Iterable[Choice]) -> list[Group]:
-    """Of every choice the best group, or all of its groups where none is chosen."""
-    return [g for c in choices for g in ([c.best] if c.best is not None else c.groups)]
 
 
 def show(value: Any) -> str:
@@ -146,153 +145,133 @@ def show(value: Any) -> str:
 def title(column: str, columns: Iterable[str]) -> str:
     """A column's name without its parents, unless another one ends the same way."""
     name = column.rpartition(".")[2]
-    same = [c for c in columns if c.rpartition(".")[2] == name]
-    return name if len(same) == 1 else column
+    return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
+
+
+def is_subject(column: str) -> bool:
+    """Whether a column says what is trained on what, rather than how."""
+    return column.partition(".")[0] in ("data", "model")
 
 
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """The keys that differ between runs, which have a column, and those that are common to all.
+    """The keys that differ between runs, and the settings that are common to all.
 
     A key that some runs do not have, because they are of another method, data set or version,
     differs only if those that have it disagree, or if ``_added``.
     """
-    keys = list(dict.fromkeys(key for run in settings for key in run))
     values = {
         key: {run.get(key, ABSENT) for run in settings if key in run or _added(key, run)}
-        for key in keys
+        for key in dict.fromkeys(key for run in settings for key in run)
+        if key not in SHOWN
     }
-    differing = [
-        key
-        for key in keys
-        if key in SHOWN or (len(values[key]) > 1 and not _implied(key, settings))
-    ]
-    columns = [*(c for c in differing if c not in SHOWN and _is_subject(c)), *SHOWN]
-    columns += [c for c in differing if c not in columns]
-    common = {key: next(iter(values[key])) for key in keys if len(values[key]) == 1}
-    return columns, {key: value for key, value in common.items() if key not in SHOWN}
+    differing = [k for k, found in values.items() if len(found) > 1 and not _implied(k, settings)]
+    subjects = [c for c in differing if is_subject(c)]
+    columns = [*subjects, *SHOWN, *(c for c in differing if c not in subjects)]
+    return columns, {k: next(iter(found)) for k, found in values.items() if len(found) == 1}
 
 
 def _added(key: str, run: Mapping[str, Any]) -> bool:
-    """Whether a run without this key differs by that from one which has been given it.
+    """Whether a run without this key differs from one that has it.
 
-    So it is with callbacks, and with arguments of trainer and optimizer that no file of ``conf``
-    has. Any other key may be younger than the run.
+    It does without a callback, or an argument of trainer or optimizer that no file of ``conf`` has.
+    Any other key may be younger than the run.
     """
     part, *names = key.split(".")
-    if part == "callbacks":  # what one is made of counts where there is one
+    if part == "callbacks":  # the arguments of one count where there is one
         return len(names) == 1 or f"{part}.{names[0]}" in run
     return part in ("trainer", "optimizer") and key not in _defaults(part)
 
 
 @cache
 def _defaults(part: str) -> set[str]:
-    """The keys of ``conf/part``, in dotted form, whether or not its files are global."""
-    files = (CONF / part).glob("*.yaml")
-    contents: list[Any] = [OmegaConf.to_container(OmegaConf.load(file)) for file in files]
-    return {f"{part}.{key.removeprefix(f'{part}.')}" for found in contents for key in flat(found)}
-
-
-def _is_subject(column: str) -> bool:
-    """Whether a column says what is trained on what, rather than how."""
-    return column.partition(".")[0] in ("data", "model")
+    """The keys of ``conf/part``, in dotted form; some of its files name the part, some do not."""
+    files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
+    keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
+    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}
 
 
 def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a key only spells out the name of the part that it belongs to."""
-    part = key.partition(".")[0]
     if not key.endswith("._target_") and key not in ("data.mean", "data.std"):
         return False
-    pairs = {(run.get(part), run[key]) for run in settings if key in run}
+    pairs = {(run.get(key.partition(".")[0]), run[key]) for run in settings if key in run}
     return len(pairs) == len({name for name, _ in pairs})
 
 
 def _groups(
-    runs: Sequence[Run], columns: Sequence[str], baseline: str
+    runs: Iterable[Run], columns: Sequence[str], baseline: str
 ) -> tuple[list[Group], list[str]]:
+    """Runs with equal values in the columns; of two with the same seed the later one counts."""
     found: dict[tuple[Any, ...], dict[Any, Run]] = {}
     warnings = []
-    for run in sorted(runs, key=lambda r: (r.written, str(r.folder))):
-        key = tuple(run.settings.get(column, ABSENT) for column in columns)
-        seeds = found.setdefault(key, {})
-        seed = run.folder if run.seed is None else run.seed  # one that is not known is no repeat
-        if seed in seeds:
-            warnings.append(
-                f"seed {seed} was run twice: {run.folder} counts, "
-                f"the earlier {seeds[seed].folder} does not"
-            )
-        seeds[seed] = run
-    order = [c for c in columns if c != "rho"] + ["rho"]
-    groups = []
-    for key, seeds in found.items():
-        ordered = sorted(seeds.items(), key=lambda item: _sortable(item[0]))
-        groups.append(Group(dict(zip(columns, key, strict=True)), [run for _, run in ordered]))
-    groups.sort(
-        key=lambda g: [
-            (c == "method" and g.values[c] != baseline, _sortable(g.values[c])) for c in order
-        ]
-    )
-    return groups, warnings
+    for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
+        seeds = found.setdefault(tuple(run.settings.get(c, ABSENT) for c in columns), {})
+        if (earlier := seeds.get(run.identity)) is not None:
+            counts = f"{run.folder} counts, the earlier {earlier.folder} does not"
+            warnings.append(f"seed {run.seed} was run twice: {counts}")
+        seeds[run.identity] = run
+
+    def order(group: Group) -> list[tuple[bool, Any]]:
+        values = [(c, group.values[c]) for c in columns if c != "rho"]
+        ranks = [(c == "method" and value != baseline, _rank(value)) for c, value in values]
+        return [*ranks, (False, _rank(group.values["rho"]))]
+
+    groups = [
+        Group(dict(zip(columns, key, strict=True)), [seeds[s] for s in sorted(seeds, key=_rank)])
+        for key, seeds in found.items()
+    ]
+    return sorted(groups, key=order), warnings
 
 
-def _sortable(value: Any) -> tuple[bool, float, str]:
-    """Numbers in front, by size; then everything else, as text."""
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """A key to sort by: numbers by size, then everything else as text."""
     number = isinstance(value, int | float)
     return not number, value if number else 0, "" if number else str(value)
 
 
-def _choices(groups: Sequence[Group], columns: Sequence[str]) -> list[Choice]:
-    """For all but rho: the radius with the best validation accuracy; of equals the smallest."""
+def _choices(groups: Iterable[Group]) -> list[Choice]:
+    """The rho with the best validation accuracy; of equals the smallest."""
     variants: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        key = tuple(group.values[column] for column in columns if column != "rho")
+        key = tuple(value for column, value in group.values.items() if column != "rho")
         variants.setdefault(key, []).append(group)
     choices = []
     for variant in variants.values():
-        estimates = [group.estimate(SELECTION) for group in variant]
-        best = None
-        if len(variant) > 1 and None not in estimates:
-            means = [found.mean for found in estimates if found is not None]
-            best = variant[means.index(max(means))]
-        choices.append(Choice(variant, best))
+        means = [group.estimate(SELECTION).mean for group in variant]
+        choosable = len(means) > 1 and not any(map(math.isnan, means))
+        choices.append(Choice(variant, variant[means.index(max(means))] if choosable else None))
     return choices
 
 
 def _comparisons(
-    candidates: Sequence[Group], columns: Sequence[str], metric: str, baseline: str
+    leading: Sequence[Group], columns: Iterable[str], metric: str, baseline: str
 ) -> list[Comparison]:
-    """Every candidate with every baseline of the same settings and as many epochs or passes."""
-    baselines = [g for g in candidates if g.values["method"] == baseline]
+    """Every group with every baseline of the same settings and as many epochs or passes."""
     same = [c for c in columns if c not in SHOWN and not c.startswith("method.")]
-    comparisons = []
-    for group in candidates:
-        for other in baselines if group.values["method"] != baseline else []:
-            equal = _equal_cost(group, other)
-            if equal and all(group.values[c] == other.values[c] for c in same):
-                comparisons.append(Comparison(group, other, equal, _pair(group, other, metric)))
-    tested = [
-        (i, c.result.p)
-        for i, c in enumerate(comparisons)
-        if c.result is not None and c.result.p is not None
+    pairs = [
+        (group, other, equal)
+        for group in leading
+        for other in leading
+        if other.values["method"] == baseline != group.values["method"]
+        and all(group.values[c] == other.values[c] for c in same)
+        and (equal := _equal_cost(group, other))
     ]
-    for (i, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
-        comparisons[i] = replace(comparisons[i], holm=adjusted)
-    return comparisons
+    tests = [_test(group, other, metric) for group, other, _ in pairs]
+    adjusted = holm([test.p for test in tests])
+    return [
+        Comparison(*pair, test, p) for pair, test, p in zip(pairs, tests, adjusted, strict=True)
+    ]
 
 
 def _equal_cost(group: Group, other: Group) -> str:
-    passes = group.mean("total_passes"), other.mean("total_passes")
-    equal = []
-    if group.values["epochs"] == other.values["epochs"] != ABSENT:
-        equal.append("epochs")
-    if None not in passes and math.isclose(*passes, rel_tol=0.01):  # type: ignore[arg-type]
-        equal.append("passes")
-    return " and ".join(equal)
+    passes = [g.estimate("total_passes").mean for g in (group, other)]
+    same_epochs = group.values["epochs"] == other.values["epochs"] != ABSENT
+    same = {"epochs": same_epochs, "passes": math.isclose(*passes, rel_tol=0.01)}
+    return " and ".join(name for name, equal in same.items() if equal)
 
 
-def _pair(group: Group, other: Group, metric: str) -> Paired | None:
-    values = [
-        {run.seed: v for run in g.runs if (v := run.metric(metric)) is not None}
-        for g in (group, other)
-    ]
-    seeds = [seed for seed in values[0] if seed is not None and seed in values[1]]
-    return paired([values[0][s] for s in seeds], [values[1][s] for s in seeds])
+def _test(group: Group, other: Group, metric: str) -> Paired:
+    """The paired test over the seeds that both groups have."""
+    first, second = group.result(metric), other.result(metric)
+    seeds = [seed for seed in first.index if seed in second.index]
+    return paired(first[seeds].tolist(), second[seeds].tolist())
