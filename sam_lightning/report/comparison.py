@@ -4,111 +4,152 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
 
-from sam_lightning.configuration import flat
+from sam_lightning.configuration import METRICS, flat
 from sam_lightning.explain import CONF
-from sam_lightning.report.runs import Run
-from sam_lightning.report.statistics import Estimate, Paired, estimate, holm, paired
+from sam_lightning.report.runs import COSTS, Run
+from sam_lightning.report.statistics import estimate, holm, paired
 
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
+SUBJECTS = ("data", "model")  # what is trained on what; other columns say how
 SELECTION = "val/acc"
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Runs that differ in the seed only: ``values`` of the columns, runs in order of seeds."""
-
-    values: Mapping[str, Any]
-    runs: Sequence[Run]
-
-    @cached_property
-    def results(self) -> pd.DataFrame:
-        """Metrics and costs of every run, by seed."""
-        seeds = [run.identity for run in self.runs]
-        return pd.DataFrame([run.results for run in self.runs], index=seeds, dtype=float)
-
-    def result(self, name: str) -> "pd.Series[float]":
-        """A metric or a cost by seed, of the runs that have it."""
-        return self.results.get(name, pd.Series(dtype=float)).dropna()
-
-    def estimate(self, name: str) -> Estimate:
-        """Mean and interval of a metric or a cost."""
-        return estimate(self.result(name).tolist())
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Groups that differ in rho only; ``best`` has the highest mean validation accuracy.
-
-    It is None where some group has none, or where there is only one group.
-    """
-
-    groups: Sequence[Group]
-    best: Group | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A group against a baseline of ``equal`` cost; ``holm`` is the adjusted p value."""
-
-    group: Group
-    baseline: Group
-    equal: str
-    test: Paired
-    holm: float
-
-
-@dataclass(frozen=True)
 class Study:
-    """Everything that tables and figures show.
+    """Runs in groups that differ in the seed only, and what follows from them.
 
-    ``columns`` tell the groups apart, ``common`` settings are the same in all runs, ``leading`` are
-    the chosen groups, and all where none is chosen.
+    ``settings`` has a row per group, and a column for each setting that tells groups apart.
+    ``runs`` has a row per run, with the number of its group as index: the run itself, its seed,
+    costs and metrics. ``common`` are the settings that all runs share.
     """
 
     metric: str
     baseline: str
-    columns: Sequence[str]
+    settings: pd.DataFrame
+    runs: pd.DataFrame
     common: Mapping[str, Any]
-    groups: Sequence[Group]
-    choices: Sequence[Choice]
-    leading: Sequence[Group]
-    comparisons: Sequence[Comparison]
-    warnings: Sequence[str]
+    repeats: Sequence[str]
+
+    @cached_property
+    def estimates(self) -> dict[str, pd.DataFrame]:
+        """Of every cost and metric ``n``, ``mean``, ``sd`` and ``half``, a row per group."""
+        names = [name for name in self.runs if name not in ("run", "seed")]
+        groups = self.runs[names].groupby(level=0)
+        return {
+            name: pd.DataFrame([estimate([*values.dropna()]) for _, values in groups[name]])
+            for name in names
+        }
+
+    @cached_property
+    def choices(self) -> dict[tuple[int, ...], int | None]:
+        """The best of all groups that differ in rho only, by mean validation accuracy.
+
+        It is None where some group has none, or where there is only one group.
+        """
+        variants: dict[tuple[Any, ...], list[int]] = {}
+        for group, *values in self.settings.drop(columns="rho").itertuples():
+            variants.setdefault(tuple(values), []).append(group)
+        choices: dict[tuple[int, ...], int | None] = {}
+        for groups in variants.values():
+            means = self.estimates[SELECTION]["mean"][groups]
+            choosable = len(groups) > 1 and means.notna().all()
+            choices[tuple(groups)] = int(means.idxmax()) if choosable else None
+        return choices
+
+    @property
+    def leading(self) -> list[int]:
+        """The best group of every choice, and all of a choice without one."""
+        return [g for of, best in self.choices.items() for g in (of if best is None else [best])]
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """The leading groups against every baseline of the same settings and ``equal`` cost.
+
+        The other columns are those of ``paired``, and ``holm``, the adjusted p value.
+        """
+        values = self.runs[["seed", self.metric]].dropna()
+        rows = []
+        for group, baseline in product(self.leading, repeat=2):
+            if equal := self._equal(group, baseline):
+                ours, theirs = (values[values.index == g] for g in (group, baseline))
+                _, first, second = ours.merge(theirs, on="seed").to_numpy(float).T
+                row = {"group": group, "baseline": baseline, "equal": equal}
+                rows.append(row | paired(first, second))
+        found = pd.DataFrame(rows)
+        return found.assign(holm=holm(found["p"])) if rows else found
+
+    def _equal(self, group: int, baseline: int) -> str:
+        """In what two groups are equal that may be compared: epochs, passes, or both."""
+        ours, theirs = self.settings.loc[group], self.settings.loc[baseline]
+        passes = self.estimates["total_passes"]["mean"]
+        free = [c for c in self.settings if c in SHOWN or c.startswith("method.")]
+        comparable = theirs["method"] == self.baseline != ours["method"]
+        if not comparable or [*ours.drop(free)] != [*theirs.drop(free)]:
+            return ""
+        same = {
+            "epochs": ours["epochs"] == theirs["epochs"] != ABSENT,
+            "passes": math.isclose(passes[group], passes[baseline], rel_tol=0.01),
+        }
+        return " and ".join(cost for cost, equal in same.items() if equal)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Seeds that were run twice, and what makes groups hard to compare."""
+        warnings = [*self.repeats]
+        runs = {group: [*of_group["run"]] for group, of_group in self.runs.groupby(level=0)}
+        for group, of_group in runs.items():
+            if len(devices := sorted({run.device for run in of_group})) > 1:
+                mixed = f"seconds are a mean over different devices ({', '.join(devices)})"
+                warnings.append(f"{self.describe(group)}: {mixed}")
+        for groups, best in self.choices.items():
+            seeds = [", ".join(str(run.seed) for run in runs[group]) for group in groups]
+            if best is not None and len({*seeds}) > 1:
+                rhos = map(show, self.settings["rho"][[*groups]])
+                listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
+                name = self.describe(best, without=["rho"])
+                warnings.append(f"{name}: not the same seeds at every rho ({listed})")
+        return warnings
 
     @property
     def differing(self) -> list[str]:
-        """The columns with more than one value."""
-        return [c for c in self.columns if len({g.values[c] for g in self.groups}) > 1]
+        """The settings with more than one value."""
+        return [c for c in self.settings if len({*self.settings[c]}) > 1]
 
-    def describe(self, group: Group, without: Iterable[str] = ()) -> str:
+    @property
+    def subjects(self) -> list[str]:
+        """Those of data and model."""
+        return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
+
+    def describe(self, group: int, without: Iterable[str] = ()) -> str:
         """A group in words: method, rho and all that differs, except ``without``."""
         columns = dict.fromkeys(["method", "rho", *self.differing])
         return self.words(group, [c for c in columns if c not in without])
 
-    def words(self, group: Group, columns: Iterable[str]) -> str:
+    def words(self, group: int, columns: Iterable[str]) -> str:
         """The values that a group has in these columns, in words."""
+        values = self.settings.loc[group]
         words = []
         for column in columns:
-            value = group.values[column]
-            if value == ABSENT or (column == "rho" and group.values["method"] == "sgd"):
+            text = show(values[column])
+            if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
                 continue
             if column == "epochs":
-                words.append(f"{show(value)} epochs")
-            elif column in ("method", "data", "model"):
-                words.append(show(value))
-            else:
-                words.append(f"{title(column, self.columns)} {show(value)}")
+                text = f"{text} epochs"
+            elif column not in ("method", "data", "model"):
+                text = f"{title(column, self.settings)} {text}"
+            words.append(text)
         return ", ".join(words)
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
-    """Group the runs, choose rho, and compare every method with the baseline.
+    """Group the runs; of two with the same settings and seed, the later one counts.
 
     Args:
         runs: completed runs.
@@ -116,23 +157,33 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
         baseline: the name of the method that others are compared with.
     """
     columns, common = _columns([run.settings for run in runs])
-    groups, warnings = _groups(runs, columns, baseline)
-    choices = _choices(groups)
-    leading = [g for c in choices for g in (c.groups if c.best is None else [c.best])]
-    tests = _comparisons(leading, columns, metric, baseline)
-    study = Study(metric, baseline, columns, common, groups, choices, leading, tests, warnings)
-    for group in groups:
-        if len(devices := sorted({run.device for run in group.runs})) > 1:
-            mixed = f"seconds are a mean over different devices ({', '.join(devices)})"
-            warnings.append(f"{study.describe(group)}: {mixed}")
-    for choice in choices:
-        seeds = [", ".join(str(run.seed) for run in group.runs) for group in choice.groups]
-        if choice.best is not None and len({*seeds}) > 1:
-            rhos = [show(group.values["rho"]) for group in choice.groups]
-            listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
-            name = study.describe(choice.best, without=["rho"])
-            warnings.append(f"{name}: not the same seeds at every rho ({listed})")
-    return study
+    counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
+    repeats = []
+    for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
+        seed = run.folder if run.seed is None else run.seed  # an unknown seed is no repeat
+        key = tuple(run.settings.get(c, ABSENT) for c in columns), seed
+        if key in counted:
+            counts = f"{run.folder} counts, the earlier {counted[key].folder} does not"
+            repeats.append(f"seed {seed} was run twice: {counts}")
+        counted[key] = run
+
+    def order(key: tuple[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
+        values = dict(zip(columns, key[0], strict=True))
+        last = values.pop("rho"), key[1]
+        first = [(c == "method" and v != baseline, *_rank(v)) for c, v in values.items()]
+        return [*first, *map(_rank, last)]
+
+    keys = sorted(counted, key=order)
+    numbers = {values: i for i, values in enumerate(dict.fromkeys(values for values, _ in keys))}
+    rows = [
+        {"run": counted[key], "seed": counted[key].seed, **counted[key].results} for key in keys
+    ]
+    names = dict.fromkeys(
+        ["run", "seed", *COSTS, *METRICS, *sorted(k for row in rows for k in row)]
+    )
+    frame = pd.DataFrame(rows, [numbers[values] for values, _ in keys], [*names])
+    settings = pd.DataFrame([*numbers], columns=columns, dtype=object)
+    return Study(metric, baseline, settings, frame, common, repeats)
 
 
 def show(value: Any) -> str:
@@ -148,11 +199,6 @@ def title(column: str, columns: Iterable[str]) -> str:
     return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
 
 
-def is_subject(column: str) -> bool:
-    """Whether a column says what is trained on what, rather than how."""
-    return column.partition(".")[0] in ("data", "model")
-
-
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """The keys that differ between runs, and the settings that are common to all.
 
@@ -165,7 +211,7 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
         if key not in SHOWN
     }
     differing = [k for k, found in values.items() if len(found) > 1 and not _implied(k, settings)]
-    subjects = [c for c in differing if is_subject(c)]
+    subjects = [c for c in differing if c.partition(".")[0] in SUBJECTS]
     columns = [*subjects, *SHOWN, *(c for c in differing if c not in subjects)]
     return columns, {k: next(iter(found)) for k, found in values.items() if len(found) == 1}
 
@@ -198,80 +244,7 @@ def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     return len(pairs) == len({name for name, _ in pairs})
 
 
-def _groups(
-    runs: Iterable[Run], columns: Sequence[str], baseline: str
-) -> tuple[list[Group], list[str]]:
-    """Runs with equal values in the columns; of two with the same seed the later one counts."""
-    found: dict[tuple[Any, ...], dict[Any, Run]] = {}
-    warnings = []
-    for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
-        seeds = found.setdefault(tuple(run.settings.get(c, ABSENT) for c in columns), {})
-        if (earlier := seeds.get(run.identity)) is not None:
-            counts = f"{run.folder} counts, the earlier {earlier.folder} does not"
-            warnings.append(f"seed {run.seed} was run twice: {counts}")
-        seeds[run.identity] = run
-
-    def order(group: Group) -> list[tuple[bool, Any]]:
-        values = [(c, group.values[c]) for c in columns if c != "rho"]
-        ranks = [(c == "method" and value != baseline, _rank(value)) for c, value in values]
-        return [*ranks, (False, _rank(group.values["rho"]))]
-
-    groups = [
-        Group(dict(zip(columns, key, strict=True)), [seeds[s] for s in sorted(seeds, key=_rank)])
-        for key, seeds in found.items()
-    ]
-    return sorted(groups, key=order), warnings
-
-
 def _rank(value: Any) -> tuple[bool, float, str]:
     """A key to sort by: numbers by size, then everything else as text."""
     number = isinstance(value, int | float)
     return not number, value if number else 0, "" if number else str(value)
-
-
-def _choices(groups: Iterable[Group]) -> list[Choice]:
-    """The rho with the best validation accuracy; of equals the smallest."""
-    variants: dict[tuple[Any, ...], list[Group]] = {}
-    for group in groups:
-        key = tuple(value for column, value in group.values.items() if column != "rho")
-        variants.setdefault(key, []).append(group)
-    choices = []
-    for variant in variants.values():
-        means = [group.estimate(SELECTION).mean for group in variant]
-        choosable = len(means) > 1 and not any(map(math.isnan, means))
-        choices.append(Choice(variant, variant[means.index(max(means))] if choosable else None))
-    return choices
-
-
-def _comparisons(
-    leading: Sequence[Group], columns: Iterable[str], metric: str, baseline: str
-) -> list[Comparison]:
-    """Every group with every baseline of the same settings and as many epochs or passes."""
-    same = [c for c in columns if c not in SHOWN and not c.startswith("method.")]
-    pairs = [
-        (group, other, equal)
-        for group in leading
-        for other in leading
-        if other.values["method"] == baseline != group.values["method"]
-        and all(group.values[c] == other.values[c] for c in same)
-        and (equal := _equal_cost(group, other))
-    ]
-    tests = [_test(group, other, metric) for group, other, _ in pairs]
-    adjusted = holm([test.p for test in tests])
-    return [
-        Comparison(*pair, test, p) for pair, test, p in zip(pairs, tests, adjusted, strict=True)
-    ]
-
-
-def _equal_cost(group: Group, other: Group) -> str:
-    passes = [g.estimate("total_passes").mean for g in (group, other)]
-    same_epochs = group.values["epochs"] == other.values["epochs"] != ABSENT
-    same = {"epochs": same_epochs, "passes": math.isclose(*passes, rel_tol=0.01)}
-    return " and ".join(name for name, equal in same.items() if equal)
-
-
-def _test(group: Group, other: Group, metric: str) -> Paired:
-    """The paired test over the seeds that both groups have."""
-    first, second = group.result(metric), other.result(metric)
-    seeds = [seed for seed in first.index if seed in second.index]
-    return paired(first[seeds].tolist(), second[seeds].tolist())

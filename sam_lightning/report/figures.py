@@ -1,5 +1,6 @@
 """The figures of a study: error against rho, accuracy against epochs, and accuracy against cost."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sam_lightning.plots import plain, save, style
-from sam_lightning.report.comparison import Group, Study, is_subject
+from sam_lightning.report.comparison import Study
 from sam_lightning.report.runs import curve
 from sam_lightning.report.tables import metric_name, unit
 
@@ -23,16 +24,15 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     Returns:
         the caption of each file, by its name without the ending.
     """
-    subjects = [column for column in study.differing if is_subject(column)]
-    parts: dict[str, list[Group]] = {}
-    for group in study.groups:
-        parts.setdefault(study.words(group, subjects), []).append(group)
+    parts: dict[str, list[int]] = {}
+    for group in study.settings.index:
+        parts.setdefault(study.words(group, study.subjects), []).append(group)
     drawn = {}
     with style():
         for number, (subject, groups) in enumerate(parts.items(), 1):
             for kind, plot in KINDS.items():
                 figure = Figure((8, 4), layout="constrained")
-                caption = plot(study, groups, figure, subjects)
+                caption = plot(study, groups, figure)
                 if caption is None:
                     continue
                 if subject:
@@ -44,29 +44,25 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     return drawn
 
 
-def error_against_rho(
-    study: Study, groups: Sequence[Group], figure: Figure, subjects: Sequence[str]
-) -> str | None:
+def error_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """A line per method; a horizontal line with a band where rho is 0."""
     metric = study.metric.replace("/acc", "/error") if study.metric[-4:] == "/acc" else study.metric
-    groups = [group for group in groups if isinstance(group.values["rho"], int | float)]
-    lines = _lines(study, groups, metric, ["rho", *subjects])
-    rhos = sorted({group.values["rho"] for line in lines.values() for group in line} - {0})
+    rho = {g: v for g, v in study.settings["rho"].items() if isinstance(v, int | float)}
+    lines = _lines(study, [g for g in groups if g in rho], metric, ["rho"])
+    rhos = sorted({rho[group] for line in lines.values() for group in line} - {0})
     if not rhos:
         return None
     axes = figure.subplots()
     for i, (name, line) in enumerate(lines.items()):
-        found = line[0].estimate(metric)
-        if line[0].values["rho"] != 0:
+        found = _scaled(study, metric, line)
+        if rho[line[0]] != 0:
             aside = (rhos[-1] / rhos[0]) ** _aside(i, len(lines))
-            at = [aside * group.values["rho"] for group in line]
-            _error_bars(axes, i, name, at, line, metric)
+            _error_bars(axes, i, name, [aside * rho[g] for g in line], found)
             continue
-        scale = _scale(metric)
-        axes.axhline(scale * found.mean, color=f"C{i}", linestyle="--", label=name)
-        if found.n > 1:
-            band = scale * (found.mean - found.half), scale * (found.mean + found.half)
-            axes.axhspan(*band, color=f"C{i}", alpha=0.12, linewidth=0)
+        mean, half = found[["mean", "half"]].iloc[0]
+        axes.axhline(mean, color=f"C{i}", linestyle="--", label=name)
+        if not math.isnan(half):
+            axes.axhspan(mean - half, mean + half, color=f"C{i}", alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     if len(rhos) <= 10:
         axes.set_xticks(rhos)
@@ -80,13 +76,11 @@ def error_against_rho(
     )
 
 
-def accuracy_against_epochs(
-    study: Study, groups: Sequence[Group], figure: Figure, subjects: Sequence[str]
-) -> str | None:
+def accuracy_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """A line per leading group; bands from the lowest to the highest seed."""
     shown = [group for group in study.leading if group in groups]
     for metric in ("val/acc", "train/acc"):
-        curves = [[curve(run, metric) for run in group.runs] for group in shown]
+        curves = [[curve(run, metric) for run in study.runs["run"][[group]]] for group in shown]
         if all(len(values) for of_group in curves for values in of_group):
             break
     axes = figure.subplots()
@@ -94,7 +88,7 @@ def accuracy_against_epochs(
         seeds = 100 * pd.concat(of_group, axis=1, join="inner").sort_index()
         if seeds.empty:
             continue
-        name = plain(study.describe(group, without=subjects))
+        name = plain(study.describe(group, without=study.subjects))
         (line,) = axes.plot(seeds.index, seeds.mean(axis=1), color=f"C{i}", label=name)
         line.set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
         line.set_markevery(max(1, len(seeds) // 10))
@@ -111,29 +105,26 @@ def accuracy_against_epochs(
     )
 
 
-def metric_against_cost(
-    study: Study, groups: Sequence[Group], figure: Figure, subjects: Sequence[str]
-) -> str | None:
+def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """The leading groups' metric against passes and, beside it, seconds."""
     shown = [group for group in study.leading if group in groups]
-    lines = _lines(study, shown, study.metric, ["epochs", *subjects])
+    lines = _lines(study, shown, study.metric, ["epochs"])
     costs = {
         "total_passes": "passes over the training images",
         "train_seconds": "seconds of training",
     }
-    measured = [c for c in costs if any(g.estimate(c).n for line in lines.values() for g in line)]
+    means = {cost: study.estimates[cost]["mean"].dropna() for cost in costs}
+    measured = [c for c in costs if any(g in means[c] for line in lines.values() for g in line)]
     if not measured:
         return None
     figure.set_size_inches(2.5 + 4 * len(measured), 4)
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, measured, strict=True):
         for i, (name, line) in enumerate(lines.items()):
-            points = [group for group in line if group.estimate(cost).n]
-            points.sort(key=lambda group: group.estimate(cost).mean)
             aside = 1 + _aside(i, len(lines)) if cost == "total_passes" else 1
-            at = [aside * group.estimate(cost).mean for group in points]
-            if points:
-                _error_bars(axes, i, name, at, points, study.metric)
+            at = means[cost][means[cost].index.isin(line)].sort_values(kind="stable")
+            if len(at):
+                _error_bars(axes, i, name, aside * at, _scaled(study, study.metric, at.index))
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
         axes.set_xlabel(costs[cost])
@@ -152,31 +143,20 @@ KINDS = {
 
 
 def _lines(
-    study: Study, groups: Iterable[Group], metric: str, without: Sequence[str]
-) -> dict[str, list[Group]]:
+    study: Study, groups: Iterable[int], metric: str, without: Sequence[str]
+) -> dict[str, list[int]]:
     """The groups that have the metric, by their description."""
-    lines: dict[str, list[Group]] = {}
+    lines: dict[str, list[int]] = {}
     for group in groups:
-        if group.estimate(metric).n:
-            name = plain(study.describe(group, without=without))
+        if study.estimates[metric].at[group, "n"]:
+            name = plain(study.describe(group, without=[*without, *study.subjects]))
             lines.setdefault(name, []).append(group)
     return lines
 
 
-def _error_bars(
-    axes: Axes, i: int, name: str, at: Sequence[float], groups: Sequence[Group], metric: str
-) -> None:
-    found = [group.estimate(metric) for group in groups]
-    axes.errorbar(
-        at,
-        [_scale(metric) * e.mean for e in found],
-        yerr=[_scale(metric) * e.half for e in found],
-        color=f"C{i}",
-        marker=MARKERS[i % len(MARKERS)],
-        markersize=MARKER_SIZE,
-        capsize=3,
-        label=name,
-    )
+def _error_bars(axes: Axes, i: int, name: str, at: Sequence[float], found: pd.DataFrame) -> None:
+    bars = axes.errorbar(at, found["mean"], found["half"], color=f"C{i}", capsize=3, label=name)
+    bars[0].set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
 
 
 def _aside(i: int, count: int) -> float:
@@ -184,8 +164,9 @@ def _aside(i: int, count: int) -> float:
     return min(0.006, 0.03 / count) * (i - (count - 1) / 2)
 
 
-def _scale(metric: str) -> float:
-    return 1 if metric.endswith("loss") else 100
+def _scaled(study: Study, metric: str, groups: Sequence[int]) -> pd.DataFrame:
+    """The groups' estimates in percent, except for losses."""
+    return (1 if metric.endswith("loss") else 100) * study.estimates[metric].loc[groups]
 
 
 def _label(figure: Figure, x: str, metric: str) -> None:

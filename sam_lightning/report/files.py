@@ -56,30 +56,29 @@ def write(
         text = earlier.read_text(encoding="utf-8", errors="replace") if earlier.is_file() else ""
         shown = re.findall(rf"^!\[.*\]\(((?:{'|'.join(KINDS)})(?:_\d+)?)\.\w+\)$", text, re.M)
         stale = [out / f"{name}.{f}" for name in {*shown} - {*figures} for f in FORMATS]
-    runs = sum(len(group.runs) for group in study.groups)
     common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
     markdown = [
         "# Report",
-        f"{runs} runs in {len(study.groups)} groups; {len(left_out)} left out.",
-        *([f"Common to all: {', '.join(common)}."] if common else []),
+        f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
+        *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
         *_list("Warnings", warnings),
         "## Results",
         tables.results(study).markdown(),
         READING,
         *_list("Choice of rho", choices_of_rho(study)),
         f"## {metric_name(study.metric).capitalize()} against {study.baseline}",
-        *([tables.comparisons(study).markdown(), TESTING] if study.comparisons else []),
-        *without_baseline(study),
+        *([tables.comparisons(study).markdown(), TESTING] if len(study.comparisons) else []),
+        *map(_text, without_baseline(study)),
         *(["## Figures"] if figures else []),
         *(
             f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
-            for name, caption in figures.items()
+            for name, caption in zip(figures, map(_text, figures.values()), strict=True)
         ),
         *_list("Left out", [f"{run.status}: `{run.folder}`: {run.reason}" for run in left_out]),
     ]
     latex = ["% needs \\usepackage{booktabs}"]
     latex.append(tables.results(study).latex(READING, "tab:sam-results"))
-    if study.comparisons:
+    if len(study.comparisons):
         caption = f"{metric_name(study.metric).capitalize()} against {study.baseline}. {TESTING}"
         latex.append(tables.comparisons(study).latex(caption, "tab:sam-comparisons"))
     for name, content in {
@@ -98,7 +97,7 @@ def print_tables(study: Study) -> None:
     """Print the tables, the choice of rho, and what is not compared, to the terminal."""
     caption = "mean ± half of 95 % interval over seeds"
     shown = [tables.results(study).terminal(caption), *choices_of_rho(study)]
-    if study.comparisons:
+    if len(study.comparisons):
         caption = f"{metric_name(study.metric)} against {study.baseline}, pairs with the same seed"
         shown.append(tables.comparisons(study).terminal(caption))
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -108,39 +107,44 @@ def print_tables(study: Study) -> None:
 def choices_of_rho(study: Study) -> list[str]:
     """Which rho is best on validation data, a sentence per choice of several."""
     lines = []
-    for choice in study.choices:
-        if len(choice.groups) == 1:
+    for groups, best in study.choices.items():
+        if len(groups) == 1:
             continue
-        name = study.describe(choice.groups[0], without=["rho"])
-        rhos = [show(group.values["rho"]) for group in choice.groups]
-        if choice.best is None:
+        name = study.describe(groups[0], without=["rho"])
+        rhos = [show(rho) for rho in study.settings["rho"][[*groups]]]
+        if best is None:
             lines.append(
                 f"{name}: no validation data ({SELECTION}), so no rho is chosen of "
                 f"{', '.join(rhos)}; the test set is not for choosing"
             )
             continue
-        best = show(choice.best.values["rho"])
-        text = interval(choice.best.estimate(SELECTION), SELECTION)
-        line = f"{name}: rho {best} is best on validation data ({text} %), of {', '.join(rhos)}"
-        if best in (rhos[0], rhos[-1]):
-            line += f"; it is the {'smallest' if best == rhos[0] else 'largest'} tried"
+        rho = show(study.settings.at[best, "rho"])
+        text = interval(study.estimates[SELECTION].loc[best], SELECTION)
+        line = f"{name}: rho {rho} is best on validation data ({text} %), of {', '.join(rhos)}"
+        if rho in (rhos[0], rhos[-1]):
+            line += f"; it is the {'smallest' if rho == rhos[0] else 'largest'} tried"
         lines.append(line)
     return lines
 
 
 def without_baseline(study: Study) -> list[str]:
     """Which of the leading groups have no baseline, in sentences."""
-    if study.baseline not in {group.values["method"] for group in study.groups}:
+    methods = study.settings["method"]
+    if study.baseline not in {*methods}:
         return [f"No runs of baseline={study.baseline}, so nothing is compared."]
-    compared = [comparison.group for comparison in study.comparisons]
+    compared = {*study.comparisons.get("group", [])}
     return [
         f"{study.describe(group)}: no {study.baseline} with the same settings and as many epochs "
         "or passes"
         for group in study.leading
-        if group.values["method"] != study.baseline and group not in compared
+        if methods[group] != study.baseline and group not in compared
     ]
 
 
 def _list(heading: str, lines: Sequence[str]) -> list[str]:
-    texts = (" ".join(line.split()).replace("<", "\\<") for line in lines)  # no HTML
-    return [f"## {heading}", "\n".join(f"- {text}" for text in texts)] if lines else []
+    return [f"## {heading}", "\n".join(f"- {_text(line)}" for line in lines)] if lines else []
+
+
+def _text(text: str) -> str:
+    """A line of Markdown without HTML."""
+    return " ".join(text.split()).replace("<", "\\<")

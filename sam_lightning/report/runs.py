@@ -47,11 +47,6 @@ class Run:
     device: str
     written: float
 
-    @property
-    def identity(self) -> float | Path:
-        """The seed; where it is not known the folder, so that the run repeats no other."""
-        return self.folder if self.seed is None else self.seed
-
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -120,7 +115,7 @@ def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
         **{name: _number(summary.get(name)) for name in ("train_seconds", "images_per_second")},
     }
     errors = {f"{s}/error": 1 - metrics[f"{s}/acc"] for s in SPLITS if f"{s}/acc" in metrics}
-    results = {k: v for k, v in (errors | metrics | costs).items() if v is not None}
+    results = {k: float(v) for k, v in (errors | metrics | costs).items() if v is not None}
     device = str(summary.get("device", "unknown"))
     seed = _number(config.get("seed"))
     return Run(folder, seed, settings(config), results, device, written)

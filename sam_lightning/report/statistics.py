@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -11,55 +11,37 @@ LEVEL = 0.95
 WILCOXON_PAIRS = 6  # with five, the smallest p value of the signed-rank test is 2 / 2**5 > 0.05
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over ``n`` values, their standard deviation, and half the width of its interval."""
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """The mean of ``n`` values, their ``sd``, and ``half`` the width of the mean's interval.
 
-    n: int
-    mean: float = math.nan
-    sd: float = math.nan
-    half: float = math.nan
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The mean difference of pairs, with two-sided p values of t test and signed-rank test."""
-
-    difference: Estimate
-    p: float = math.nan
-    wilcoxon: float = math.nan
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and its 95 % confidence interval (Student's t)."""
+    The interval is the 95 % confidence interval by Student's t.
+    """
     n = len(values)
-    if n < 2:
-        return Estimate(n, *values)
-    sd = float(np.std(values, ddof=1))
-    quantile = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    return Estimate(n, math.fsum(values) / n, sd, quantile * sd / math.sqrt(n))
+    mean = fmean(values) if n else math.nan
+    sd = float(np.std(values, ddof=1)) if n > 1 else math.nan
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
+    return {"n": n, "mean": mean, "sd": sd, "half": half}
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """Test whether ``first - second`` is zero on average.
+def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Estimate ``first - second``, and test whether it is zero on average (two-sided).
 
-    The t test needs differences that are not all the same (up to rounding). The Wilcoxon test does
-    not assume normal differences; scipy's is exact up to 13 pairs, also with ties and zeros.
+    The t test, ``p``, needs differences that are not all the same (up to rounding). The Wilcoxon
+    test does not assume normal differences; scipy's is exact up to 13 pairs, also with ties.
     """
     differences = np.subtract(first, second)
-    found = estimate(differences.tolist())
-    p = wilcoxon = math.nan
-    if found.n > 1 and found.sd > 1e-12 * np.abs([first, second]).max():
-        p = float(stats.ttest_rel(first, second).pvalue)
-    if found.n >= WILCOXON_PAIRS and differences.any():
-        wilcoxon = float(stats.wilcoxon(differences).pvalue)
-    return Paired(found, p, wilcoxon)
+    found = estimate(differences.tolist()) | {"p": math.nan, "wilcoxon": math.nan}
+    if found["n"] > 1 and found["sd"] > 1e-12 * np.abs([first, second]).max():
+        found["p"] = float(stats.ttest_rel(first, second).pvalue)
+    if found["n"] >= WILCOXON_PAIRS and differences.any():
+        found["wilcoxon"] = float(stats.wilcoxon(differences).pvalue)
+    return found
 
 
-def holm(probabilities: Sequence[float]) -> list[float]:
+def holm(probabilities: Sequence[float]) -> np.ndarray:
     """Adjust p values for multiple tests (Holm 1979), step-down; NaN is no test and stays NaN."""
-    p = np.array(probabilities)
+    p = np.array(probabilities, float)
     order = np.argsort(p)  # NaN last
     factors = np.isfinite(p).sum() - np.arange(len(p))
     p[order] = np.minimum(1, np.maximum.accumulate(factors * p[order]))
-    return p.tolist()
+    return p

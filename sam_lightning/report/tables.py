@@ -12,7 +12,6 @@ from rich.text import Text
 
 from sam_lightning.report.comparison import ABSENT, SELECTION, Study, show, title
 from sam_lightning.report.runs import COSTS
-from sam_lightning.report.statistics import Estimate
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
@@ -84,20 +83,23 @@ def escape_latex(text: str) -> str:
 def results(study: Study) -> Table:
     """A row per group: settings, metrics and costs."""
     names = dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric])
-    metrics = [name for name in names if any(g.estimate(name).n for g in study.groups)]
+    metrics = [name for name in names if study.estimates[name]["n"].any()]
+    sizes = study.runs.groupby(level=0).size()
     rows = []
-    for group in study.groups:
-        n = len(group.runs)
-        cells = [show(group.values[column]) for column in study.columns] + [str(n)]
-        cells += [interval(group.estimate(name), name, n) for name in metrics]
-        means = [group.estimate(name).mean for name in COSTS]
-        forms = zip(COST_FORMATS.values(), means, strict=True)
-        cells += [ABSENT if math.isnan(mean) else form.format(mean) for form, mean in forms]
+    for group, values in study.settings.iterrows():
+        cells = [*map(show, values), str(sizes[group])]
+        for name in metrics:
+            found = study.estimates[name].loc[group]
+            some = f" (n={found['n']:.0f})" if 0 < found["n"] < sizes[group] else ""
+            cells.append(interval(found, name) + some)
+        for name, form in zip(COSTS, COST_FORMATS.values(), strict=True):
+            mean = study.estimates[name].at[group, "mean"]
+            cells.append(ABSENT if math.isnan(mean) else form.format(mean))
         rows.append(cells)
-    head = [title(column, study.columns) for column in study.columns]
+    head = [title(column, study.settings) for column in study.settings]
     head += ["n", *(f"{metric_name(name)}{unit(name)}" for name in metrics), *COST_FORMATS]
-    best = [choice.best for choice in study.choices]
-    return Table(head, rows, len(study.columns), [group in best for group in study.groups])
+    best = [group in study.choices.values() for group in study.settings.index]
+    return Table(head, rows, study.settings.shape[1], best)
 
 
 def comparisons(study: Study) -> Table:
@@ -106,24 +108,22 @@ def comparisons(study: Study) -> Table:
     head = ["method", "against", "at equal", "pairs", f"difference{points}"]
     head += ["p (t)", "p (Holm)", "p (Wilcoxon)"]
     rows = []
-    for c in study.comparisons:
-        cells = [study.describe(c.group), study.describe(c.baseline), c.equal]
-        cells += [str(c.test.difference.n), interval(c.test.difference, study.metric, sign="+")]
-        for p in (c.test.p, c.holm, c.test.wilcoxon):
+    for _, test in study.comparisons.iterrows():
+        cells = [study.describe(test["group"]), study.describe(test["baseline"]), test["equal"]]
+        cells += [str(test["n"]), interval(test, study.metric, sign="+")]
+        for p in test[["p", "holm", "wilcoxon"]]:
             cells.append(ABSENT if math.isnan(p) else f"{p:.4f}" if p >= 0.0001 else "< 0.0001")
         rows.append(cells)
     return Table(head, rows, 3, [False] * len(rows))
 
 
-def interval(found: Estimate, metric: str, runs: int | None = None, sign: str = "") -> str:
-    """Mean ± half of the interval, in percent except for losses; n where it is not ``runs``."""
-    if found.n == 0:
+def interval(found: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    """Mean ± half of the interval, in percent except for losses."""
+    if found["n"] == 0:
         return ABSENT
     scale, digits = (1, 4) if metric.endswith("loss") else (100, 2)
-    text = f"{scale * found.mean:{sign}.{digits}f}"
-    if found.n > 1:
-        text += f" ± {scale * found.half:.{digits}f}"
-    return text if runs in (None, found.n) else f"{text} (n={found.n})"
+    text = f"{scale * found['mean']:{sign}.{digits}f}"
+    return f"{text} ± {scale * found['half']:.{digits}f}" if found["n"] > 1 else text
 
 
 def metric_name(metric: str) -> str:
@@ -139,41 +139,41 @@ def unit(metric: str) -> str:
 
 def runs_csv(study: Study) -> str:
     """A row per run: folder, settings, seed, costs and every metric as a fraction."""
-    metrics = _metrics(study)
-    rows = [
-        {"folder": run.folder, **_settings(group.values), "seed": run.seed}
-        | {name: run.results.get(name) for name in COSTS}
-        | {"device": run.device, **{name: run.results.get(name) for name in metrics}}
-        for group in study.groups
-        for run in group.runs
-    ]
-    return _csv(rows)
+    runs = study.runs["run"]
+    frame = _as_typed(study.settings).loc[study.runs.index]
+    frame.insert(0, "folder", [run.folder for run in runs])
+    frame["seed"] = pd.Series([run.seed for run in runs], frame.index, dtype=object)
+    frame[[*COSTS]] = study.runs[[*COSTS]]
+    frame["device"] = [run.device for run in runs]
+    frame[_metrics(study)] = study.runs[_metrics(study)]
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def groups_csv(study: Study) -> str:
     """A row per group; of every metric mean, standard deviation and interval, as fractions."""
-    best = [choice.best for choice in study.choices]
-    rows = []
-    for group in study.groups:
-        row = _settings(group.values) | {"n": len(group.runs), "chosen": int(group in best)}
-        row |= {name: group.estimate(name).mean for name in COSTS}
-        for name in _metrics(study):
-            found = group.estimate(name)
-            row |= {f"{name} n": found.n, f"{name} mean": found.mean, f"{name} sd": found.sd}
-            row |= {f"{name} low": found.mean - found.half, f"{name} high": found.mean + found.half}
-        rows.append(row)
-    return _csv(rows)
+    frame = _as_typed(study.settings)
+    frame["n"] = study.runs.groupby(level=0).size()
+    frame["chosen"] = frame.index.isin(study.choices.values()).astype(int)
+    for name in COSTS:
+        frame[name] = study.estimates[name]["mean"]
+    for name in _metrics(study):
+        n, mean, sd, half = study.estimates[name].to_numpy().T
+        parts = {
+            "n": n.astype(int),
+            "mean": mean,
+            "sd": sd,
+            "low": mean - half,
+            "high": mean + half,
+        }
+        frame[[f"{name} {part}" for part in parts]] = pd.DataFrame(parts)
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def _metrics(study: Study) -> list[str]:
-    return sorted({name for group in study.groups for name in group.results} - {*COSTS})
+    return sorted(k for k, found in study.estimates.items() if found["n"].any() and k not in COSTS)
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are typed, but floats with all digits, and nothing for those not there."""
-    texts = {k: v if isinstance(v, float) else show(v) for k, v in values.items()}
-    return {k: None if v == ABSENT else v for k, v in texts.items()}
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+def _as_typed(settings: pd.DataFrame) -> pd.DataFrame:
+    """Settings as on the command line, but floats with all digits, and nothing for no value."""
+    shown = settings.map(lambda value: value if isinstance(value, float) else show(value))
+    return shown.astype(object).where(shown != ABSENT, None)
