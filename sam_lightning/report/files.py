@@ -29,7 +29,7 @@ READING = (
 TESTING = (
     "The difference is a mean over pairs of runs with the same seed, with its 95 % interval. "
     "p (t): paired t test, two-sided; p (Holm): the same, adjusted for all comparisons here; "
-    "p (Wilcoxon): exact signed-rank test, from 6 pairs on."
+    "p (Wilcoxon): signed-rank test, from 6 pairs on, exact up to 13."
 )
 
 
