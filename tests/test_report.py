@@ -336,7 +336,11 @@ def test_curves_by_epoch(tmp_path):
     assert dict(curve(run, "train/loss")) == pytest.approx(means)
     (run.folder / "metrics.csv").write_text("epoch,step,val/acc\n0,5,torn")
     assert curve(run, "val/acc").empty
+    (run.folder / "metrics.csv").write_text("epoch,step,val/acc\nnan,5,0.5\n")
+    assert curve(run, "val/acc").empty
     (run.folder / "metrics.csv").unlink()
+    assert curve(run, "val/acc").empty
+    os.mkfifo(run.folder / "metrics.csv")
     assert curve(run, "val/acc").empty
 
 

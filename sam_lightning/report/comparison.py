@@ -174,15 +174,11 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
         return [*first, *map(_rank, last)]
 
     keys = sorted(counted, key=order)
-    numbers = {values: i for i, values in enumerate(dict.fromkeys(values for values, _ in keys))}
-    rows = [
-        {"run": counted[key], "seed": counted[key].seed, **counted[key].results} for key in keys
-    ]
-    names = dict.fromkeys(
-        ["run", "seed", *COSTS, *METRICS, *sorted(k for row in rows for k in row)]
-    )
-    frame = pd.DataFrame(rows, [numbers[values] for values, _ in keys], [*names])
-    settings = pd.DataFrame([*numbers], columns=columns, dtype=object)
+    groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
+    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
+    rows = [{"run": counted[k], "seed": counted[k].seed, **counted[k].results} for k in keys]
+    frame = pd.DataFrame(rows, index=[groups[values] for values, _ in keys])
+    frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
     return Study(metric, baseline, settings, frame, common, repeats)
 
 

@@ -59,10 +59,10 @@ def error_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> st
             aside = (rhos[-1] / rhos[0]) ** _aside(i, len(lines))
             _error_bars(axes, i, name, [aside * rho[g] for g in line], found)
             continue
-        mean, half = found[["mean", "half"]].iloc[0]
+        mean, low, high = found[["mean", "low", "high"]].iloc[0]
         axes.axhline(mean, color=f"C{i}", linestyle="--", label=name)
-        if not math.isnan(half):
-            axes.axhspan(mean - half, mean + half, color=f"C{i}", alpha=0.12, linewidth=0)
+        if not math.isnan(low):
+            axes.axhspan(low, high, color=f"C{i}", alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     if len(rhos) <= 10:
         axes.set_xticks(rhos)

@@ -41,7 +41,7 @@ class Run:
     """
 
     folder: Path
-    seed: float | None
+    seed: int | None
     settings: Mapping[str, Any]
     results: Mapping[str, float]
     device: str
@@ -101,23 +101,23 @@ def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
         reason = summary.get("exit_reason") or "metrics.json does not say that the run completed"
         return LeftOut(folder, str(status or "unknown"), str(reason))
     found = _dict(summary.get("metrics"))
-    metrics = {k: v for k, v in found.items() if _number(v) is not None}
+    metrics = {k: float(v) for k, v in found.items() if _number(v) is not None}
     for name in sorted(found.keys() - metrics.keys()):
         warnings.append(f"{folder}: {name}={found[name]} is not finite and is not counted")
     if not metrics:
         return LeftOut(folder, "damaged", "metrics.json has no metrics")
     config = _dict(summary.get("config"))
-    passes = passes_per_step(_dict(config.get("method")))
+    passes = _number(passes_per_step(_dict(config.get("method"))))
     epochs = _number(summary.get("epochs", config.get("epochs")))
     costs = {
         "passes": passes,
-        "total_passes": None if passes is None or epochs is None else passes * epochs,
+        "total_passes": None if passes is None or epochs is None else _number(passes * epochs),
         **{name: _number(summary.get(name)) for name in ("train_seconds", "images_per_second")},
     }
     errors = {f"{s}/error": 1 - metrics[f"{s}/acc"] for s in SPLITS if f"{s}/acc" in metrics}
-    results = {k: float(v) for k, v in (errors | metrics | costs).items() if v is not None}
+    results = {k: v for k, v in (errors | metrics | costs).items() if v is not None}
+    seed = config["seed"] if isinstance(config.get("seed"), int) else None
     device = str(summary.get("device", "unknown"))
-    seed = _number(config.get("seed"))
     return Run(folder, seed, settings(config), results, device, written)
 
 
@@ -189,13 +189,16 @@ def curve(run: Run, name: str) -> "pd.Series[float]":
     import numpy as np  # not to be loaded by --help
     import pandas as pd
 
+    path, empty = run.folder / "metrics.csv", pd.Series(dtype=float)
+    if not path.is_file():
+        return empty
     columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
     try:
-        log = pd.read_csv(run.folder / "metrics.csv", dtype=str, keep_default_na=False)[columns]
-        log = log[(log.fillna("") != "").all(axis=1)].astype(float)
+        log = pd.read_csv(path, dtype=str, keep_default_na=False)
+        log = log.loc[(log[columns].fillna("") != "").all(axis=1), columns].astype(float)
+        log.index = log["epoch"].astype(int) + 1
     except (OSError, ValueError, KeyError):
-        return pd.Series(dtype=float)
-    log.index = log["epoch"].astype(int) + 1
+        return empty
     if "step" not in columns:
         return log.loc[~log.index.duplicated(keep="last"), name]
     log["updates"] = log["step"].diff().fillna(log["step"])
@@ -218,7 +221,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if number and abs(value) <= sys.float_info.max else None
+    return float(value) if number and abs(value) <= sys.float_info.max else None
 
 
 def _printable(value: Any) -> Any:

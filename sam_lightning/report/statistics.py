@@ -12,15 +12,15 @@ WILCOXON_PAIRS = 6  # with five, the smallest p value of the signed-rank test is
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
-    """The mean of ``n`` values, their ``sd``, and ``half`` the width of the mean's interval.
+    """The mean of ``n`` values, their ``sd``, and the 95 % confidence interval of the mean.
 
-    The interval is the 95 % confidence interval by Student's t.
+    It is from ``low`` to ``high``, by Student's t; ``half`` is half of its width.
     """
     n = len(values)
     mean = fmean(values) if n else math.nan
     sd = float(np.std(values, ddof=1)) if n > 1 else math.nan
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
-    return {"n": n, "mean": mean, "sd": sd, "half": half}
+    return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "half": half}
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:

@@ -154,19 +154,9 @@ def groups_csv(study: Study) -> str:
     frame = _as_typed(study.settings)
     frame["n"] = study.runs.groupby(level=0).size()
     frame["chosen"] = frame.index.isin(study.choices.values()).astype(int)
-    for name in COSTS:
-        frame[name] = study.estimates[name]["mean"]
-    for name in _metrics(study):
-        n, mean, sd, half = study.estimates[name].to_numpy().T
-        parts = {
-            "n": n.astype(int),
-            "mean": mean,
-            "sd": sd,
-            "low": mean - half,
-            "high": mean + half,
-        }
-        frame[[f"{name} {part}" for part in parts]] = pd.DataFrame(parts)
-    return frame.to_csv(index=False, lineterminator="\n")
+    frame[[*COSTS]] = pd.DataFrame({name: study.estimates[name]["mean"] for name in COSTS})
+    parts = [study.estimates[m].drop(columns="half").add_prefix(f"{m} ") for m in _metrics(study)]
+    return pd.concat([frame, *parts], axis=1).to_csv(index=False, lineterminator="\n")
 
 
 def _metrics(study: Study) -> list[str]:
