@@ -222,10 +222,10 @@ def test_hostile_files(tmp_path, capsys):
     """What no run writes neither stops the report nor reaches the terminal or its tables."""
     escape = "\x1b[2J \ud800 | <b>\n# x"
     for name, change in {
-        "text": {"config": {"seed": 0, "model": {"note": escape}}, "device": escape},
-        "other": {"config": {"seed": 0, "model": {"note": 1}}},
+        "text": {"config": {"seed": 0, "model": {"note": escape}, "folder": 2}, "device": escape},
+        "other": {"config": {"seed": 0, "model": {"note": 1}, "folder": 1}},
         "list": {"config": {"seed": [1], "epochs": [1], "method": {"name": [1], "rho": {}}}},
-        "huge": {"metrics": {"test/acc": 10**400, "test/loss": 10**300, escape: True}},
+        "huge": {"metrics": {"test/acc": 10**400, "test/loss": 10**300, escape: 1, "run": 1}},
         "failed": {"status": "failed", "exit_reason": escape},
     }.items():
         leave(tmp_path / name, **change)
@@ -262,7 +262,9 @@ def test_files_of_other_versions(tmp_path):
         "text": "damaged",
     }
     main([str(tmp_path), "formats=png"])
-    assert (tmp_path / "report" / "report.md").is_file()
+    with open(tmp_path / "report" / "report.csv", newline="") as file:
+        seeds = {Path(row["folder"]).name: row["seed"] for row in csv.DictReader(file)}
+    assert seeds == {"bare": "", "odd": "", "today": "0"}
 
 
 def test_a_key_that_old_runs_lack_does_not_tell_groups_apart(tmp_path):

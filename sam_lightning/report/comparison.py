@@ -72,7 +72,7 @@ class Study:
     def comparisons(self) -> pd.DataFrame:
         """The leading groups against every baseline of the same settings and ``equal`` cost.
 
-        The other columns are those of ``paired``, and ``holm``, the adjusted p value.
+        The other columns are from ``paired``, and ``holm``, the adjusted p value.
         """
         values = self.runs[["seed", self.metric]].dropna()
         rows = []
@@ -124,7 +124,7 @@ class Study:
 
     @property
     def subjects(self) -> list[str]:
-        """Those of data and model."""
+        """The differing settings of data and model."""
         return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
 
     def describe(self, group: int, without: Iterable[str] = ()) -> str:
@@ -176,7 +176,7 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     keys = sorted(counted, key=order)
     groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
     settings = pd.DataFrame([*groups], columns=columns, dtype=object)
-    rows = [{"run": counted[k], "seed": counted[k].seed, **counted[k].results} for k in keys]
+    rows = [{**counted[k].results, "run": counted[k], "seed": counted[k].seed} for k in keys]
     frame = pd.DataFrame(rows, index=[groups[values] for values, _ in keys])
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
     return Study(metric, baseline, settings, frame, common, repeats)

@@ -139,24 +139,29 @@ def unit(metric: str) -> str:
 
 def runs_csv(study: Study) -> str:
     """A row per run: folder, settings, seed, costs and every metric as a fraction."""
-    runs = study.runs["run"]
-    frame = _as_typed(study.settings).loc[study.runs.index]
-    frame.insert(0, "folder", [run.folder for run in runs])
-    frame["seed"] = pd.Series([run.seed for run in runs], frame.index, dtype=object)
-    frame[[*COSTS]] = study.runs[[*COSTS]]
-    frame["device"] = [run.device for run in runs]
-    frame[_metrics(study)] = study.runs[_metrics(study)]
-    return frame.to_csv(index=False, lineterminator="\n")
+    index = study.runs.index
+    folder, seed, device = (
+        pd.Series([getattr(run, name) for run in study.runs["run"]], index, object, name)
+        for name in ("folder", "seed", "device")
+    )
+    settings = _as_typed(study.settings).loc[index]
+    costs, metrics = study.runs[[*COSTS]], study.runs[_metrics(study)]
+    return _csv([folder, settings, seed, costs, device, metrics])
 
 
 def groups_csv(study: Study) -> str:
     """A row per group; of every metric mean, standard deviation and interval, as fractions."""
-    frame = _as_typed(study.settings)
-    frame["n"] = study.runs.groupby(level=0).size()
-    frame["chosen"] = frame.index.isin(study.choices.values()).astype(int)
-    frame[[*COSTS]] = pd.DataFrame({name: study.estimates[name]["mean"] for name in COSTS})
-    parts = [study.estimates[m].drop(columns="half").add_prefix(f"{m} ") for m in _metrics(study)]
-    return pd.concat([frame, *parts], axis=1).to_csv(index=False, lineterminator="\n")
+    parts = [_as_typed(study.settings), study.runs.groupby(level=0).size().rename("n")]
+    chosen = study.settings.index.isin(study.choices.values()).astype(int)
+    parts.append(pd.Series(chosen, name="chosen"))
+    parts += [study.estimates[name]["mean"].rename(name) for name in COSTS]
+    for name in _metrics(study):
+        parts.append(study.estimates[name].drop(columns="half").add_prefix(f"{name} "))
+    return _csv(parts)
+
+
+def _csv(parts: Sequence[Any]) -> str:
+    return pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
 
 
 def _metrics(study: Study) -> list[str]:
