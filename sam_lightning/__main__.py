@@ -15,7 +15,7 @@ COMMANDS = {
     "export": ("inference.export", "write a checkpoint as ONNX or for torch.export"),
     "sharpness": ("analysis.sharpness", "measure how sharp and curved the loss of checkpoints is"),
     "landscape": ("analysis.landscape", "draw the loss around checkpoints"),
-    "report": ("studies.report.__main__", "make tables, tests and figures of runs"),
+    "report": ("studies.report.command", "make tables, tests and figures of runs"),
     "study": ("studies.study", "run methods x settings x seeds, then report"),
     "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
 }

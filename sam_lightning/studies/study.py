@@ -201,13 +201,16 @@ def refuse_loss(plan: Plan, out: Path, expected: Sequence[Planned] = ()) -> None
 
 def report(plan: Plan, out: Path) -> None:
     """Write and show what all completed runs of the file say, also of those not selected now."""
-    from sam_lightning.studies.report.evidence import commits, write_runs
-    from sam_lightning.studies.report.groups import analyse  # scipy, only now
-    from sam_lightning.studies.report.runs import LeftOut, gather
-    from sam_lightning.studies.report.write import print_tables, write
+    from sam_lightning.studies.report.archive import (  # pandas and scipy, only now
+        commits,
+        write_runs,
+    )
+    from sam_lightning.studies.report.comparison import analyse
+    from sam_lightning.studies.report.files import print_tables, write
+    from sam_lightning.studies.report.runs import LeftOut, read_runs
 
     outcomes = {run.folder: outcome(run) for run in plan.runs}
-    runs, left_out, warnings = gather(f for f, found in outcomes.items() if found.completed)
+    runs, left_out, warnings = read_runs(f for f, found in outcomes.items() if found.completed)
     left_out += [
         LeftOut(folder, found.state, found.reason)
         for folder, found in outcomes.items()

@@ -11,7 +11,7 @@ import torch
 import sam_lightning
 from runs import command, rows
 from sam_lightning.runs.old_names import OLD_NAMES, with_current_names
-from sam_lightning.studies.report.runs import gather
+from sam_lightning.studies.report.runs import read_runs
 
 # A run of one epoch: digits, friendly_sam, ResNet-18 of width 1.
 BEFORE = Path(__file__).parent / "before_rooms"
@@ -73,7 +73,7 @@ def test_a_run_is_continued(before):
 
 
 def test_a_report_names_its_classes_as_they_are_now(before):
-    (run,), _, _ = gather([before])
+    (run,), _, _ = read_runs([before])
     targets = {key: value for key, value in run.settings.items() if key.endswith("_target_")}
     assert targets
     for target in targets.values():

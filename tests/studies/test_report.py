@@ -1,4 +1,4 @@
-"""The report: statistics against scipy and closed forms, everything else on folders of runs."""
+"""The report: statistics against closed forms, everything else on folders of runs."""
 
 import csv
 import itertools
@@ -17,16 +17,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from scipy import stats
+from scipy import special, stats
 
 from sam_lightning.cli import CONF
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.studies.report import figures, tables
 from sam_lightning.studies.report.__main__ import main
-from sam_lightning.studies.report.groups import Study, analyse
-from sam_lightning.studies.report.runs import curve, gather, passes_per_step
+from sam_lightning.studies.report.comparison import Study, analyse
+from sam_lightning.studies.report.files import choices_of_rho, without_baseline
+from sam_lightning.studies.report.runs import curve, passes_per_step, read_runs
 from sam_lightning.studies.report.statistics import estimate, holm, paired
-from sam_lightning.studies.report.write import chosen, uncompared
 
 
 @cache
@@ -73,8 +73,12 @@ def leave_seeds(folder, *overrides, accs, vals=None, **summary):
         leave(folder / str(seed), *overrides, acc=acc, val=val, seed=seed, **summary)
 
 
+def sizes(study):
+    return study.runs.groupby(level=0).size().tolist()
+
+
 def study_of(*folders, metric="test/acc", baseline="sgd"):
-    runs, left_out, warnings = gather(folders)
+    runs, left_out, warnings = read_runs(folders)
     assert not left_out
     assert not warnings
     return analyse(runs, metric, baseline)
@@ -88,59 +92,50 @@ def test_interval_of_a_mean():
     # The 97.5 % quantile of Student's t with 2 degrees of freedom has a closed form.
     u = 2 * 0.975 - 1
     quantile = u * math.sqrt(2 / (1 - u**2))
-    assert (found.n, found.mean, found.sd) == (3, 2, 1)
-    assert found.half == pytest.approx(quantile / math.sqrt(3), rel=1e-12)
+    assert (found["n"], found["mean"], found["sd"]) == (3, 2, 1)
+    assert found["half"] == pytest.approx(quantile / math.sqrt(3), rel=1e-12)
 
     values = np.random.default_rng(0).normal(0.9, 0.02, 7)
-    found = estimate(list(values))
+    found = estimate(values)
     low, high = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
-    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    expected = pytest.approx((low, high))
+    assert (found["mean"] - found["half"], found["mean"] + found["half"]) == expected
 
 
 def test_intervals_hold_what_they_promise():
     draws = np.random.default_rng(1).normal(3.0, 2.0, (4000, 3))
-    found = [estimate(list(row)) for row in draws]
-    covered = np.mean([abs(f.mean - 3) <= f.half for f in found])
+    covered = np.mean([abs(f["mean"] - 3) <= f["half"] for f in map(estimate, draws)])
     assert 0.935 < covered < 0.965  # four standard errors
 
 
 def test_one_value_has_no_interval_and_none_no_mean():
     found = estimate([0.7])
-    assert (found.n, found.mean, found.sd, found.half) == (1, 0.7, None, None)
-    assert estimate([]) is None
+    assert (found["n"], found["mean"]) == (1, 0.7)
+    assert np.isnan([found["sd"], found["half"]]).all()
+    assert estimate([])["n"] == 0
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5, 6, 10])
-def test_paired_against_scipy(pairs):
-    rng = np.random.default_rng(pairs)
-    first, second = rng.normal(0.8, 0.05, (2, pairs))
-    found = paired(list(first), list(second))
-    expected = stats.ttest_rel(first, second)
-    assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
-    interval = expected.confidence_interval(0.95)
-    ours = (
-        found.difference.mean - found.difference.half,
-        found.difference.mean + found.difference.half,
-    )
-    assert ours == pytest.approx((interval.low, interval.high))
-    if pairs < 6:
-        assert found.wilcoxon is None
-    else:
-        assert found.wilcoxon == pytest.approx(wilcoxon_by_enumeration(first - second))
+def test_paired_against_closed_forms(pairs):
+    first, second = np.random.default_rng(pairs).normal(0.8, 0.05, (2, pairs))
+    found = paired(first, second)
+    expected = estimate(first - second)
+    assert found == found | expected
+    # The regularized incomplete beta function is the two tails of Student's t.
+    t2 = pairs * (expected["mean"] / expected["sd"]) ** 2
+    p = special.betainc((pairs - 1) / 2, 0.5, (pairs - 1) / (pairs - 1 + t2))
+    assert found["p"] == pytest.approx(p)
+    assert math.isnan(found["wilcoxon"]) == (pairs < 6)
+    if pairs >= 6:
+        assert found["wilcoxon"] == pytest.approx(wilcoxon_by_enumeration(first - second))
 
 
-def test_the_signed_rank_test_is_exact_also_with_ties_and_zeros():
-    rng = np.random.default_rng(3)
-    for n in (6, 9, 14):  # from 14 on scipy approximates, with ties or zeros
-        differences = rng.integers(-3, 6, n).astype(float)
-        differences[:4] = (0, 1, -1, 5)
-        found = paired(list(differences), [0.0] * n).wilcoxon
-        assert found == pytest.approx(wilcoxon_by_enumeration(differences[differences != 0]))
-    for n in (20, 50):
-        differences = rng.normal(0.3, 1, n)
-        found = paired(list(differences), [0.0] * n).wilcoxon
-        expected = stats.wilcoxon(differences, method="exact").pvalue
-        assert found == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize("pairs", [6, 9, 13])
+def test_the_signed_rank_test_is_exact_also_with_ties_and_zeros(pairs):
+    differences = np.random.default_rng(3).integers(-3, 6, pairs).astype(float)
+    differences[:4] = (0, 1, -1, 5)
+    found = paired(differences, np.zeros(pairs))["wilcoxon"]
+    assert found == pytest.approx(wilcoxon_by_enumeration(differences[differences != 0]))
 
 
 def wilcoxon_by_enumeration(differences):
@@ -154,22 +149,22 @@ def wilcoxon_by_enumeration(differences):
 
 def test_equal_differences_have_no_t_test():
     found = paired([0.3, 0.5, 0.9], [0.2, 0.4, 0.8])  # 0.1 up to rounding
-    assert found.difference.mean == pytest.approx(0.1)
-    assert (found.t, found.p) == (None, None)
+    assert found["mean"] == pytest.approx(0.1)
+    assert math.isnan(found["p"])
     same = paired([0.5] * 6, [0.5] * 6)
-    assert (same.p, same.wilcoxon) == (None, None)
+    assert np.isnan([same["p"], same["wilcoxon"]]).all()
 
 
 def test_one_pair_has_no_test():
     found = paired([0.6], [0.5])
-    assert found.difference.n == 1
-    assert (found.p, found.difference.half) == (None, None)
-    assert paired([], []) is None
+    assert found["n"] == 1
+    assert np.isnan([found["p"], found["half"]]).all()
+    assert paired([], [])["n"] == 0
 
 
 def test_holm_by_hand_and_as_a_closed_test():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([]) == []
+    assert len(holm([])) == 0
     assert holm([0.2]) == [0.2]
     p = list(np.random.default_rng(2).uniform(0, 0.3, 6))
     # Closed testing with Bonferroni: reject one where every set that holds it is rejected.
@@ -178,6 +173,8 @@ def test_holm_by_hand_and_as_a_closed_test():
         max(min(1, len(s) * min(p[j] for j in s)) for s in subsets if i in s) for i in range(6)
     ]
     assert holm(p) == pytest.approx(closed)
+    untested = holm([0.04, math.nan, 0.01])  # one that is no test is not counted
+    assert untested == pytest.approx([0.04, math.nan, 0.02], nan_ok=True)
 
 
 # ---- reading runs
@@ -196,7 +193,7 @@ def test_only_completed_runs_count_and_the_others_are_named(tmp_path):
     (tmp_path / "killed" / ".hydra" / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "no_run").mkdir()
 
-    runs, left_out, _ = gather([tmp_path])
+    runs, left_out, _ = read_runs([tmp_path])
     assert [run.folder.name for run in runs] == ["good"]
     assert {run.folder.name: run.status for run in left_out} == {
         "bad": "failed",
@@ -217,8 +214,35 @@ def test_a_run_counts_once_however_often_it_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = tmp_path / "sweep"
     folders = [sweep, tmp_path, Path("sweep"), sweep / "0_rho=0.1", Path("latest")]
-    runs, left_out, _ = gather(folders)
+    runs, left_out, _ = read_runs(folders)
     assert (len(runs), left_out) == (1, [])
+
+
+def test_hostile_files(tmp_path, capsys):
+    """What no run writes neither stops the report nor reaches the terminal or its tables."""
+    escape = "\x1b[2J \ud800 | <b>\n# x"
+    for name, change in {
+        "text": {"config": {"seed": 0, "model": {"note": escape}, "folder": 2}, "device": escape},
+        "other": {"config": {"seed": 0, "model": {"note": 1}, "folder": 1}},
+        "list": {"config": {"seed": [1], "epochs": [1], "method": {"name": [1], "rho": {}}}},
+        "huge": {"metrics": {"test/acc": 10**400, "test/loss": 10**300, escape: 1, "run": 1}},
+        "failed": {"status": "failed", "exit_reason": escape},
+    }.items():
+        leave(tmp_path / name, **change)
+    (leave(tmp_path / "digits") / "metrics.json").write_text("9" * 5000)
+    (leave(tmp_path / "deep") / "metrics.json").write_text("[" * 100_000)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "metrics.json")
+    main([str(tmp_path), "formats=png", "metric=test/loss"])
+    texts = [path.read_text() for path in (tmp_path / "report").glob("report.*")]
+    said = capsys.readouterr()
+    shown = "".join([*texts, said.out, said.err])
+    assert shown.replace("\n", "").isprintable()
+    assert "left out: 2 damaged, 1 failed, 1 unfinished" in said.out
+    assert "test/acc=1000" in said.err
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "\\|" in text
+    assert not re.search(r"^# x|(?<!\\)<b>", text, re.MULTILINE)
 
 
 def test_files_of_other_versions(tmp_path):
@@ -231,14 +255,16 @@ def test_files_of_other_versions(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(content))
     leave(tmp_path / "today", acc=0.7)
-    runs, left_out, _ = gather([tmp_path])
+    runs, left_out, _ = read_runs([tmp_path])
     assert sorted(run.folder.name for run in runs) == ["bare", "odd", "today"]
     assert {run.folder.name: run.status for run in left_out} == {
         "none": "unknown",
         "text": "damaged",
     }
     main([str(tmp_path), "formats=png"])
-    assert (tmp_path / "report" / "report.md").is_file()
+    with open(tmp_path / "report" / "report.csv", newline="") as file:
+        seeds = {Path(row["folder"]).name: row["seed"] for row in csv.DictReader(file)}
+    assert seeds == {"bare": "", "odd": "", "today": "0"}
 
 
 def test_a_key_that_old_runs_lack_does_not_tell_groups_apart(tmp_path):
@@ -248,15 +274,16 @@ def test_a_key_that_old_runs_lack_does_not_tell_groups_apart(tmp_path):
     del summary["config"]["method"]["every"], summary["config"]["data"]["policy"]
     del summary["config"]["trainer"]["deterministic"], summary["config"]["optimizer"]["momentum"]
     old.write_text(json.dumps(summary))
-    (group,) = study_of(tmp_path).groups
-    assert [run.seed for run in group.runs] == [0, 1, 2]
+    study = study_of(tmp_path)
+    assert len(study.settings) == 1
+    assert study.runs["seed"].tolist() == [0, 1, 2]
 
 
 def test_metrics_that_are_not_finite_are_left_out_with_a_warning(tmp_path):
     metrics = {"test/acc": 0.1, "test/loss": math.nan, "val/loss": math.inf}
     leave(tmp_path / "run", metrics=metrics)
-    (run,), _, warnings = gather([tmp_path])
-    assert dict(run.metrics) == {"test/acc": 0.1}
+    (run,), _, warnings = read_runs([tmp_path])
+    assert {*run.results} & {*metrics} == {"test/acc"}
     assert [re.search(r"(\S+)=(\w+) is not finite", w).groups() for w in warnings] == [
         ("test/loss", "nan"),
         ("val/loss", "inf"),
@@ -287,19 +314,19 @@ def test_passes_per_step(method, passes):
 
 def test_costs_of_a_run(tmp_path):
     leave(tmp_path / "a", "rho=0.1", "epochs=7")
-    (run,), _, _ = gather([tmp_path])
-    assert (run.total_passes, run.train_seconds) == (14, 10)
+    (run,), _, _ = read_runs([tmp_path])
+    assert (run.results["total_passes"], run.results["train_seconds"]) == (14, 10)
 
 
 def test_curves_by_epoch(tmp_path):
-    (run,), _, _ = gather([leave(tmp_path / "run")])
+    (run,), _, _ = read_runs([leave(tmp_path / "run")])
     (run.folder / "metrics.csv").write_text(
         "epoch,step,test/acc,train/acc,val/acc\n"
         "0,5,,0.2,\n0,10,,0.4,\n0,5,,,0.1\n0,10,,,0.3\n1,15,,0.5,\n1,20,,,0.6\n,20,0.9,,\n"
     )
-    assert curve(run, "val/acc") == {1: 0.3, 2: 0.6}
-    assert curve(run, "train/acc") == pytest.approx({1: 0.3, 2: 0.5})
-    assert curve(run, "val/acc5") == {}
+    assert dict(curve(run, "val/acc")) == {1: 0.3, 2: 0.6}
+    assert dict(curve(run, "train/acc")) == pytest.approx({1: 0.3, 2: 0.5})
+    assert curve(run, "val/acc5").empty
     # Epochs of 5 updates, a row every 4: rows are means over 4, 1, 3, 2, 2 and 3 updates.
     losses = np.random.default_rng(0).random(15)
     (run.folder / "metrics.csv").write_text("epoch,step,train/loss,val/acc\n")
@@ -308,11 +335,15 @@ def test_curves_by_epoch(tmp_path):
             file.write(f"{(last - 1) // 5},{last},{losses[first:last].mean()},\n")
             file.write(f"{(last - 1) // 5},{last},,0.5\n" if last % 5 == 0 else "")
     means = {epoch: losses[5 * epoch - 5 : 5 * epoch].mean() for epoch in (1, 2, 3)}
-    assert curve(run, "train/loss") == pytest.approx(means)
+    assert dict(curve(run, "train/loss")) == pytest.approx(means)
     (run.folder / "metrics.csv").write_text("epoch,step,val/acc\n0,5,torn")
-    assert curve(run, "val/acc") == {}
+    assert curve(run, "val/acc").empty
+    (run.folder / "metrics.csv").write_text("epoch,step,val/acc\nnan,5,0.5\n")
+    assert curve(run, "val/acc").empty
     (run.folder / "metrics.csv").unlink()
-    assert curve(run, "val/acc") == {}
+    assert curve(run, "val/acc").empty
+    os.mkfifo(run.folder / "metrics.csv")
+    assert curve(run, "val/acc").empty
 
 
 # ---- grouping
@@ -325,12 +356,13 @@ def test_groups_differ_in_settings_not_in_seeds_or_paths(tmp_path):
             changes = [f"data.label_noise={noise}", f"model.width={width}", f"task_name={name}"]
             leave_seeds(tmp_path / name, *changes, accs=[0.5, 0.6])
     study = study_of(tmp_path)
-    assert list(study.columns) == ["data.label_noise", "model.width", "method", "rho", "epochs"]
-    values = [tuple(group.values[c] for c in study.columns) for group in study.groups]
-    assert values == [(n, w, "sam", 0.05, 5) for n in (0.0, 0.4) for w in (4, 8)]
-    assert [len(group.runs) for group in study.groups] == [2] * 4
+    columns = ["data.label_noise", "model.width", "method", "rho", "epochs"]
+    assert list(study.settings) == columns
+    values = [[n, w, "sam", 0.05, 5] for n in (0.0, 0.4) for w in (4, 8)]
+    assert study.settings.to_numpy().tolist() == values
+    assert sizes(study) == [2] * 4
     assert study.common["batch_size"] == 64
-    assert {"seed", "task_name", "output_dir"}.isdisjoint({*study.columns, *study.common})
+    assert {"seed", "task_name", "output_dir"}.isdisjoint({*study.settings, *study.common})
 
 
 def test_names_stand_for_what_they_spell_out(tmp_path):
@@ -338,8 +370,7 @@ def test_names_stand_for_what_they_spell_out(tmp_path):
     leave(tmp_path / "b", "method=asam")
     leave(tmp_path / "c", "method=sgd")
     leave(tmp_path / "d", "method=sgd", "model=wide_resnet28_10", "~model.width")
-    columns = study_of(tmp_path).columns
-    assert list(columns) == ["model", "method", "rho", "epochs"]
+    assert list(study_of(tmp_path).settings) == ["model", "method", "rho", "epochs"]
 
 
 def test_learning_rate_and_method_options_have_columns(tmp_path):
@@ -347,18 +378,18 @@ def test_learning_rate_and_method_options_have_columns(tmp_path):
     leave(tmp_path / "b", "rho=0.1", "lr=0.2")
     leave(tmp_path / "c", "rho=0.1", "method.every=5")
     study = study_of(tmp_path)
-    assert list(study.columns) == ["method", "rho", "epochs", "method.every", "optimizer.lr"]
-    assert study.describe(study.groups[-1]) == "sam, rho 0.1, every 5, lr 0.1"
+    assert list(study.settings) == ["method", "rho", "epochs", "method.every", "optimizer.lr"]
+    assert study.describe(2) == "sam, rho 0.1, every 5, lr 0.1"
     assert tables.results(study).head[:5] == ["method", "rho", "epochs", "every", "lr"]
 
 
 def test_image_folders_are_told_apart_by_their_names(tmp_path):
-    source = "sam_lightning.data.source.image_folder"
+    source = "sam_lightning.data.sources.image_folder"
     for name in ("cats", "dogs"):
         changes = [f"data.source._target_={source}", f"+data.source.root=/photos/{name}"]
         leave(tmp_path / name, *changes)
-    groups = study_of(tmp_path).groups
-    assert [g.values["data"] for g in groups] == ["image_folder cats", "image_folder dogs"]
+    found = study_of(tmp_path).settings["data"]
+    assert found.tolist() == ["image_folder cats", "image_folder dogs"]
 
 
 def test_callbacks_that_change_training_tell_groups_apart(tmp_path):
@@ -368,12 +399,12 @@ def test_callbacks_that_change_training_tell_groups_apart(tmp_path):
     leave(tmp_path / "c", "~callbacks.best")
     leave(tmp_path / "d", seed=1)
     study = study_of(tmp_path)
-    assert "callbacks.stop.patience" in study.columns
-    assert sorted(len(group.runs) for group in study.groups) == [1, 1, 2]
-    assert {group.values["callbacks.stop"] for group in study.groups} == {"EarlyStopping", "–"}
+    assert "callbacks.stop.patience" in study.settings
+    assert sorted(sizes(study)) == [1, 1, 2]
+    assert {*study.settings["callbacks.stop"]} == {"EarlyStopping", "–"}
     with_and_without = study_of(tmp_path / "a", tmp_path / "c", tmp_path / "d")
-    assert list(with_and_without.columns) == ["method", "rho", "epochs", "callbacks.stop"]
-    assert [len(group.runs) for group in with_and_without.groups] == [1, 2]
+    assert list(with_and_without.settings) == ["method", "rho", "epochs", "callbacks.stop"]
+    assert sizes(with_and_without) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +421,7 @@ def test_callbacks_that_change_training_tell_groups_apart(tmp_path):
 def test_what_only_some_runs_were_given_tells_groups_apart(tmp_path, changes):
     for name, own in zip("ab", changes, strict=True):
         leave(tmp_path / name, *own)
-    assert [len(group.runs) for group in study_of(tmp_path).groups] == [1, 1]
+    assert sizes(study_of(tmp_path)) == [1, 1]
 
 
 def test_without_radius_every_method_is_sgd_and_the_later_run_counts(tmp_path):
@@ -398,19 +429,18 @@ def test_without_radius_every_method_is_sgd_and_the_later_run_counts(tmp_path):
     leave(tmp_path / "late", "rho=0", acc=0.2, written=2000)
     leave(tmp_path / "other", "rho=0", acc=0.4, seed=1, written=500)
     study = study_of(tmp_path)
-    (group,) = study.groups
-    assert (group.values["method"], group.values["rho"]) == ("sgd", 0)
-    assert group.estimate("test/acc").mean == pytest.approx(0.3)
+    assert study.settings[["method", "rho"]].to_numpy().tolist() == [["sgd", 0]]
+    assert study.estimates["test/acc"]["mean"].tolist() == pytest.approx([0.3])
     (warning,) = study.warnings
     assert re.search(r"seed 0 was run twice: .*late counts, the earlier .*early does not", warning)
 
 
 def test_error_is_what_is_missing_in_the_accuracy(tmp_path):
     leave(tmp_path / "a", metrics={"test/acc": 0.75, "val/acc": 0.5})
-    (group,) = study_of(tmp_path).groups
-    assert group.estimate("test/error").mean == 0.25
-    assert group.estimate("val/error").mean == 0.5
-    assert group.estimate("val/acc5") is None
+    found = study_of(tmp_path).estimates
+    assert found["test/error"]["mean"].tolist() == [0.25]
+    assert found["val/error"]["mean"].tolist() == [0.5]
+    assert found["val/acc5"]["n"].tolist() == [0]
 
 
 # ---- choosing rho
@@ -421,23 +451,22 @@ def test_rho_is_chosen_on_validation_data_where_test_would_choose_another(tmp_pa
     leave_seeds(tmp_path / "0.1", "rho=0.1", accs=[0.6, 0.6], vals=[0.7, 0.8])
     leave_seeds(tmp_path / "0.2", "rho=0.2", accs=[0.9, 0.9], vals=[0.6, 0.7])
     study = study_of(tmp_path)
-    (choice,) = study.choices
-    assert choice.best.values["rho"] == 0.1
-    assert "rho 0.1 is best on validation data (75.00 ± " in chosen(study, choice)
-    assert "tried" not in chosen(study, choice)
+    assert study.choices == {(0, 1, 2): 1}
+    (line,) = choices_of_rho(study)
+    assert "rho 0.1 is best on validation data (75.00 ± " in line
+    assert "tried" not in line
     assert tables.results(study).strong == [False, True, False]
-    assert study.leading == [choice.best]
+    assert study.leading == [1]
 
 
 def test_without_validation_data_none_is_chosen(tmp_path):
     leave_seeds(tmp_path / "0.1", "rho=0.1", accs=[0.6, 0.6], vals=[0.7, 0.8])
     leave_seeds(tmp_path / "0.2", "rho=0.2", accs=[0.9, 0.9])
     study = study_of(tmp_path)
-    (choice,) = study.choices
-    assert choice.best is None
-    assert "no validation data" in chosen(study, choice)
+    assert study.choices == {(0, 1): None}
+    assert "no validation data" in choices_of_rho(study)[0]
     assert not any(tables.results(study).strong)
-    assert len(study.leading) == 2
+    assert study.leading == [0, 1]
 
 
 def test_ties_go_to_the_smaller_rho_and_the_end_of_the_grid_is_named(tmp_path):
@@ -445,9 +474,8 @@ def test_ties_go_to_the_smaller_rho_and_the_end_of_the_grid_is_named(tmp_path):
         vals = [0.8] if rho < 0.2 else [0.7]
         leave_seeds(tmp_path / str(rho), f"rho={rho}", accs=[0.5], vals=vals)
     study = study_of(tmp_path)
-    (choice,) = study.choices
-    assert choice.best.values["rho"] == 0.05
-    assert chosen(study, choice).endswith("it is the smallest tried")
+    assert study.choices == {(0, 1, 2): 0}
+    assert choices_of_rho(study)[0].endswith("it is the smallest tried")
 
 
 def test_each_method_and_length_has_its_own_choice(tmp_path):
@@ -456,11 +484,9 @@ def test_each_method_and_length_has_its_own_choice(tmp_path):
             changes = [f"method={method}", f"rho={rho}", f"epochs={epochs}"]
             name = f"{method}_{epochs}_{rho}"
             leave(tmp_path / name, *changes, val=0.9 if rho == best else 0.8)
-    chosen_rhos = {
-        (c.best.values["method"], c.best.values["epochs"]): c.best.values["rho"]
-        for c in study_of(tmp_path).choices
-    }
-    assert chosen_rhos == {("sam", 5): 0.1, ("sam", 10): 0.2, ("asam", 5): 0.1}
+    study = study_of(tmp_path)
+    best = study.settings.loc[[*study.choices.values()], ["method", "epochs", "rho"]]
+    assert best.to_numpy().tolist() == [["asam", 5, 0.1], ["sam", 5, 0.1], ["sam", 10, 0.2]]
 
 
 def test_different_seeds_of_rhos_are_named(tmp_path):
@@ -483,18 +509,17 @@ def test_comparison_pairs_equal_seeds(tmp_path):
         leave(tmp_path / f"sgd{seed}", "method=sgd", acc=acc, seed=seed)
     for seed, acc in sam.items():
         leave(tmp_path / f"sam{seed}", "rho=0.1", acc=acc, seed=seed)
-    (comparison,) = study_of(tmp_path).comparisons
+    (comparison,) = study_of(tmp_path).comparisons.to_dict("records")
     differences = [0.66 - 0.61, 0.58 - 0.55, 0.79 - 0.70]
     mean = sum(differences) / 3
     sd = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
     t = mean / (sd / math.sqrt(3))
-    result = comparison.result
-    assert (comparison.equal, result.difference.n) == ("epochs", 3)
-    assert (result.difference.mean, result.t) == pytest.approx((mean, t))
+    assert (comparison["equal"], comparison["n"]) == ("epochs", 3)
+    assert comparison["mean"] == pytest.approx(mean)
     # Student's t with 2 degrees of freedom again in closed form.
-    assert result.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
-    assert result.difference.half == pytest.approx(sd / math.sqrt(3) * 4.302652729911275)
-    assert comparison.holm == result.p
+    assert comparison["p"] == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    assert comparison["half"] == pytest.approx(sd / math.sqrt(3) * 4.302652729911275)
+    assert comparison["holm"] == comparison["p"]
 
 
 def test_baselines_have_as_many_epochs_or_passes_and_else_the_same_settings(tmp_path):
@@ -505,7 +530,8 @@ def test_baselines_have_as_many_epochs_or_passes_and_else_the_same_settings(tmp_
     leave_seeds(tmp_path / "half", "rho=0.1", "epochs=8", "method.ascent_fraction=0.25", accs=[0.6])
     study = study_of(tmp_path)
     found = [
-        (study.describe(c.group), study.describe(c.baseline), c.equal) for c in study.comparisons
+        (study.describe(c.group), study.describe(c.baseline), c.equal)
+        for c in study.comparisons.itertuples()
     ]
     quarter = "sam, rho 0.1, 8 epochs, ascent_fraction 0.25, lr 0.1"
     sam = "sam, rho 0.1, 5 epochs, ascent_fraction 1, lr 0.1"
@@ -514,20 +540,20 @@ def test_baselines_have_as_many_epochs_or_passes_and_else_the_same_settings(tmp_
         (sam, "sgd, 10 epochs, lr 0.1", "passes"),
         (quarter, "sgd, 10 epochs, lr 0.1", "passes"),
     ]
-    assert [c.holm for c in study.comparisons[:2]] == pytest.approx(
-        holm([c.result.p for c in study.comparisons[:2]])
-    )
-    assert study.comparisons[2].holm is None  # one pair, no test
-    assert uncompared(study) == []
+    adjusted = [*holm(study.comparisons["p"][:2]), math.nan]  # one pair, no test
+    assert study.comparisons["holm"].tolist() == pytest.approx(adjusted, nan_ok=True)
+    assert without_baseline(study) == []
 
 
 def test_groups_without_a_baseline_are_named(tmp_path):
     leave_seeds(tmp_path / "sgd", "rho=0", "epochs=7", accs=[0.5, 0.6])
     leave_seeds(tmp_path / "sam", "rho=0.1", "epochs=5", accs=[0.5, 0.6])
     study = study_of(tmp_path)
-    assert not study.comparisons
-    assert uncompared(study)[0].startswith("sam, rho 0.1, 5 epochs: no sgd with the same settings")
-    (line,) = uncompared(study_of(tmp_path / "sam"))
+    assert study.comparisons.empty
+    assert without_baseline(study)[0].startswith(
+        "sam, rho 0.1, 5 epochs: no sgd with the same settings"
+    )
+    (line,) = without_baseline(study_of(tmp_path / "sam"))
     assert "nothing is compared" in line
 
 
@@ -535,10 +561,11 @@ def test_another_baseline_is_compared_at_its_chosen_rho(tmp_path):
     for rho, val in ((0.05, 0.8), (0.1, 0.7)):
         leave_seeds(tmp_path / f"sam{rho}", f"rho={rho}", accs=[0.5, 0.6], vals=[val, val])
     leave_seeds(tmp_path / "asam", "method=asam", "rho=1", accs=[0.6, 0.65], vals=[0.9, 0.9])
-    (comparison,) = study_of(tmp_path, baseline="sam").comparisons
-    assert comparison.baseline.values["rho"] == 0.05
-    assert comparison.equal == "epochs and passes"
-    assert comparison.result.difference.mean == pytest.approx(0.075)
+    study = study_of(tmp_path, baseline="sam")
+    (comparison,) = study.comparisons.to_dict("records")
+    assert study.settings["rho"][comparison["baseline"]] == 0.05
+    assert comparison["equal"] == "epochs and passes"
+    assert comparison["mean"] == pytest.approx(0.075)
 
 
 # ---- what is written
@@ -626,8 +653,8 @@ def test_latex_is_well_formed(sweep, tmp_path):
     assert re.findall(r"\\end\{(\w+)\}", body) == ["tabular", "table"] * 2
     bare = re.sub(r"\\.", "", body.replace("\\\\", ""))  # without line ends and escaped characters
     assert bare.count("{") == bare.count("}")
-    for special in "_#~^%":
-        assert special not in bare
+    for character in "_#~^%":
+        assert character not in bare
     assert bare.count("$") % 2 == 0
     columns = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", body)
     for spec, part in zip(columns, body.split("\\end{tabular}"), strict=False):
@@ -642,10 +669,10 @@ def test_latex_is_well_formed(sweep, tmp_path):
 
 
 def test_figures_show_the_numbers(sweep, tmp_path):
-    runs, _, _ = gather([sweep])
+    runs, _, _ = read_runs([sweep])
     study = analyse(runs, "test/acc", "sgd")
     figure = Figure()
-    figures.radius(study, study.groups, figure, [])
+    figures.error_against_rho(study, study.settings.index, figure)
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     (bars,) = axes.containers
@@ -654,20 +681,20 @@ def test_figures_show_the_numbers(sweep, tmp_path):
     # Errors 24.33, ... of accuracies 0.70, 0.66, 0.61 + rho.
     means = [100 * (1 - 1.97 / 3 - rho) for rho in (0.05, 0.1, 0.2)]
     assert list(line.get_ydata()) == pytest.approx(means)
-    half = 100 * estimate([0.70, 0.66, 0.61]).half
+    half = 100 * estimate([0.70, 0.66, 0.61])["half"]
     assert list(caps[1].get_ydata()) == pytest.approx([mean + half for mean in means])
     flat = next(one for one in axes.lines if one.get_label() == "sgd")
     assert list(flat.get_ydata()) == pytest.approx([45, 45])
 
     figure = Figure()
-    figures.epochs(study, study.groups, figure, [])
+    figures.accuracy_against_epochs(study, study.settings.index, figure)
     names = [one.get_label() for one in figure.axes[0].lines]
     assert names == ["sgd", "sam, rho 0.1"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 2, 3]
     assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([10, 20, 30])
 
     figure = Figure()
-    figures.compute(study, study.groups, figure, [])
+    figures.metric_against_cost(study, study.settings.index, figure)
     passes, seconds = figure.axes
     assert [c[0].get_xdata()[0] for c in passes.containers] == pytest.approx([5, 6], rel=0.02)
     assert [c[0].get_xdata()[0] for c in seconds.containers] == [10, 10]
@@ -675,13 +702,12 @@ def test_figures_show_the_numbers(sweep, tmp_path):
 
 @pytest.mark.parametrize("length", [5, 40, 100])
 def test_a_legend_covers_nothing(sweep, monkeypatch, length):
-    study = analyse(gather([sweep])[0], "test/acc", "sgd")
+    study = analyse(read_runs([sweep])[0], "test/acc", "sgd")
     name = "$a_{$ as in no formula "[:length]
-    monkeypatch.setattr(
-        Study, "describe", lambda self, group, without: name + group.values["method"] * length
-    )
+    methods = study.settings["method"]
+    monkeypatch.setattr(Study, "describe", lambda self, g, without: name + methods[g] * length)
     figure = Figure(layout="constrained")
-    figures.radius(study, study.groups, figure, [])
+    figures.error_against_rho(study, study.settings.index, figure)
     figure.draw_without_rendering()
     legend, axes = (part[0].get_tightbbox() for part in (figure.legends, figure.axes))
     assert not legend.overlaps(axes)
@@ -768,8 +794,8 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(sweep, tmp_path,
     leave(sweep / "more", "rho=0.1", "method.every=5", seed=9)
     write_text = Path.write_text
 
-    def full(path, text, encoding):
-        write_text(path, text[:20], encoding)
+    def full(path, text, **options):
+        write_text(path, text[:20], **options)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
@@ -781,7 +807,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(sweep, tmp_path,
 def test_help_and_reports_need_no_torch(sweep, tmp_path):
     code = (
         "import sys; from sam_lightning.studies.report.__main__ import main\n"
-        "heavy = {'torch', 'lightning', 'matplotlib', 'scipy'}\n"
+        "heavy = {'torch', 'lightning', 'matplotlib', 'pandas', 'scipy'}\n"
         "assert not heavy & {*sys.modules}, heavy & {*sys.modules}\n"
         f"main([{str(sweep)!r}, 'out={tmp_path / 'out'}'])\n"
         "assert not {'torch', 'lightning'} & {*sys.modules}\n"

@@ -1,7 +1,7 @@
-"""The command ``report``: from the folders of runs to tables and figures.
+"""``python -m sam_lightning report FOLDER...``: from the folders of runs to tables and figures.
 
-``runs.py`` reads what runs left behind, ``groups.py`` says which of them repeat each other,
-``statistics.py`` compares them, ``tables.py`` and ``figures.py`` show it. None of it needs torch.
+``runs.py`` reads runs, ``comparison.py`` groups and compares them with ``statistics.py``,
+``tables.py`` and ``figures.py`` show that, and ``files.py`` writes it. Nothing here needs torch.
 """
 
 FORMATS = ("png", "svg", "pdf")  # of figures

@@ -1,229 +1,174 @@
-"""A study as text: Markdown, CSV, LaTeX, and on the terminal."""
+"""A study as tables: for Markdown and LaTeX, and as CSV for other programs."""
 
-import csv
-import io
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.markup import escape
+import pandas as pd
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from sam_lightning.studies.report.groups import ABSENT, SELECTION, Comparison, Study, show, title
-from sam_lightning.studies.report.runs import Run
-from sam_lightning.studies.report.statistics import Estimate
+from sam_lightning.studies.report.comparison import ABSENT, SELECTION, Study, show, title
+from sam_lightning.studies.report.runs import COSTS
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
+COST_FORMATS = {
+    "passes/step": "{:.3g}",
+    "passes": "{:.4g}",
+    "train s": "{:,.1f}",
+    "images/s": "{:,.0f}",
+}
+LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "\\textbackslash{}"},
+    **{"<": "$<$", ">": "$>$", "±": "$\\pm$", "–": "--", "−": "$-$"},
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; ``left`` columns are words, the others numbers, ``strong`` rows stand out."""
+    """Cells of text; ``left`` columns are words, the others numbers, ``strong`` rows are bold."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int
     strong: Sequence[bool]
 
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown."""
+        rule = ["---" if i < self.left else "---:" for i in range(len(self.head))]
+        rows = self._rows(lambda cell: re.sub(r"([|*_`<\\])", r"\\\1", cell), "**{}**")
+        return "\n".join(f"| {' | '.join(row)} |" for row in [self.head, rule, *rows])
+
+    def latex(self, caption: str, label: str) -> str:
+        """The table as an environment of LaTeX with the package booktabs."""
+        head, *rows = (
+            f"    {' & '.join(row)} \\\\"
+            for row in [map(escape_latex, self.head), *self._rows(escape_latex, "\\textbf{{{}}}")]
+        )
+        return "\n".join(
+            [
+                f"\\begin{{table}}\n  \\centering\n  \\caption{{{escape_latex(caption)}}}",
+                f"  \\label{{{label}}}",
+                f"  \\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}",
+                *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
+                "  \\end{tabular}\n\\end{table}",
+            ]
+        )
+
+    def terminal(self, caption: str) -> RichTable:
+        """The table as ``rich`` prints it."""
+        shown = RichTable(title=caption)
+        for i, name in enumerate(self.head):
+            justify: Literal["left", "right"] = "left" if i < self.left else "right"
+            shown.add_column(Text(name), justify=justify, overflow="fold")
+        for strong, row in zip(self.strong, self.rows, strict=True):
+            shown.add_row(*map(Text, row), style="bold" if strong else None)
+        return shown
+
+    def _rows(self, escape: Any, bold: str) -> list[list[str]]:
+        pairs = zip(self.strong, self.rows, strict=True)
+        return [[(bold if s else "{}").format(escape(c)) for c in row] for s, row in pairs]
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX sets it, not as it reads it; the hyphen of a negative number is a minus."""
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    return "".join(LATEX.get(c, c) for c in text)
+
 
 def results(study: Study) -> Table:
-    """A row per group: what tells it apart, its metrics and its costs."""
-    metrics = metrics_shown(study)
-    columns = [title(column, study.columns) for column in study.columns]
-    costs = ["passes/step", "passes", "train s", "images/s"]
-    best = [choice.best for choice in study.choices]
+    """A row per group: settings, metrics and costs."""
+    names = dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric])
+    metrics = [name for name in names if study.estimates[name]["n"].any()]
+    sizes = study.runs.groupby(level=0).size()
     rows = []
-    for group in study.groups:
-        n = len(group.runs)
-        cells = [show(group.values[column]) for column in study.columns] + [str(n)]
-        cells += [interval(group.estimate(name), name, n) for name in metrics]
-        for attribute, form in (
-            ("passes", "{:.3g}"),
-            ("total_passes", "{:.4g}"),
-            ("train_seconds", "{:,.1f}"),
-            ("images_per_second", "{:,.0f}"),
-        ):
-            value = group.mean(attribute)
-            cells.append(ABSENT if value is None else form.format(value))
+    for group, values in study.settings.iterrows():
+        cells = [*map(show, values), str(sizes[group])]
+        for name in metrics:
+            found = study.estimates[name].loc[group]
+            some = f" (n={found['n']:.0f})" if 0 < found["n"] < sizes[group] else ""
+            cells.append(interval(found, name) + some)
+        for name, form in zip(COSTS, COST_FORMATS.values(), strict=True):
+            mean = study.estimates[name].at[group, "mean"]
+            cells.append(ABSENT if math.isnan(mean) else form.format(mean))
         rows.append(cells)
-    head = [*columns, "n", *(f"{spoken(name)}{unit(name)}" for name in metrics), *costs]
-    return Table(head, rows, len(columns), [group in best for group in study.groups])
+    head = [title(column, study.settings) for column in study.settings]
+    head += ["n", *(f"{metric_name(name)}{unit(name)}" for name in metrics), *COST_FORMATS]
+    best = [group in study.choices.values() for group in study.settings.index]
+    return Table(head, rows, study.settings.shape[1], best)
 
 
 def comparisons(study: Study) -> Table:
     """A row per comparison with the baseline."""
-    unit_ = "" if study.metric.endswith("loss") else ", points"
-    head = ["method", "against", "at equal", "pairs", f"difference{unit_}"]
+    points = unit(study.metric).replace("%", "points")
+    head = ["method", "against", "at equal", "pairs", f"difference{points}"]
     head += ["p (t)", "p (Holm)", "p (Wilcoxon)"]
-    rows = [
-        [study.describe(c.group), study.describe(c.baseline), c.equal, *_result(c, study.metric)]
-        for c in study.comparisons
-    ]
+    rows = []
+    for _, test in study.comparisons.iterrows():
+        cells = [study.describe(test["group"]), study.describe(test["baseline"]), test["equal"]]
+        cells += [str(test["n"]), interval(test, study.metric, sign="+")]
+        for p in test[["p", "holm", "wilcoxon"]]:
+            cells.append(ABSENT if math.isnan(p) else f"{p:.4f}" if p >= 0.0001 else "< 0.0001")
+        rows.append(cells)
     return Table(head, rows, 3, [False] * len(rows))
 
 
-def _result(comparison: Comparison, metric: str) -> list[str]:
-    result = comparison.result
-    if result is None:
-        return ["0", *[ABSENT] * 4]
-    tests = [result.p, comparison.holm, result.wilcoxon]
-    return [
-        str(result.difference.n),
-        interval(result.difference, metric, signed=True),
-        *(ABSENT if p is None else f"{p:.4f}" if p >= 0.0001 else "< 0.0001" for p in tests),
-    ]
-
-
-def interval(
-    found: Estimate | None, metric: str, runs: int | None = None, signed: bool = False
-) -> str:
-    """Mean ± half of the interval, in percent except for losses; n where it is not ``runs``."""
-    if found is None:
+def interval(found: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    """Mean ± half of the interval, in percent except for losses."""
+    if found["n"] == 0:
         return ABSENT
     scale, digits = (1, 4) if metric.endswith("loss") else (100, 2)
-    text = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
-    if found.half is not None:
-        text += f" ± {scale * found.half:.{digits}f}"
-    return text if runs in (None, found.n) else f"{text} (n={found.n})"
+    text = f"{scale * found['mean']:{sign}.{digits}f}"
+    return f"{text} ± {scale * found['half']:.{digits}f}" if found["n"] > 1 else text
 
 
-def metrics_shown(study: Study) -> list[str]:
-    """The metrics of the tables, as far as any group has them; the compared one among them."""
-    names = dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric])
-    return [name for name in names if any(g.estimate(name) is not None for g in study.groups)]
-
-
-def spoken(metric: str) -> str:
+def metric_name(metric: str) -> str:
     """``val/acc`` in words."""
     split, _, name = metric.partition("/")
     return f"{SPLITS[split]} {NAMES[name]}"
 
 
 def unit(metric: str) -> str:
-    """What stands behind a metric's name in a heading."""
+    """The end of a heading for a metric."""
     return "" if metric.endswith("loss") else ", %"
 
 
-def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, strong rows in bold."""
-    rule = ["---" if i < table.left else "---:" for i in range(len(table.head))]
-    rows = [
-        [f"**{cell}**" if strong else cell for cell in map(_escape_markdown, row)]
-        for row, strong in zip(table.rows, table.strong, strict=True)
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [table.head, rule, *rows])
-
-
-def latex(table: Table, caption: str, label: str) -> str:
-    """A ``table`` environment for the package booktabs, strong rows in bold."""
-    rows = [
-        [f"\\textbf{{{cell}}}" if strong else cell for cell in map(escape_latex, row)]
-        for row, strong in zip(table.rows, table.strong, strict=True)
-    ]
-    lines = [
-        "\\begin{table}",
-        "  \\centering",
-        f"  \\caption{{{escape_latex(caption)}}}",
-        f"  \\label{{{label}}}",
-        f"  \\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.head) - table.left)}}}",
-        "    \\toprule",
-        f"    {' & '.join(map(escape_latex, table.head))} \\\\",
-        "    \\midrule",
-        *(f"    {' & '.join(row)} \\\\" for row in rows),
-        "    \\bottomrule",
-        "  \\end{tabular}",
-        "\\end{table}",
-    ]
-    return "\n".join(lines)
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX sets it, not as it reads it."""
-    special = {
-        **{c: f"\\{c}" for c in "&%$#_{}"},
-        "~": "\\textasciitilde{}",
-        "^": "\\textasciicircum{}",
-        "\\": "\\textbackslash{}",
-        "<": "$<$",
-        ">": "$>$",
-        "±": "$\\pm$",
-        "–": "--",
-    }
-    # Numbers are set as mathematics where their sign is a minus, not a hyphen.
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-    return "".join({**special, "−": "$-$"}.get(c, c) for c in text)
-
-
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"([|*_`<\\])", r"\\\1", text)
-
-
-def terminal(table: Table, caption: str) -> RichTable:
-    """A table for ``rich``, strong rows in bold."""
-    shown = RichTable(title=caption)
-    for i, name in enumerate(table.head):
-        justify: Literal["left", "right"] = "left" if i < table.left else "right"
-        shown.add_column(escape(name), justify=justify, overflow="fold")
-    for row, strong in zip(table.rows, table.strong, strict=True):
-        shown.add_row(*map(escape, row), style="bold" if strong else None)
-    return shown
-
-
 def runs_csv(study: Study) -> str:
-    """A row per run: folder, what tells it apart, seed, costs and every metric as a fraction."""
-    runs = [(group, run) for group in study.groups for run in group.runs]
-    metrics = sorted({name for _, run in runs for name in run.metrics})
-    costs = ["passes", "total_passes", "train_seconds", "images_per_second", "device"]
-    head = ["folder", *study.columns, "seed", *costs, *metrics]
-    rows = [
-        [
-            run.folder,
-            *(_bare(group.values[c]) for c in study.columns),
-            run.seed,
-            *(getattr(run, cost) for cost in costs),
-            *(run.metrics.get(name) for name in metrics),
-        ]
-        for group, run in runs
-    ]
-    return _csv([head, *rows])
+    """A row per run: folder, settings, seed, costs and every metric as a fraction."""
+    index = study.runs.index
+    folder, seed, device = (
+        pd.Series([getattr(run, name) for run in study.runs["run"]], index, object, name)
+        for name in ("folder", "seed", "device")
+    )
+    settings = _as_typed(study.settings).loc[index]
+    costs, metrics = study.runs[[*COSTS]], study.runs[_metrics(study)]
+    return _csv([folder, settings, seed, costs, device, metrics])
 
 
 def groups_csv(study: Study) -> str:
     """A row per group; of every metric mean, standard deviation and interval, as fractions."""
-    runs: list[Run] = [run for group in study.groups for run in group.runs]
-    metrics = sorted({name for run in runs for name in run.metrics})
-    costs = ["passes", "total_passes", "train_seconds", "images_per_second"]
-    parts = ["n", "mean", "sd", "low", "high"]
-    head = [*study.columns, "n", "chosen", *costs, *(f"{m} {p}" for m in metrics for p in parts)]
-    best = [choice.best for choice in study.choices]
-    rows = []
-    for group in study.groups:
-        row = [_bare(group.values[c]) for c in study.columns]
-        row += [len(group.runs), int(group in best), *map(group.mean, costs)]
-        for name in metrics:
-            row += _parts(group.estimate(name))
-        rows.append(row)
-    return _csv([head, *rows])
+    parts = [_as_typed(study.settings), study.runs.groupby(level=0).size().rename("n")]
+    chosen = study.settings.index.isin(study.choices.values()).astype(int)
+    parts.append(pd.Series(chosen, name="chosen"))
+    parts += [study.estimates[name]["mean"].rename(name) for name in COSTS]
+    for name in _metrics(study):
+        parts.append(study.estimates[name].drop(columns="half").add_prefix(f"{name} "))
+    return _csv(parts)
 
 
-def _parts(found: Estimate | None) -> list[float | None]:
-    if found is None:
-        return [0, None, None, None, None]
-    low, high = (
-        (None, None) if found.half is None else (found.mean - found.half, found.mean + found.half)
-    )
-    return [found.n, found.mean, found.sd, low, high]
+def _csv(parts: Sequence[Any]) -> str:
+    return pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
 
 
-def _bare(value: Any) -> Any:
-    if value == ABSENT:
-        return None
-    return value if isinstance(value, float) else show(value)  # with all its digits
+def _metrics(study: Study) -> list[str]:
+    return sorted(k for k, found in study.estimates.items() if found["n"].any() and k not in COSTS)
 
 
-def _csv(rows: Iterable[Iterable[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
+def _as_typed(settings: pd.DataFrame) -> pd.DataFrame:
+    """Settings as on the command line, but floats with all digits, and nothing for no value."""
+    shown = settings.map(lambda value: value if isinstance(value, float) else show(value))
+    return shown.astype(object).where(shown != ABSENT, None)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.runs.files import replacing
 from sam_lightning.studies.report.runs import PLACES, Run, curve
@@ -25,58 +27,46 @@ COPIED = (
 def write_runs(
     plan: "Plan", outcomes: Mapping[Path, "Outcome"], runs: Sequence[Run], path: Path
 ) -> None:
-    """Write the study's file, its overrides, and a line for each run: its results or its state."""
+    """Write the study's file, its overrides, and a line per run: its results or its state."""
     found = {run.folder: run for run in runs}
     lines = []
     for run in plan.runs:
         line = {"arm": run.arm, "settings": dict(run.choice), "seed": run.seed}
         if run.folder in found:
-            line |= {"state": "completed"} | results(found[run.folder])
+            line |= {"state": "completed"} | _results(found[run.folder])
         else:
-            outcome = outcomes[run.folder]
-            line |= {"state": outcome.state, "reason": outcome.reason}
+            line |= {"state": outcomes[run.folder].state, "reason": outcomes[run.folder].reason}
         lines.append(json.dumps(line))
     given = [o for o in plan.overrides if key_of(o) not in PLACES]
-    head = {"study": plan.name, "file": plan.content, "overrides": given}
+    head = json.dumps({"study": plan.name, "file": plan.content, "overrides": given}, indent=1)
+    rows = ",\n  ".join(lines)
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(head, indent=1)[:-2]
-            + ',\n "runs": [\n  '
-            + ",\n  ".join(lines)
-            + "\n ]\n}\n",
-            encoding="utf-8",
-        )
-
-
-def results(run: Run) -> dict[str, Any]:
-    """What a completed run came to.
-
-    ``passes`` are those over all training images; ``curves`` have a value per ``epoch``, null where
-    none was logged, or none that is finite.
-    """
-    summary = _summary(run)
-    curves = {name: curve(run, name) for name in CURVES}
-    curves = {name: values for name, values in curves.items() if len(values) > 1}
-    epochs = sorted({epoch for values in curves.values() for epoch in values})
-    return {
-        "metrics": summary["metrics"],
-        "passes": run.total_passes,
-        **{key: summary.get(key) for key in COPIED},
-        "curves": {
-            "epoch": epochs,
-            **{name: [_rounded(values.get(e)) for e in epochs] for name, values in curves.items()},
-        },
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, DIGITS)
+        temporary.write_text(f'{head[:-2]},\n "runs": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
 
 
 def commits(runs: Sequence[Run]) -> list[str]:
     """A warning where runs are of different versions of the code."""
     known = sorted({str(_summary(run).get("git_commit"))[:7] for run in runs})
     return [f"runs are of different commits ({', '.join(known)})"] if len(known) > 1 else []
+
+
+def _results(run: Run) -> dict[str, Any]:
+    """Results of a completed run; a curve has null where there is no finite value."""
+    summary = _summary(run)
+    curves = {name: curve(run, name) for name in CURVES}
+    by_epoch = pd.DataFrame({name: c for name, c in curves.items() if len(c) > 1}).sort_index()
+    return {
+        "metrics": summary["metrics"],
+        "passes": run.results.get("total_passes"),
+        **{key: summary.get(key) for key in COPIED},
+        "curves": {
+            "epoch": by_epoch.index.tolist(),
+            **{
+                name: [round(v, DIGITS) if math.isfinite(v) else None for v in by_epoch[name]]
+                for name in by_epoch
+            },
+        },
+    }
 
 
 def _summary(run: Run) -> dict[str, Any]:

@@ -1,21 +1,18 @@
 """The command: folders in, ``report.md`` and what belongs to it out."""
 
+import io
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS, Rule, one_of, or_null
 from sam_lightning.studies.report import FORMATS
-
-if TYPE_CHECKING:
-    from sam_lightning.studies.report.runs import LeftOut
 
 ABOUT = """
 Tables and figures of runs and sweeps: means and 95 % intervals over seeds, the best rho on
@@ -41,37 +38,46 @@ RULES: list[Rule] = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the arguments, gather, analyse, write, and print the tables.
+    """Read the runs, compare them, write the report, and print its tables.
 
     Raises:
         ConfigError: an argument is not allowed, or there is no completed run.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
     folders, options = arguments(sys.argv[1:] if argv is None else argv)
-    out = folders[0] / "report" if options.out is None else Path(options.out)
-    from sam_lightning.studies.report.groups import analyse  # scipy, only now
-    from sam_lightning.studies.report.runs import gather
-    from sam_lightning.studies.report.write import print_tables, write
+    from sam_lightning.studies.report.comparison import (  # pandas and scipy, only now
+        ABSENT,
+        analyse,
+    )
+    from sam_lightning.studies.report.files import print_tables, write
+    from sam_lightning.studies.report.runs import read_runs
 
-    runs, left_out, warnings = gather(folders)
-    where = ", ".join(map(str, folders))
+    runs, left_out, warnings = read_runs(folders)
+    counts = Counter(run.status for run in left_out)
+    without = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    without = f"; left out: {without}" if left_out else ""
     if not runs:
-        raise ConfigError(f"{where}: no completed run there{counted(left_out)}")
-    if all(run.metric(options.metric) is None for run in runs):
-        known = sorted({name for run in runs for name in run.metrics} & {*METRICS})
-        raise ConfigError(f"metric={options.metric}: these runs have {', '.join(known)}")
-    study = analyse(runs, options.metric, options.baseline)
-    methods = sorted({str(group.values["method"]) for group in study.groups})
+        where = ", ".join(map(str, folders))
+        raise ConfigError(f"{where}: no completed run there{without}")
+    known = {name for run in runs for name in run.results} & {*METRICS}
+    if options.metric not in known:
+        raise ConfigError(f"metric={options.metric}: these runs have {', '.join(sorted(known))}")
+    methods = {str(run.settings.get("method", ABSENT)) for run in runs}
     if options.baseline not in (*methods, DEFAULTS["baseline"]):
-        raise ConfigError(f"baseline={options.baseline}: these runs have {', '.join(methods)}")
-    formats = options.formats.split(",") if options.formats else []
+        have = ", ".join(sorted(methods))
+        raise ConfigError(f"baseline={options.baseline}: these runs have {have}")
+    study = analyse(runs, options.metric, options.baseline)
+    warnings += study.warnings
+    out = folders[0] / "report" if options.out is None else Path(options.out)
     try:
-        write(study, left_out, [*warnings, *study.warnings], out, formats)
+        write(study, left_out, warnings, out, options.formats.split(",") if options.formats else [])
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error
     print_tables(study)
-    for warning in (*warnings, *study.warnings):
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{len(runs)} runs{counted(left_out)}; see {os.path.relpath(out / 'report.md')}")
+    print(f"{len(runs)} runs{without}; see {os.path.relpath(out / 'report.md')}")
 
 
 def arguments(argv: Sequence[str]) -> tuple[list[Path], DictConfig]:
@@ -85,17 +91,3 @@ def arguments(argv: Sequence[str]) -> tuple[list[Path], DictConfig]:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     return [Path(folder) for folder in folders], options
-
-
-def counted(left_out: Sequence["LeftOut"]) -> str:
-    """How many are left out, by status, as the end of a sentence."""
-    if not left_out:
-        return ""
-    counts = Counter(run.status for run in left_out)
-    return f"; left out: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}"
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # ± is not in ASCII
-    with one_line_errors():
-        main()

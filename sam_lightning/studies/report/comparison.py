@@ -1,0 +1,246 @@
+"""Group the runs of a study over seeds, choose rho on validation data, and test the methods."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from sam_lightning.config.hydra_errors import CONF
+from sam_lightning.config.schema import METRICS, flat
+from sam_lightning.studies.report.runs import COSTS, Run
+from sam_lightning.studies.report.statistics import estimate, holm, paired
+
+ABSENT = "–"  # the value of a setting that a run does not have
+SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
+SUBJECTS = ("data", "model")  # what is trained on what; other columns say how
+SELECTION = "val/acc"
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Runs in groups that differ in the seed only, and what follows from them.
+
+    ``settings`` has a row per group, and a column for each setting that tells groups apart.
+    ``runs`` has a row per run, with the number of its group as index: the run itself, its seed,
+    costs and metrics. ``common`` are the settings that all runs share.
+    """
+
+    metric: str
+    baseline: str
+    settings: pd.DataFrame
+    runs: pd.DataFrame
+    common: Mapping[str, Any]
+    repeats: Sequence[str]
+
+    @cached_property
+    def estimates(self) -> dict[str, pd.DataFrame]:
+        """Of every cost and metric ``n``, ``mean``, ``sd`` and ``half``, a row per group."""
+        names = [name for name in self.runs if name not in ("run", "seed")]
+        groups = self.runs[names].groupby(level=0)
+        return {
+            name: pd.DataFrame([estimate([*values.dropna()]) for _, values in groups[name]])
+            for name in names
+        }
+
+    @cached_property
+    def choices(self) -> dict[tuple[int, ...], int | None]:
+        """The best of all groups that differ in rho only, by mean validation accuracy.
+
+        It is None where some group has none, or where there is only one group.
+        """
+        variants: dict[tuple[Any, ...], list[int]] = {}
+        for group, *values in self.settings.drop(columns="rho").itertuples():
+            variants.setdefault(tuple(values), []).append(group)
+        choices: dict[tuple[int, ...], int | None] = {}
+        for groups in variants.values():
+            means = self.estimates[SELECTION]["mean"][groups]
+            choosable = len(groups) > 1 and means.notna().all()
+            choices[tuple(groups)] = int(means.idxmax()) if choosable else None
+        return choices
+
+    @property
+    def leading(self) -> list[int]:
+        """The best group of every choice, and all of a choice without one."""
+        return [g for of, best in self.choices.items() for g in (of if best is None else [best])]
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """The leading groups against every baseline of the same settings and ``equal`` cost.
+
+        The other columns are from ``paired``, and ``holm``, the adjusted p value.
+        """
+        values = self.runs[["seed", self.metric]].dropna()
+        rows = []
+        for group, baseline in product(self.leading, repeat=2):
+            if equal := self._equal(group, baseline):
+                ours, theirs = (values[values.index == g] for g in (group, baseline))
+                _, first, second = ours.merge(theirs, on="seed").to_numpy(float).T
+                row = {"group": group, "baseline": baseline, "equal": equal}
+                rows.append(row | paired(first, second))
+        found = pd.DataFrame(rows)
+        return found.assign(holm=holm(found["p"])) if rows else found
+
+    def _equal(self, group: int, baseline: int) -> str:
+        """In what two groups are equal that may be compared: epochs, passes, or both."""
+        ours, theirs = self.settings.loc[group], self.settings.loc[baseline]
+        passes = self.estimates["total_passes"]["mean"]
+        free = [c for c in self.settings if c in SHOWN or c.startswith("method.")]
+        comparable = theirs["method"] == self.baseline != ours["method"]
+        if not comparable or [*ours.drop(free)] != [*theirs.drop(free)]:
+            return ""
+        same = {
+            "epochs": ours["epochs"] == theirs["epochs"] != ABSENT,
+            "passes": math.isclose(passes[group], passes[baseline], rel_tol=0.01),
+        }
+        return " and ".join(cost for cost, equal in same.items() if equal)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Seeds that were run twice, and what makes groups hard to compare."""
+        warnings = [*self.repeats]
+        runs = {group: [*of_group["run"]] for group, of_group in self.runs.groupby(level=0)}
+        for group, of_group in runs.items():
+            if len(devices := sorted({run.device for run in of_group})) > 1:
+                mixed = f"seconds are a mean over different devices ({', '.join(devices)})"
+                warnings.append(f"{self.describe(group)}: {mixed}")
+        for groups, best in self.choices.items():
+            seeds = [", ".join(str(run.seed) for run in runs[group]) for group in groups]
+            if best is not None and len({*seeds}) > 1:
+                rhos = map(show, self.settings["rho"][[*groups]])
+                listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
+                name = self.describe(best, without=["rho"])
+                warnings.append(f"{name}: not the same seeds at every rho ({listed})")
+        return warnings
+
+    @property
+    def differing(self) -> list[str]:
+        """The settings with more than one value."""
+        return [c for c in self.settings if len({*self.settings[c]}) > 1]
+
+    @property
+    def subjects(self) -> list[str]:
+        """The differing settings of data and model."""
+        return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
+
+    def describe(self, group: int, without: Iterable[str] = ()) -> str:
+        """A group in words: method, rho and all that differs, except ``without``."""
+        columns = dict.fromkeys(["method", "rho", *self.differing])
+        return self.words(group, [c for c in columns if c not in without])
+
+    def words(self, group: int, columns: Iterable[str]) -> str:
+        """The values that a group has in these columns, in words."""
+        values = self.settings.loc[group]
+        words = []
+        for column in columns:
+            text = show(values[column])
+            if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
+                continue
+            if column == "epochs":
+                text = f"{text} epochs"
+            elif column not in ("method", "data", "model"):
+                text = f"{title(column, self.settings)} {text}"
+            words.append(text)
+        return ", ".join(words)
+
+
+def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
+    """Group the runs; of two with the same settings and seed, the later one counts.
+
+    Args:
+        runs: completed runs.
+        metric: what is compared, such as ``test/acc``.
+        baseline: the name of the method that others are compared with.
+    """
+    columns, common = _columns([run.settings for run in runs])
+    counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
+    repeats = []
+    for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
+        seed = run.folder if run.seed is None else run.seed  # an unknown seed is no repeat
+        key = tuple(run.settings.get(c, ABSENT) for c in columns), seed
+        if key in counted:
+            counts = f"{run.folder} counts, the earlier {counted[key].folder} does not"
+            repeats.append(f"seed {seed} was run twice: {counts}")
+        counted[key] = run
+
+    def order(key: tuple[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
+        values = dict(zip(columns, key[0], strict=True))
+        last = values.pop("rho"), key[1]
+        first = [(c == "method" and v != baseline, *_rank(v)) for c, v in values.items()]
+        return [*first, *map(_rank, last)]
+
+    keys = sorted(counted, key=order)
+    groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
+    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
+    rows = [{**counted[k].results, "run": counted[k], "seed": counted[k].seed} for k in keys]
+    frame = pd.DataFrame(rows, index=[groups[values] for values, _ in keys])
+    frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
+    return Study(metric, baseline, settings, frame, common, repeats)
+
+
+def show(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def title(column: str, columns: Iterable[str]) -> str:
+    """A column's name without its parents, unless another one ends the same way."""
+    name = column.rpartition(".")[2]
+    return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
+
+
+def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """The keys that differ between runs, and the settings that are common to all.
+
+    A key that some runs do not have, because they are of another method, data set or version,
+    differs only if those that have it disagree, or if ``_added``.
+    """
+    values = {
+        key: {run.get(key, ABSENT) for run in settings if key in run or _added(key, run)}
+        for key in dict.fromkeys(key for run in settings for key in run)
+        if key not in SHOWN
+    }
+    differing = [k for k, found in values.items() if len(found) > 1 and not _implied(k, settings)]
+    subjects = [c for c in differing if c.partition(".")[0] in SUBJECTS]
+    columns = [*subjects, *SHOWN, *(c for c in differing if c not in subjects)]
+    return columns, {k: next(iter(found)) for k, found in values.items() if len(found) == 1}
+
+
+def _added(key: str, run: Mapping[str, Any]) -> bool:
+    """Whether a run without this key differs from one that has it.
+
+    It does without a callback, or an argument of trainer or optimizer that no file of ``conf`` has.
+    Any other key may be younger than the run.
+    """
+    part, *names = key.split(".")
+    if part == "callbacks":  # the arguments of one count where there is one
+        return len(names) == 1 or f"{part}.{names[0]}" in run
+    return part in ("trainer", "optimizer") and key not in _defaults(part)
+
+
+@cache
+def _defaults(part: str) -> set[str]:
+    """The keys of ``conf/part``, in dotted form; some of its files name the part, some do not."""
+    files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
+    keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
+    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}
+
+
+def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key only spells out the name of the part that it belongs to."""
+    if not key.endswith("._target_") and key not in ("data.mean", "data.std"):
+        return False
+    pairs = {(run.get(key.partition(".")[0]), run[key]) for run in settings if key in run}
+    return len(pairs) == len({name for name, _ in pairs})
+
+
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """A key to sort by: numbers by size, then everything else as text."""
+    number = isinstance(value, int | float)
+    return not number, value if number else 0, "" if number else str(value)

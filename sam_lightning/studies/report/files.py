@@ -1,0 +1,153 @@
+"""The files of a report, and its tables on the terminal."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sam_lightning.runs.files import replacing
+from sam_lightning.studies.report import FORMATS, tables
+from sam_lightning.studies.report.comparison import SELECTION, Study, show, title
+from sam_lightning.studies.report.runs import LeftOut
+from sam_lightning.studies.report.tables import interval, metric_name
+
+# What readers ask of an experiment first; everything else is in each run's metrics.json.
+NOTABLE = (
+    *("data", "data.image_size", "data.label_noise", "data.subset", "data.val_size"),
+    *("data.crop_padding", "data.flip", "data.cutout", "data.policy"),
+    *("model", "model.width", "model.depth", "model.widen_factor"),
+    *("batch_size", "optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.weight_decay"),
+    *("scheduler", "scheduler.warmup_epochs", "label_smoothing", "trainer.precision"),
+)
+READING = (
+    "Mean ± half of the 95 % interval of the mean over n seeds (Student's t; none for one seed). "
+    "A pass is one forward and backward of every training image; seconds are those of training "
+    "batches, evaluation left out. In bold: the rho with the best validation accuracy."
+)
+TESTING = (
+    "The difference is a mean over pairs of runs with the same seed, with its 95 % interval. "
+    "p (t): paired t test, two-sided; p (Holm): the same, adjusted for all comparisons here; "
+    "p (Wilcoxon): signed-rank test, from 6 pairs on, exact up to 13."
+)
+
+
+def write(
+    study: Study,
+    left_out: Sequence[LeftOut],
+    warnings: Sequence[str],
+    out: Path,
+    formats: Sequence[str],
+) -> None:
+    """Write every file of the report into ``out``, each of them whole or not at all.
+
+    Raises:
+        ConfigError, OSError: ``out`` cannot be made or written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, str] = {}
+    stale: list[Path] = []
+    if formats:
+        from sam_lightning.studies.report.figures import (  # matplotlib, only if it is needed
+            KINDS,
+            draw,
+        )
+
+        figures = draw(study, out, formats)
+        earlier = out / "report.md"
+        text = earlier.read_text(encoding="utf-8", errors="replace") if earlier.is_file() else ""
+        shown = re.findall(rf"^!\[.*\]\(((?:{'|'.join(KINDS)})(?:_\d+)?)\.\w+\)$", text, re.M)
+        stale = [out / f"{name}.{f}" for name in {*shown} - {*figures} for f in FORMATS]
+    common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
+    markdown = [
+        "# Report",
+        f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
+        *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
+        *_list("Warnings", warnings),
+        "## Results",
+        tables.results(study).markdown(),
+        READING,
+        *_list("Choice of rho", choices_of_rho(study)),
+        f"## {metric_name(study.metric).capitalize()} against {study.baseline}",
+        *([tables.comparisons(study).markdown(), TESTING] if len(study.comparisons) else []),
+        *map(_text, without_baseline(study)),
+        *(["## Figures"] if figures else []),
+        *(
+            f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
+            for name, caption in zip(figures, map(_text, figures.values()), strict=True)
+        ),
+        *_list("Left out", [f"{run.status}: `{run.folder}`: {run.reason}" for run in left_out]),
+    ]
+    latex = ["% needs \\usepackage{booktabs}"]
+    latex.append(tables.results(study).latex(READING, "tab:sam-results"))
+    if len(study.comparisons):
+        caption = f"{metric_name(study.metric).capitalize()} against {study.baseline}. {TESTING}"
+        latex.append(tables.comparisons(study).latex(caption, "tab:sam-comparisons"))
+    for name, content in {
+        "report.csv": tables.runs_csv(study),
+        "summary.csv": tables.groups_csv(study),
+        "report.tex": "\n\n".join(latex) + "\n",
+        "report.md": "\n\n".join(markdown) + "\n",
+    }.items():
+        with replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def print_tables(study: Study) -> None:
+    """Print the tables, the choice of rho, and what is not compared, to the terminal."""
+    caption = "mean ± half of 95 % interval over seeds"
+    shown = [tables.results(study).terminal(caption), *choices_of_rho(study)]
+    if len(study.comparisons):
+        caption = f"{metric_name(study.metric)} against {study.baseline}, pairs with the same seed"
+        shown.append(tables.comparisons(study).terminal(caption))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(*shown, *without_baseline(study), sep="\n", markup=False, highlight=False)
+
+
+def choices_of_rho(study: Study) -> list[str]:
+    """Which rho is best on validation data, a sentence per choice of several."""
+    lines = []
+    for groups, best in study.choices.items():
+        if len(groups) == 1:
+            continue
+        name = study.describe(groups[0], without=["rho"])
+        rhos = [show(rho) for rho in study.settings["rho"][[*groups]]]
+        if best is None:
+            lines.append(
+                f"{name}: no validation data ({SELECTION}), so no rho is chosen of "
+                f"{', '.join(rhos)}; the test set is not for choosing"
+            )
+            continue
+        rho = show(study.settings.at[best, "rho"])
+        text = interval(study.estimates[SELECTION].loc[best], SELECTION)
+        line = f"{name}: rho {rho} is best on validation data ({text} %), of {', '.join(rhos)}"
+        if rho in (rhos[0], rhos[-1]):
+            line += f"; it is the {'smallest' if rho == rhos[0] else 'largest'} tried"
+        lines.append(line)
+    return lines
+
+
+def without_baseline(study: Study) -> list[str]:
+    """Which of the leading groups have no baseline, in sentences."""
+    methods = study.settings["method"]
+    if study.baseline not in {*methods}:
+        return [f"No runs of baseline={study.baseline}, so nothing is compared."]
+    compared = {*study.comparisons.get("group", [])}
+    return [
+        f"{study.describe(group)}: no {study.baseline} with the same settings and as many epochs "
+        "or passes"
+        for group in study.leading
+        if methods[group] != study.baseline and group not in compared
+    ]
+
+
+def _list(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "\n".join(f"- {_text(line)}" for line in lines)] if lines else []
+
+
+def _text(text: str) -> str:
+    """A line of Markdown without HTML."""
+    return " ".join(text.split()).replace("<", "\\<")
