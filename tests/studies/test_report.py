@@ -22,7 +22,7 @@ from scipy import special, stats
 from sam_lightning.cli import CONF
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.studies.report import figures, tables
-from sam_lightning.studies.report.__main__ import main
+from sam_lightning.studies.report.command import main
 from sam_lightning.studies.report.comparison import Study, analyse
 from sam_lightning.studies.report.files import choices_of_rho, without_baseline
 from sam_lightning.studies.report.runs import curve, passes_per_step, read_runs
@@ -806,7 +806,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(sweep, tmp_path,
 
 def test_help_and_reports_need_no_torch(sweep, tmp_path):
     code = (
-        "import sys; from sam_lightning.studies.report.__main__ import main\n"
+        "import sys; from sam_lightning.studies.report.command import main\n"
         "heavy = {'torch', 'lightning', 'matplotlib', 'pandas', 'scipy'}\n"
         "assert not heavy & {*sys.modules}, heavy & {*sys.modules}\n"
         f"main([{str(sweep)!r}, 'out={tmp_path / 'out'}'])\n"
