@@ -15,8 +15,9 @@ from torchvision import transforms as T
 from benchmarks.loop import quieten
 from benchmarks.synthetic import BATCH_SIZE, data_module, noise
 from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
-from sam_lightning.data.augment import BatchAugment, draw_seed
-from sam_lightning.data.source import Split
+from sam_lightning.data import Split
+from sam_lightning.data.augment import BatchAugment
+from sam_lightning.data.seeding import draw_seed
 
 CUTOUT = 16
 WORKERS = (0, 2)

@@ -20,8 +20,9 @@ from benchmarks.peers import BASE, RHO
 from benchmarks.step import resnet18
 from benchmarks.synthetic import BATCH_SIZE, data_module
 from benchmarks.timing import Measurement, clock_of, ratio, summary
-from sam_lightning.data.augment import BatchAugment, draw_seed
+from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.looksam import Reuse

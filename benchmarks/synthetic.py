@@ -5,8 +5,8 @@ from functools import partial
 import lightning as L
 import torch
 
+from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.source import ImageSource, Split
 
 BATCH_SIZE = 128
 

@@ -35,7 +35,7 @@ from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import RULES, check, check_values, flat
 from sam_lightning.config.trust import TARGETS, TRUST
-from sam_lightning.data.source import digits
+from sam_lightning.data import digits
 
 ROOT = CONF.parent
 PAGES = {

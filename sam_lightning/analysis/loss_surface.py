@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import BatchAugment, draw_seed
+from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import stratified_split
 from sam_lightning.optim.batch_norm import frozen_running_stats
 

@@ -4,7 +4,6 @@ A loader that augments image by image is what a small network on a fast device w
 batch is padded, cropped, flipped and normalised by a handful of tensor operations.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,15 +16,6 @@ from torch.nn.functional import pad
 from sam_lightning.config.errors import ConfigError
 
 POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
-
-
-def draw_seed(*parts: int) -> int:
-    """Hash integers to a well mixed seed in 0..2^63 - 1; the same parts give the same seed.
-
-    Seeds that are added up (seed + epoch) collide: run 0's epoch 1 would draw as run 1's epoch 0.
-    """
-    digest = hashlib.blake2b(repr(tuple(map(int, parts))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

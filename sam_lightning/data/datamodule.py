@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
+from sam_lightning.data.augment import BatchAugment, channel_statistics
 from sam_lightning.data.loading import (
     EpochSampler,
     EvalShard,
@@ -25,6 +25,7 @@ from sam_lightning.data.loading import (
     TrainSampler,
     TransformedDataset,
 )
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
 DEVICES = (None, "cpu", "cuda")  # where images are kept

@@ -1,4 +1,4 @@
-"""Image files to tensors, decoded once: the next run reads what this one has kept."""
+"""Folders of image files, one folder per class; decoded once and cached for the next run."""
 
 import hashlib
 import json
@@ -17,6 +17,67 @@ from torch import Tensor
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
+from sam_lightning.data.source import ImageSource, Split
+
+_FOLDERS = "train/<class>/* and test/<class>/* (val/<class>/* as well, or instead of test)"
+
+
+def image_folder(
+    root: str, image_size: int | None = None, cache_dir: str | None = None
+) -> ImageSource:
+    """Image files in ``root/train/<class>/``, ``root/test/<class>/`` and maybe ``root/val/...``.
+
+    As for torchvision's ``ImageFolder``, classes are the sorted folder names and files are found
+    by extension at any depth. Without ``test``, ``val`` is the test set. All images are decoded to
+    RGB once and held in memory: 3 x H x W bytes each.
+
+    Args:
+        root: the folder that holds ``train`` and ``test``.
+        image_size: side in pixels; the shorter side is resized to it and the centre is cropped, as
+            torchvision's Resize and CenterCrop do. None: all images must have one size already.
+        cache_dir: where the decoded images are kept for the next run, ``data/cache`` if None.
+            Changed, added, renamed or removed files, or another ``image_size``, make a new entry.
+
+    Raises:
+        ConfigError: a folder is missing, a class is empty, the class names of the folders differ,
+            a file is no image, or sizes differ without ``image_size``.
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"data.image_size={image_size}: must be >= 1, or null")
+    base = Path(root).expanduser()
+    names = [name for name in ("train", "test", "val") if (base / name).is_dir()]
+    for missing in {"train", "test"} - set(names):
+        if missing == "train" or "val" not in names:
+            raise ConfigError(f"data.root={root!r}: no folder {base / missing}; need {_FOLDERS}")
+    classes: list[list[str]] = []
+    listed = []
+    for name in names:
+        found, samples = _list_images(base / name)
+        classes.append(found)
+        listed.append(samples)
+        for odd in sorted(set(found) ^ set(classes[0])):
+            raise ConfigError(
+                f"data.root={root!r}: class {odd!r} is not in both {base / 'train'} and "
+                f"{base / name}; they must have the same classes"
+            )
+    if len(classes[0]) < 2:
+        raise ConfigError(f"data.root={root!r}: needs two classes, {base / 'train'} has one")
+    paths = [[Path(path) for path, _ in samples] for samples in listed]
+    images = decode_cached(base, paths, image_size, Path(cache_dir or "data/cache"))
+    labels = [torch.tensor([label for _, label in samples]) for samples in listed]
+    splits = dict(zip(names, map(Split, images, labels), strict=True))
+    test = splits["test"] if "test" in splits else splits.pop("val")
+    return ImageSource(splits["train"], test, classes[0], splits.get("val"))
+
+
+def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    try:
+        classes, class_to_idx = find_classes(folder)
+        return classes, make_dataset(folder, class_to_idx, IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise ConfigError(f"data.root: folder {folder}: {one_line(error)}") from error
 
 
 def decode_cached(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sam_lightning.data.augment import BatchAugment, draw_seed
+from sam_lightning.data.augment import BatchAugment
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import Split
 
 

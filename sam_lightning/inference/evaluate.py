@@ -125,8 +125,8 @@ def corrupted(
     """
     import torch
 
-    from sam_lightning.data.augment import draw_seed
     from sam_lightning.data.corruptions import CORRUPTIONS
+    from sam_lightning.data.seeding import draw_seed
 
     if trained.in_channels not in (1, 3):
         raise ConfigError(f"corruptions=true: not for images of {trained.in_channels} channels")

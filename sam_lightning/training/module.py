@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.data.augment import draw_seed
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.models.onednn import subsample_first
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import draw_seed
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm, inner_product
 from sam_lightning.optim.sam import SAM
 

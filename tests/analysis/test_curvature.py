@@ -18,8 +18,8 @@ from sam_lightning.analysis.curvature import (
 )
 from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.source import ImageSource, Split
 
 CLASSES = 4
 

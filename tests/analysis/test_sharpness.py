@@ -24,8 +24,8 @@ from sam_lightning.analysis.curvature import spectrum, top_eigenpairs, trace
 from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.inference.load import data_of, load
 from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.callbacks.sharpness import SharpnessMonitor

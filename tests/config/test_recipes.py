@@ -22,7 +22,7 @@ from runs import column, configuration, summary
 from sam_lightning.cli import CONF, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import check
-from sam_lightning.data.source import digits, svhn
+from sam_lightning.data import digits, svhn
 from sam_lightning.studies import cost
 from sam_lightning.training.run import train
 

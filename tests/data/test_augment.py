@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import BatchAugment, channel_statistics, draw_seed
+from sam_lightning.data.augment import BatchAugment, channel_statistics
+from sam_lightning.data.seeding import draw_seed
 
 MEAN, STD = [0.49, 0.48, 0.44], [0.2, 0.25, 0.3]
 UNCHANGED = {"crop_padding": 0, "flip": False}

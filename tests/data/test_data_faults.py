@@ -28,7 +28,7 @@ from image_files import (
 )
 from runs import run
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.data.source import ImageSource, Split, cifar10, fashion_mnist, image_folder
+from sam_lightning.data import ImageSource, Split, cifar10, fashion_mnist, image_folder
 from sam_lightning.runs.files import write_json
 
 # ------------------------------------------------------------------------------ archives and files

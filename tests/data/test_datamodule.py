@@ -13,10 +13,10 @@ from scipy.stats import chisquare
 from torch.utils.data import DistributedSampler
 
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.loading import SplitDataset
-from sam_lightning.data.source import ImageSource, Split
 
 SIZES = [60, 30, 20, 10]
 

@@ -16,14 +16,8 @@ from image_files import (
     write_fashion_mnist,
     write_images,
 )
-from sam_lightning.data.source import (
-    cifar10,
-    cifar100,
-    digits,
-    fashion_mnist,
-    image_folder,
-    stratified_split,
-)
+from sam_lightning.data import cifar10, cifar100, digits, fashion_mnist, image_folder
+from sam_lightning.data.source import stratified_split
 
 CIFAR = [(cifar10, datasets.CIFAR10, "labels"), (cifar100, datasets.CIFAR100, "fine_labels")]
 

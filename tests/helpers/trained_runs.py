@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from runs import run
-from sam_lightning.data.source import digits
+from sam_lightning.data import digits
 
 COLOURS = {"blue": (0, 0, 1), "red": (1, 0, 0), "yellow": (1, 1, 0)}
 NOISY = ["data.subset=500", "data.val_size=200", "data.label_noise=0.2", "epochs=1"]

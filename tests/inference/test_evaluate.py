@@ -15,8 +15,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import Split
 from sam_lightning.data.corruptions import CORRUPTIONS
-from sam_lightning.data.source import Split
 from sam_lightning.inference.evaluate import corrupted, evaluate, main
 from sam_lightning.inference.load import data_of, load
 from sam_lightning.runs.checkpoint import read
@@ -301,7 +301,7 @@ def test_wrong_arguments_are_refused_in_one_line(run, photos, tmp_path):
         ([f"ckpt_path={run}", f"out={tmp_path / 'file'}"], "is not a folder"),
         ([f"ckpt_path={run}", "out=2025"], "out=2025: allowed is a folder, as in ./figures"),
         ([f"ckpt_path={run}", "out=[a]"], "out=.*a.*: allowed is a folder, as in ./figures"),
-        ([f"ckpt_path={run}", "data.root=x"], "data.root=x: sam_lightning.data.source.digits has"),
+        ([f"ckpt_path={run}", "data.root=x"], "data.root=x: sam_lightning.data.digits has"),
         ([f"ckpt_path={photos}", "split=val"], "split=val: the run held out no validation data"),
     ]:
         with pytest.raises(ConfigError, match=says):

@@ -21,7 +21,7 @@ from runs import run
 from sam_lightning.cli import top_level
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.trust import check_targets
-from sam_lightning.data.source import cifar10
+from sam_lightning.data import cifar10
 from sam_lightning.runs.checkpoint import AtomicCheckpointIO, read
 from sam_lightning.runs.resume import replayable
 from trained_runs import changed
@@ -67,10 +67,10 @@ FOREIGN = [
     ("model", "sam_lightning.config.instantiate.nn.Linear"),
     ("callbacks.x", "lightning.pytorch.callbacks.timer.os.mkdir"),
     ("optimizer", "torch.optim.optimizer.functools.partial"),
-    ("data.source", "sam_lightning.data.source.Path"),
+    ("data.source", "sam_lightning.data.torchvision_sets.Path"),
     # of a trusted package, but not of the kind
     ("model", "sam_lightning.runs.failures.write_json"),
-    ("model", "sam_lightning.data.source.digits"),
+    ("model", "sam_lightning.data.digits"),
     ("data.source", "sam_lightning.data.source.stratified_split"),
     ("data.source", RESNET),
     ("scheduler", "sam_lightning.optim.schedules.bisect_right"),
@@ -86,7 +86,7 @@ FOREIGN = [
     ("model", "sam_lightning.__init__.import_module"),
     ("model", "sam_lightning.models.__loader__"),
     ("model.part", RESNET),
-    ("data", "sam_lightning.data.source.digits"),
+    ("data", "sam_lightning.data.digits"),
     ("callbacks", "sam_lightning.training.callbacks.progress.progress"),
     ("trainer", RESNET),
     ("callbacks.x.part", "sam_lightning.training.callbacks.progress.progress"),
@@ -127,7 +127,7 @@ def test_lists_reach_a_constructor_as_lists():
 
 OWN = """
 from pathlib import Path
-from sam_lightning.data.source import ImageSource, digits
+from sam_lightning.data import ImageSource, digits
 Path({imported!r}).touch()
 def mine() -> ImageSource:
     return digits()

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from torch import nn
 
+from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.training.callbacks import progress as callbacks
 from sam_lightning.training.callbacks.progress import EpochLines, MetricsCSV, Throughput, progress
 from sam_lightning.training.module import SAMModule

@@ -27,8 +27,8 @@ from reference import (
 )
 from runs import TRAIN, run
 from sam_lightning import SAM
+from sam_lightning.data import digits
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.source import digits
 from sam_lightning.optim import foreach as vectors
 from sam_lightning.optim.perturbation import AdaptiveAscent
 
