@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.image_data import ImageData
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import stratified_split
 from sam_lightning.optim.batch_norm import frozen_running_stats
@@ -177,12 +177,12 @@ class LossSurface:
 
 
 def fixed_batches(
-    data: ImageDataModule, split: str, images: int, batch_size: int, seed: int, device: Any
+    data: ImageData, split: str, images: int, batch_size: int, seed: int, device: Any
 ) -> list[Batch]:
     """Batches for a ``LossSurface``: images of one split, normalised and not augmented.
 
     Args:
-        data: a data module that is set up.
+        data: read already.
         split: ``train`` (with label noise where the run has it), ``val`` or ``test``.
         images: how many to draw, stratified and in random order; all if there are fewer.
         batch_size: images per batch; the last one may have fewer.

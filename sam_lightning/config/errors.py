@@ -1,6 +1,9 @@
 """The errors that end a command with one clear line instead of a traceback."""
 
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -24,3 +27,20 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.signum).name}"
+
+
+@contextmanager
+def argument_errors(key: str) -> Iterator[None]:
+    """Turn a ValueError about an argument, ``depth=7: ...``, into a ConfigError about its key.
+
+    Args:
+        key: what the argument belongs to: ``model`` makes it ``model.depth=7: ...``.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        if not re.match(r"\w+=", str(error)):
+            raise
+        raise ConfigError(f"{key}.{error}") from error

@@ -5,36 +5,30 @@ that is trusted before anything is imported, and what it stands for has to be de
 package and to be of the kind that its key describes before it is called.
 """
 
-import collections.abc
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, get_type_hints
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim import Optimizer
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import check_target, described, is_in, trusted
-from sam_lightning.data.source import ImageSource
-from sam_lightning.optim.schedules import LRFactor
 
 # What each key of ``targets.TARGETS`` describes. A class has to be a subclass of it, a
-# function has to be annotated to return it: def photos(root: str) -> ImageSource.
-KINDS: dict[str, Any] = {
-    "model": nn.Module,
-    "optimizer": Optimizer,
-    "scheduler": LRFactor,
-    "data.source": ImageSource,
-    "method.perturbation": collections.abc.Callable,
-    "method.descent": collections.abc.Callable,
-    "callbacks.*": Callback,
-    "logger.*": Logger,
+# function has to be annotated to return it: def photos(root: str) -> ImageSource. These are names,
+# since building a model needs neither Lightning nor data.
+KINDS = {
+    "model": "torch.nn.Module",
+    "optimizer": "torch.optim.Optimizer",
+    "scheduler": "sam_lightning.optim.schedules.LRFactor",
+    "data.source": "sam_lightning.data.source.ImageSource",
+    "method.perturbation": "collections.abc.Callable",
+    "method.descent": "collections.abc.Callable",
+    "callbacks.*": "lightning.pytorch.callbacks.Callback",
+    "logger.*": "lightning.pytorch.loggers.Logger",
 }
 
 
@@ -51,7 +45,8 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
     """
     make = factory(cfg, key, **kwargs)
     try:
-        return make()
+        with argument_errors(key):
+            return make()
     except ConfigError:
         raise
     except Exception as error:  # of the class named, so of any type
@@ -94,7 +89,8 @@ def _locate(key: str, target: str) -> Callable[..., Any]:
         raise ConfigError(f"{said}: there is no {name} in {module_name}{near}") from error
     except Exception as error:  # an ImportError, or whatever a module of the user's own raises
         raise ConfigError(f"{said}: cannot import {module_name} ({one_line(error)})") from error
-    kind = KINDS[described(key)]
+    home, _, kind_name = KINDS[described(key)].rpartition(".")
+    kind = getattr(import_module(home), kind_name)
     packages = trusted(key)
     if not _makes(made, kind) or not is_in(packages, made.__module__):
         name = kind.__name__ if inspect.isclass(kind) else kind

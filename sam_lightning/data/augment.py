@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sam_lightning.config.errors import ConfigError
-
 POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
 
 
@@ -47,7 +45,7 @@ class BatchAugment:
             much slower than all the rest: best done on the CPU, by several processes.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -60,17 +58,17 @@ class BatchAugment:
         policy: str | None = None,
     ) -> None:
         if not all(math.isfinite(m) for m in mean) or not mean:
-            raise ConfigError(f"data.mean={list(mean)}: must be one finite number per channel")
+            raise ValueError(f"mean={list(mean)}: must be one finite number per channel")
         if len(std) != len(mean) or not all(0 < s < math.inf for s in std):
-            raise ConfigError(f"data.std={list(std)}: must be {len(mean)} numbers > 0")
+            raise ValueError(f"std={list(std)}: must be {len(mean)} numbers > 0")
         if crop_padding < 0:
-            raise ConfigError(f"data.crop_padding={crop_padding}: must be an integer >= 0")
+            raise ValueError(f"crop_padding={crop_padding}: must be an integer >= 0")
         if cutout < 0:
-            raise ConfigError(f"data.cutout={cutout}: must be an integer >= 0")
+            raise ValueError(f"cutout={cutout}: must be an integer >= 0")
         if policy is not None and policy not in POLICIES:
-            raise ConfigError(f"data.policy={policy!r}: must be null or one of {list(POLICIES)}")
+            raise ValueError(f"policy={policy!r}: must be null or one of {list(POLICIES)}")
         if policy is not None and len(mean) not in (1, 3):
-            raise ConfigError(f"data.policy={policy!r}: needs images of 1 or 3 channels")
+            raise ValueError(f"policy={policy!r}: needs images of 1 or 3 channels")
         self.crop_padding = crop_padding
         self.flip = flip
         self.cutout = cutout

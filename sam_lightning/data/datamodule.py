@@ -1,141 +1,26 @@
-"""From an ``ImageSource`` to the batches of a ``Trainer``: splits, order, shards, augmentation.
+"""``ImageData`` for a ``Trainer``, which says which process and epoch this is."""
 
-Every random choice has its own stream, a hash of the seed and of what is drawn, so runs that share
-a seed see the same batches bit for bit, whatever else they do with random numbers.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import BatchAugment, channel_statistics
-from sam_lightning.data.loading import (
-    EpochSampler,
-    EvalShard,
-    SplitDataset,
-    TrainLoader,
-    TrainSampler,
-    TransformedDataset,
-)
-from sam_lightning.data.seeding import draw_seed
-from sam_lightning.data.source import ImageSource, Split, stratified_split
-
-DEVICES = (None, "cpu", "cuda")  # where images are kept
-
-# The first part of each stream's seed after the user's own.
-_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
+from sam_lightning.data.image_data import ImageData
+from sam_lightning.data.loading import TrainLoader
+from sam_lightning.data.source import ImageSource
 
 
-class ImageDataModule(LightningDataModule):
-    """Serves an image source; batches are augmented after they are on the training device.
+class ImageDataModule(ImageData, LightningDataModule):
+    """``ImageData`` as a ``LightningDataModule``; arguments, attributes and errors are the same.
 
-    With a policy, which treats images one by one, crop, flip and policy are the work of the loader
-    and its processes; only normalisation and cutout are left to the training device.
-
-    Args:
-        source: reads the data, for instance ``partial(cifar10, root="data")``.
-        batch_size: training images per step, over all processes together.
-        eval_batch_size: images per evaluation batch and process.
-        val_size: images held out of the training set, stratified: their number, or a fraction < 1.
-            Unused if the source has a validation set.
-        subset: training images to keep of those left, stratified: a fraction up to 1, or a number.
-        label_noise: fraction of the labels of these images that are replaced by another class,
-            uniformly drawn: symmetric noise as in Foret et al. 2021, section 3.3.
-        seed: of the order, the augmentation and the label noise.
-        split_seed: of ``val_size`` and ``subset``, so that runs of different ``seed`` share them.
-        mean: per channel, of pixels in 0..1; None: that of the training images.
-        std: likewise.
-        crop_padding, flip, cutout, policy: see ``BatchAugment``.
-        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory. A policy is
-            a reason for more.
-        drop_last: leave out the last training batch of an epoch if it is not full.
-        pin_memory: None: if the trainer uses CUDA and the images are not there yet.
-        device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
-            takes batches from there, in the training process; "cpu" and None: in host memory.
-
-    Attributes, from ``setup`` on:
-        classes (list of names), num_classes, in_channels, mean and std (tuples of floats),
-        train, test (``Split``), val (``Split`` or None).
-
-    Raises:
-        ConfigError: an argument is out of its range, at once or, where the range depends on the
-            data or on the number of processes, in ``setup``.
+    Attributes are set by ``setup``. ``device="cuda"`` keeps the images on the device that the
+    trainer trains on.
     """
 
-    classes: list[str]
-    train: Split
-    val: Split | None
-    test: Split
-
-    def __init__(
-        self,
-        source: Callable[[], ImageSource],
-        batch_size: int = 128,
-        eval_batch_size: int = 512,
-        val_size: int | float = 0,
-        subset: int | float = 1.0,
-        label_noise: float = 0.0,
-        seed: int = 0,
-        split_seed: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        crop_padding: int = 4,
-        flip: bool = True,
-        cutout: int = 0,
-        policy: str | None = None,
-        num_workers: int = 0,
-        drop_last: bool = False,
-        pin_memory: bool | None = None,
-        device: str | None = None,
-    ) -> None:
-        super().__init__()
-        for key, value, ok, allowed in [
-            ("batch_size", batch_size, batch_size >= 1, "an integer >= 1"),
-            ("eval_batch_size", eval_batch_size, eval_batch_size >= 1, "an integer >= 1"),
-            ("val_size", val_size, val_size >= 0, "a number of images, or a fraction in [0, 1)"),
-            ("subset", subset, subset > 0, "a fraction in (0, 1], or a number of images"),
-            ("label_noise", label_noise, 0 <= label_noise <= 1, "a fraction in [0, 1]"),
-            ("num_workers", num_workers, num_workers >= 0, "an integer >= 0"),
-        ]:
-            if not ok:
-                raise ConfigError(f"data.{key}={value}: must be {allowed}")
-        if device not in DEVICES:
-            raise ConfigError(f"data.device={device!r}: must be null or one of {list(DEVICES[1:])}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("data.device=cuda: there is no CUDA device here; set it to null")
-        if device is not None and num_workers:
-            raise ConfigError(
-                f"data.num_workers={num_workers}: must be 0 with data.device={device}, as other "
-                "processes cannot load from there"
-            )
-        self.source = source
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.subset = subset
-        self.label_noise = label_noise
-        self.seed = seed
-        self.split_seed = split_seed
-        self.mean = mean
-        self.std = std
-        self.num_workers = num_workers
-        self.drop_last = drop_last
-        self.pin_memory = pin_memory
-        self.device = device
-        self._make_augment = partial(
-            BatchAugment, crop_padding=crop_padding, flip=flip, cutout=cutout, policy=policy
-        )
-        self._make_augment([0.0], [1.0])  # wrong options fail before any data is read
-        self._prepared: ImageSource | None = None
-        self._augment: BatchAugment | None = None
+    _prepared: ImageSource | None = None
 
     def prepare_data(self) -> None:
         """Read the source in one process per node, so that it downloads and fills its caches."""
@@ -146,90 +31,24 @@ class ImageDataModule(LightningDataModule):
         """Read the source and split it, once, whatever the stages; then move it to ``device``."""
         world_size, _ = self._world()
         if self.batch_size % world_size:
-            raise ConfigError(
-                f"data.batch_size={self.batch_size}: must be a multiple of the {world_size} "
+            raise ValueError(
+                f"batch_size={self.batch_size}: must be a multiple of the {world_size} "
                 "processes that share a batch"
             )
         if self._augment is None:
-            self._read()
+            self.read(self._prepared)
+            self._prepared = None
         if self.device is not None and self.trainer is not None:
             self._move(self.trainer.strategy.root_device)
 
-    def _read(self) -> None:
-        source = self._prepared or self.source()
-        self._prepared = None
-        self.classes, self.test = source.classes, source.test
-        self.train, self.val = self._split_train(source)
-        self._add_label_noise()
-        if self.drop_last and len(self.train) < self.batch_size:
-            raise ConfigError(
-                f"data.batch_size={self.batch_size}: must be <= {len(self.train)}, the number of "
-                "training images, with data.drop_last=true"
-            )
-        mean, std = channel_statistics(self.train.images)
-        self.mean = mean if self.mean is None else tuple(map(float, self.mean))
-        self.std = std if self.std is None else tuple(map(float, self.std))
-        if len(self.mean) != self.in_channels:
-            raise ConfigError(f"data.mean={list(self.mean)}: must be {self.in_channels} numbers")
-        self._augment = self._make_augment(self.mean, self.std)
-        height, width = self.train.images.shape[-2:]
-        side = min(height, width)
-        for key in ("crop_padding", "cutout"):
-            if (value := getattr(self._augment, key)) > side:  # little would be left of an image
-                raise ConfigError(
-                    f"data.{key}={value}: must be <= {side} for images of {width} x {height} pixels"
-                )
-
     def _move(self, device: torch.device) -> None:
         if device.type != self.device:
-            raise ConfigError(
-                f"data.device={self.device}: the trainer trains on {device.type}; set data.device "
-                "to that or to null"
+            raise ValueError(
+                f"device={self.device}: the trainer trains on {device.type}; set device to that "
+                "or to null"
             )
         self.train, self.test = self.train.to(device), self.test.to(device)
         self.val = None if self.val is None else self.val.to(device)
-
-    def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
-        train, val = source.train, source.val
-        if val is None and self.val_size:
-            count = self._count("val_size", self.val_size, len(train), len(train) - 1)
-            held_out, kept = stratified_split(train.labels, count, draw_seed(self.split_seed, _VAL))
-            train, val = train.take(kept), train.take(held_out)
-        if self.subset != 1.0:
-            count = self._count("subset", self.subset, len(train), len(train))
-            kept, _ = stratified_split(train.labels, count, draw_seed(self.split_seed, _SUBSET))
-            train = train.take(kept)
-        return train, val
-
-    def _count(self, key: str, size: int | float, total: int, most: int) -> int:
-        count = round(size * total) if size < 1 else int(size)
-        if not 1 <= count <= most or (size >= 1 and count != size):
-            raise ConfigError(
-                f"data.{key}={size}: must come to 1..{most} of the {total} training images"
-            )
-        return count
-
-    def _add_label_noise(self) -> None:
-        noisy = round(self.label_noise * len(self.train))
-        if noisy == 0:
-            return
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, _NOISE))
-        chosen = torch.randperm(len(self.train), generator=generator)[:noisy]
-        # A step of 1..K-1 around the circle of K classes reaches every other class, equally often.
-        steps = torch.randint(1, self.num_classes, (noisy,), generator=generator)
-        labels = self.train.labels.clone()
-        labels[chosen] = (labels[chosen] + steps) % self.num_classes
-        self.train = replace(self.train, labels=labels)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; the labels are 0..num_classes - 1."""
-        return len(self.classes)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image: 3 for colour, 1 for grey."""
-        return self.train.images.shape[1]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -238,24 +57,30 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """This process's share of the training set, in an order that (seed, epoch) fixes."""
-        assert self._augment is not None
-        world_size, rank = self._world()
-        dataset, make_sampler = SplitDataset(self.train), TrainSampler
-        if self._augment.policy is not None:
-            seed = draw_seed(self.seed, _TRANSFORM, rank)
-            dataset = TransformedDataset(self.train, self._augment, seed)
-            make_sampler = EpochSampler
-        sampler = make_sampler(
-            dataset, world_size, rank, seed=draw_seed(self.seed, _SHUFFLE), drop_last=self.drop_last
-        )
-        if self.trainer is not None:
-            # Lightning sets it too, but in a resumed run only after workers took their first
-            # indices from the sampler.
-            sampler.set_epoch(_epoch(self.trainer))
-        options = self._loader_options(sampler, self.batch_size // world_size)
-        loader = TrainLoader(dataset, drop_last=self.drop_last, **options)
+        # Lightning sets the epoch too, but in a resumed run only after workers took their first
+        # indices from the sampler.
+        epoch = 0 if self.trainer is None else _epoch(self.trainer)
+        loader = self.train_loader(*self._world(), epoch, self._pin_memory())
         loader.done = self._batches_done
         return loader
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """This process's share of the validation set, in order; an empty list without one."""
+        if self.val is None:
+            return []
+        return self.eval_loader(self.val, *self._world(), self._pin_memory())
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """This process's share of the test set, in order."""
+        return self.eval_loader(self.test, *self._world(), self._pin_memory())
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment a training batch, or what is left of that, and normalise any other."""
+        images, labels = batch
+        if self.trainer is None or not self.trainer.training:
+            return self.normalize(images), labels
+        step = self._batches_done()  # this one is not counted yet
+        return self.augment(images, _epoch(self.trainer), step, self.trainer.global_rank), labels
 
     def _batches_done(self) -> int:
         """Batches of this epoch that were fetched for training, also where it was resumed."""
@@ -263,45 +88,9 @@ class ImageDataModule(LightningDataModule):
         ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # type: ignore[union-attr]
         return ready
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
-        """This process's share of the validation set, in order; an empty list without one."""
-        return [] if self.val is None else self._eval_loader(self.val)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """This process's share of the test set, in order."""
-        return self._eval_loader(self.test)
-
-    def _eval_loader(self, split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
-        dataset = SplitDataset(split)
-        sampler = EvalShard(dataset, *self._world())
-        return DataLoader(dataset, **self._loader_options(sampler, self.eval_batch_size))
-
-    def _loader_options(self, sampler: DistributedSampler[Any], batch_size: int) -> dict[str, Any]:
-        pin_memory = self.pin_memory
-        if pin_memory is None:
-            accelerator = getattr(self.trainer, "accelerator", None)
-            pin_memory = isinstance(accelerator, CUDAAccelerator) and self.device is None
-        return {
-            "batch_size": batch_size,
-            "sampler": sampler,
-            "num_workers": self.num_workers,
-            "collate_fn": tuple,  # the dataset returns whole batches
-            "pin_memory": pin_memory,
-            "persistent_workers": self.num_workers > 0,
-        }
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment a training batch, or what is left of that, and normalise any other."""
-        assert self._augment is not None
-        images, labels = batch
-        if self.trainer is None or not self.trainer.training:
-            return self._augment.normalize(images), labels
-        step = self._batches_done()  # this one is not counted yet
-        seed = draw_seed(self.seed, _AUGMENT, _epoch(self.trainer), step, self.trainer.global_rank)
-        generator = torch.Generator(images.device).manual_seed(seed)
-        in_loader = self._augment.policy is not None
-        augment = self._augment.finish if in_loader else self._augment
-        return augment(images, generator), labels
+    def _pin_memory(self) -> bool:
+        accelerator = getattr(self.trainer, "accelerator", None)
+        return isinstance(accelerator, CUDAAccelerator) and self.device is None
 
     def _world(self) -> tuple[int, int]:
         """Number of processes, and which of them this one is."""

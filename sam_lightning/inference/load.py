@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.schema import check_targets, one_line
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.build import SOURCE_KEYS, build_data
+from sam_lightning.data.image_data import ImageData
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
-from sam_lightning.training.build import SOURCE_KEYS, make_data
 
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
@@ -59,7 +59,8 @@ class Trained(nn.Module):
                 f"hyper_parameters: {len(self.classes)} classes and {len(self.mean)} means do not "
                 f"fit a model of {outputs} classes and {self.in_channels} channels"
             )
-        self.normalize = BatchAugment(self.mean, self.std).normalize
+        with argument_errors("data"):
+            self.normalize = BatchAugment(self.mean, self.std).normalize
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             self.model: nn.Module = build(_stored(config, "model"), "model")
         subsample_first(self.model)
@@ -170,8 +171,8 @@ def load(ckpt_path: str | Path) -> Trained:
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
-def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageDataModule:
-    """The data of a run, set up: its split, its label noise, its normalisation.
+def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageData:
+    """The data of a run, read: its split, its label noise, its normalisation.
 
     Images are kept in host memory and loaded in this process, whatever the run did.
 
@@ -192,7 +193,9 @@ def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageDataModule:
                 raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
             stored.data.source[key] = value
         stored.data[key] = value
-    data = make_data(stored)
+    data = build_data(stored, ImageData)
+    with argument_errors("data"):
+        data.read()
     if data.classes != list(stored.classes):
         at = f"data.root={stored.data.root}" if "root" in stored.data else "data.source"
         raise ConfigError(

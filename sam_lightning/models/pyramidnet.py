@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.resnet import check_sizes
 
 
@@ -111,7 +110,7 @@ class PyramidNet(nn.Module):
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
 
     Raises:
-        ConfigError: depth is of another form, a size below 1, or p_last is no probability.
+        ValueError: depth is of another form, a size below 1, or p_last is no probability.
     """
 
     def __init__(
@@ -127,10 +126,10 @@ class PyramidNet(nn.Module):
         blocks, rest = divmod(depth - 2, 9 if bottleneck else 6)  # in each of three stages
         if blocks < 1 or rest:
             form = "9 n + 2, as 164 and 272 are" if bottleneck else "6 n + 2, as 20 and 110 are"
-            raise ConfigError(f"model.depth={depth}: must be {form}, for bottleneck={bottleneck}")
+            raise ValueError(f"depth={depth}: must be {form}, for bottleneck={bottleneck}")
         check_sizes(num_classes=num_classes, in_channels=in_channels, alpha=alpha)
         if not 0 <= p_last <= 1:
-            raise ConfigError(f"model.p_last={p_last}: must be in [0, 1]")
+            raise ValueError(f"p_last={p_last}: must be in [0, 1]")
         make_branch, expansion = (bottleneck_branch, 4) if bottleneck else (basic_branch, 1)
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)

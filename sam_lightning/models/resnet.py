@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.onednn import subsample_first
 
 Stem = Literal["cifar", "imagenet"]
@@ -68,10 +67,10 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse a size below 1 with a ``ConfigError``."""
+    """Refuse a size below 1 with a ``ValueError``."""
     for key, size in sizes.items():
         if size < 1:
-            raise ConfigError(f"model.{key}={size}: must be at least 1")
+            raise ValueError(f"{key}={size}: must be at least 1")
 
 
 class ResNet(nn.Module):
@@ -90,7 +89,7 @@ class ResNet(nn.Module):
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
 
     Raises:
-        ConfigError: unknown stem, or a size below 1.
+        ValueError: unknown stem, or a size below 1.
     """
 
     block: ClassVar[type[BasicBlock] | type[Bottleneck]]
@@ -113,7 +112,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            raise ConfigError(f"model.stem={stem}: allowed are cifar, imagenet")
+            raise ValueError(f"stem={stem}: allowed are cifar, imagenet")
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         out = self.block.expansion

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.resnet import check_sizes
 
 
@@ -46,7 +45,7 @@ class WideResNet(nn.Module):
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
 
     Raises:
-        ConfigError: depth is not 6 n + 4, a size below 1, or dropout is no probability.
+        ValueError: depth is not 6 n + 4, a size below 1, or dropout is no probability.
     """
 
     def __init__(
@@ -59,10 +58,10 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
-            raise ConfigError(f"model.depth={depth}: must be 6 n + 4, such as 16, 22, 28 or 40")
+            raise ValueError(f"depth={depth}: must be 6 n + 4, such as 16, 22, 28 or 40")
         check_sizes(num_classes=num_classes, in_channels=in_channels, widen_factor=widen_factor)
         if not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout={dropout}: must be in [0, 1)")
+            raise ValueError(f"dropout={dropout}: must be in [0, 1)")
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         stages = []

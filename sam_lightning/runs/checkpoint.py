@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
@@ -16,45 +15,29 @@ from sam_lightning.runs.old_names import with_current_names
 log = logging.getLogger(__name__)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames, so that a checkpoint is the old one or the new one."""
+def write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write beside the file and rename, so that ``path`` is the old checkpoint or the new one.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._folders: set[Path] = set()  # that this run has saved to
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Save on local disk; on an error, such as a full disk, the file that was there stays."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._folders.add(file.parent.resolve())
-        temporary = file.with_name(f".{file.name}.part")
-        try:
-            with open(temporary, "wb") as out:
-                torch.save(checkpoint, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, file)
-        except (OSError, RuntimeError) as error:
-            cause: BaseException = error  # behind the RuntimeError of torch's writer
-            while cause.__context__ is not None:
-                cause = cause.__context__
-            raise TrainingError(
-                f"cannot save {file} ({one_line(cause)}); checkpoints that were there still are"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint beside those that were saved, and nothing else.
-
-        Which one the best replaces is told by the checkpoint that was resumed, so by anyone.
-        """
-        file = Path(path)
-        if file.suffix == ".ckpt" and file.parent.resolve() in self._folders:
-            file.unlink(missing_ok=True)
+    Raises:
+        TrainingError: an error, such as a full disk; the file that was there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as out:
+            torch.save(checkpoint, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException = error  # behind the RuntimeError of torch's writer
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        raise TrainingError(
+            f"cannot save {path} ({one_line(cause)}); checkpoints that were there still are"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

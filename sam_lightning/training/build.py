@@ -14,20 +14,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build, check_names, factory
 from sam_lightning.config.schema import one_line
+from sam_lightning.data.build import build_data
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
-from sam_lightning.runs.checkpoint import AtomicCheckpointIO, read
+from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.module import SAMModule
 
 log = logging.getLogger(__name__)
 
-# Keys of the data configuration that belong to its source; the rest is the data module's.
-SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
 # Keys of the trainer configuration that the module acts on; Lightning would refuse them.
 MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
 # Keys of the method's configuration that are not passed on as they are.
@@ -68,17 +68,14 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
 
 def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
     """The data module, set up: downloaded and decoded by one process, loaded by all."""
-    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
-    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
-    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
-    check_names("data", options, ImageDataModule, own)
-    data = ImageDataModule(**own, **options)
+    data = build_data(cfg, ImageDataModule)
     data.trainer = trainer
-    if trainer is None or trainer.local_rank == 0:
-        data.prepare_data()
-    if trainer is not None:
-        trainer.strategy.barrier("data")
-    data.setup("fit")
+    with argument_errors("data"):
+        if trainer is None or trainer.local_rank == 0:
+            data.prepare_data()
+        if trainer is not None:
+            trainer.strategy.barrier("data")
+        data.setup("fit")
     return data
 
 

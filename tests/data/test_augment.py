@@ -1,6 +1,7 @@
 """BatchAugment against torchvision's per-image transforms and plain loops."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.augment import BatchAugment, channel_statistics
 from sam_lightning.data.seeding import draw_seed
 
@@ -264,20 +264,19 @@ def test_on_cuda_nothing_waits_and_draws_follow_the_generator():
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"mean": []}, "data.mean"),
-        ({"mean": [0.1, float("nan"), 0.1]}, "data.mean"),
-        ({"std": [0.1, 0.1]}, "data.std"),
-        ({"std": [0.1, 0.0, 0.1]}, "data.std"),
-        ({"crop_padding": -1}, "data.crop_padding=-1"),
-        ({"cutout": -2}, "data.cutout=-2"),
-        ({"policy": "mixup"}, "data.policy='mixup'"),
-        ({"mean": [0.5] * 2, "std": [0.5] * 2, "policy": "randaugment"}, "data.policy"),
+        ({"mean": []}, "mean"),
+        ({"mean": [0.1, float("nan"), 0.1]}, "mean"),
+        ({"std": [0.1, 0.1]}, "std"),
+        ({"std": [0.1, 0.0, 0.1]}, "std"),
+        ({"crop_padding": -1}, "crop_padding=-1"),
+        ({"cutout": -2}, "cutout=-2"),
+        ({"policy": "mixup"}, "policy='mixup'"),
+        ({"mean": [0.5] * 2, "std": [0.5] * 2, "policy": "randaugment"}, "policy"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(change, key):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}") as caught:
         BatchAugment(**{"mean": MEAN, "std": STD, **change})
-    assert str(caught.value).startswith(key)
     assert "\n" not in str(caught.value)
 
 

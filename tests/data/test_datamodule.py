@@ -1,6 +1,7 @@
 """ImageDataModule alone, as any rank of several, and under a real Trainer."""
 
 import itertools
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import chisquare
 from torch.utils.data import DistributedSampler
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
@@ -184,37 +184,36 @@ def test_the_source_is_read_once():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"batch_size": 0}, "data.batch_size=0"),
-        ({"eval_batch_size": 0}, "data.eval_batch_size=0"),
-        ({"val_size": -1}, "data.val_size=-1"),
-        ({"val_size": 120}, "data.val_size=120"),
-        ({"val_size": 0.999}, "data.val_size=0.999"),
-        ({"val_size": 0.001}, "data.val_size=0.001"),
-        ({"val_size": 10.5}, "data.val_size=10.5"),
-        ({"subset": 0}, "data.subset=0"),
-        ({"subset": 121}, "data.subset=121"),
-        ({"subset": 101, "val_size": 20}, "data.subset=101"),
-        ({"label_noise": 1.1}, "data.label_noise=1.1"),
-        ({"label_noise": -0.1}, "data.label_noise=-0.1"),
-        ({"num_workers": -1}, "data.num_workers=-1"),
-        ({"batch_size": 121, "drop_last": True}, "data.batch_size=121"),
-        ({"cutout": -1}, "data.cutout=-1"),
-        ({"policy": "none"}, "data.policy='none'"),
-        ({"device": "tpu"}, "data.device='tpu'"),
-        ({"device": "cpu", "num_workers": 2}, "data.num_workers=2"),
-        ({"mean": [0.1, 0.2], "std": [1, 1]}, "data.mean=[0.1, 0.2]"),
-        ({"std": [1, 1]}, "data.std=[1.0, 1.0]"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0"),
+        ({"val_size": -1}, "val_size=-1"),
+        ({"val_size": 120}, "val_size=120"),
+        ({"val_size": 0.999}, "val_size=0.999"),
+        ({"val_size": 0.001}, "val_size=0.001"),
+        ({"val_size": 10.5}, "val_size=10.5"),
+        ({"subset": 0}, "subset=0"),
+        ({"subset": 121}, "subset=121"),
+        ({"subset": 101, "val_size": 20}, "subset=101"),
+        ({"label_noise": 1.1}, "label_noise=1.1"),
+        ({"label_noise": -0.1}, "label_noise=-0.1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"batch_size": 121, "drop_last": True}, "batch_size=121"),
+        ({"cutout": -1}, "cutout=-1"),
+        ({"policy": "none"}, "policy='none'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"device": "cpu", "num_workers": 2}, "num_workers=2"),
+        ({"mean": [0.1, 0.2], "std": [1, 1]}, "mean=[0.1, 0.2]"),
+        ({"std": [1, 1]}, "std=[1.0, 1.0]"),
     ],
 )
 def test_wrong_options_are_named_in_one_line(options, key):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}") as caught:
         ready(**options)
-    assert str(caught.value).startswith(key)
     assert "\n" not in str(caught.value)
 
 
 def test_the_batch_must_divide_over_the_processes():
-    with pytest.raises(ConfigError, match=r"data\.batch_size=16: .* 3 processes"):
+    with pytest.raises(ValueError, match=r"batch_size=16: .* 3 processes"):
         as_rank(make(), 0, 3).setup("fit")
 
 
@@ -534,12 +533,12 @@ def test_images_move_to_the_training_device_and_batches_are_gathered_there(monke
 
 def test_a_device_that_is_not_there_or_not_the_trainers_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"^data\.device=cuda: there is no CUDA device here"):
+    with pytest.raises(ValueError, match=r"^device=cuda: there is no CUDA device here"):
         make(device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"^data\.device=cuda: the trainer trains on cpu"):
+    with pytest.raises(ValueError, match=r"^device=cuda: the trainer trains on cpu"):
         as_rank(make(device="cuda"), 0, 1).setup("fit")
-    with pytest.raises(ConfigError, match=r"^data\.device=cpu: the trainer trains on cuda"):
+    with pytest.raises(ValueError, match=r"^device=cpu: the trainer trains on cuda"):
         as_rank(make(device="cpu"), 0, 1, device="cuda:1").setup("fit")
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import sam_lightning.optim.sam as sam
-import sam_lightning.runs.checkpoint as checkpoint
 import sam_lightning.runs.record as results
+import sam_lightning.training.checkpoint_io as checkpoint_io
 from sam_lightning.cli import CONF
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from sam_lightning.training.module import SAMModule
@@ -81,7 +81,7 @@ def inject(name, at):
     elif where == "test":
         at_call(LastCheckpoint, "on_test_start", int(number), name)
     else:
-        at_call(checkpoint.AtomicCheckpointIO, "save_checkpoint", int(number), name)
+        at_call(checkpoint_io.AtomicCheckpointIO, "save_checkpoint", int(number), name)
 
 
 def main(cwd, arguments, fault, environment):

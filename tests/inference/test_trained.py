@@ -109,7 +109,7 @@ def test_files_of_another_size_are_read_bit_for_bit_as_in_evaluation(folder_ckpt
     assert (model.in_channels, model.image_size) == (3, (24, 24))
     data = data_of(read(folder_ckpt))
     files = sorted((folder_ckpt.parent.parent / "photos" / "test").rglob("*.png"))
-    expected, _ = data.on_after_batch_transfer((data.test.images, None), 0)
+    expected = data.normalize(data.test.images)
     assert len(files) == 15
     assert torch.equal(model.preprocess([Image.open(f) for f in files]), expected)
     # bytes of a tensor are resized as those of a picture
@@ -319,3 +319,23 @@ def test_importing_the_package_loads_no_torch():
     code = "import sam_lightning, sys; assert 'load' in sam_lightning.__all__; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_commands_on_checkpoints_do_not_load_lightning(folder_ckpt, tmp_path):
+    code = """
+import sys
+import sam_lightning
+from sam_lightning.inference import evaluate, export, predict
+ckpt, photos, out = sys.argv[1:]
+sam_lightning.load(ckpt)
+evaluate.main([f"ckpt_path={ckpt}", f"out={out}"])
+predict.main([f"ckpt_path={ckpt}", f"input={photos}", f"out={out}/predictions.txt"])
+export.main([f"ckpt_path={ckpt}", "format=pt2", f"out={out}/model.pt2"])
+assert "lightning" not in sys.modules
+"""
+    photos = folder_ckpt.parents[1] / "photos" / "test"
+    command = [sys.executable, "-c", code, str(folder_ckpt), str(photos), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    written = {"confusion_matrix.csv", "evaluation.json", "model.pt2", "predictions.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == written

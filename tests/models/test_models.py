@@ -10,7 +10,6 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.models import (
     SAMResNet18,
     SAMResNet34,
@@ -358,9 +357,8 @@ def test_channels_last_changes_nothing(name):
     ],
 )
 def test_bad_values_are_named(make, key, value):
-    with pytest.raises(ValueError, match=rf"^model\.{key}={value}: ") as caught:
+    with pytest.raises(ValueError, match=f"^{key}={value}: "):
         make(**{key: value})
-    assert isinstance(caught.value, ConfigError)
 
 
 # ---- running statistics in a second pass

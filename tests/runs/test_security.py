@@ -22,8 +22,9 @@ from sam_lightning.cli import top_level
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.trust import check_targets
 from sam_lightning.data import cifar10
-from sam_lightning.runs.checkpoint import AtomicCheckpointIO, read
+from sam_lightning.runs.checkpoint import read
 from sam_lightning.runs.resume import replayable
+from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from trained_runs import changed
 
 

@@ -1,0 +1,34 @@
+"""How Lightning saves and removes checkpoints here: atomically, and in the run's folders only."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from sam_lightning.runs.checkpoint import write
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves with ``runs.checkpoint.write``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()  # that this run has saved to
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save on local disk; on an error, such as a full disk, the file that was there stays."""
+        file = Path(path)
+        write(file, checkpoint)
+        self._folders.add(file.parent.resolve())
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint beside those that were saved, and nothing else.
+
+        The resumed checkpoint names the file that a new best one replaces, and so anyone may have
+        named it.
+        """
+        file = Path(path)
+        if file.suffix == ".ckpt" and file.parent.resolve() in self._folders:
+            file.unlink(missing_ok=True)
