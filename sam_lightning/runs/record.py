@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -23,13 +23,22 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
 from sam_lightning.runs.failures import now
 from sam_lightning.runs.files import write_json
-from sam_lightning.training.callbacks.progress import Throughput
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 # Groups of the configuration whose settings tell runs apart.
 DETAILS = ("data", "model", "method", "optimizer", "scheduler", "trainer")
+
+
+class Throughput(Protocol):
+    """What was trained: images, seconds of training alone, seconds of the whole run."""
+
+    images: int
+    seconds: float
+
+    @property
+    def elapsed(self) -> float: ...  # noqa: D102
 
 
 class Record:

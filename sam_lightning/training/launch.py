@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,8 @@ from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
 from sam_lightning.runs.failures import record_failure
 
 log = logging.getLogger(__name__)
+
+Work = Callable[[DictConfig], dict[str, float]]  # a function that other processes can import
 
 # Data parallel, with a copy of the weights in every process.
 STRATEGIES = ("auto", "ddp")
@@ -141,8 +144,8 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
-    """Run ``training.train`` in new processes on this machine and return rank 0's metrics.
+def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
+    """Run ``work(cfg)`` in new processes on this machine and return what rank 0 returns.
 
     Raises:
         TrainingError: names the rank whose failure was noticed first, and its error.
@@ -155,7 +158,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
     try:
         with TemporaryDirectory(prefix="sam_lightning_", ignore_cleanup_errors=True) as folder:
-            result = _run_workers(cfg, processes, folder)
+            result = _run_workers(cfg, processes, work, folder)
     except SignalException as error:  # the processes have been told, and have saved
         raise Interrupted(int(error.sigval)) from error
     if result.is_failed():
@@ -169,7 +172,7 @@ def launch(cfg: DictConfig, processes: int) -> dict[str, float]:
     return result.return_values[0]
 
 
-def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult:
+def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> RunProcsResult:
     """Start the processes, wait for them, and terminate all if one fails or a signal comes."""
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
@@ -178,7 +181,7 @@ def _run_workers(cfg: DictConfig, processes: int, folder: str) -> RunProcsResult
     context = start_processes(
         "run",
         _worker,
-        args=dict.fromkeys(ranks, (config, threads, folder)),
+        args=dict.fromkeys(ranks, (work, config, threads, folder)),
         envs={rank: _environment(rank, processes, run_id) for rank in ranks},
         logs_specs=DefaultLogsSpecs(folder),  # what a process fails with is in a file there
     )
@@ -229,9 +232,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     return f"{ConfigError.__module__}." not in str(error)
 
 
-def _worker(config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
-    from sam_lightning.training.run import train
-
+def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
     # Back from the way that this process was started in, by which each of its loading processes
     # would import everything again, to the platform's own.
     multiprocessing.set_start_method(None, force=True)
@@ -239,7 +240,7 @@ def _worker(config: dict[str, Any], threads: int, folder: str) -> dict[str, floa
     cfg = OmegaConf.create(config)
     try:
         init_process_group(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)))
-        metrics = train(cfg)
+        metrics = work(cfg)
     except RuntimeError as error:
         if not any(text in str(error) for text in TIMEOUTS):
             raise

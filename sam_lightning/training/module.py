@@ -23,7 +23,7 @@ from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.optim.perturbation import Descent, Perturbation
 from sam_lightning.optim.sam import SAM
-from sam_lightning.runs.per_rank_state import load_by_rank, save_by_rank
+from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
 from sam_lightning.training.metrics import EvalMetrics, TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
 
@@ -183,7 +183,7 @@ class SAMModule(L.LightningModule):
         self._batches.clear()
         self.train_metrics.to(self.device)
         if self._own_state is not None:
-            load_by_rank(self, self._own_state)
+            fill(self._per_rank_state(), self._own_state)
             self._own_state = None
 
     def _apply_settings(self) -> None:
@@ -327,16 +327,34 @@ class SAMModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what differs between devices, to continue exactly."""
-        save_by_rank(self, checkpoint)
+        parts = self._per_rank_state()
+        if self.trainer.world_size == 1:
+            parts["memory"] = []  # the optimizer's own state has it
+        rows = checkpoint["per_rank_state"] = gather_rows(parts, self.all_gather)
+        if self.trainer.world_size > 1 and "running_stats" in rows:
+            store_means(checkpoint["state_dict"], self._running_stats(), rows["running_stats"])
         checkpoint["skipped"] = self.train_metrics.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this device's part of what differs between devices."""
         if "skipped" in checkpoint:
             self.train_metrics.skipped = checkpoint["skipped"]
-        by_rank = checkpoint.get("by_rank")
-        if by_rank is not None and len(by_rank["window"]) == self.trainer.world_size:
-            self._own_state = {name: rows[self.global_rank] for name, rows in by_rank.items()}
+        stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1
+        if stored is not None and len(stored["window"]) == self.trainer.world_size:
+            self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
+
+    def _per_rank_state(self) -> dict[str, list[Tensor]]:
+        params = [p for group in self.sam.param_groups for p in group["params"]]
+        kept = [self.sam.memory[p] for p in params if self.sam.memory.get(p)]
+        return {
+            "window": [self.train_metrics.window],
+            "running_stats": list(self._running_stats().values()),
+            "memory": [memory[name] for memory in kept for name in sorted(memory)],
+        }
+
+    def _running_stats(self) -> dict[str, Tensor]:
+        buffers = self.model.named_buffers()
+        return {f"model.{name}": b for name, b in buffers if b.is_floating_point()}
 
     # ------------------------------------------------------------------------------- evaluation
 

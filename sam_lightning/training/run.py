@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     resume(cfg)
     if world_size > 1 and not external:
         _check_parts(cfg)  # what is wrong is said once, before processes start
-        return launch(cfg, processes)
+        return launch(cfg, processes, train)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
     trainer = make_trainer(cfg, processes, throughput)

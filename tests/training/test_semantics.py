@@ -134,7 +134,7 @@ def test_devices_evaluate_with_the_mean_of_their_running_statistics(tmp_path):
     done = command(tmp_path, *SMALL, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     checkpoint = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    one, two = checkpoint["by_rank"]["running_stats"]
+    one, two = checkpoint["per_rank_state"]["running_stats"]
     assert not torch.equal(one, two)
     saved = checkpoint["state_dict"].items()
     means = [v.flatten() for k, v in saved if k.endswith(("running_mean", "running_var"))]
