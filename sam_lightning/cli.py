@@ -30,7 +30,7 @@ from sam_lightning.config.hydra_errors import (
 )
 from sam_lightning.config.schema import check, check_values, one_line
 from sam_lightning.config.usage import usage
-from sam_lightning.runs.failures import read_summary
+from sam_lightning.runs.files import read_summary
 from sam_lightning.runs.folder import TASK_NAME
 from sam_lightning.runs.resume import replayable
 from sam_lightning.studies.sweep import SweepFolder, fail, summarized

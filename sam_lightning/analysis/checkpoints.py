@@ -21,9 +21,9 @@ from sam_lightning.runs.files import checkpoint_file, run_folder
 
 if TYPE_CHECKING:
     from sam_lightning.analysis.loss_surface import LossSurface
-    from sam_lightning.inference.load import Trained
+    from sam_lightning.inference.load import TrainedClassifier
 
-DEFAULTS: dict[str, Any] = {
+SHARED_DEFAULTS: dict[str, Any] = {
     "ckpt_path": "???",
     "split": "train",
     "images": 512,
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "data.root": None,
     "out": None,
 }
-RULES: list[Rule] = [
+SHARED_RULES: list[Rule] = [
     ("split", *one_of(("train", "val", "test"))),
     ("images", integer(1), "a whole number >= 1"),
     ("batch_size", integer(1), "a whole number >= 1"),
@@ -44,11 +44,11 @@ RULES: list[Rule] = [
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedCheckpoint:
     """A checkpoint that is looked at: its file, the loaded model, and where its results go."""
 
     file: Path
-    model: "Trained"
+    model: "TrainedClassifier"
     out: Path
 
 
@@ -76,7 +76,7 @@ def checkpoint_files(value: Any) -> list[Path]:
     return files
 
 
-def load_subjects(options: DictConfig) -> list[Subject]:
+def load_checkpoints(options: DictConfig) -> list[LoadedCheckpoint]:
     """Load the checkpoints, onto the device that ``options`` names.
 
     Raises:
@@ -90,10 +90,14 @@ def load_subjects(options: DictConfig) -> list[Subject]:
     from sam_lightning.inference.load import load, torch_device
 
     device = torch_device(options.device)
-    return [Subject(file, load(file).to(device), out or run_folder(file)) for file in files]
+    return [
+        LoadedCheckpoint(file, load(file).to(device), out or run_folder(file)) for file in files
+    ]
 
 
-def surface_of(subject: Subject, options: DictConfig, batch_norm: str = "stored") -> "LossSurface":
+def surface_of(
+    checkpoint: LoadedCheckpoint, options: DictConfig, batch_norm: str = "stored"
+) -> "LossSurface":
     """The loss of a checkpoint on images of its own run, as ``options`` chooses them.
 
     Raises:
@@ -103,18 +107,17 @@ def surface_of(subject: Subject, options: DictConfig, batch_norm: str = "stored"
     from sam_lightning.inference.load import data_of
 
     root = OmegaConf.select(options, "data.root")
-    moved = {} if root is None else {"root": str(root)}
-    data = data_of({"hyper_parameters": subject.model.config}, **moved)
-    device = next(subject.model.parameters()).device
+    data = data_of({"hyper_parameters": checkpoint.model.config}, root=root)
+    device = next(checkpoint.model.parameters()).device
     drawn = (options.split, options.images, options.batch_size, options.seed)
     batches = fixed_batches(data, *drawn, device)
-    surface = LossSurface(subject.model, batches, batch_norm=batch_norm)
+    surface = LossSurface(checkpoint.model, batches, batch_norm=batch_norm)
     if not math.isfinite(loss := surface.value()):
-        raise ConfigError(f"ckpt_path={subject.file}: the loss of its weights is {loss}")
+        raise ConfigError(f"ckpt_path={checkpoint.file}: the loss of its weights is {loss}")
     return surface
 
 
-def labels_of(given: Any, subjects: Sequence[Subject]) -> list[str]:
+def labels_of(given: Any, loaded: Sequence[LoadedCheckpoint]) -> list[str]:
     """A short name for each: as given, or the method, or what else tells them apart.
 
     Raises:
@@ -122,20 +125,20 @@ def labels_of(given: Any, subjects: Sequence[Subject]) -> list[str]:
     """
     if given is not None:
         labels = listed(given)
-        if len(labels) != len(subjects):
-            raise ConfigError(f"labels={','.join(labels)}: must be {len(subjects)}, one for each")
+        if len(labels) != len(loaded):
+            raise ConfigError(f"labels={','.join(labels)}: must be {len(loaded)}, one for each")
         return labels
     names = [
-        [_method(subject) for subject in subjects],
-        [f"{_method(s)}, seed {s.model.config['seed']}" for s in subjects],
-        [run_folder(subject.file).name for subject in subjects],
-        [str(subject.file) for subject in subjects],
+        [_method(checkpoint) for checkpoint in loaded],
+        [f"{_method(s)}, seed {s.model.config['seed']}" for s in loaded],
+        [run_folder(checkpoint.file).name for checkpoint in loaded],
+        [str(checkpoint.file) for checkpoint in loaded],
     ]
     return next((n for n in names if len({*n}) == len(n)), names[-1])
 
 
-def _method(subject: Subject) -> str:
-    method = subject.model.config["method"]
+def _method(checkpoint: LoadedCheckpoint) -> str:
+    method = checkpoint.model.config["method"]
     name = str(method["name"]).upper()
     if method.get("rho"):
         return f"{name}, rho {method['rho']:g}"

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from sam_lightning.analysis import checkpoints as inspection
-from sam_lightning.analysis.checkpoints import Subject, labels_of, stage, surface_of
+from sam_lightning.analysis.checkpoints import (
+    SHARED_DEFAULTS,
+    SHARED_RULES,
+    LoadedCheckpoint,
+    labels_of,
+    load_checkpoints,
+    progress,
+    stage,
+    surface_of,
+)
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import integer, number, one_of
@@ -36,7 +44,7 @@ takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the
 of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
 checkpoint. A 2d picture takes points x points passes over the images.
 """
-DEFAULTS = inspection.DEFAULTS | {
+DEFAULTS = SHARED_DEFAULTS | {
     "labels": None,
     "kind": "2d",
     "span": 1.0,
@@ -44,7 +52,7 @@ DEFAULTS = inspection.DEFAULTS | {
     "batch_norm": "stored",
 }
 RULES = [
-    *inspection.RULES,
+    *SHARED_RULES,
     ("kind", *one_of(("2d", "1d", "line"))),
     ("span", number(0, open_low=True), "a number > 0"),
     ("points", lambda v: integer(3)(v) and v % 2 == 1, "an odd number >= 3"),
@@ -55,43 +63,43 @@ RULES = [
 def main(argv: list[str] | None = None) -> None:
     """Compute the losses, write them, and draw them."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
-    subjects = inspection.load_subjects(options)
-    labels = labels_of(options.labels, subjects)
+    loaded = load_checkpoints(options)
+    labels = labels_of(options.labels, loaded)
     line = options.kind == "line"
     if line:
-        _check_pair(subjects)
+        _check_pair(loaded)
     coordinates = spaced(0.0 if line else -options.span, 1.0 if line else options.span, options)
-    out = subjects[0].out if options.out is not None else subjects[0].out / "landscape"
+    out = loaded[0].out if options.out is not None else loaded[0].out / "landscape"
 
     from sam_lightning.analysis.landscape_plots import draw, show_in_tensorboard
     from sam_lightning.runs.checkpoint import read
 
-    measured = subjects[:1] if line else subjects
+    measured = loaded[:1] if line else loaded
     surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
     make_folder(out, out)
-    with inspection.progress() as bar:
+    with progress() as bar:
         if line:
-            end = subjects[1].model.state_dict()
+            end = loaded[1].model.state_dict()
             losses = [between(surfaces[0], end, coordinates, bar)]
         else:
             losses = [around(surface, coordinates, options, bar) for surface in surfaces]
     result = {
         "kind": options.kind,
         "labels": labels,
-        "ckpt_path": [str(subject.file) for subject in subjects],
+        "ckpt_path": [str(checkpoint.file) for checkpoint in loaded],
         **{key: options[key] for key in ("split", "seed", "batch_norm")},
         "images": surfaces[0].examples,
-        "guessing": math.log(len(subjects[0].model.classes)),
+        "guessing": math.log(len(loaded[0].model.classes)),
         "coordinates": coordinates,
         "loss": losses,
     }
     write_json(out / "landscape.json", result)
     pictures = draw(result, out)
     print(*map(os.path.relpath, [out / "landscape.json", *pictures]))
-    for subject in subjects:
-        events = run_folder(subject.file) / "tensorboard"
+    for checkpoint in loaded:
+        events = run_folder(checkpoint.file) / "tensorboard"
         if events.is_dir():
-            update = read(subject.file, mmap=True)["global_step"]
+            update = read(checkpoint.file, mmap=True)["global_step"]
             show_in_tensorboard(events / "landscape", update, options.kind, pictures)
 
 
@@ -142,10 +150,10 @@ def spaced(low: float, high: float, options: DictConfig) -> list[float]:
     return [middle + (high - middle) * i / half for i in range(-half, half + 1)]
 
 
-def _check_pair(subjects: Sequence[Subject]) -> None:
-    files = " and ".join(str(subject.file) for subject in subjects)
-    if len(subjects) != 2:
-        raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(subjects)}")
-    shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in subjects]
+def _check_pair(loaded: Sequence[LoadedCheckpoint]) -> None:
+    files = " and ".join(str(checkpoint.file) for checkpoint in loaded)
+    if len(loaded) != 2:
+        raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(loaded)}")
+    shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in loaded]
     if shapes[0] != shapes[1]:
         raise ConfigError(f"kind=line: {files} are of different models")

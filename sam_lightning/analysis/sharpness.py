@@ -11,8 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sam_lightning.analysis import checkpoints as inspection
-from sam_lightning.analysis.checkpoints import Subject, labels_of, stage
+from sam_lightning.analysis.checkpoints import (
+    SHARED_DEFAULTS,
+    SHARED_RULES,
+    LoadedCheckpoint,
+    labels_of,
+    load_checkpoints,
+    progress,
+    stage,
+    surface_of,
+)
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import boolean, integer, number
@@ -37,7 +45,7 @@ most max_steps, of which each keeps a vector of the size of the weights; trace_s
 the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
 take half the time with images=256, and then depend more on which images are drawn.
 """
-DEFAULTS = inspection.DEFAULTS | {
+DEFAULTS = SHARED_DEFAULTS | {
     "labels": None,
     "rho": 0.05,
     "m": 128,
@@ -50,7 +58,7 @@ DEFAULTS = inspection.DEFAULTS | {
     "density_steps": 16,
 }
 RULES = [
-    *inspection.RULES,
+    *SHARED_RULES,
     ("rho", number(0, open_low=True), "a number > 0"),
     ("m", integer(1), "a whole number >= 1"),
     ("ascent_steps", integer(1), "a whole number >= 1"),
@@ -68,19 +76,21 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     if options.max_steps < options.top_k:
         raise ConfigError(f"max_steps={options.max_steps}: must be >= top_k={options.top_k}")
-    subjects = inspection.load_subjects(options)
-    labels = labels_of(options.labels, subjects)
-    for subject in subjects:
-        make_folder(subject.out, subject.out)
+    loaded = load_checkpoints(options)
+    labels = labels_of(options.labels, loaded)
+    for checkpoint in loaded:
+        make_folder(checkpoint.out, checkpoint.out)
 
     results: dict[Path, list[dict[str, Any]]] = {}
     try:
-        with inspection.progress() as bar:
-            for subject, label in zip(subjects, labels, strict=True):
-                measured = {"label": label, "ckpt_path": str(subject.file)}
-                measured |= measure(subject, label, options, bar)
-                results.setdefault(subject.out, []).append(measured)
-                write_json(subject.out / "sharpness.json", {"checkpoints": results[subject.out]})
+        with progress() as bar:
+            for checkpoint, label in zip(loaded, labels, strict=True):
+                measured = {"label": label, "ckpt_path": str(checkpoint.file)}
+                measured |= measure(checkpoint, label, options, bar)
+                results.setdefault(checkpoint.out, []).append(measured)
+                write_json(
+                    checkpoint.out / "sharpness.json", {"checkpoints": results[checkpoint.out]}
+                )
     finally:  # what was measured is shown also where it cannot be written
         if results:
             print_table([measured for group in results.values() for measured in group], options)
@@ -91,14 +101,16 @@ def main(argv: list[str] | None = None) -> None:
         print(*map(os.path.relpath, files))
 
 
-def measure(subject: Subject, label: str, options: DictConfig, bar: "Progress") -> dict[str, Any]:
+def measure(
+    checkpoint: LoadedCheckpoint, label: str, options: DictConfig, bar: "Progress"
+) -> dict[str, Any]:
     """Every measure of one checkpoint, by name, as plain values."""
     import torch
 
     from sam_lightning.analysis import curvature
 
     generator = torch.Generator().manual_seed(options.seed)
-    surface = inspection.surface_of(subject, options)
+    surface = surface_of(checkpoint, options)
     with stage(bar, surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
         worst = curvature.worst_case(surface, options.rho)
         climbed = curvature.worst_case(surface, options.rho, options.ascent_steps)

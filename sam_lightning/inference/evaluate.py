@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sam_lightning.data.source import Split
-    from sam_lightning.inference.load import Trained
+    from sam_lightning.inference.load import TrainedClassifier
 
 ABOUT = """
 Evaluate a checkpoint on the data of its run.
@@ -71,7 +71,7 @@ RULES: list[Rule] = [
 ]
 
 
-def evaluate(trained: Trained, split: Split, batch_size: int = 512) -> dict[str, Any]:
+def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) -> dict[str, Any]:
     """Loss, accuracies, calibration and confusion matrix of a model on a split.
 
     Args:
@@ -114,7 +114,7 @@ def evaluate(trained: Trained, split: Split, batch_size: int = 512) -> dict[str,
 
 
 def corrupted(
-    trained: Trained, split: Split, batch_size: int = 512, seed: int = 0
+    trained: TrainedClassifier, split: Split, batch_size: int = 512, seed: int = 0
 ) -> dict[str, list[float]]:
     """Accuracy under each of ``corruptions.CORRUPTIONS``, from severity 1 to 5.
 
@@ -144,7 +144,7 @@ def corrupted(
 
 
 def _outputs(
-    trained: Trained,
+    trained: TrainedClassifier,
     split: Split,
     batch_size: int,
     change: Callable[[Tensor], Tensor] = lambda images: images,
@@ -174,8 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch_device(options.device)
     trained = load(file).to(device)
     root = OmegaConf.select(options, "data.root")
-    moved = {} if root is None else {"root": str(root)}
-    data = data_of({"hyper_parameters": trained.config}, **moved)
+    data = data_of({"hyper_parameters": trained.config}, root=root)
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")

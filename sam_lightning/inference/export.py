@@ -17,7 +17,7 @@ from sam_lightning.runs.files import checkpoint_file, replacing
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sam_lightning.inference.load import Trained
+    from sam_lightning.inference.load import TrainedClassifier
 
 Shape = tuple[int, ...]  # of one image: channels, height, width
 
@@ -62,7 +62,7 @@ TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order stay far
 
 
 def export(
-    trained: Trained,
+    trained: TrainedClassifier,
     out: Path,
     normalize: bool = True,
     batch: int | None = None,
@@ -107,7 +107,7 @@ def export(
     return difference
 
 
-def _portable(trained: Trained, normalize: bool) -> nn.Module:
+def _portable(trained: TrainedClassifier, normalize: bool) -> nn.Module:
     """The model in the usual memory layout, behind its normalisation where that is asked for."""
     import torch
 
@@ -171,7 +171,7 @@ def _run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _largest_difference(
-    trained: Trained,
+    trained: TrainedClassifier,
     run: Callable[[Tensor], Tensor],
     normalize: bool,
     shape: Shape,

@@ -23,7 +23,7 @@ from sam_lightning.runs.checkpoint import read
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
 
-class Trained(nn.Module):
+class TrainedClassifier(nn.Module):
     """The classifier of a checkpoint, in eval mode, in float32, on the CPU.
 
     Args:
@@ -155,7 +155,7 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load(ckpt_path: str | Path) -> Trained:
+def load(ckpt_path: str | Path) -> TrainedClassifier:
     """The classifier of a checkpoint: ``load`` it, ``preprocess`` images, call it on them.
 
     Args:
@@ -166,19 +166,20 @@ def load(ckpt_path: str | Path) -> Trained:
     """
     checkpoint = read(ckpt_path)
     try:
-        return Trained(checkpoint)
+        return TrainedClassifier(checkpoint)
     except ConfigError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
-def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageData:
+def data_of(checkpoint: dict[str, Any], root: Any = None, **overrides: Any) -> ImageData:
     """The data of a run, read: its split, its label noise, its normalisation.
 
     Images are kept in host memory and loaded in this process, whatever the run did.
 
     Args:
         checkpoint: as ``checkpoint.read`` returns it; ``hyper_parameters`` is all that is used.
-        overrides: keys of the data configuration, such as ``root`` where the files have moved.
+        root: where the files are now; None: where the run found them.
+        overrides: other keys of the data configuration.
 
     Raises:
         ConfigError: the data are not there, an override does not exist or is out of its range,
@@ -187,6 +188,8 @@ def data_of(checkpoint: dict[str, Any], **overrides: Any) -> ImageData:
     keys = ("data", "batch_size", "seed", "classes", "mean", "std")
     stored = _stored(checkpoint["hyper_parameters"], *keys)
     stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
+    if root is not None:
+        overrides["root"] = str(root)
     for key, value in overrides.items():
         if key in SOURCE_KEYS:
             if key not in stored.data.source:

@@ -23,7 +23,7 @@ from sam_lightning.runs.files import checkpoint_file, replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sam_lightning.inference.load import Trained
+    from sam_lightning.inference.load import TrainedClassifier
 
 ABOUT = """
 Classify image files with a checkpoint.
@@ -68,7 +68,7 @@ RULES: list[Rule] = [
 
 
 def predict(
-    trained: Trained, files: list[Path], top_k: int = 5, batch_size: int = 128
+    trained: TrainedClassifier, files: list[Path], top_k: int = 5, batch_size: int = 128
 ) -> Iterator[dict[str, Any]]:
     """Classify image files.
 
@@ -94,7 +94,9 @@ def predict(
                 yield {"file": str(file), "predictions": next(found)}
 
 
-def _classify(trained: Trained, images: list[Tensor], top_k: int) -> list[list[dict[str, Any]]]:
+def _classify(
+    trained: TrainedClassifier, images: list[Tensor], top_k: int
+) -> list[list[dict[str, Any]]]:
     """The most likely classes of each image, with their probabilities."""
     import torch
 
@@ -109,7 +111,7 @@ def _classify(trained: Trained, images: list[Tensor], top_k: int) -> list[list[d
     ]
 
 
-def _read(trained: Trained, file: Path) -> Tensor | str:
+def _read(trained: TrainedClassifier, file: Path) -> Tensor | str:
     """What the model takes, of one image, or why there is none."""
     from PIL import Image
 

@@ -21,8 +21,7 @@ from rich.table import Table
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
-from sam_lightning.runs.failures import now
-from sam_lightning.runs.files import write_json
+from sam_lightning.runs.files import now, write_json
 
 log = logging.getLogger(__name__)
 

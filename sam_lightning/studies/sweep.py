@@ -25,8 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import Rule, check_values, integer, number, one_line, or_null
-from sam_lightning.runs.failures import read_summary, record_failure
-from sam_lightning.runs.files import write_json
+from sam_lightning.runs.files import read_summary, record_failure, write_json
 from sam_lightning.runs.folder import refuse
 
 log = logging.getLogger(__name__)

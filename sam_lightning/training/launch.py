@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
-from sam_lightning.runs.failures import record_failure
+from sam_lightning.runs.files import record_failure
 
 log = logging.getLogger(__name__)
 

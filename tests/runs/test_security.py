@@ -70,7 +70,7 @@ FOREIGN = [
     ("optimizer", "torch.optim.optimizer.functools.partial"),
     ("data.source", "sam_lightning.data.torchvision_sets.Path"),
     # of a trusted package, but not of the kind
-    ("model", "sam_lightning.runs.failures.write_json"),
+    ("model", "sam_lightning.runs.files.write_json"),
     ("model", "sam_lightning.data.digits"),
     ("data.source", "sam_lightning.data.source.stratified_split"),
     ("data.source", RESNET),

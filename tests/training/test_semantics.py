@@ -11,7 +11,7 @@ from host_syncs import HostSyncs
 from reference import CLASSES, SGD, batches, fit, loader, mlp, sgd, trainer
 from runs import SMALL, command, summary
 from sam_lightning import SAM, SAMModule
-from sam_lightning.inference.load import Trained, data_of
+from sam_lightning.inference.load import TrainedClassifier, data_of
 from sam_lightning.runs.checkpoint import read
 
 # -------------------------------------------------------- SAM.step(closure), left to Lightning
@@ -140,7 +140,7 @@ def test_devices_evaluate_with_the_mean_of_their_running_statistics(tmp_path):
     means = [v.flatten() for k, v in saved if k.endswith(("running_mean", "running_var"))]
     torch.testing.assert_close(torch.cat(means), (one + two) / 2)
 
-    model, data = Trained(checkpoint), data_of(checkpoint)  # one process, with the mean
+    model, data = TrainedClassifier(checkpoint), data_of(checkpoint)  # one process, with the mean
     with torch.no_grad():
         logits = model(model.preprocess(data.test.images))
     loss = nn.functional.cross_entropy(logits, data.test.labels).item()
