@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ from rich.table import Column, Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
+from sam_lightning.config.schema import Rule, integer, one_of, or_null
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sam_lightning.data.corruptions import CorruptedImages
     from sam_lightning.data.source import Split
     from sam_lightning.inference.load import TrainedClassifier
 
@@ -30,11 +30,13 @@ ABOUT = """
 Evaluate a checkpoint on the data of its run.
 
 python -m sam_lightning evaluate ckpt_path=RUN/checkpoints/best.ckpt
-python -m sam_lightning evaluate ckpt_path=RUN corruptions=true device=cuda
+python -m sam_lightning evaluate ckpt_path=RUN corruptions=CIFAR-10-C device=cuda
 
 Prints the loss (mean negative log-likelihood, natural logarithm), the accuracy, that among the 5
 most likely of 10 or more classes, the expected calibration error (15 bins), and the accuracy of
-each class; with corruptions=true also the accuracy on images made worse in 7 ways at 5 severities.
+each class. With corruptions=FOLDER also the accuracy under the 15 corruptions of CIFAR-10-C or
+CIFAR-100-C at 5 severities, and the mean corruption error: a plain mean over corruptions, not
+divided by another model's.
 Writes evaluation.json and confusion_matrix.csv (rows: true classes, columns: predictions).
 
 Computed in float32, on one device: equal to the run's own test where that was too.
@@ -44,7 +46,7 @@ Computed in float32, on one device: equal to the run's own test where that was t
   data.root      where the data are now; null: where the run found them
   batch_size     null: that of the run's evaluation
   device         auto, cpu or cuda
-  seed           of the noise of corruptions
+  corruptions    the folder with labels.npy and gaussian_noise.npy to jpeg_compression.npy
   out            the folder to write to; null: the run's
 """
 
@@ -54,8 +56,7 @@ DEFAULTS = {
     "data.root": None,
     "batch_size": None,
     "device": "auto",
-    "corruptions": False,
-    "seed": 0,
+    "corruptions": None,
     "out": None,
 }
 
@@ -65,8 +66,7 @@ RULES: list[Rule] = [
     ("split", *one_of(("test", "val", "train"))),
     ("batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
     ("device", *one_of(("auto", "cpu", "cuda"))),
-    ("corruptions", boolean, "true, false"),
-    ("seed", integer(0), "a whole number >= 0"),
+    ("corruptions", or_null(lambda v: isinstance(v, str)), "a folder, as in CIFAR-10-C, or null"),
     ("out", or_null(lambda v: isinstance(v, str)), "a folder, as in ./figures, or null"),
 ]
 
@@ -114,47 +114,34 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
 
 
 def corrupted(
-    trained: TrainedClassifier, split: Split, batch_size: int = 512, seed: int = 0
+    trained: TrainedClassifier, files: CorruptedImages, labels: Tensor, batch_size: int = 512
 ) -> dict[str, list[float]]:
-    """Accuracy under each of ``corruptions.CORRUPTIONS``, from severity 1 to 5.
-
-    Noise depends on the seed and the order of the images alone.
-
-    Raises:
-        ConfigError: the images have neither 1 nor 3 channels.
-    """
+    """Accuracy under each corruption, from severity 1 to 5."""
     import torch
 
-    from sam_lightning.data.corruptions import CORRUPTIONS
-    from sam_lightning.data.seeding import draw_seed
+    from sam_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
+    from sam_lightning.data.source import Split
 
-    if trained.in_channels not in (1, 3):
-        raise ConfigError(f"corruptions=true: not for images of {trained.in_channels} channels")
     accuracies: dict[str, list[float]] = {}
-    for kind, (name, (corrupt, strengths)) in enumerate(CORRUPTIONS.items()):
+    for name in CORRUPTIONS:
         accuracies[name] = []
-        for severity, strength in enumerate(strengths):
-            generator = torch.Generator().manual_seed(draw_seed(seed, kind, severity))
-            change = partial(corrupt, strength=strength, generator=generator)
+        for severity in range(1, SEVERITIES + 1):
+            split = Split(files.images(name, severity), labels)
             with torch.inference_mode():
-                outputs = _outputs(trained, split, batch_size, change)
-                right = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs)
+                outputs = _outputs(trained, split, batch_size)
+                right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
             accuracies[name].append(right / len(split))
     return accuracies
 
 
 def _outputs(
-    trained: TrainedClassifier,
-    split: Split,
-    batch_size: int,
-    change: Callable[[Tensor], Tensor] = lambda images: images,
+    trained: TrainedClassifier, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels, batch by batch, of images that are changed before."""
+    """Logits and labels, batch by batch."""
     device = next(trained.parameters()).device
     for start in range(0, len(split), batch_size):
         batch = slice(start, start + batch_size)
-        logits = trained(trained.preprocess(change(split.images[batch])))
-        yield logits, split.labels[batch].to(device)
+        yield trained(trained.preprocess(split.images[batch])), split.labels[batch].to(device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,7 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(options.out or run_folder(file)).expanduser()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: is not a folder")
+    if options.corruptions is not None and options.split != "test":
+        raise ConfigError(f"corruptions={options.corruptions}: needs split=test")
 
+    from sam_lightning.data.corruptions import CorruptedImages
     from sam_lightning.inference.load import data_of, load, torch_device
 
     device = torch_device(options.device)
@@ -178,12 +168,15 @@ def main(argv: list[str] | None = None) -> None:
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
+    files = None
+    if options.corruptions is not None:
+        files = CorruptedImages(Path(options.corruptions).expanduser(), split.labels)
     batch_size = options.batch_size or data.eval_batch_size
     values = evaluate(trained, split, batch_size)
     confusion = values.pop("confusion")
-    by_kind = corrupted(trained, split, batch_size, options.seed) if options.corruptions else {}
+    by_kind = corrupted(trained, files, split.labels, batch_size) if files else {}
     if by_kind:
-        values["corrupted_acc"] = mean(mean(accuracies) for accuracies in by_kind.values())
+        values["mean_corruption_error"] = mean(1 - mean(found) for found in by_kind.values())
     result = {
         "ckpt_path": str(file),
         "split": options.split,

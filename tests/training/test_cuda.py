@@ -247,7 +247,7 @@ def test_the_commands_of_readme(tmp_path):
     checkpoint = ["ckpt_path=run", "device=cuda"]
     for arguments in (
         [*train, "callbacks=sharpness"],
-        ["-m", "sam_lightning", "evaluate", *checkpoint, "corruptions=true"],
+        ["-m", "sam_lightning", "evaluate", *checkpoint],
         [
             "-m",
             "sam_lightning",
