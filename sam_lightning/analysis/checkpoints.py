@@ -107,7 +107,7 @@ def surface_of(
     from sam_lightning.inference.load import data_of
 
     root = OmegaConf.select(options, "data.root")
-    data = data_of({"hyper_parameters": checkpoint.model.config}, root=root)
+    data = data_of(checkpoint.model.config, root=root)
     device = next(checkpoint.model.parameters()).device
     drawn = (options.split, options.images, options.batch_size, options.seed)
     batches = fixed_batches(data, *drawn, device)

@@ -154,11 +154,6 @@ class Spectrum:
     nodes: Tensor
     weights: Tensor
 
-    def moment(self, power: int) -> tuple[float, float]:
-        """The mean of ``eigenvalue ** power`` and its standard error; power < 2 M, of M steps."""
-        values = (self.weights * self.nodes**power).sum(1)
-        return values.mean().item(), values.std().item() / math.sqrt(len(values))
-
     def resolution(self, known: int = 0) -> float:
         """The least width of the ``density`` at which it is not that of single nodes.
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import ImageData
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import stratified_split
@@ -195,13 +194,11 @@ def fixed_batches(
     source = getattr(data, split)
     if source is None:
         raise ConfigError(f"split={split}: this run has no validation images")
-    assert data.mean is not None
-    assert data.std is not None
     count = min(images, len(source))
     chosen, _ = stratified_split(source.labels.cpu(), count, draw_seed(seed))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     drawn = source.take(chosen[order].to(source.labels.device)).to(device)
-    normalised = BatchAugment(data.mean, data.std).normalize(drawn.images)
+    normalised = data.normalize(drawn.images)
     return list(zip(normalised.split(batch_size), drawn.labels.split(batch_size), strict=True))
 
 

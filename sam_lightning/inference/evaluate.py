@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch_device(options.device)
     trained = load(file).to(device)
     root = OmegaConf.select(options, "data.root")
-    data = data_of({"hyper_parameters": trained.config}, root=root)
+    data = data_of(trained.config, root=root)
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")

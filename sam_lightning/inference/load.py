@@ -171,13 +171,13 @@ def load(ckpt_path: str | Path) -> TrainedClassifier:
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
-def data_of(checkpoint: dict[str, Any], root: Any = None, **overrides: Any) -> ImageData:
+def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> ImageData:
     """The data of a run, read: its split, its label noise, its normalisation.
 
     Images are kept in host memory and loaded in this process, whatever the run did.
 
     Args:
-        checkpoint: as ``checkpoint.read`` returns it; ``hyper_parameters`` is all that is used.
+        config: of the run, as ``TrainedClassifier.config``.
         root: where the files are now; None: where the run found them.
         overrides: other keys of the data configuration.
 
@@ -186,7 +186,7 @@ def data_of(checkpoint: dict[str, Any], root: Any = None, **overrides: Any) -> I
             or the classes are others than those of the run.
     """
     keys = ("data", "batch_size", "seed", "classes", "mean", "std")
-    stored = _stored(checkpoint["hyper_parameters"], *keys)
+    stored = _stored(config, *keys)
     stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
     if root is not None:
         overrides["root"] = str(root)

@@ -108,7 +108,7 @@ def test_around_checkpoints(trained, tmp_path, capsys, batch_norm):
     assert (trained / "sgd" / "checkpoints" / "last.ckpt").read_bytes() == before
     for name, losses in zip(("sgd", "sam"), found["loss"], strict=True):
         model = load(trained / name / "checkpoints" / "last.ckpt")
-        split = data_of({"hyper_parameters": model.config}).train
+        split = data_of(model.config).train
         images = model.preprocess(split.images)
         for module in model.modules():
             module.train(batch_norm == "batch" and isinstance(module, nn.BatchNorm2d))
@@ -146,7 +146,7 @@ def test_the_line_between_two_ends_at_their_own_losses(trained, tmp_path):
     middle = load(trained / "sgd" / "checkpoints" / "last.ckpt")
     states = [model.state_dict() for model in models]
     middle.load_state_dict({k: (v + states[1][k]) / 2 for k, v in states[0].items()})
-    split = data_of({"hyper_parameters": middle.config}).train
+    split = data_of(middle.config).train
     with torch.no_grad():
         expected = [
             cross_entropy(model(model.preprocess(split.images)), split.labels).item()

@@ -58,7 +58,7 @@ def results(folder):
 def everything(folder):
     """The loss of a checkpoint over all its training images, by one plain pass."""
     model = load(folder / "checkpoints" / "last.ckpt")
-    split = data_of({"hyper_parameters": model.config}).train
+    split = data_of(model.config).train
     return model, lambda: cross_entropy(model(model.preprocess(split.images)), split.labels)
 
 
@@ -96,7 +96,7 @@ def test_curvature_is_that_of_the_seed(trained, tmp_path):
     )
     (found,) = results(tmp_path)
     model = load(trained[1] / "checkpoints" / "last.ckpt")
-    data = data_of({"hyper_parameters": model.config})
+    data = data_of(model.config)
     surface = LossSurface(model, fixed_batches(data, "test", 30, 25, 3, "cpu"))
     generator = torch.Generator().manual_seed(3)
     top = top_eigenpairs(surface, generator, 2, tolerance=1e-3, max_steps=6)

@@ -79,7 +79,10 @@ def test_it_equals_the_last_validation_of_the_run_exactly(run, tmp_path):
 def test_every_figure_is_that_of_another_implementation(run, tmp_path, split):
     main([f"ckpt_path={run}", f"out={tmp_path}", f"split={split}", "batch_size=97"])
     found = written(tmp_path)
-    model, data = load(last(run)), data_of(read(last(run)))  # labels of train with their noise
+    model, data = (
+        load(last(run)),
+        data_of(read(last(run))["hyper_parameters"]),
+    )  # labels of train with their noise
     images, labels = getattr(data, split).images, getattr(data, split).labels.numpy()
     probabilities = probabilities_of(model, images)
     predicted = probabilities.argmax(1)
@@ -109,7 +112,7 @@ def test_every_figure_is_that_of_another_implementation(run, tmp_path, split):
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities(run):
     model = load(last(run))
-    test = data_of(read(last(run))).test
+    test = data_of(read(last(run))["hyper_parameters"]).test
     logits = torch.rand(len(test), 10, generator=torch.Generator().manual_seed(0))
     batches = iter(logits.split(100))
     model.forward = lambda images: next(batches)  # type: ignore[method-assign]
@@ -123,7 +126,7 @@ def test_fewer_classes_have_no_top_5_and_one_without_images_no_accuracy(photos, 
     assert set(written(tmp_path)["metrics"]) == {
         f"test/{name}" for name in ("loss", "acc", "error", "calibration_error")
     }
-    model, test = load(last(photos)), data_of(read(last(photos))).test
+    model, test = load(last(photos)), data_of(read(last(photos))["hyper_parameters"]).test
     kept = test.take((test.labels != 1).nonzero().squeeze(1))
     assert evaluate(model, kept)["confusion"][1] == [0, 0, 0]
 
@@ -143,7 +146,7 @@ def write_corruptions(folder, labels, shape=(16, 20), seed=0):
 
 
 def test_accuracy_under_corruption_is_that_of_the_files_images_one_by_one(photos, tmp_path, capsys):
-    model, labels = load(last(photos)), data_of(read(last(photos))).test.labels
+    model, labels = load(last(photos)), data_of(read(last(photos))["hyper_parameters"]).test.labels
     folder = write_corruptions(tmp_path / "CIFAR-10-C", labels)
     out = tmp_path / "out"
     main([f"ckpt_path={photos}", f"corruptions={folder}", f"out={out}", "batch_size=4"])
@@ -165,7 +168,7 @@ def test_accuracy_under_corruption_is_that_of_the_files_images_one_by_one(photos
 
 
 def test_corrupted_files_that_do_not_fit_are_refused_in_one_line(photos, tmp_path):
-    labels = data_of(read(last(photos))).test.labels
+    labels = data_of(read(last(photos))["hyper_parameters"]).test.labels
     folder = write_corruptions(tmp_path / "C", labels)
 
     def refused(*arguments, given=folder):

@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(folder: Path, logits_of, normalized: bool, batches=(1, 4, 10)) -> None:
     """Logits of the run's test images, in batches of several sizes."""
-    model, data = load(last(folder)), data_of(read(last(folder)))
+    model, data = load(last(folder)), data_of(read(last(folder))["hyper_parameters"])
     for n in batches:
         pixels = data.test.images[:n]
         with torch.no_grad():

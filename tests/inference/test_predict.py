@@ -32,7 +32,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_of(folder: Path) -> np.ndarray:
     """Softmax, in float64, of the logits of the test images, in the order of their files."""
-    model, data = load(last(folder)), data_of(read(last(folder)))
+    model, data = load(last(folder)), data_of(read(last(folder))["hyper_parameters"])
     with torch.no_grad():
         logits = model(model.preprocess(data.test.images)).double().numpy()
     powers = np.exp(logits - logits.max(1, keepdims=True))
@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_runs_evaluation(photos, tmp_path):
 
 
 def test_grey_images_too_and_the_likeliest_classes_alone(run, tmp_path):
-    images = data_of(read(last(run))).test.images[:20]
+    images = data_of(read(last(run))["hyper_parameters"]).test.images[:20]
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:02}.png")
     files = sorted(tmp_path.iterdir())

@@ -107,7 +107,7 @@ def test_pixels_are_normalised_bit_for_bit_as_in_evaluation(digits_ckpt):
 def test_files_of_another_size_are_read_bit_for_bit_as_in_evaluation(folder_ckpt):
     model = sam_lightning.load(folder_ckpt)
     assert (model.in_channels, model.image_size) == (3, (24, 24))
-    data = data_of(read(folder_ckpt))
+    data = data_of(read(folder_ckpt)["hyper_parameters"])
     files = sorted((folder_ckpt.parent.parent / "photos" / "test").rglob("*.png"))
     expected = data.normalize(data.test.images)
     assert len(files) == 15
@@ -251,7 +251,7 @@ def test_hostile_data_run_nothing(digits_ckpt, tmp_path):
         checkpoint = read(digits_ckpt)
         checkpoint["hyper_parameters"]["data"]["source"] = target
         with pytest.raises(ConfigError, match="_target_"):
-            data_of(checkpoint)
+            data_of(checkpoint["hyper_parameters"])
         assert not made.exists()
 
 
@@ -261,7 +261,7 @@ def test_hostile_data_run_nothing(digits_ckpt, tmp_path):
 def test_the_data_are_those_of_the_run(digits_ckpt):
     overrides = ["data=digits", "batch_size=50", *NOISY]
     expected = make_data(configuration(*overrides))
-    data = data_of(read(digits_ckpt))
+    data = data_of(read(digits_ckpt)["hyper_parameters"])
     assert data.val is not None
     assert expected.val is not None
     for split in ("train", "val", "test"):
@@ -276,15 +276,18 @@ def test_the_data_are_those_of_the_run(digits_ckpt):
 
 def test_overrides_change_the_data_but_not_their_normalisation(digits_ckpt):
     checkpoint = read(digits_ckpt)
-    data = data_of(checkpoint, val_size=100, label_noise=0.0)
+    data = data_of(checkpoint["hyper_parameters"], val_size=100, label_noise=0.0)
     assert data.val is not None
     assert len(data.val) == 100
     assert list(data.mean or []) == checkpoint["hyper_parameters"]["mean"]
     checkpoint["hyper_parameters"]["data"].update(device="cuda", num_workers=3)  # of the run
-    assert (data_of(checkpoint).device, data_of(checkpoint).num_workers) == (None, 0)
+    assert (
+        data_of(checkpoint["hyper_parameters"]).device,
+        data_of(checkpoint["hyper_parameters"]).num_workers,
+    ) == (None, 0)
     for key in ("root", "vl_size"):
         with pytest.raises(ConfigError, match=f"data.{key}=3: "):
-            data_of(checkpoint, **{key: 3})
+            data_of(checkpoint["hyper_parameters"], **{key: 3})
 
 
 def test_images_that_have_moved_are_found_and_others_refused(folder_ckpt, tmp_path):
@@ -293,16 +296,18 @@ def test_images_that_have_moved_are_found_and_others_refused(folder_ckpt, tmp_pa
     (tmp_path / "moved").symlink_to(photos)
     checkpoint["hyper_parameters"]["data"]["source"]["root"] = str(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"data\.root=.*gone"):
-        data_of(checkpoint)
-    moved = data_of(checkpoint, root=str(tmp_path / "moved"))
-    assert torch.equal(moved.test.images, data_of(read(folder_ckpt)).test.images)
+        data_of(checkpoint["hyper_parameters"])
+    moved = data_of(checkpoint["hyper_parameters"], root=str(tmp_path / "moved"))
+    assert torch.equal(
+        moved.test.images, data_of(read(folder_ckpt)["hyper_parameters"]).test.images
+    )
     for split in ("train", "test"):
         for name in ("blue", "green", "red"):
             source = photos / split / name.replace("green", "yellow")
             (tmp_path / "other" / split / name).mkdir(parents=True)
             (tmp_path / "other" / split / name / "0.png").symlink_to(source / "0.png")
     with pytest.raises(ConfigError, match="has the classes blue, green, red; those of the"):
-        data_of(checkpoint, root=str(tmp_path / "other"))
+        data_of(checkpoint["hyper_parameters"], root=str(tmp_path / "other"))
 
 
 # --------------------------------------------------------------------------------------- other

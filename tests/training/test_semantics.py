@@ -140,7 +140,10 @@ def test_devices_evaluate_with_the_mean_of_their_running_statistics(tmp_path):
     means = [v.flatten() for k, v in saved if k.endswith(("running_mean", "running_var"))]
     torch.testing.assert_close(torch.cat(means), (one + two) / 2)
 
-    model, data = TrainedClassifier(checkpoint), data_of(checkpoint)  # one process, with the mean
+    model, data = (
+        TrainedClassifier(checkpoint),
+        data_of(checkpoint["hyper_parameters"]),
+    )  # one process, with the mean
     with torch.no_grad():
         logits = model(model.preprocess(data.test.images))
     loss = nn.functional.cross_entropy(logits, data.test.labels).item()
