@@ -2,7 +2,7 @@
 
 A source reads its files once into uint8 tensors in memory, so an epoch costs no decoding. A new
 data set is one function and one YAML file in ``conf/data``; the function is here, or in a package
-of your own that the environment variable SAM_LIGHTNING_TRUST lists.
+of your own.
 """
 
 import os
