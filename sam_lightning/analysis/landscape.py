@@ -11,7 +11,6 @@ from sam_lightning.analysis import checkpoints as inspection
 from sam_lightning.analysis.checkpoints import Subject, labels_of, stage, surface_of
 from sam_lightning.config.arguments import one_line_errors, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import integer, number, one_of
 from sam_lightning.runs.files import make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -45,10 +44,10 @@ DEFAULTS = inspection.DEFAULTS | {
 }
 RULES = [
     *inspection.RULES,
-    ("kind", *one_of(("2d", "1d", "line"))),
-    ("span", number(0, open_low=True), "a number > 0"),
-    ("points", lambda v: integer(3)(v) and v % 2 == 1, "an odd number >= 3"),
-    ("batch_norm", *one_of(("stored", "batch"))),
+    ("kind", "2d, 1d, line"),
+    ("span", "a number > 0"),
+    ("points", "an odd number >= 3"),
+    ("batch_norm", "stored, batch"),
 ]
 
 

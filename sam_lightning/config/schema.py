@@ -1,9 +1,9 @@
 """What a configuration may say: names, types and ranges, checked before torch is loaded."""
 
 import errno
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
@@ -89,75 +89,43 @@ a text, or null: trainer.model_registry
 """
 
 
-def number(
-    low: float, high: float = math.inf, *, open_low: bool = False, below: float = math.inf
-) -> Holds:
-    """A finite number from ``low`` (itself too, unless ``open_low``) to ``high``, < ``below``."""
+def allows(text: str) -> Holds:
+    """The test that ``a whole number >= 1, or null`` describes; see ``TABLE`` for other words."""
+    words = text.removesuffix(", or null")
+    if found := re.match(
+        r"(a list of|two|an odd|a) (whole )?(?:number|fraction)s?\b.*?"
+        r"(?:(>=?)|from( above)?) (-?\d+)(?: to (below )?(\d+))?",
+        words,
+    ):
+        many, whole, sign, above, least, below, most = found.groups()
+        low, high = int(least), float(most or sys.float_info.max)
+        excluded = {low} if sign == ">" or above else {high} if below else set()
+        kinds = (int,) if whole or many == "an odd" else (int, float)
 
-    def holds(v: Any) -> bool:
-        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
-            return False
-        return (v > low if open_low else v >= low) and v <= high and v < below
+        def one(v: Any) -> bool:
+            inside = type(v) in kinds and low <= v <= high and v not in excluded
+            return inside and (many != "an odd" or v % 2 == 1)
 
-    return holds
+        def some(v: Any) -> bool:
+            return OmegaConf.is_list(v) and all(map(one, v)) and (many != "two" or len(v) == 2)
 
-
-def integer(low: int, high: float = math.inf) -> Holds:
-    """A whole number from ``low`` to ``high``."""
-    return lambda v: isinstance(v, int) and number(low, high)(v)
-
-
-def or_null(holds: Holds) -> Holds:
-    """Null too."""
-    return lambda v: v is None or holds(v)
-
-
-def one_of(allowed: Iterable[Any]) -> tuple[Holds, str]:
-    """One of these, and how to say so."""
-    values = [*allowed]
-    text = ", ".join("null" if a is None else str(a) for a in values)
-    return lambda v: any(type(v) is type(a) and v == a for a in values), text
-
-
-def boolean(v: Any) -> bool:
-    """True or false."""
-    return isinstance(v, bool)
+        holds: Holds = some if many in ("a list of", "two") else one
+    elif words.startswith(("a text", "a fi", "a fo", "the ")):
+        holds = _text
+    else:
+        known = {"true": True, "false": False, "null": None, "32": 32, "64": 64}
+        values = [known.get(word, word) for word in words.split(", ")]
+        holds = lambda v: any(type(v) is type(a) and v == a for a in values)  # noqa: E731
+    return holds if words == text else lambda v: v is None or holds(v)
 
 
 def _text(v: Any) -> bool:
     return isinstance(v, str) and v != ""
 
 
-def _list_of(holds: Holds) -> Holds:
-    return lambda v: OmegaConf.is_list(v) and all(map(holds, v))
-
-
 def _devices(v: Any) -> bool:
-    return v == "auto" or integer(1)(v) or (_list_of(integer(0))(v) and 0 < len(v) == len({*v}))
-
-
-def allows(text: str) -> Holds:
-    """The test that ``a whole number >= 1, or null`` describes; see ``TABLE`` for other words."""
-    words = text.removesuffix(", or null")
-    if found := re.match(
-        r"(a list of|two|a) (whole )?(?:number|fraction)s?\b.*?"
-        r"(?:(>=?)|from( above)?) (-?\d+)(?: to (below )?(\d+))?",
-        words,
-    ):
-        many, whole, sign, above, low, below, high = found.groups()
-        end = float(high or math.inf)
-        inside = integer(int(low), end) if whole else number(int(low), end)
-        excluded = {float(low)} if sign == ">" or above else {end} if below else set()
-        one: Holds = lambda v: inside(v) and v not in excluded  # noqa: E731
-        holds: Holds = one if many == "a" else _list_of(one)
-        if many == "two":
-            holds = lambda v: _list_of(one)(v) and len(v) == 2  # noqa: E731
-    elif words in ("a text", "the path of a folder"):
-        holds = _text
-    else:
-        known = {"true": True, "false": False, "null": None, "32": 32, "64": 64}
-        holds, _ = one_of(known.get(word, word) for word in words.split(", "))
-    return holds if words == text else or_null(holds)
+    listed = allows("a list of whole numbers >= 0")(v) and 0 < len(v) == len({*v})
+    return v == "auto" or listed or allows("a whole number >= 1")(v)
 
 
 RULES: list[Rule] = [
@@ -167,7 +135,7 @@ RULES: list[Rule] = [
         for key in keys.split()
     ),
     ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
-    ("logger.tensorboard.name", or_null(lambda v: isinstance(v, str)), "a text, or null"),
+    ("logger.tensorboard.name", lambda v: v is None or isinstance(v, str), "a text, or null"),
     (
         "optimizer._target_",
         lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),

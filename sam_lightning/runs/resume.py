@@ -6,9 +6,8 @@ are taken, parsed as Hydra parses them, and no code of strangers.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -126,10 +125,10 @@ def _is_setting(override: Override, allowed: set[str]) -> bool:
         return False
     if override.is_sweep_override():
         return False
-    texts = list(_texts(override.value()))
+    value = str(override.value())
     if is_group(key):
-        return all(re.fullmatch(r"\w+", text) for text in texts)  # else it could be a path
-    return not any("${" in re.sub(r"\$\{[\w.]+\}", "", text) for text in texts)
+        return bool(re.fullmatch(r"[\w\[\], ']+", value))  # names, else it could be a path
+    return "${" not in re.sub(r"\$\{[\w.]+\}", "", value)
 
 
 def _check_code(file: Path, override: Override) -> None:
@@ -141,16 +140,3 @@ def _check_code(file: Path, override: Override) -> None:
         check_targets(OmegaConf.to_container(node, resolve=False), remedy=remedy)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a parsed value, the keys of dictionaries included."""
-    if isinstance(value, dict):
-        for name, child in value.items():
-            yield str(name)
-            yield from _texts(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _texts(child)
-    elif value is not None:
-        yield str(value)
