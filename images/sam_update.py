@@ -1,15 +1,13 @@
 """``python images/sam_update.py``: what one step of SAM does, as a figure."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import one_line_errors, parse
-from sam_lightning.config.schema import integer, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +20,6 @@ Compute and draw one step of SAM beside one of SGD, and where 200 of them lead, 
 
   python images/sam_update.py out=images/sam_update
 """
-
-
-def _two_numbers(value: Any) -> bool:
-    return OmegaConf.is_list(value) and len(value) == 2 and all(map(number(-math.inf), value))
 
 
 def update(options: DictConfig) -> list[Path]:
@@ -162,10 +156,10 @@ def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, f
 
 DEFAULTS = {"out": "images/sam_update", "start": [0.6, 1.8], "rho": 0.4, "lr": 1.5, "steps": 200}
 RULES = [
-    ("start", _two_numbers, "two numbers, as in start=[0.6,1.8]"),
-    ("rho", number(0, open_low=True), "a number > 0"),
-    ("lr", number(0, open_low=True), "a number > 0"),
-    ("steps", integer(1), "a whole number >= 1"),
+    ("start", "two numbers from -1000 to 1000"),
+    ("rho", "a number > 0"),
+    ("lr", "a number > 0"),
+    ("steps", "a whole number >= 1"),
 ]
 
 

@@ -7,32 +7,30 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.conf import CONF as CONF
+from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
-    CONF,
     OF_ARGUMENTS,
     check_flags,
     explain,
     key_of,
     unreadable,
 )
-from sam_lightning.config.schema import check, check_values, one_line
-from sam_lightning.config.usage import usage
+from sam_lightning.config.schema import check, one_line
 from sam_lightning.runs.files import read_summary
-from sam_lightning.runs.folder import TASK_NAME
-from sam_lightning.runs.resume import replayable
+from sam_lightning.runs.resume import resumed
 from sam_lightning.studies.sweep import SweepFolder, fail, summarized
 
 log = logging.getLogger(__name__)
@@ -45,14 +43,14 @@ def guarded(main: Callable[[], Any]) -> None:
     tracebacks instead.
     """
     if {"-h", "--help"} & {*sys.argv}:
-        print(usage(CONF))
+        print(usage())
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
     try:
-        arguments = flags_first(sys.argv[1:])
+        arguments = settings_first(sys.argv[1:])
         check_flags(arguments)
-        sys.argv[1:] = flags_first(without_ghosts(as_launched(resumed(arguments))))
+        sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
         with summarized():
             main()
     except Exception as error:
@@ -170,13 +168,6 @@ def _check_job(folder: Path) -> None:
         )
 
 
-def top_level() -> list[str]:
-    """The keys that may stand at the top of a configuration, and the names of its groups."""
-    primary = OmegaConf.load(CONF / "train.yaml")
-    groups = [str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry]
-    return [*groups, *(str(key) for key in primary if key not in ("defaults", "hydra"))]
-
-
 def _discard(folder: Path) -> None:
     """Remove a folder that holds nothing but what Hydra wrote at the start."""
     found = list(folder.iterdir())
@@ -196,88 +187,22 @@ def _discard(folder: Path) -> None:
         parent.rmdir()
 
 
-def flags_first(arguments: list[str]) -> list[str]:
-    """Put Hydra's flags and their values in front of settings.
+def settings_first(arguments: list[str]) -> list[str]:
+    """Put settings in front of Hydra's flags: its parser does not take them on both sides of one.
 
-    Behind one flag its parser takes settings, but not on both sides of it.
+    A flag that must have a value keeps the next argument.
     """
     actions = get_args_parser()._option_string_actions
-    first, settings, last = [], [], []
-    rest = iter(arguments)
-    for argument in rest:
-        nargs = getattr(actions.get(argument), "nargs", 0)
-        value = list(islice(rest, 1)) if nargs is None else []
-        if not argument.startswith("-"):
-            settings.append(argument)
-        elif nargs == "?" or (nargs is None and not value):  # would take a setting for its value
-            last.append(argument)
-        else:
-            first += [argument, *value]
-    return [*first, *settings, *last]
+    takes = [False, *(a in actions and actions[a].nargs is None for a in arguments)]
+    is_flag = [a.startswith("-") or taken for a, taken in zip(arguments, takes, strict=False)]
+    flags = [a for a, flag in zip(arguments, is_flag, strict=True) if flag]
+    return [*(a for a, flag in zip(arguments, is_flag, strict=True) if not flag), *flags]
 
 
 def sqlite(path: str) -> str:
     """The URL of a database that Optuna may make at ``path``, in a folder that is there."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}"
-
-
-def resumed(arguments: list[str]) -> list[str]:
-    """Complete ``ckpt_path=...`` with what the run of that checkpoint was started with.
-
-    It is a checkpoint, a run's folder, or ``last``: the folder of ``hydra.run.dir`` if that is
-    given, whether there is a run in it yet or not, else that of the newest run. The run's stored
-    overrides come first, then those given now, which win; the output goes on in the run's own
-    folder, and its stored configuration is not written again.
-
-    Raises:
-        ConfigError: there is no run to continue.
-    """
-    given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
-    sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
-    if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
-        return arguments
-    path = Path(given["ckpt_path"])
-    if given["ckpt_path"] == "last":
-        folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
-    elif given["ckpt_path"] and path.exists():
-        # Quoted, for the name of a sweep's folder has "=" and "," in it.
-        quoted = f"ckpt_path={_quoted(path)}"
-        arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
-        folder = path if path.is_dir() else path.parent
-        folder = folder.parent if folder.name == "checkpoints" else folder
-    else:
-        return arguments
-    folder = folder.resolve()
-    stored = folder / ".hydra" / "overrides.yaml"
-    if not stored.is_file():
-        return arguments
-    kept = replayable(stored, top_level(), given)
-    if "hydra.run.dir" not in given:
-        arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
-    if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
-        arguments = [*arguments, "hydra.output_subdir=null"]
-    # One run, also where the checkpoint is of a sweep that its configuration asked for.
-    return [*kept, *arguments, "hydra.mode=RUN"]
-
-
-def _newest_run(given: dict[str, str]) -> Path:
-    """The run started last, of the task that the arguments tell, or of any; by its folder's name.
-
-    Its times are those of the start, where those of files would change with a copy.
-    """
-    if "task_name" in given:
-        check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
-    task = given.get("task_name", "**")
-    if experiment := given.get("experiment"):
-        file = CONF / "experiment" / f"{experiment}.yaml"
-        if file.is_file():
-            task = OmegaConf.select(OmegaConf.load(file), "task_name", default=task)
-    runs = {file.parent.parent for file in Path("logs").glob(f"{task}/runs/*/checkpoints/*.ckpt")}
-    if not runs:
-        folder = "logs" if task == "**" else f"logs/{task}/runs"
-        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in {folder}")
-    return max(runs, key=lambda run: run.name)
 
 
 def as_launched(arguments: list[str]) -> list[str]:
@@ -300,9 +225,3 @@ def without_ghosts(arguments: list[str]) -> list[str]:
         return arguments
     nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
     return [*arguments, *nowhere]
-
-
-def _quoted(path: Path) -> str:
-    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
-    return f"'{escaped}'"

@@ -32,9 +32,6 @@ LONG = {"optim/sam.py", "training/module.py"}
 UP = {
     ("optim.methods.sam_on", "config.errors"),
     ("optim.schedules", "config.errors"),
-    ("studies.cost", "cli"),
-    ("studies.plan", "cli"),
-    ("studies.study", "cli"),
 }
 
 

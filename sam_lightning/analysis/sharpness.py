@@ -23,7 +23,6 @@ from sam_lightning.analysis.checkpoints import (
 )
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import boolean, integer, number
 from sam_lightning.runs.files import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -59,15 +58,15 @@ DEFAULTS = SHARED_DEFAULTS | {
 }
 RULES = [
     *SHARED_RULES,
-    ("rho", number(0, open_low=True), "a number > 0"),
-    ("m", integer(1), "a whole number >= 1"),
-    ("ascent_steps", integer(1), "a whole number >= 1"),
-    ("top_k", integer(1), "a whole number >= 1"),
-    ("max_steps", integer(2), "a whole number >= 2"),
-    ("trace_samples", integer(2), "a whole number >= 2"),
-    ("density", boolean, "true, false"),
-    ("density_samples", integer(1), "a whole number >= 1"),
-    ("density_steps", integer(2), "a whole number >= 2"),
+    ("rho", "a number > 0"),
+    ("m", "a whole number >= 1"),
+    ("ascent_steps", "a whole number >= 1"),
+    ("top_k", "a whole number >= 1"),
+    ("max_steps", "a whole number >= 2"),
+    ("trace_samples", "a whole number >= 2"),
+    ("density", "true, false"),
+    ("density_samples", "a whole number >= 1"),
+    ("density_steps", "a whole number >= 2"),
 ]
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import Rule, check_values, no_such_key, one_line
+from sam_lightning.config.trust import trust
 
 
 def parse(
@@ -19,19 +20,27 @@ def parse(
 ) -> DictConfig:
     """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
 
+    A command with ``ckpt_path`` takes ``trust`` as well: code of the person's own that the
+    checkpoint may name.
+
     Args:
         about: what the command does, with an example.
         defaults: every key with its default; ``"???"`` for one that must be given.
-        rules: (key, holds, allowed), as ``configuration.RULES``.
+        rules: as ``schema.RULES``.
         argv: ``sys.argv[1:]`` if None.
 
     Raises:
         ConfigError: an argument is not of that form, or its key or value is not allowed.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "ckpt_path" in defaults:
+        defaults = {**defaults, "trust": None}
     if {"-h", "--help"} & {*argv}:
         print(about.strip(), "", "Keys, here with their defaults (???: must be given):", sep="\n")
         print(*(f"  {k}={'null' if v is None else v}" for k, v in defaults.items()), sep="\n")
+        if "trust" in defaults:
+            print("\ntrust: your own code that the checkpoint names, as in trust=my_project.Net;")
+            print("what is in conf is trusted already")
         sys.exit(0)
     options = OmegaConf.create(dict(defaults))
     for argument in argv:
@@ -48,6 +57,8 @@ def parse(
     for key in defaults:
         if OmegaConf.is_missing(options, key):
             raise ConfigError(f"{key}: must be given, as in {key}=...")
+    if "ckpt_path" in defaults:
+        trust(options.pop("trust"))
     check_values(options, rules)
     return options
 

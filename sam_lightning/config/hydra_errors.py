@@ -1,19 +1,19 @@
 """What Hydra says of a command line that it cannot compose, in one line with a remedy."""
 
 import re
-from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean, flat, no_such_key, one_line
+from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
 
-CONF = Path(__file__).parents[2] / "conf"
 # What is raised while a configuration is composed from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
 # What Hydra says in a ValueError of arguments that it cannot use.
@@ -32,7 +32,7 @@ def check_flags(arguments: list[str]) -> None:
         ConfigError: names the flag, and the nearest one.
     """
     parser = get_args_parser()
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    known = parser._option_string_actions
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in known:
@@ -40,8 +40,7 @@ def check_flags(arguments: list[str]) -> None:
             raise ConfigError(f"{argument}: no such flag{hint}")
 
     def refuse(message: str) -> NoReturn:
-        _, late, settings = message.partition("unrecognized arguments: ")
-        raise ConfigError(f"{settings}: must stand before all flags" if late else message)
+        raise ConfigError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(arguments)
@@ -49,9 +48,8 @@ def check_flags(arguments: list[str]) -> None:
 
 def unreadable(arguments: list[str]) -> str | None:
     """What keeps the first YAML file of the configuration that is no text from being read."""
-    given, _ = get_args_parser().parse_known_args(arguments)
-    for folder in (CONF, *filter(None, (given.config_path, given.config_dir))):
-        for file in sorted(Path(folder).rglob("*.yaml")):
+    for folder in (CONF, *folders_given(arguments)):
+        for file in sorted(folder.rglob("*.yaml")):
             try:
                 file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -68,23 +66,22 @@ def explain(error: Exception, arguments: list[str]) -> str:
         reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
         return f"{error.override}: not of the form key=value ({_shortened(reason)})"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text):
-        key = found.group(1)
+        key = found[1]
         argument = next((a for a in arguments if key_of(a) == key), key)
-        if _is_group(key):
-            return f"{argument}: allowed are {', '.join(_options(key))}"
-        known = [k for k in _known_keys(arguments) if k != key]
-        return f"{argument}: {no_such_key(key, known)}"
+        if is_group(key):
+            return f"{argument}: allowed are {', '.join(choices(key))}"
+        return f"{argument}: {no_such_key(key, [k for k in _known_keys(arguments) if k != key])}"
     if "Config group override must be" in text or "force-add of config groups" in text:
         for argument in arguments:
             key, choice = key_of(argument), argument.partition("=")[2]
-            if _is_group(key) and (argument.startswith("+") or choice not in _options(key)):
+            if is_group(key) and (argument.startswith("+") or choice not in choices(key)):
                 without = ", without +" if argument.startswith("+") else ""
-                return f"{argument}: allowed are {', '.join(_options(key))}{without}"
+                return f"{argument}: allowed are {', '.join(choices(key))}{without}"
     if "Could not find 'hydra/sweeper/optuna'" in text:
         return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):
         group, choice = found.groups()
-        listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or _options(group)
+        listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or choices(group)
         allowed = [option for option in listed if option != "base"]
         hint = did_you_mean(choice, allowed)
         return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
@@ -101,52 +98,9 @@ def _shortened(text: str) -> str:
     return " ".join(text.split())
 
 
-def _options(group: str) -> list[str]:
-    return sorted({file.stem for file in (CONF / group).glob("*.yaml")} - {"base"})
-
-
-def _is_group(key: str) -> bool:
-    return key not in ("", "study") and (CONF / key).is_dir()
-
-
 def _known_keys(arguments: list[str]) -> list[str]:
-    """The keys of the configuration with the groups as chosen, in dotted form.
-
-    They are read from the files, for to compose again would double the time of a typing error.
-    """
-    primary = OmegaConf.load(CONF / "train.yaml")
-    defaults: Any = OmegaConf.to_container(primary)
-    choices = _choices(defaults["defaults"])
-    given = {key_of(a): a.partition("=")[2] for a in arguments if _is_group(key_of(a))}
-    experiment = given.get("experiment", choices["experiment"])
-    choices |= _choices(_load("experiment", experiment).get("defaults", [])) | given
-    parts = [
-        primary,
-        *(part for group, choice in choices.items() for part in _parts(group, choice)),
-    ]
-    known: Any = OmegaConf.to_container(OmegaConf.merge(*parts))
-    return [key for key in flat(known) if key.partition(".")[0] not in ("defaults", "hydra")]
-
-
-def _choices(defaults: list[Any]) -> dict[str, str]:
-    """The groups in a defaults list, ``override /group: choice`` among them."""
-    groups = [entry for entry in defaults if isinstance(entry, dict)]
-    return {
-        key.partition("/")[2] or key: choice for entry in groups for key, choice in entry.items()
-    }
-
-
-def _parts(group: str, choice: str) -> list[Any]:
-    """What a choice adds to the configuration: its file, after those that it builds upon."""
-    node = _load(group, choice)
-    parents = [name for name in node.pop("defaults", []) if isinstance(name, str)]
-    parts = [part for name in parents for part in _parts(group, name)]
-    return [*parts, node if node.pop("is_global", False) else {group: node}]
-
-
-def _load(group: str, choice: str) -> dict[str, Any]:
-    file = CONF / group / f"{choice}.yaml"
-    if not file.is_file():
-        return {}
-    node: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return node | {"is_global": file.read_text().startswith("# @package _global_")}
+    """The keys of the configuration with the groups as chosen, in dotted form."""
+    chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
+    return list(flat(cfg))

@@ -1,11 +1,12 @@
-"""From names in a configuration to objects, and to no code but what the keys are meant for.
+"""From names in a configuration to objects.
 
-A configuration may come out of a checkpoint of unknown origin. So a name has to be in a package
-that is trusted before anything is imported, and what it stands for has to be defined in such a
-package and to be of the kind that its key describes before it is called.
+Code outside of our packages gets here only if it is the person's own: ``trust.check_targets`` has
+refused all other code. A name in our packages may come out of a stranger's checkpoint, so what it
+stands for must be defined there and be of the kind that its key describes before it is called.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -13,23 +14,24 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
-from sam_lightning.config.trust import check_target, described, is_in, trusted
+from sam_lightning.config.trust import TARGETS, described, is_in
 
-# What each key of ``targets.TARGETS`` describes. A class has to be a subclass of it, a
-# function has to be annotated to return it: def photos(root: str) -> ImageSource. These are names,
-# since building a model needs neither Lightning nor data.
+# What each key of ``trust.TARGETS`` describes, by name: to import it would load Lightning. A
+# class counts if its package and its own name are these.
 KINDS = {
     "model": "torch.nn.Module",
     "optimizer": "torch.optim.Optimizer",
-    "scheduler": "sam_lightning.optim.schedules.LRFactor",
-    "data.source": "sam_lightning.data.source.ImageSource",
-    "method.perturbation": "collections.abc.Callable",
-    "method.descent": "collections.abc.Callable",
-    "callbacks.*": "lightning.pytorch.callbacks.Callback",
+    "scheduler": "Callable[[int], float]",
+    "data.source": "sam_lightning.data.ImageSource",
+    "method.perturbation": "Callable",
+    "method.descent": "Callable",
+    "callbacks.*": "lightning.pytorch.Callback",
     "logger.*": "lightning.pytorch.loggers.Logger",
 }
+# What a model is given of the data, as far as it takes it.
+SHAPE = ("num_classes", "in_channels")
 
 
 def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
@@ -45,13 +47,16 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
     """
     make = factory(cfg, key, **kwargs)
     try:
-        with argument_errors(key):
-            return make()
+        return make()
     except ConfigError:
         raise
     except Exception as error:  # of the class named, so of any type
         text = one_line(error)
-        raise ConfigError(text if text.startswith(key) else f"{key}: {text}") from error
+        if re.match(r"\w+=", text):  # of an argument
+            text = f"{key}.{text}"
+        elif not text.startswith(key):
+            text = f"{key}: {text}"
+        raise ConfigError(text + _without_other_keys(key, text)) from error
 
 
 def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
@@ -60,26 +65,61 @@ def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise ConfigError(f"{key}._target_: must be given, as in {key}._target_=...")
     options: Any = OmegaConf.to_container(node, resolve=True)
-    made = _locate(key, options.pop("_target_"))
+    target = options.pop("_target_")
+    made, is_checked = _locate(key, target)
+    stored = {} if key != "model" or kwargs else {k: options.pop(k) for k in SHAPE if k in options}
     check_names(key, options, made, kwargs)
-    return partial(made, **options, **kwargs)
+    given = stored or kwargs
+    if key == "model":
+        given = {name: value for name, value in given.items() if _takes(made, name)}
+    if is_checked:
+        return partial(made, **options, **given)
+    return partial(_call, key, f"{key}._target_={target}", made, **options, **given)
+
+
+def not_taken(cfg: DictConfig, shape: Mapping[str, int]) -> str:
+    """What the model is not told of the shape of the data, or nothing."""
+    made, _ = _locate("model", cfg.model._target_)
+    names = [f"{name}={value}" for name, value in shape.items() if not _takes(made, name)]
+    return f"model: {cfg.model._target_} has no parameter for {', '.join(names)}" if names else ""
 
 
 def check_names(
     key: str, options: Mapping[Any, Any], made: Callable[..., Any], own: Mapping[str, Any]
 ) -> None:
     """Refuse options that ``made`` does not take, or that are ``own``: those the run sets."""
-    parameters = inspect.signature(made).parameters
+    parameters = _parameters(made)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = [name for name in parameters if name not in own]
     for name, value in options.items():
         if name in own or (name not in known and not takes_any):
-            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
+            text = f"{key}.{name}={value}: {no_such_key(str(name), known)}"
+            raise ConfigError(text + _without_other_keys(key, text))
 
 
-def _locate(key: str, target: str) -> Callable[..., Any]:
-    check_target(key, target)
-    module_name, _, name = target.rpartition(".")
+def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(made).parameters
+    except (TypeError, ValueError):  # some functions written in C have none
+        return {}
+
+
+def _takes(made: Callable[..., Any], name: str) -> bool:
+    """Whether it has this parameter. ``**kwargs`` counts for num_classes, as torchvision's do."""
+    parameters = _parameters(made)
+    kinds = [p.kind for p in parameters.values()]
+    return name in parameters or (name == "num_classes" and inspect.Parameter.VAR_KEYWORD in kinds)
+
+
+def _without_other_keys(key: str, text: str) -> str:
+    """A hint where a model of one's own was given the keys of the default model."""
+    unknown = key == "model" and re.search(r"\.(width|stem|zero_init_residual)=|'width'", text)
+    return "; model=custom has no keys of other models" if unknown else ""
+
+
+def _locate(key: str, target: Any) -> tuple[Callable[..., Any], bool]:
+    """What a target stands for, and whether it is certain to make an object of the right kind."""
+    module_name, _, name = str(target).rpartition(".")
     said = f"{key}._target_={target}"
     try:
         module = import_module(module_name)
@@ -89,24 +129,44 @@ def _locate(key: str, target: str) -> Callable[..., Any]:
         raise ConfigError(f"{said}: there is no {name} in {module_name}{near}") from error
     except Exception as error:  # an ImportError, or whatever a module of the user's own raises
         raise ConfigError(f"{said}: cannot import {module_name} ({one_line(error)})") from error
-    home, _, kind_name = KINDS[described(key)].rpartition(".")
-    kind = getattr(import_module(home), kind_name)
-    packages = trusted(key)
-    if not _makes(made, kind) or not is_in(packages, made.__module__):
-        name = kind.__name__ if inspect.isclass(kind) else kind
-        raise ConfigError(
-            f"{said}: must be a class of kind {name}, or a function annotated to return one, that "
-            f"is defined in {', '.join(packages)}"
-        )
-    return made
+    kind, packages = KINDS[described(key)], TARGETS[described(key)]
+    if is_in(packages, target):
+        if not _is_annotated(made, kind) or not is_in(packages, made.__module__):
+            raise ConfigError(
+                f"{said}: must be a class of kind {kind}, or a function annotated to return one, "
+                f"that is defined in {', '.join(packages)}"
+            )
+        return made, True
+    is_class = inspect.isclass(made)
+    if not (_is_kind(made, kind) if is_class else callable(made)):
+        raise ConfigError(f"{said}: must be a class of kind {kind}, or a function that returns one")
+    return made, is_class
 
 
-def _makes(made: Any, kind: Any) -> bool:
+def _is_annotated(made: Any, kind: str) -> bool:
     if not inspect.isclass(made):
         try:
             made = get_type_hints(made).get("return")
         except (NameError, TypeError):  # an annotation that cannot be read, or no function
             return False
-    return made == kind or (
-        inspect.isclass(made) and inspect.isclass(kind) and issubclass(made, kind)
+    if inspect.isclass(made):
+        return not kind.startswith("Callable[") and _is_kind(made, kind)
+    return str(made).endswith(f".{kind}")
+
+
+def _is_kind(made: type, kind: str) -> bool:
+    if kind.startswith("Callable"):
+        return issubclass(made, Callable)  # type: ignore[arg-type]
+    package, _, name = kind.partition(".")[0], "", kind.rpartition(".")[2]
+    return any(
+        (c.__module__.partition(".")[0], c.__name__) == (package, name) for c in made.__mro__
     )
+
+
+def _call(key: str, said: str, made: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What a function of the user's own returns, if it is of the kind that its key describes."""
+    result = made(*args, **kwargs)
+    kind = KINDS[described(key)]
+    if not _is_kind(type(result), kind):
+        raise ConfigError(f"{said}: returned a {type(result).__name__}; must be of kind {kind}")
+    return result

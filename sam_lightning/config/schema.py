@@ -1,10 +1,11 @@
-"""What a configuration may say, checked before torch is loaded."""
+"""What a configuration may say: names, types and ranges, checked before torch is loaded."""
 
-import contextlib
 import errno
-import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,193 +14,133 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
+from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.trust import check_targets
+from sam_lightning.config.trust import NAME, TARGETS, is_in
 
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", 32, 64)
-POLICIES = (None, "autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
-PARTS = ("train", "val", "test")
 METRICS = (
     *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
     *("train/acc", "train/loss"),
 )
 # Top-level keys that a configuration can do without, and others that it cannot.
 OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
-REQUIRED = (
-    *(f"{key}._target_" for key in ("data.source", "model", "optimizer", "scheduler")),
-    *(f"method.{key}" for key in ("name", "rho", "perturbation._target_")),
-    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "log_every_n_steps")),
-    *(f"trainer.{key}" for key in ("gradient_clip_val", "accumulate_grad_batches")),
-    "data.label_noise",
-)
+REQUIRED = """
+data.source._target_ data.label_noise model._target_ optimizer._target_ scheduler._target_
+method.name method.rho method.perturbation._target_ trainer.accelerator trainer.devices
+trainer.num_nodes trainer.log_every_n_steps trainer.gradient_clip_val
+trainer.accumulate_grad_batches
+"""
 # What loggers and callbacks call a folder that they write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 
-Rule = tuple[str, Callable[[Any], bool], str]
+Holds = Callable[[Any], bool]
+# A key, what is allowed in words, and between them the test of it where ``allows`` has none.
+Rule = tuple[str, Holds, str] | tuple[str, str]
+# What is allowed, in words that ``allows`` reads, and the keys that it is for.
+TABLE = f"""
+true, false: compile test debug model.bottleneck model.zero_init_residual data.flip data.download
+  data.drop_last optimizer.nesterov trainer.sync_batchnorm method.perturbation.normalize_bias
+  method.sync_perturbation method.decay_in_ascent method.ascent_per_micro_batch
+  method.same_randomness
+true, false, null: optimizer.fused trainer.benchmark trainer.inference_mode trainer.detect_anomaly
+  trainer.barebones trainer.enable_autolog_hparams
+true, false, warn: trainer.deterministic
+a whole number >= 1: epochs max_skipped_steps model.width model.depth model.widen_factor model.alpha
+  method.ascent_steps method.every trainer.num_nodes trainer.accumulate_grad_batches
+  trainer.log_every_n_steps
+a whole number >= 1, or null: checkpoint_every_n_steps trainer.check_val_every_n_epoch
+  data.image_size
+a whole number >= 0: data.crop_padding data.cutout data.split_seed
+a whole number >= 0, or null: trainer.min_epochs trainer.min_steps
+a whole number >= -1; -1 is no limit: trainer.max_steps
+a whole number from 0 to {2**32 - 1}: seed
+a whole number from 1 to {10**9}: batch_size data.eval_batch_size
+a whole number from 0 to {16 * (os.cpu_count() or 1)}, 16 for each processor: data.num_workers
+a number >= 0: rho weight_decay method.rho method.perturbation.eta method.perturbation.sigma
+  method.descent.alpha optimizer.weight_decay optimizer.momentum scheduler.warmup_epochs
+  trainer.overfit_batches
+a number >= 0, or null: method.rho_min trainer.limit_train_batches trainer.limit_val_batches
+  trainer.limit_test_batches
+a number >= 0, below 1 a fraction of the images: data.val_size
+a number > 0: lr optimizer.lr scheduler.gamma
+a number > 0, or null: method.passes trainer.gradient_clip_val trainer.val_check_interval
+a number > 0, up to 1 a fraction of the images: data.subset
+a number from 0 to below 1: label_smoothing model.dropout method.perturbation.decay
+a number from 0 to 1: model.p_last
+a number from above 0 to 1: method.perturbation.beta method.ascent_fraction method.descent_fraction
+a fraction from 0 to 1: scheduler.final data.label_noise
+a number of seconds from 1 to {10**7}: trainer.timeout
+two numbers from 0 to below 1: optimizer.betas
+a list of fractions of the run, from 0 to 1: scheduler.milestones
+a list of numbers from 0 to 1, or null: data.mean
+a list of numbers from above 0 to 1, or null: data.std
+auto, contiguous, channels_last: memory_format
+null, {", ".join(METRICS)}: optimized_metric
+all, normalization: method.perturbed_layers
+auto, cpu, cuda, gpu, mps: trainer.accelerator
+32-true, 16-mixed, bf16-mixed, 64-true, 32, 64: trainer.precision
+norm: trainer.gradient_clip_algorithm
+null, simple, advanced, pytorch: trainer.profiler
+null, autoaugment, autoaugment_svhn, trivialaugment, randaugment: data.policy
+null, cpu, cuda: data.device
+the path of a folder: output_dir data.root
+a text: method.name
+a text, or null: trainer.model_registry
+"""
 
 
-def number(
-    low: float, high: float = math.inf, *, open_low: bool = False, below: float = math.inf
-) -> Callable[..., bool]:
-    """A finite number from ``low`` (itself too, unless ``open_low``) to ``high``, < ``below``."""
+def allows(text: str) -> Holds:
+    """The test that ``a whole number >= 1, or null`` describes; see ``TABLE`` for other words."""
+    words = text.removesuffix(", or null")
+    if found := re.match(
+        r"(a list of|two|an odd|a) (whole )?(?:number|fraction)s?\b.*?"
+        r"(?:(>=?)|from( above)?) (-?\d+)(?: to (below )?(\d+))?",
+        words,
+    ):
+        many, whole, sign, above, least, below, most = found.groups()
+        low, high = int(least), float(most or sys.float_info.max)
+        excluded = {low} if sign == ">" or above else {high} if below else set()
+        kinds = (int,) if whole or many == "an odd" else (int, float)
 
-    def holds(v: Any) -> bool:
-        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
-            return False
-        return (v > low if open_low else v >= low) and v <= high and v < below
+        def one(v: Any) -> bool:
+            inside = type(v) in kinds and low <= v <= high and v not in excluded
+            return inside and (many != "an odd" or v % 2 == 1)
 
-    return holds
+        def some(v: Any) -> bool:
+            return OmegaConf.is_list(v) and all(map(one, v)) and (many != "two" or len(v) == 2)
 
-
-def integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-    """A whole number from ``low`` to ``high``."""
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-
-
-def _devices(v: Any) -> bool:
-    indices = list(v) if OmegaConf.is_list(v) else []
-    listed = bool(indices) and all(map(integer(0), indices)) and len({*indices}) == len(indices)
-    return v == "auto" or integer(1)(v) or listed
-
-
-def or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Null too."""
-    return lambda v: v is None or holds(v)
-
-
-def one_of(allowed: Iterable[Any]) -> tuple[Callable[[Any], bool], str]:
-    """One of these, and how to say so."""
-    return lambda v: v in allowed, ", ".join("null" if a is None else str(a) for a in allowed)
-
-
-def boolean(v: Any) -> bool:
-    """True or false."""
-    return isinstance(v, bool)
-
-
-def list_of(holds: Callable[[Any], bool], count: int | None = None) -> Callable[[Any], bool]:
-    """A list of values that hold, and of so many of them."""
-    return lambda v: OmegaConf.is_list(v) and all(map(holds, v)) and len(v) == (count or len(v))
+        holds: Holds = some if many in ("a list of", "two") else one
+    elif words.startswith(("a text", "a fi", "a fo", "the ")):
+        holds = _text
+    else:
+        known = {"true": True, "false": False, "null": None, "32": 32, "64": 64}
+        values = [known.get(word, word) for word in words.split(", ")]
+        holds = lambda v: any(type(v) is type(a) and v == a for a in values)  # noqa: E731
+    return holds if words == text else lambda v: v is None or holds(v)
 
 
 def _text(v: Any) -> bool:
     return isinstance(v, str) and v != ""
 
 
-WORKERS = 16 * (os.cpu_count() or 1)
-BATCH_SIZE = (integer(1, 10**9), "a whole number from 1 to 1000000000")
-PROFILERS = (None, "simple", "advanced", "pytorch")
-# Arguments of lightning.Trainer that it would take as anything, and fail later on.
-SWITCHES = ("benchmark", "inference_mode", "detect_anomaly", "barebones", "enable_autolog_hparams")
+def _devices(v: Any) -> bool:
+    listed = allows("a list of whole numbers >= 0")(v) and 0 < len(v) == len({*v})
+    return v == "auto" or listed or allows("a whole number >= 1")(v)
+
 
 RULES: list[Rule] = [
-    ("seed", lambda v: integer(0)(v) and v < 2**32, "a whole number from 0 to 4294967295"),
-    ("rho", number(0), "a number >= 0"),
-    ("method.rho", number(0), "a number >= 0"),
-    ("epochs", integer(1), "a whole number >= 1"),
-    ("batch_size", *BATCH_SIZE),
-    ("lr", number(0, open_low=True), "a number > 0"),
-    ("weight_decay", number(0), "a number >= 0"),
-    ("label_smoothing", number(0, below=1), "a number from 0 to below 1"),
-    ("memory_format", *one_of(("auto", "contiguous", "channels_last"))),
-    ("compile", boolean, "true, false"),
-    ("test", boolean, "true, false"),
-    ("debug", boolean, "true, false"),
-    ("max_skipped_steps", integer(1), "a whole number >= 1"),
-    ("checkpoint_every_n_steps", or_null(integer(1)), "a whole number >= 1, or null"),
-    ("output_dir", _text, "the path of a folder"),
-    ("optimized_metric", *one_of((None, *METRICS))),
-    ("model.width", integer(1), "a whole number >= 1"),
-    ("model.depth", integer(1), "a whole number >= 1"),
-    ("model.widen_factor", integer(1), "a whole number >= 1"),
-    ("model.dropout", number(0, below=1), "a number from 0 to below 1"),
-    ("model.alpha", integer(1), "a whole number >= 1"),
-    ("model.bottleneck", boolean, "true, false"),
-    ("model.p_last", number(0, 1), "a number from 0 to 1"),
-    ("model.zero_init_residual", boolean, "true, false"),
-    ("method.name", _text, "a text"),
-    ("method.perturbation.eta", number(0), "a number >= 0"),
-    ("method.perturbation.normalize_bias", boolean, "true, false"),
-    ("method.perturbation.sigma", number(0), "a number >= 0"),
-    ("method.perturbation.decay", number(0, below=1), "a number from 0 to below 1"),
-    ("method.perturbation.beta", number(0, 1, open_low=True), "a number above 0 and up to 1"),
-    ("method.descent.alpha", number(0), "a number >= 0"),
-    ("method.passes", or_null(number(0, open_low=True)), "a number > 0, or null"),
-    ("method.rho_min", or_null(number(0)), "a number >= 0, or null"),
-    ("method.perturbed_layers", *one_of(("all", "normalization"))),
-    ("method.sync_perturbation", boolean, "true, false"),
-    ("method.decay_in_ascent", boolean, "true, false"),
-    ("method.ascent_per_micro_batch", boolean, "true, false"),
-    ("method.ascent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
-    ("method.ascent_steps", integer(1), "a whole number >= 1"),
-    ("method.descent_fraction", number(0, 1, open_low=True), "a number above 0 and up to 1"),
-    ("method.every", integer(1), "a whole number >= 1"),
-    ("method.same_randomness", boolean, "true, false"),
+    *(
+        (key, text)
+        for text, keys in re.findall(r"^(\S.*?): ((?:.|\n )*)", TABLE, re.M)
+        for key in keys.split()
+    ),
+    ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
+    ("logger.tensorboard.name", lambda v: v is None or isinstance(v, str), "a text, or null"),
     (
         "optimizer._target_",
         lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),
         "an optimizer that takes dense gradients and no closure",
     ),
-    ("optimizer.lr", number(0, open_low=True), "a number > 0"),
-    ("optimizer.weight_decay", number(0), "a number >= 0"),
-    ("optimizer.momentum", number(0), "a number >= 0"),
-    ("optimizer.nesterov", boolean, "true, false"),
-    ("optimizer.fused", or_null(boolean), "true, false, null"),
-    ("optimizer.betas", list_of(number(0, below=1), 2), "two numbers from 0 to below 1"),
-    ("scheduler.warmup_epochs", number(0), "a number >= 0"),
-    ("scheduler.milestones", list_of(number(0, 1)), "a list of fractions of the run, from 0 to 1"),
-    ("scheduler.gamma", number(0, open_low=True), "a number > 0"),
-    ("scheduler.final", number(0, 1), "a fraction from 0 to 1"),
-    ("trainer.accelerator", *one_of(ACCELERATORS)),
-    ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
-    ("trainer.num_nodes", integer(1), "a whole number >= 1"),
-    ("trainer.timeout", number(1, 1e7), "a number of seconds from 1 to 10000000"),
-    ("trainer.precision", *one_of(PRECISIONS)),
-    (
-        "trainer.gradient_clip_val",
-        or_null(number(0, open_low=True)),
-        "a number > 0, or null",
-    ),
-    ("trainer.gradient_clip_algorithm", *one_of(("norm",))),
-    ("trainer.accumulate_grad_batches", integer(1), "a whole number >= 1"),
-    ("trainer.log_every_n_steps", integer(1), "a whole number >= 1"),
-    ("trainer.check_val_every_n_epoch", or_null(integer(1)), "a whole number >= 1, or null"),
-    ("trainer.val_check_interval", or_null(number(0, open_low=True)), "a number > 0, or null"),
-    ("trainer.profiler", *one_of(PROFILERS)),
-    ("trainer.model_registry", or_null(_text), "a text, or null"),
-    *((f"trainer.{key}", or_null(boolean), "true, false, null") for key in SWITCHES),
-    *(
-        (f"trainer.{key}", or_null(integer(0)), "a whole number >= 0, or null")
-        for key in ("min_epochs", "min_steps")
-    ),
-    ("trainer.max_steps", integer(-1), "a whole number >= -1; -1 is no limit"),
-    *((f"trainer.limit_{p}_batches", or_null(number(0)), "a number >= 0, or null") for p in PARTS),
-    ("trainer.overfit_batches", number(0), "a number >= 0"),
-    ("trainer.deterministic", lambda v: boolean(v) or v == "warn", "true, false, warn"),
-    ("trainer.sync_batchnorm", boolean, "true, false"),
-    ("data.root", _text, "the path of a folder"),
-    ("data.val_size", number(0), "a number of images, or a fraction below 1"),
-    ("data.subset", number(0, open_low=True), "a fraction up to 1, or a number of images"),
-    ("data.label_noise", number(0, 1), "a fraction from 0 to 1"),
-    ("data.mean", or_null(list_of(number(0, 1))), "a list of numbers from 0 to 1, or null"),
-    ("data.std", or_null(list_of(number(0, 1, open_low=True))), "a list of numbers > 0, or null"),
-    ("data.crop_padding", integer(0), "a whole number >= 0"),
-    ("data.cutout", integer(0), "a whole number >= 0"),
-    ("data.flip", boolean, "true, false"),
-    ("data.policy", *one_of(POLICIES)),
-    ("data.device", *one_of((None, "cpu", "cuda"))),
-    ("data.image_size", or_null(integer(1)), "a whole number >= 1, or null"),
-    ("data.split_seed", integer(0), "a whole number >= 0"),
-    ("data.download", boolean, "true, false"),
-    ("data.drop_last", boolean, "true, false"),
-    (
-        "data.num_workers",
-        lambda v: integer(0)(v) and v <= WORKERS,
-        f"a whole number from 0 to {WORKERS}, 16 for each processor",
-    ),
-    ("data.eval_batch_size", *BATCH_SIZE),
-    ("logger.tensorboard.name", or_null(lambda v: isinstance(v, str)), "a text, or null"),
 ]
 
 
@@ -213,15 +154,12 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     Raises:
         ConfigError: names the first key that is wrong, its value and what is allowed.
     """
-    top_level = list(top_level)
+    known = list(top_level)
     for key in map(str, cfg):
-        if key not in top_level:
-            raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, top_level)}")
-    for key in top_level:
-        if key not in OPTIONAL and key not in cfg:
-            raise ConfigError(f"{key}: must be given, as in {key}=...")
+        if key not in known:
+            raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, known)}")
     plain = flat(OmegaConf.to_container(cfg, resolve=False))
-    for key in (*REQUIRED, *plain):
+    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED.split(), *plain):
         if plain.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
     for key, value in plain.items():
@@ -230,49 +168,71 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         except OmegaConfBaseException as error:  # an interpolation that leads nowhere
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     OmegaConf.resolve(copy := cfg.copy())
-    check_values(copy, RULES)
+    check_values(copy, [rule for rule in RULES if not _is_of_others(copy, rule[0])])
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
-    check_targets(copy)
+    plain = flat(OmegaConf.to_container(copy))
+    _check_names(plain)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
-        for key, path in _folders(copy).items():
-            _check_folder(key, path)
+        _check_folders(plain)
     _check_files(copy)
 
 
 def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
     """Refuse the first value that breaks its rule; a key that is not there breaks none."""
-    for key, holds, allowed in rules:
+    for key, *test, allowed in rules:
         value = OmegaConf.select(cfg, key, default=(absent := object()))
-        if value is not absent and not holds(value):
+        if value is absent:
+            continue
+        holds = test[0] if test else allows(allowed)
+        if not holds(value):
             shown = "null" if value is None else value
             raise ConfigError(f"{key}={shown}: allowed is {allowed}")
 
 
-def _folders(cfg: DictConfig) -> dict[str, Any]:
-    """What a run writes to, by key."""
-    of_others = {
-        key: path
-        for key, path in flat(OmegaConf.to_container(cfg)).items()
-        if key.startswith(("logger.", "callbacks.")) and key.rpartition(".")[2] in FOLDERS
-    }
-    return {"output_dir": cfg.output_dir} | {k: v for k, v in of_others.items() if v is not None}
+def _is_of_others(cfg: DictConfig, key: str) -> bool:
+    """Whether it is an argument of code that is not ours, which may mean something else by it."""
+    owner = key.rpartition(".")[0]
+    target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
+    return target is not None and not is_in(TARGETS[owner], str(target))
 
 
-def _check_folder(key: str, path: Any) -> None:
-    if not _text(path):
-        raise ConfigError(f"{key}={path}: allowed is the path of a folder")
-    folder = Path(path).absolute()
-    try:  # to make it is the one sure test
-        missing = [part for part in (folder, *folder.parents) if not part.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"{key}={path}: cannot be written ({error.strerror})") from error
-    with contextlib.suppress(OSError):  # the run may be refused yet, and then leaves none of it
-        for part in missing:
-            part.rmdir()
+def _check_names(plain: dict[str, Any]) -> None:
+    """Refuse a ``_target_`` that can be no class or function, or where nothing is built."""
+    for key, value in plain.items():
+        owner, _, last = key.rpartition(".")
+        if last != "_target_":
+            continue
+        within = [t for t in TARGETS if f"{owner}.".startswith(f"{t.rstrip('.*')}.")]
+        if not within or f"{owner}.*" in within:
+            raise ConfigError(f"{key}={value}: allowed is one in {', '.join(TARGETS)}")
+        if not isinstance(value, str) or not NAME.fullmatch(value):
+            shown = "null" if value is None else value
+            raise ConfigError(
+                f"{key}={shown}: allowed is the full name of a class or function, as in "
+                "torchvision.models.resnet18"
+            )
+
+
+def _check_folders(plain: dict[str, Any]) -> None:
+    """Refuse a folder that a run is to write to if it cannot be made and written."""
+    for key, path in plain.items():
+        of_others = key.startswith(("logger.", "callbacks.")) and path is not None
+        if key != "output_dir" and not (of_others and key.rpartition(".")[2] in FOLDERS):
+            continue
+        if not _text(path):
+            raise ConfigError(f"{key}={path}: allowed is the path of a folder")
+        folder = Path(path).absolute()
+        try:  # to make it is the one sure test
+            missing = [part for part in (folder, *folder.parents) if not part.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ConfigError(f"{key}={path}: cannot be written ({error.strerror})") from error
+        with suppress(OSError):  # the run may be refused yet, and then leaves none of it
+            for part in missing:
+                part.rmdir()
 
 
 def _check_files(cfg: DictConfig) -> None:
@@ -302,16 +262,6 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
         return f"no such key{did_you_mean(key, known)}"
     where = f" in {parent}" if parent else ""
     return f"no such key; allowed{where} are {', '.join(beside)}"
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key of nested plain dictionaries in dotted form, with its value."""
-    values: dict[str, Any] = {}
-    for name, child in node.items():
-        values[f"{prefix}{name}"] = child
-        if isinstance(child, dict):
-            values |= flat(child, f"{prefix}{name}.")
-    return values
 
 
 def one_line(error: BaseException) -> str:

@@ -1,16 +1,24 @@
-"""What a configuration may name: objects of trusted packages, below the keys meant for them."""
+"""Whose code a configuration may run.
 
-import os
+What a person types or keeps in ``conf`` is their own code. A checkpoint and a run's folder may be
+somebody else's: a ``_target_`` in one of them must be in the packages below, or be named in
+``conf`` below the same key, or be typed by the person.
+"""
+
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from sam_lightning.config.conf import CONF, flat, folders_given, package_of
 from sam_lightning.config.errors import ConfigError
 
-# What `_target_` may name, below each key that may have one: a configuration names objects, it does
-# not run code. `building.KINDS` says what these objects have to be.
+# The keys that describe an object, and the packages that anybody may name there.
+# ``instantiate.KINDS`` says what the object has to be.
 TARGETS = {
     "model": ("sam_lightning",),
     "optimizer": ("torch.optim", "sam_lightning"),
@@ -21,44 +29,86 @@ TARGETS = {
     "callbacks.*": ("sam_lightning", "lightning.pytorch.callbacks"),
     "logger.*": ("sam_lightning", "lightning.pytorch.loggers"),
 }
-# Names the user's own packages, as in my_project,other. An environment variable, for it must be out
-# of reach of checkpoints and of the overrides that a run folder stores.
-TRUST = "SAM_LIGHTNING_TRUST"
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_typed: set[str] = set()  # by the person who started this process
 
 
-def check_targets(node: Any, key: str = "") -> None:
-    """Refuse every ``_target_`` in a configuration, or in a part of one, that ``TARGETS`` does not.
+def trust(names: str | Iterable[str] | None) -> None:
+    """Let checkpoints name these classes and functions, as long as this process lives.
+
+    Args:
+        names: as in ``my_project.Net``; a list, or one text with commas.
 
     Raises:
-        ConfigError: names the first one and what is allowed there.
+        ConfigError: one of them is no such name.
     """
-    if OmegaConf.is_dict(node):
-        if "_target_" in node:
-            check_target(key, node["_target_"])
+    for name in names.split(",") if isinstance(names, str) else names or ():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ConfigError(
+                f"trust={name}: must be the full name of a class or function, as in "
+                "trust=my_project.Net; commas separate several"
+            )
+        _typed.add(name)
+
+
+def trust_arguments(arguments: list[str]) -> None:
+    """Trust the targets that a command line of ``train.py`` types, and its own configuration."""
+    for argument in arguments:
+        _typed.update(re.findall(r"_target_\s*[=:]\s*['\"]?([\w.]+)", argument))
+    for folder in folders_given(arguments):
+        _typed.update(target for _, target in _named_in(folder))
+
+
+def check_targets(node: Any, key: str = "", remedy: str = "add trust={target}") -> None:
+    """Refuse a stored configuration, or a part of one, that names code of strangers.
+
+    Args:
+        node: what is stored.
+        key: where it stands in the configuration.
+        remedy: what the person can type if the code is theirs.
+
+    Raises:
+        ConfigError: names the first such target.
+    """
+    if OmegaConf.is_dict(node) or isinstance(node, dict):
         for name, child in node.items():
-            check_targets(child, f"{key}.{name}" if key else str(name))
-    elif OmegaConf.is_list(node):
+            if name == "_target_":
+                _check_target(key, child, remedy)
+            else:
+                check_targets(child, f"{key}.{name}" if key else str(name), remedy)
+    elif OmegaConf.is_list(node) or isinstance(node, list):
         for i, child in enumerate(node):
-            check_targets(child, f"{key}.{i}")
+            check_targets(child, f"{key}.{i}", remedy)
 
 
-def check_target(key: str, target: Any) -> None:
-    """Refuse a ``_target_`` below ``key`` unless it is a name in a package that is trusted."""
-    packages = trusted(key)
-    if not packages:
-        raise ConfigError(f"{key}._target_={target}: allowed is one in {', '.join(TARGETS)}")
-    dotted = re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", str(target))  # no private name
-    if not dotted or not is_in(packages, target):
-        raise ConfigError(
-            f"{key}._target_={target}: allowed are names in {', '.join(packages)} and in packages "
-            f"of your own that the environment variable {TRUST} lists"
-        )
+def _check_target(key: str, target: Any, remedy: str) -> None:
+    said = f"{key}._target_={target}"
+    if not isinstance(target, str) or not NAME.fullmatch(target):
+        raise ConfigError(f"{said}: must be the full name of a class or function")
+    kind = described(key)
+    ours = is_in(TARGETS.get(kind, ()), target) and not re.search(r"\b_", target)
+    if not ours and target not in _typed and (kind, target) not in _named_in(CONF):
+        told = remedy.format(key=key, target=target)
+        raise ConfigError(f"{said}: is not trusted; if this code is yours, {told}")
 
 
-def trusted(key: str) -> tuple[str, ...]:
-    """The packages that a ``_target_`` below ``key`` may be in; none if there may not be one."""
-    known = TARGETS.get(described(key), ())
-    return known and (*known, *re.findall(r"[\w.]+", os.environ.get(TRUST, "")))
+@cache
+def _named_in(folder: Path) -> set[tuple[str, str]]:
+    """The targets in the YAML files of a folder, each with the entry of ``TARGETS`` it is for."""
+    found = set()
+    for file in folder.rglob("*.yaml"):
+        try:
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            named = flat(content, package_of(file, folder))
+        except Exception:  # Hydra names the file once it is chosen
+            continue
+        for key, value in named.items():
+            key, dot, last = key.rpartition(".")
+            kinds = [kind for kind in TARGETS if fnmatch(f".{key}", f"*.{kind}")]
+            if dot and last == "_target_" and kinds:
+                values = value if isinstance(value, list) else [value]
+                found |= {(kinds[0], str(v)) for v in values}
+    return found
 
 
 def is_in(packages: Iterable[str], name: str) -> bool:

@@ -1,8 +1,7 @@
 """A data set in memory: uint8 images and their labels.
 
 Every source of images is a function that returns an ``ImageSource``. A new data set is one such
-function and one YAML file in ``conf/data``; the function is here, or in a package of your own that
-the environment variable SAM_LIGHTNING_TRUST lists.
+function and one YAML file in ``conf/data``; the function is here, or in a package of your own.
 """
 
 from dataclasses import dataclass

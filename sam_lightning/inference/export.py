@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import Rule, boolean, integer, one_of, or_null
+from sam_lightning.config.schema import Rule, allows
 from sam_lightning.runs.files import checkpoint_file, replacing
 
 if TYPE_CHECKING:
@@ -49,11 +49,15 @@ DEFAULTS = {
 }
 
 RULES: list[Rule] = [
-    ("format", *one_of(("onnx", "pt2"))),
-    ("normalize", boolean, "true, false"),
-    ("batch", lambda v: v == "dynamic" or integer(1)(v), "dynamic, or a whole number >= 1"),
-    ("image_size", or_null(integer(1)), "a whole number >= 1, or null"),
-    ("out", or_null(lambda v: isinstance(v, str)), "a file, as in ./model.onnx, or null"),
+    ("format", "onnx, pt2"),
+    ("normalize", "true, false"),
+    (
+        "batch",
+        lambda v: v == "dynamic" or allows("a whole number >= 1")(v),
+        "dynamic, or a whole number >= 1",
+    ),
+    ("image_size", "a whole number >= 1, or null"),
+    ("out", "a file, as in ./model.onnx, or null"),
 ]
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml

@@ -1,6 +1,6 @@
 """A trained checkpoint as a plain module: names, normalisation and data of its run included."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build
-from sam_lightning.config.schema import check_targets, one_line
+from sam_lightning.config.schema import one_line
+from sam_lightning.config.trust import check_targets
+from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.build import SOURCE_KEYS, build_data
 from sam_lightning.data.image_data import ImageData
@@ -155,15 +157,18 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load(ckpt_path: str | Path) -> TrainedClassifier:
+def load(ckpt_path: str | Path, *, trust: Iterable[str] = ()) -> TrainedClassifier:
     """The classifier of a checkpoint: ``load`` it, ``preprocess`` images, call it on them.
 
     Args:
         ckpt_path: a file such as ``RUN/checkpoints/last.ckpt``.
+        trust: names of your own code that the checkpoint may use, such as ``my_project.Net``.
+            Names in ``conf`` need not be given.
 
     Raises:
         ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
     """
+    trust_names(trust)
     checkpoint = read(ckpt_path)
     try:
         return TrainedClassifier(checkpoint)

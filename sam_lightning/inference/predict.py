@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule, integer, one_line, one_of, or_null
+from sam_lightning.config.schema import Rule, one_line
 from sam_lightning.runs.files import checkpoint_file, replacing
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ DEFAULTS = {
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 RULES: list[Rule] = [
-    ("top_k", integer(1), "a whole number >= 1"),
-    ("format", *one_of(("table", "json", "csv"))),
-    ("batch_size", integer(1), "a whole number >= 1"),
-    ("device", *one_of(("auto", "cpu", "cuda"))),
-    ("out", or_null(lambda v: isinstance(v, str)), "a file, as in ./a.csv, or null"),
+    ("top_k", "a whole number >= 1"),
+    ("format", "table, json, csv"),
+    ("batch_size", "a whole number >= 1"),
+    ("device", "auto, cpu, cuda"),
+    ("out", "a file, as in ./a.csv, or null"),
 ]
 
 

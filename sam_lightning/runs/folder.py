@@ -22,10 +22,7 @@ TASK_NAME = (
 
 
 class RunFolder(Callback):
-    """Makes the folder before Hydra does, whose errors say neither key nor remedy.
-
-    It refuses the run where that cannot be done.
-    """
+    """Makes the folder before Hydra does, whose errors say neither key nor remedy."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
@@ -51,18 +48,19 @@ class RunFolder(Callback):
 
 
 def _made(config: DictConfig, key: str) -> Path:
+    path = ""
     try:
         check_values(config, [TASK_NAME])
-        path = OmegaConf.select(config, key)
+        path = str(OmegaConf.select(config, key) or "")
         if not path:
-            raise ConfigError(f"{key}={path or ''}: must be the path of a folder")
+            raise ConfigError(f"{key}=: must be the path of a folder")
         Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"{key}={path}: cannot be made ({error.strerror})")
     except ConfigError as error:
         refuse(str(error))
     except OmegaConfBaseException as error:
         refuse(f"{key}: {str(error).splitlines()[0]}")
-    except OSError as error:
-        refuse(f"{key}={path}: cannot be made ({error.strerror})")
     return Path(path)
 
 

@@ -1,26 +1,93 @@
-"""The overrides that a run folder stores, and which of them another command may take up.
+"""``ckpt_path=...``: the run that goes on, and what of its stored command line is taken up.
 
 Whoever resumes a run may have been given its folder. Its overrides are arguments of Hydra, which
 could name launchers, other configuration folders or a pickle to load; so only settings of a run
-are taken, parsed as Hydra parses them.
+are taken, parsed as Hydra parses them, and no code of strangers.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import CONF, explain
+from sam_lightning.config.hydra_errors import explain, key_of
+from sam_lightning.config.schema import check_values
+from sam_lightning.config.trust import check_targets, trust_arguments
+from sam_lightning.runs.folder import TASK_NAME
 from sam_lightning.runs.old_names import with_current_names
 
 
+def resumed(arguments: list[str]) -> list[str]:
+    """Complete ``ckpt_path=...`` with what the run of that checkpoint was started with.
+
+    It is a checkpoint, a run's folder, or ``last``: the folder of ``hydra.run.dir`` if that is
+    given, whether there is a run in it yet or not, else that of the newest run. The run's stored
+    overrides come first, then those given now, which win; the output goes on in the run's own
+    folder, and its stored configuration is not written again.
+
+    Raises:
+        ConfigError: there is no run to continue, or it was started with code of strangers.
+    """
+    given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
+    sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
+    if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
+        return arguments
+    path = Path(given["ckpt_path"])
+    if given["ckpt_path"] == "last":
+        folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
+    elif given["ckpt_path"] and path.exists():
+        # Quoted, for the name of a sweep's folder has "=" and "," in it.
+        quoted = f"ckpt_path={_quoted(path)}"
+        arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
+        folder = path if path.is_dir() else path.parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+    else:
+        return arguments
+    folder = folder.resolve()
+    stored = folder / ".hydra" / "overrides.yaml"
+    if not stored.is_file():
+        return arguments
+    trust_arguments(arguments)
+    kept = replayable(stored, top_level(), given)
+    if "hydra.run.dir" not in given:
+        arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
+    if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
+        arguments = [*arguments, "hydra.output_subdir=null"]
+    # One run, also where the checkpoint is of a sweep that its configuration asked for.
+    return [*kept, *arguments, "hydra.mode=RUN"]
+
+
+def _newest_run(given: dict[str, str]) -> Path:
+    """The last run of the task that the arguments name, or of any, by the time in its name.
+
+    Copying a folder changes the times of its files.
+    """
+    if "task_name" in given:
+        check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
+    task = given.get("task_name", "**")
+    file = CONF / "experiment" / f"{given.get('experiment')}.yaml"
+    if "task_name" not in given and file.is_file():
+        task = OmegaConf.select(OmegaConf.load(file), "task_name", default=task)
+    runs = {file.parent.parent for file in Path("logs").glob(f"{task}/runs/*/checkpoints/*.ckpt")}
+    if not runs:
+        folder = "logs" if task == "**" else f"logs/{task}/runs"
+        raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in {folder}")
+    return max(runs, key=lambda run: run.name)
+
+
+def _quoted(path: Path) -> str:
+    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
+    return f"'{escaped}'"
+
+
 def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ()) -> list[str]:
-    """What ``.hydra/overrides.yaml`` of a run says, less the keys that are ``given`` anew.
+    """What ``.hydra/overrides.yaml`` of a run says, without the keys that are ``given`` now.
 
     Args:
         file: the list of overrides as Hydra stored it.
@@ -29,8 +96,8 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
 
     Raises:
         ConfigError: the file cannot be read, or an override is none of the run's own settings: one
-            of Hydra, a choice that is not in ``conf``, or a value that asks for more than other
-            keys, such as ``${oc.env:...}``.
+            of Hydra, a choice that is not in ``conf``, code that is not trusted, or a value that
+            asks for more than other keys, such as ``${oc.env:...}``.
     """
     try:
         stored = with_current_names(OmegaConf.to_container(OmegaConf.load(file)))
@@ -47,6 +114,8 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
                 f"{file}: {override.input_line}: may not come out of a run folder; take it out "
                 "there, or give that key yourself"
             )
+        if not override.is_delete():
+            _check_code(file, override)
     return [str(override.input_line) for override in kept]
 
 
@@ -56,20 +125,18 @@ def _is_setting(override: Override, allowed: set[str]) -> bool:
         return False
     if override.is_sweep_override():
         return False
-    texts = list(_texts(override.value()))
-    if (CONF / key).is_dir():
-        return all(re.fullmatch(r"\w+", text) for text in texts)  # else it could be a path
-    return not any("${" in re.sub(r"\$\{[\w.]+\}", "", text) for text in texts)
+    value = str(override.value())
+    if is_group(key):
+        return bool(re.fullmatch(r"[\w\[\], ']+", value))  # names, else it could be a path
+    return "${" not in re.sub(r"\$\{[\w.]+\}", "", value)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a parsed value, the keys of dictionaries included."""
-    if isinstance(value, dict):
-        for name, child in value.items():
-            yield str(name)
-            yield from _texts(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _texts(child)
-    elif value is not None:
-        yield str(value)
+def _check_code(file: Path, override: Override) -> None:
+    """Refuse an override that names code of strangers, in the key or anywhere in the value."""
+    node = OmegaConf.create({})
+    OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+    try:
+        remedy = "type {key}._target_={target} too"
+        check_targets(OmegaConf.to_container(node, resolve=False), remedy=remedy)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sam_lightning.cli import top_level
+from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import COMPOSING, CONF, OF_ARGUMENTS, explain, key_of
 from sam_lightning.config.schema import METRICS, RULES, check, check_values, did_you_mean, one_line

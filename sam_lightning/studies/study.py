@@ -13,20 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from sam_lightning.cli import top_level
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.cluster import launched
+from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
-from sam_lightning.config.schema import (
-    Rule,
-    boolean,
-    did_you_mean,
-    integer,
-    no_such_key,
-    one_line,
-    or_null,
-)
+from sam_lightning.config.schema import Rule, did_you_mean, no_such_key, one_line
 from sam_lightning.runs.files import make_folder
 from sam_lightning.studies.plan import FOLDER, Plan, Planned, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
@@ -45,11 +37,11 @@ the report makes of them, and runs.json with every run's results, goes to OUT/NA
 """
 DEFAULTS = {"jobs": 1, "out": "results", "only": None, "seed": None, "dry": False}
 RULES: list[Rule] = [
-    ("jobs", integer(1), "a whole number >= 1, of runs at a time"),
-    ("out", lambda v: isinstance(v, str) and v != "", "the path of a folder"),
-    ("only", or_null(lambda v: isinstance(v, str | int)), "names of arms, as in sgd,sam"),
-    ("seed", or_null(lambda v: isinstance(v, str | int)), "seeds of the file, as in 0,1"),
-    ("dry", boolean, "true, false"),
+    ("jobs", "a whole number >= 1, of runs at a time"),
+    ("out", "the path of a folder"),
+    ("only", lambda v: v is None or isinstance(v, str | int), "names of arms, as in sgd,sam"),
+    ("seed", lambda v: v is None or isinstance(v, str | int), "seeds of the file, as in 0,1"),
+    ("dry", "true, false"),
 ]
 
 

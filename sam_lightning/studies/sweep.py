@@ -24,32 +24,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import Rule, check_values, integer, number, one_line, or_null
+from sam_lightning.config.schema import Rule, check_values, one_line
 from sam_lightning.runs.files import read_summary, record_failure, write_json
 from sam_lightning.runs.folder import refuse
 
 log = logging.getLogger(__name__)
 
 RULES: list[Rule] = [
-    ("hydra.sweeper.n_trials", integer(1), "a whole number >= 1"),
+    ("hydra.sweeper.n_trials", "a whole number >= 1"),
     (
         "hydra.sweeper.direction",
         lambda v: getattr(v, "name", v) in ("minimize", "maximize"),
         "minimize, maximize",
     ),
-    ("hydra.sweeper.n_jobs", integer(1), "a whole number >= 1"),
-    ("hydra.sweeper.max_failure_rate", number(0, 1), "a number from 0 to 1"),
+    ("hydra.sweeper.n_jobs", "a whole number >= 1"),
+    ("hydra.sweeper.max_failure_rate", "a number from 0 to 1"),
     (
         "hydra.sweeper.storage",
-        or_null(lambda v: isinstance(v, str) or OmegaConf.is_dict(v)),
+        lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
         "the URL of a database, or null",
     ),
     (
         "hydra.sweeper.storage.path",
-        lambda v: isinstance(v, str) and v != "",
         "the path of a file",
     ),
-    ("hydra.sweeper.max_batch_size", or_null(integer(1)), "a whole number >= 1, or null"),
+    ("hydra.sweeper.max_batch_size", "a whole number >= 1, or null"),
     ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
 ]
 LONGEST_NAME = 255  # bytes that file systems allow a folder

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sam_lightning.config.errors import ConfigError, argument_errors
-from sam_lightning.config.instantiate import build, check_names, factory
+from sam_lightning.config.instantiate import build, check_names, factory, not_taken
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.build import build_data
 from sam_lightning.data.datamodule import ImageDataModule
@@ -84,6 +84,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     image_size = list(data.train.images.shape[-2:])
     model = build(cfg, "model", **shape)
+    if not cfg.model._target_.startswith("sam_lightning."):
+        _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
     for name in subsample_first(model):
         log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
     layout = memory_format(cfg, model, (data.in_channels, *image_size))
@@ -133,6 +135,33 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     }
     check_names("method", method, SAMModule, own)
     return SAMModule(**own, **method)
+
+
+def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
+    """Try a model on black images, and say in the log what it was not told of the data.
+
+    Raises:
+        ConfigError: it does not take them, or does not return a logit for each class.
+    """
+    untold = not_taken(cfg, {"num_classes": num_classes, "in_channels": shape[0]})
+    said, why = f"model._target_={cfg.model._target_}", untold.replace("model: ", "; ")
+    training = {module: module.training for module in model.modules()}
+    weight = next(model.parameters(), torch.zeros(0))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model.eval()(torch.zeros(2, *shape, dtype=weight.dtype))
+    except Exception as error:  # whatever the model raises
+        size, text = " x ".join(map(str, shape)), one_line(error)
+        raise ConfigError(f"{said}: does not take images of {size} ({text}){why}") from error
+    finally:
+        for module, was in training.items():
+            module.training = was
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (2, num_classes):
+        must = f"must be (2, {num_classes}), a logit for each class"
+        raise ConfigError(f"{said}: returns {found} for 2 images; {must}{why}")
+    if untold:
+        log.info("%s", untold)
 
 
 def _updates(cfg: DictConfig, batches: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from runs import run
-from sam_lightning.analysis import checkpoints as inspection
 from sam_lightning.analysis import sharpness
+from sam_lightning.analysis.checkpoints import checkpoint_files
 from sam_lightning.analysis.curvature import spectrum, top_eigenpairs, trace
 from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.arguments import parse
@@ -128,9 +128,9 @@ def test_density_and_two_checkpoints_of_one_folder(trained, tmp_path, capsys):
 def test_a_sweeps_folders_and_lists_are_found(trained):
     files = [folder / "checkpoints" / "last.ckpt" for folder in trained]
     both = f"{trained[0]},{files[1]}"
-    assert inspection.checkpoint_files(both) == files
+    assert checkpoint_files(both) == files
     listed = parse("", {"ckpt_path": "???"}, argv=[f"ckpt_path=['{trained[0]}','{files[1]}']"])
-    assert inspection.checkpoint_files(listed.ckpt_path) == files
+    assert checkpoint_files(listed.ckpt_path) == files
 
 
 @pytest.mark.parametrize(

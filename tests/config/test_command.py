@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
 from runs import SMALL
-from sam_lightning.cli import flags_first, resumed
+from sam_lightning.cli import resumed, settings_first
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,8 @@ def test_a_refused_resume_keeps_the_earlier_run(light, tmp_path):
 
 
 def test_flags_may_stand_anywhere():
-    assert flags_first(["rho=1,2", "-m", "seed=0"]) == ["-m", "rho=1,2", "seed=0"]
-    assert flags_first(["rho=1", "seed=0"]) == ["rho=1", "seed=0"]
-    assert flags_first(["a=1", "--cfg", "job", "b=2"]) == ["--cfg", "job", "a=1", "b=2"]
-    assert flags_first(["a=1", "--config-dir=x", "--info"]) == ["--config-dir=x", "a=1", "--info"]
+    assert settings_first(["rho=1,2", "-m", "seed=0"]) == ["rho=1,2", "seed=0", "-m"]
+    assert settings_first(["rho=1", "seed=0"]) == ["rho=1", "seed=0"]
+    assert settings_first(["a=1", "--cfg", "job", "b=2"]) == ["a=1", "b=2", "--cfg", "job"]
+    flags = ["--config-dir=x", "--config-name", "y", "--info"]
+    assert settings_first(["a=1", *flags, "b=1"]) == ["a=1", "b=1", *flags]

@@ -26,6 +26,11 @@ def heavy():
         yield from serve("sam_lightning.training.run", "torchvision.datasets", "sklearn.datasets")
 
 
+def small(arguments):
+    """What makes a run short; a model of one's own has no width."""
+    return [a for a in SMALL if "model=custom" not in arguments or "width" not in a]
+
+
 LIGHT = [
     # names
     ("rhoo=0.1", "rhoo=0.1: no such key; did you mean rho?"),
@@ -74,9 +79,13 @@ LIGHT = [
     ("rho=", "rho=: allowed is a number >= 0"),
     ("rho=${lrr}", "rho=${lrr}: Interpolation key 'lrr' not found"),
     # what a configuration may name: more in test_security.py
-    ("model._target_=os.system", "model._target_=os.system: allowed are names in sam_lightning"),
-    ("callbacks.last._target_=os.system", "callbacks.last._target_=os.system: allowed are"),
-    ("model._target_=null", "model._target_=None: allowed are names in sam_lightning"),
+    ("model._target_=resnet18", "model._target_=resnet18: allowed is the full name of a class or"),
+    ("callbacks.last._target_=os/system", "_target_=os/system: allowed is the full name of a cl"),
+    ("model._target_=null", "model._target_=null: allowed is the full name of a class or functi"),
+    ("+trainer._target_=a.b", "trainer._target_=a.b: allowed is one in model, optimizer, "),
+    ("+data._target_=a.b", "data._target_=a.b: allowed is one in model, optimizer, "),
+    ("+callbacks._target_=a.b", "callbacks._target_=a.b: allowed is one in model, optimizer, "),
+    ("model=custom", "model._target_: must be given, as in model._target_=..."),
     # files and folders
     ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt: no such file"),
     ("data=image_folder data.root=nowhere", "data.root=nowhere: no such folder"),
@@ -177,7 +186,7 @@ LIGHT = [
 @pytest.mark.parametrize("row", LIGHT, ids=lambda row: row[0])
 def test_wrong_input_is_refused_before_torch_is_loaded(light, tmp_path, row):
     arguments, *fragments = (text.replace("{train}", str(TRAIN)) for text in row)
-    result = light(tmp_path, *SMALL, *arguments.split())
+    result = light(tmp_path, *small(arguments), *arguments.split())
     assert_refused(result, *fragments)
     assert not result.torch
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["cwd"]
@@ -223,7 +232,7 @@ VALUES = [
     ("optimizer._target_=torch.optim.SparseAdam", "=torch.optim.SparseAdam: allowed is an "),
     ("data.mean=[a,b,c]", "data.mean=['a', 'b', 'c']: allowed is a list of numbers from 0 to 1"),
     ("data.mean=0.5", "data.mean=0.5: allowed is a list of numbers from 0 to 1, or null"),
-    ("data.std=[0]", "data.std=[0]: allowed is a list of numbers > 0, or null"),
+    ("data.std=[0]", "data.std=[0]: allowed is a list of numbers from above 0 to 1, or null"),
     ("data.num_workers=100000", "data.num_workers=100000: allowed is a whole number from 0 to "),
     ("data.policy=magic", "data.policy=magic: allowed is null, autoaugment, "),
     ("data.label_noise=1.5", "data.label_noise=1.5: allowed is a fraction from 0 to 1"),
@@ -320,6 +329,30 @@ HEAVY = [
     ("callbacks.best.mode=most", "callbacks.best: `mode` can be min, max but got most"),
     ("model.width=1000000", "model: ", "can't allocate memory"),
     ("model.stem=foo", "model.stem=foo: allowed are cifar, imagenet"),
+    # code of one's own
+    ("model._target_=my_project.Net", "=my_project.Net: cannot import my_project (No module named"),
+    ("model._target_=torchvision.models.resnet1", "there is no resnet1 in torchvision.models; did"),
+    ("model=custom model._target_=os.getcwd", "model._target_=os.getcwd: returned a str; must be"),
+    ("model=custom model._target_=torch.optim.SGD", "=torch.optim.SGD: must be a class of kind "),
+    ("model=custom model._target_=os.sep", "model._target_=os.sep: must be a class of kind "),
+    (
+        "model=custom model._target_=torchvision.models.resnet18",
+        "model._target_=torchvision.models.resnet18: does not take images of 1 x 32 x 32 (Given",
+        "1 channels instead); torchvision.models.resnet18 has no parameter for in_channels=1",
+    ),
+    (
+        "model._target_=torchvision.models.resnet18",
+        "model: ",
+        "unexpected keyword argument 'width'; model=custom has no keys of other models",
+    ),
+    (
+        "model=custom model._target_=torch.nn.Flatten",
+        "model._target_=torch.nn.Flatten: returns (2, 1024) for 2 images; must be (2, 10), a logit",
+    ),
+    ("optimizer._target_=torch.nn.Linear", "=torch.nn.Linear: must be a class of kind torch.opti"),
+    ("scheduler._target_=os.getcwd", "scheduler.warmup_epochs=0: no such key"),
+    ("callbacks.last._target_=os.getcwd", "callbacks.last.dirpath=", ": no such key"),
+    ("+callbacks.x._target_=os.getcwd", "callbacks.x._target_=os.getcwd: returned a str; must be"),
     # this machine
     ("trainer=cuda", "trainer.accelerator=cuda: there is no CUDA GPU here; use cpu or auto"),
     ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: PyTorch has it for GPUs only;"),
@@ -357,7 +390,8 @@ def test_wrong_input_is_refused_before_training(heavy, tmp_path, row):
     wider = {"state_dict": {}, "global_step": 0, "hyper_parameters": {"model": width16}}
     torch.save(wider, tmp_path / "width16.ckpt")
     arguments, *fragments = row
-    assert_refused(heavy(tmp_path, *SMALL, *arguments.format(tmp=tmp_path).split()), *fragments)
+    result = heavy(tmp_path, *small(arguments), *arguments.format(tmp=tmp_path).split())
+    assert_refused(result, *fragments)
 
 
 def test_a_run_that_fails_ends_in_one_line_and_keeps_its_folder(heavy, tmp_path):

@@ -17,11 +17,15 @@ from torchvision import datasets
 
 from commands import TRAIN, assert_refused, serve
 from image_files import one_line_error, write_cifar
+from inject import forked
 from runs import run
 from sam_lightning.cli import top_level
-from sam_lightning.config.instantiate import build
+from sam_lightning.config import trust
+from sam_lightning.config.instantiate import build, not_taken
 from sam_lightning.config.trust import check_targets
 from sam_lightning.data import cifar10
+from sam_lightning.inference import evaluate
+from sam_lightning.inference.load import load
 from sam_lightning.runs.checkpoint import read
 from sam_lightning.runs.resume import replayable
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -128,30 +132,97 @@ def test_lists_reach_a_constructor_as_lists():
 
 OWN = """
 from pathlib import Path
+from torch import nn
 from sam_lightning.data import ImageSource, digits
 Path({imported!r}).touch()
 def mine() -> ImageSource:
     return digits()
 def unsaid():
     return digits()
+class Net(nn.Linear):
+    def __init__(self, num_classes, scale=1.0):
+        super().__init__(1024, num_classes)
+        self.scale = scale
+    def forward(self, x):
+        return super().forward(x.flatten(1)) * self.scale
 """
 
 
-def test_packages_of_ones_own_are_trusted_by_the_environment_alone(tmp_path, monkeypatch):
+@pytest.fixture
+def my_project(tmp_path, monkeypatch):
+    """A module of the person's own; this file is there once it has been imported."""
     imported = tmp_path / "imported"
     (tmp_path / "my_project.py").write_text(OWN.format(imported=str(imported)))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("SAM_LIGHTNING_TRUST", raising=False)
+    monkeypatch.setattr(trust, "_typed", set())
+    yield imported
+    sys.modules.pop("my_project", None)
+
+
+def test_code_that_a_checkpoint_names_is_refused_unless_it_is_typed(my_project):
     message = one_line_error(made, "data.source", _target_="my_project.mine")
-    assert "environment variable SAM_LIGHTNING_TRUST" in message
-    assert not imported.exists()
-    monkeypatch.setenv("SAM_LIGHTNING_TRUST", "other, my_project")
+    assert message == (
+        "data.source._target_=my_project.mine: is not trusted; if this code is yours, add "
+        "trust=my_project.mine"
+    )
+    assert not my_project.exists()
+    trust.trust("other.thing,my_project.mine")
     assert len(made("data.source", _target_="my_project.mine").test) == 359
-    message = one_line_error(made, "data.source", _target_="my_project.unsaid")
-    assert "annotated to return one" in message
-    message = one_line_error(made, "data.source", _target_="my_project.mien")
+    one_line_error(made, "data.source", _target_="my_project.unsaid")  # names are whole
+
+
+@pytest.mark.parametrize("names", ["", "x", "a.b,", "a..b", "a.b;c", ["a.b", 3], "os.*", "/a.b"])
+def test_what_is_no_name_cannot_be_trusted(names):
+    assert one_line_error(trust.trust, names).startswith("trust=")
+
+
+def test_code_that_conf_names_is_trusted_below_the_same_key(my_project, tmp_path, monkeypatch):
+    for file, content in {
+        "data/mine.yaml": "source: {_target_: my_project.mine}",
+        "experiment/net.yaml": "# @package _global_\nmodel: {_target_: my_project.Net}",
+        "study/s.yaml": "arms: {a: {callbacks.x._target_: my_project.X}}",
+        "sweep/s.yaml": "# @package _global_\nhydra: {sweeper: {x: {_target_: my_project.sqlite}}}",
+        "logger/broken.yaml": "a: [",
+    }.items():
+        (tmp_path / "conf" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / file).write_text(content)
+    monkeypatch.setattr(trust, "CONF", tmp_path / "conf")
+    for key, name in [("data.source", "mine"), ("model", "Net"), ("callbacks.y", "X")]:
+        check_targets(OmegaConf.from_dotlist([f"{key}._target_=my_project.{name}"]))
+        for other in {"data.source", "model", "logger.x"} - {key}:
+            one_line_error(made, other, _target_=f"my_project.{name}")
+    one_line_error(made, "callbacks.x", _target_="my_project.sqlite")
+    assert not my_project.exists()
+
+
+def typed(key, **node):
+    cfg = OmegaConf.create({})
+    OmegaConf.update(cfg, key, node, force_add=True)
+    return build(cfg, key, **({"num_classes": 7, "in_channels": 1} if key == "model" else {}))
+
+
+def test_what_is_typed_is_called_and_its_result_is_checked(my_project):
+    assert len(typed("data.source", _target_="my_project.unsaid").test) == 359
+    message = one_line_error(typed, "model", _target_="my_project.unsaid")
+    assert message.startswith("model._target_=my_project.unsaid: returned a ImageSource; must be")
+    message = one_line_error(typed, "callbacks.x", _target_="my_project.Net")
+    assert "must be a class of kind lightning.pytorch.Callback, or a function that " in message
+    message = one_line_error(typed, "data.source", _target_="my_project.mien")
     assert message.endswith("there is no mien in my_project; did you mean mine?")
-    one_line_error(made, "data.source", _target_="my_project_2.mine")
+
+
+def test_a_model_gets_what_it_takes_of_the_data(my_project):
+    assert typed("model", _target_="my_project.Net", scale=2).out_features == 7
+    cfg = OmegaConf.create({"model": {"_target_": "my_project.Net"}})
+    told = {"num_classes": 7, "in_channels": 1}
+    assert not_taken(cfg, told) == "model: my_project.Net has no parameter for in_channels=1"
+    cfg.model._target_ = "torchvision.models.resnet18"
+    assert not_taken(cfg, told).endswith("resnet18 has no parameter for in_channels=1")
+    assert not_taken(cfg, {"num_classes": 7}) == ""
+    assert typed("model", _target_="torchvision.models.resnet18").fc.out_features == 7
+    message = one_line_error(typed, "model", _target_="my_project.Net", width=3)
+    assert message.startswith("model.width=3: no such key; allowed are scale")
+    one_line_error(typed, "model", _target_="my_project.Net", in_channels=3)
 
 
 # ------------------------------------------------------------------------- run folders of others
@@ -178,7 +249,7 @@ REFUSED = [
     "+hydra.callbacks.x._target_=os.mkdir",
     "+hydra.callbacks.x={{_target_:os.mkdir,path:{made}}}",
     "hydra.sweeper._target_=os.mkdir",
-    "+hydra.job.env_set.SAM_LIGHTNING_TRUST=my_project",
+    "+hydra.job.env_set.PYTHONPATH=elsewhere",
     "+model@hydra.callbacks.x=resnet18",
     "model@hydra=resnet18",
     "data=../../{folder}/evil",
@@ -195,6 +266,16 @@ REFUSED = [
     "rho=0.1,0.2",
     "defaults=[]",
     "rho=[",
+]
+
+
+UNTRUSTED = [
+    "model._target_=my_project.Net",
+    "++callbacks.x={{_target_:os.mkdir,path:{made}}}",
+    "+callbacks.x.list=[{{_target_:os.mkdir}}]",
+    "+model.part._target_=sam_lightning.models.SAMResNet18",
+    "model._target_=${{task_name}}",
+    "+callbacks.x._target_=sam_lightning.cli.__builtins__",
 ]
 
 
@@ -218,14 +299,62 @@ def test_what_is_no_setting_of_a_run_is_not_replayed(tmp_path, override):
     assert override in message
 
 
+@pytest.mark.parametrize("override", UNTRUSTED)
+def test_what_names_code_of_strangers_is_not_replayed(tmp_path, override):
+    file = stored(tmp_path, ["rho=1", override.format(made=tmp_path / "made")])
+    message = one_line_error(replayable, file, top_level())
+    key = override.lstrip("+").partition("=")[0].removesuffix("._target_")
+    assert message.startswith(f"{file}: {key}")
+    assert "_target_=" in message
+    assert "is not trusted; if" in message or "must be the full name of a class" in message
+
+
 @pytest.mark.parametrize("overrides", [None, 5, "rho=1", {"rho": 1}, [["rho=1"]], [1]])
 def test_what_is_no_list_of_overrides(tmp_path, overrides):
     one_line_error(replayable, stored(tmp_path, overrides), top_level())
 
 
 def test_a_key_that_is_given_anew_may_be_anything(tmp_path):
-    file = stored(tmp_path, ["rho=1", "task_name=${oc.env:HOME}"])
-    assert replayable(file, top_level(), ["task_name"]) == ["rho=1"]
+    file = stored(tmp_path, ["rho=1", "task_name=${oc.env:HOME}", "model._target_=os.mkdir"])
+    assert replayable(file, top_level(), ["task_name", "model._target_"]) == ["rho=1"]
+
+
+NET = "model._target_=my_project.Net"
+
+
+def test_a_run_with_ones_own_model_goes_on_and_is_evaluated(my_project, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    small = ["data=digits", "data.subset=50", "trainer=cpu", f"hydra.run.dir={folder}"]
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = forked(tmp_path, "model=custom", NET, *small, "epochs=1", **path)
+    assert done.returncode == 0, done.stderr
+    assert "model: my_project.Net has no parameter for in_channels=1" in done.stdout
+    my_project.unlink()
+    for arguments in ([f"ckpt_path={folder}"], ["ckpt_path=last", f"hydra.run.dir={folder}"]):
+        done = forked(tmp_path, *arguments, "epochs=2", **path)
+        file = folder / ".hydra" / "overrides.yaml"
+        assert done.stderr == (
+            f"error: {file}: {NET}: is not trusted; if this code is yours, type {NET} too\n"
+        )
+        assert done.returncode == 2
+    one_line_error(load, folder / "checkpoints" / "last.ckpt")
+    assert not my_project.exists()
+    done = forked(tmp_path, f"ckpt_path={folder}", NET, "epochs=2", **path)
+    assert done.returncode == 0, done.stderr
+    assert load(folder / "checkpoints" / "last.ckpt", trust=["my_project.Net"]).classes
+    monkeypatch.setattr(trust, "_typed", set())
+    refused = one_line_error(evaluate.main, [f"ckpt_path={folder}"])
+    assert refused.endswith("is not trusted; if this code is yours, add trust=my_project.Net")
+    evaluate.main([f"ckpt_path={folder}", "trust=my_project.Net"])
+    monkeypatch.setattr(trust, "_typed", set())
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "net.yaml").write_text("_target_: my_project.Net")
+    monkeypatch.setattr(trust, "CONF", tmp_path / "conf")
+    evaluate.main([f"ckpt_path={folder}"])
+    done = forked(
+        tmp_path, f"ckpt_path={folder}", f"--config-dir={tmp_path}/conf", "epochs=3", **path
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

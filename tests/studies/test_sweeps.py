@@ -197,7 +197,7 @@ def side_by_side(tmp_path, launcher, *arguments):
         tmp_path / "cwd",
         *("-m", *SIDE_BY_SIDE[launcher], *SMALL, "epochs=1", "+callbacks.odd._target_=odd.Odd"),
         *arguments,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "odd"},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
 
 

@@ -293,8 +293,7 @@ def losing(tmp_path):
     def sweep(losing, *arguments):
         callback = [f"+callbacks.lose.notes={notes}", "+callbacks.lose._target_=losing.Lose"]
         callback += [f"+callbacks.lose.losing={losing}"]
-        variables = {"PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "losing"}
-        variables |= {"TMPDIR": str(temporary)}
+        variables = {"PYTHONPATH": str(tmp_path), "TMPDIR": str(temporary)}
         done = command(cwd, "-m", *SMALL, *callback, *arguments, env={**os.environ, **variables})
         assert list(temporary.glob("sam_lightning_*")) == []  # where the ranks of a job meet
         (folder,) = cwd.glob("logs/train/multiruns/*")

@@ -118,12 +118,12 @@ def run_and_attack(tmp_path):
     cwd.mkdir()
     line = [sys.executable, str(TRAIN), *SMALL, f"trainer.devices={RANKS}", "epochs=1"]
     line += ["+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.folder={notes}"]
-    trust = {"PYTHONPATH": str(tmp_path), "SAM_LIGHTNING_TRUST": "hold"}
+    path = {"PYTHONPATH": str(tmp_path)}
     attack = [sys.executable, "-c", ATTACK, str(evil)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
     def run_and_attack(*prefix, **variables):
-        env = {**os.environ, **trust, **variables}
+        env = {**os.environ, **path, **variables}
         process = subprocess.Popen([*prefix, *line], cwd=cwd, env=env, start_new_session=True)
         attacker = subprocess.Popen(attack, **pipes)
         a_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import METRICS, Rule, one_of, or_null
+from sam_lightning.config.schema import METRICS, Rule
 from sam_lightning.studies.report import FORMATS
 
 ABOUT = """
@@ -26,12 +26,12 @@ to a folder, by default report in the first of those given. Failed runs are name
 """
 DEFAULTS = {"metric": "test/acc", "baseline": "sgd", "out": None, "formats": "png,svg"}
 RULES: list[Rule] = [
-    ("metric", *one_of(METRICS)),
+    ("metric", ", ".join(METRICS)),
     ("baseline", lambda v: isinstance(v, str), "the name of a method"),
-    ("out", or_null(lambda v: isinstance(v, str)), "a folder, or null"),
+    ("out", "a folder, or null"),
     (
         "formats",
-        or_null(lambda v: isinstance(v, str) and {*v.split(",")} <= {*FORMATS}),
+        lambda v: v is None or (isinstance(v, str) and {*v.split(",")} <= {*FORMATS}),
         f"some of {','.join(FORMATS)}, or null for no figures",
     ),
 ]
