@@ -46,7 +46,7 @@ def _float_buffers(module: "SAMModule") -> dict[str, Tensor]:
 
 def _memory(module: "SAMModule") -> list[Tensor]:
     params = [p for group in module.sam.param_groups for p in group["params"]]
-    kept = [module.sam.memory[p] for p in params if module.sam.memory.get(p)]
+    kept = [module.sam.method_state[p] for p in params if module.sam.method_state.get(p)]
     return [memory[name] for memory in kept for name in sorted(memory)]
 
 

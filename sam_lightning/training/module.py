@@ -19,7 +19,7 @@ from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.data.augment import draw_seed
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
-from sam_lightning.optim.perturbation import Descent, Perturbation
+from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import load_by_rank, save_by_rank
 from sam_lightning.training.classifier import Batch
@@ -34,8 +34,8 @@ class SAMModule(GradientModule):
         model: images N x C x H x W -> logits N x num_classes.
         num_classes: number of classes.
         base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
-        rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass and no
-            more.
+        rho, perturbation, gradient_transform, decay_in_ascent: as for ``SAM``; rho=0 costs one
+            pass.
         rho_min: where the radius ends as the learning rate falls to 0: rho_min + (rho - rho_min)
             times the schedule's factor (Zhuang et al. 2022, algorithm 1); None for a constant one.
         perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
@@ -74,7 +74,7 @@ class SAMModule(GradientModule):
         rho: float = 0.05,
         perturbation: Perturbation | None = None,
         *,
-        descent: Descent | None = None,
+        gradient_transform: GradientTransform | None = None,
         decay_in_ascent: bool = False,
         rho_min: float | None = None,
         perturbed_layers: str = "all",
@@ -106,12 +106,12 @@ class SAMModule(GradientModule):
                 f"method.descent_fraction={descent_fraction}: needs the loss of every image before "
                 f"the ascent, so not with method.ascent_fraction={ascent_fraction}"
             )
-        if ascent_per_micro_batch and descent is not None:
+        if ascent_per_micro_batch and gradient_transform is not None:
             raise ConfigError(
                 "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
                 "gradients of the whole accumulated batch"
             )
-        if getattr(perturbation, "along", "gradient") == "momentum":
+        if not getattr(perturbation, "needs_gradient", True):
             whole = ascent_fraction == descent_fraction == ascent_steps == 1
             if not whole or ascent_per_micro_batch or decay_in_ascent or sync_perturbation:
                 raise ConfigError(
@@ -130,9 +130,13 @@ class SAMModule(GradientModule):
         self.base_optimizer = base_optimizer
         self.rho = rho
         self.rho_min = rho if rho_min is None else rho_min
-        self.only = normalization_parameters(model) if perturbed_layers != "all" else None
+        try:
+            chosen = normalization_parameters(model) if perturbed_layers != "all" else None
+        except ValueError as error:
+            raise ConfigError(f"method.{error}") from error
+        self.param_names = chosen
         self.perturbation = perturbation
-        self.descent = descent
+        self.gradient_transform = gradient_transform
         self.decay_in_ascent = decay_in_ascent
         self.lr_factor = lr_factor or (lambda step: 1.0)
         self.sync_perturbation = sync_perturbation
@@ -161,8 +165,8 @@ class SAMModule(GradientModule):
             self.base_optimizer,
             rho=self.rho,
             perturbation=self.perturbation,
-            descent=self.descent,
-            only=self.only,
+            gradient_transform=self.gradient_transform,
+            param_names=self.param_names,
             decay_in_ascent=self.decay_in_ascent,
         )
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
@@ -217,14 +221,16 @@ class SAMModule(GradientModule):
     def _update(self, micro_batches: list[MicroBatch], last: bool) -> None:
         sam = self.sam
         sam.zero_grad()
-        climbs = sam.climbs and self.global_step % self.every == 0
+        perturbs = sam.perturbs and self.global_step % self.every == 0
         # What combines gradients does so on each device, and the results are averaged.
-        average_late = sam.climbs and self.descent is not None and not self.sync_perturbation
-        if not climbs:
+        average_late = (
+            sam.perturbs and self.gradient_transform is not None and not self.sync_perturbation
+        )
+        if not perturbs:
             sam.skip_perturbation()
             first = second = self.gradient(micro_batches, sync=not average_late)
-        elif sam.along_momentum:
-            with sam.perturbed(length=self._length()):
+        elif not sam.needs_gradient:
+            with sam.perturbed(rho_scale=self._rho_scale()):
                 first = second = self.gradient(micro_batches, sync=not average_late)
         elif self.ascent_per_micro_batch:
             first, second = self._gradients_per_micro_batch(micro_batches)
@@ -237,7 +243,7 @@ class SAMModule(GradientModule):
         self._logged_lr = self.lr  # before the schedule sets that of the next update
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.sums.add_update(first, second, climbs and not sam.along_momentum)
+        self.sums.add_update(first, second, perturbs and sam.needs_gradient)
 
     def _log_before_next_ascent(self) -> bool:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
@@ -283,9 +289,9 @@ class SAMModule(GradientModule):
     @contextlib.contextmanager
     def _perturbed(self, micro_batches: list[MicroBatch]) -> Iterator[None]:
         """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
-        scale: dict[str, Any] = {"scaler": self.scaler, "length": self._length()}
+        scale: dict[str, Any] = {"scaler": self.scaler, "rho_scale": self._rho_scale()}
         self._seed_perturbation(0)
-        # A descent has both gradients averaged by the strategy, or its result by _update.
+        # A gradient transform gets both gradients averaged, or _update averages its result.
         with self.sam.perturbed(self, local=not self.sync_perturbation, **scale):
             for further in range(1, self.ascent_steps):
                 self._ascent_gradient(micro_batches, second_pass=True)
@@ -298,7 +304,7 @@ class SAMModule(GradientModule):
         rank = 0 if self.sync_perturbation else self.global_rank
         self.seed_draws(draw_seed(self.seed, self.global_step, 1 + number, rank))
 
-    def _length(self) -> float:
+    def _rho_scale(self) -> float:
         """The length of a step of ascent now, in units of rho."""
         if self.rho_min == self.rho:
             return 1 / self.ascent_steps

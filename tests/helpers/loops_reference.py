@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from sam_lightning import SAM, frozen_running_stats
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.looksam import LookSAM
 
 STEPS, RHO, EVERY = 20, 0.3, 5
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-2
@@ -16,9 +16,9 @@ METHODS = {
     "sam": {},
     "asam": {"perturbation": AdaptiveAscent(eta=0.01)},
     "adaptive": {"adaptive": True},
-    "gsam": {"descent": SurrogateGap(0.4)},
+    "gsam": {"gradient_transform": SurrogateGap(0.4)},
     "friendly": {"perturbation": FriendlyAscent(sigma=1.0, decay=0.9)},
-    "looksam": {"descent": Reuse(0.7)},
+    "looksam": {"gradient_transform": LookSAM(0.7)},
 }
 COMBINES = ["gsam", "looksam"]
 
