@@ -23,20 +23,20 @@ UNPERTURBED = (
 )
 
 
-def run_passes(sam: "SAM", state: StepState, closure: Closure, model: nn.Module | None) -> Any:
+def run_passes(sam: "SAM", step: StepState, closure: Closure, model: nn.Module | None) -> Any:
     """Run the passes that a step still needs, perturbed where it is time.
 
     Returns:
         what the closure returned, at w if it ran there; None if it ran at w + e only.
     """
-    if state.perturbed:  # a pass that was not stepped with
+    if step.perturbed:  # a pass that was not stepped with
         sam.zero_grad()
     module = lightning_module(closure)
     automatic = module is not None and module.automatic_optimization
     compute, finish = _in_parts(closure)
     model = module if model is None else model
-    if state.plain or not sam.perturbs:
-        result = compute() if automatic else _pass_at_w(sam, state, compute)
+    if step.plain or not sam.perturbs:
+        result = compute() if automatic else _pass_at_w(sam, step, compute)
         sam.combine()
     elif automatic and _accumulates(module.trainer):
         raise RuntimeError(
@@ -46,7 +46,7 @@ def run_passes(sam: "SAM", state: StepState, closure: Closure, model: nn.Module 
     elif not sam.needs_gradient:
         with sam.perturbed(model):
             result = compute()
-    elif not automatic and state.has_new_gradients(sam.params):
+    elif not automatic and step.has_new_gradients(sam.params):
         result = None
         _second_pass(sam, compute, model)
     else:
@@ -89,8 +89,8 @@ def _accumulates(trainer: Any) -> bool:
     return bool(computes and trainer.accumulate_grad_batches > 1)
 
 
-def _pass_at_w(sam: "SAM", state: StepState, compute: Closure) -> Any:
-    if state.has_new_gradients(sam.params):
+def _pass_at_w(sam: "SAM", step: StepState, compute: Closure) -> Any:
+    if step.has_new_gradients(sam.params):
         return None
     given = [(p, p.grad) for p in sam.params]
     sam.zero_grad()

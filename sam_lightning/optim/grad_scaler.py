@@ -20,14 +20,14 @@ def unscaled(grads: list[Tensor], scaler: GradScaler) -> list[Tensor]:
 
 
 @torch.no_grad()
-def combine_and_unscale(sam: "SAM", state: StepState) -> None:
+def combine_and_unscale(sam: "SAM", step: StepState) -> None:
     """Combine the two gradients, and unscale where the scaler leaves this to the optimizer.
 
     Raises:
         RuntimeError: the scaler has unscaled one of the two gradients.
     """
     scale = getattr(sam, "grad_scale", None)
-    if sam.found_inf is not None and scale is None and state.at_w is not None:
+    if sam.found_inf is not None and scale is None and step.at_w is not None:
         raise RuntimeError(
             "scaler.unscale_(): it has unscaled one of the two gradients that are combined. Run "
             "the second pass in `with optimizer.perturbed(model):`, or call combine() before "

@@ -15,9 +15,9 @@ from loops_reference import (
     PlainLoop,
     assert_close,
     batches,
-    climbs_at,
     loss_at,
     network,
+    perturbs_at,
     sam_of,
     state_of,
     with_closure,
@@ -220,7 +220,7 @@ class Module(L.LightningModule):
         return None if batch_idx in self.left_out else loss_at(self.model, batch)
 
     def on_train_batch_start(self, batch, batch_idx):
-        if not climbs_at(self.method, batch_idx):
+        if not perturbs_at(self.method, batch_idx):
             self.optimizers().skip_perturbation()
 
     def configure_optimizers(self):
@@ -246,11 +246,11 @@ def test_a_batch_that_training_step_leaves_out(method):
     loop = PlainLoop(method)
     for i, batch in enumerate(data):
         if i != 2:
-            loop.update(batch, climb=climbs_at(method, i))
+            loop.update(batch, perturb=perturbs_at(method, i))
     assert_close(state_of(module.model), state_of(loop.model))
 
 
-def test_automatic_optimization_climbs_along_its_own_gradient():
+def test_automatic_optimization_perturbs_along_its_own_gradient():
     module = Before()
     fit(module)
     assert_close(state_of(module.model), after("sam", batches(count=6)))
