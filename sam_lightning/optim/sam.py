@@ -177,8 +177,7 @@ class SAM(OptimizerAround):
             zero_grad: clear the gradients afterwards.
             model: what the passes call. Under DistributedDataParallel a gradient transform needs
                 the wrapped model or the LightningModule.
-            scaler: has scaled the loss. Methods that remember gradients need it, since the scale
-                changes; for others e is the same without it.
+            scaler: scales the loss. Only methods that remember gradients need it.
             rho_scale: factor on every rho.
             further: move on from where the weights are, if they are perturbed already.
             local: no pass averages gradients over devices. Call ``combine()``, and average the
@@ -222,12 +221,13 @@ class SAM(OptimizerAround):
         ascent = ascent_of(self, scaler)
         if not ascent.weights:
             return
-        states = [self.method_state.get(w, {}) for w in ascent.weights]
+        remembered = self.method_state
+        states = [remembered.get(w, {}) if remembered else {} for w in ascent.weights]
         if not first:  # a method remembers only the gradient at w
             states = [dict(state) for state in states]
         direction, norm = direction_of(self.perturbation, ascent, states)
         if first and any(states):
-            self.method_state.update(zip(ascent.weights, states, strict=True))
+            remembered.update(zip(ascent.weights, states, strict=True))
         self._step_state.backup.save(ascent.weights)
         add_scaled_(ascent.weights, direction, [rho * rho_scale for rho in ascent.rhos], norm)
 

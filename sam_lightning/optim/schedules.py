@@ -1,6 +1,7 @@
 """Learning rate schedules: from the number of finished steps to a factor on the learning rate.
 
-Each begins with a linear warm-up of ``warmup_epochs``, whose first step has a factor above 0.
+Each begins with a linear warm-up of ``warmup_epochs``, whose first step has a factor above 0. Each
+raises a ValueError that names an argument out of range.
 """
 
 import math
@@ -13,11 +14,7 @@ LRFactor = Callable[[int], float]
 def cosine(
     total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0, final: float = 0.0
 ) -> LRFactor:
-    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts).
-
-    Raises:
-        ValueError: ``warmup_epochs`` is negative.
-    """
+    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts)."""
     warmup = _warmup_steps(warmup_epochs, steps_per_epoch)
 
     def factor(step: int) -> float:
@@ -36,11 +33,7 @@ def multistep(
     milestones: Sequence[float] = (0.3, 0.6, 0.8),
     gamma: float = 0.2,
 ) -> LRFactor:
-    """Multiply by ``gamma`` at each of ``milestones``, which are fractions of the run.
-
-    Raises:
-        ValueError: ``warmup_epochs`` is negative, or a milestone is outside 0..1.
-    """
+    """Multiply by ``gamma`` at each of ``milestones``, which are fractions of the run."""
     # Milestones in epochs, as other libraries have them, would silently never be reached.
     if not all(0 <= m <= 1 for m in milestones):
         raise ValueError(f"milestones={list(milestones)}: must be fractions of the run, in [0, 1]")
@@ -55,11 +48,7 @@ def multistep(
 
 
 def constant(total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0) -> LRFactor:
-    """1 after the warm-up.
-
-    Raises:
-        ValueError: ``warmup_epochs`` is negative.
-    """
+    """1 after the warm-up."""
     return multistep(total_steps, steps_per_epoch, warmup_epochs, milestones=())
 
 

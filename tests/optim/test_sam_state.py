@@ -133,13 +133,19 @@ def copies_of(shape, weight):
     return found - {weight.data_ptr(), weight.grad.data_ptr()}
 
 
-def test_no_copy_is_left_between_steps():
+def test_the_copies_keep_their_memory_and_go_with_their_weights():
     model = nn.Linear(17, 23)
     sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1)
     perturb_and_restore(model, sam)
+    kept = copies_of((23, 17), model.weight)
+    assert len(kept) == 1
+    perturb_and_restore(model, sam)
+    assert copies_of((23, 17), model.weight) == kept
+    sam.param_groups[0]["params"][0] = model.weight = nn.Parameter(torch.randn(19, 17))
+    sam.param_groups[0]["params"][1] = model.bias = nn.Parameter(torch.randn(19))
+    perturb_and_restore(model, sam)
     assert copies_of((23, 17), model.weight) == set()
-    with sam.perturbed(zero_grad=False):
-        assert len(copies_of((23, 17), model.weight)) == 1
+    assert len(copies_of((19, 17), model.weight)) == 1
 
 
 def test_a_step_in_inference_mode_leaves_nothing_behind():
