@@ -25,7 +25,7 @@ from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
 from sam_lightning.optim.sam import SAM
 from sam_lightning.training.module import SAMModule
@@ -38,8 +38,8 @@ CHEAPER: dict[str, dict[str, Any]] = {
     "method.ascent_fraction=0.25": {"ascent_fraction": 0.25},
     "method.every=2": {"every": 2},
     "method.every=5": {"every": 5},
-    "method=gsam": {"descent": SurrogateGap()},
-    "method=looksam": {"descent": Reuse(), "every": 5},
+    "method=gsam": {"gradient_transform": SurrogateGap()},
+    "method=looksam": {"gradient_transform": LookSAM(), "every": 5},
     "method=esam": {"perturbation": RandomSubsetAscent(), "descent_fraction": 0.5},
     "method=msam": {"perturbation": MomentumAscent()},
 }

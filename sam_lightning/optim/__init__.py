@@ -1,13 +1,14 @@
-"""SAM, its relatives, schedules. Needs torch and nothing else."""
+"""SAM, its relatives, schedules. Needs only torch."""
 
 from sam_lightning.optim.batch_norm import frozen_running_stats
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.linf import SignAscent
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
-from sam_lightning.optim.perturbation import AdaptiveAscent, GradientAscent
+from sam_lightning.optim.perturbation import GradientAscent
 from sam_lightning.optim.sam import SAM
 from sam_lightning.optim.schedules import constant, cosine, multistep
 
@@ -16,9 +17,9 @@ __all__ = [
     "AdaptiveAscent",
     "FriendlyAscent",
     "GradientAscent",
+    "LookSAM",
     "MomentumAscent",
     "RandomSubsetAscent",
-    "Reuse",
     "SignAscent",
     "SurrogateGap",
     "constant",

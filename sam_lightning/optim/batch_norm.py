@@ -12,18 +12,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @contextmanager
 def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
-    """Normalise by the batch without touching running statistics, whatever ends the block.
+    """Normalise by the batch and do not change running statistics, however the block ends.
 
-    The statistics belong to the weights that are kept, so SAM's pass at the perturbed weights must
-    not enter them (the official JAX code keeps those of the first pass). Works on every layer with
-    ``track_running_stats``: BatchNorm, SyncBatchNorm and InstanceNorm, lazy ones too once a first
-    batch has given them their shape; means, variances and ``num_batches_tracked`` all stay. A
-    layer in evaluation mode is left alone, for it normalises by its running statistics. Modules of
-    ``torch.jit.script`` and ``torch.jit.trace`` update copies, which takes their memory once more.
+    The statistics belong to the weights that are kept, so SAM's second pass must not update them.
+    The official JAX code, too, keeps the first pass's. Works on every layer with
+    ``track_running_stats``: BatchNorm, SyncBatchNorm, InstanceNorm, and lazy ones that have a
+    shape. Means, variances and ``num_batches_tracked`` all stay. A layer in evaluation mode does
+    not change, since it normalises by its running statistics. Modules of ``torch.jit.script`` and
+    ``torch.jit.trace`` update copies, which take as much memory.
 
     Args:
-        model: whose statistics; those of every layer that is called in the block if not given,
-            which costs a call of a function for each.
+        model: whose statistics; by default every layer's that the block calls, at the cost of one
+            function call for each.
     """
     frozen: list[Any] = []
     put_aside: dict[int, tuple[Any, dict[str, Tensor]]] = {}  # buffers, by the id of their layer
@@ -34,13 +34,13 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
             freeze(layer)
 
     def freeze(layer: Any) -> None:
-        if isinstance(layer, torch.jit.ScriptModule):  # whose flags are constants
+        if isinstance(layer, torch.jit.ScriptModule):  # its flags are constants
             if id(layer) not in put_aside:
                 replace(layer, torch.clone)
         elif layer.training and getattr(layer, "track_running_stats", False):
             frozen.append(layer)
             layer.track_running_stats = False
-            if isinstance(layer, _InstanceNorm):  # it updates what buffers it has despite the flag
+            if isinstance(layer, _InstanceNorm):  # it updates buffers despite the flag
                 replace(layer, lambda _: None)
 
     def replace(layer: Any, by: Callable[[Tensor], Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""All weights as one vector, which is never made: its norm, its products, a step along it."""
+"""Norms, products and steps over lists of tensors, as if each list were one vector."""
 
 import sys
 from collections import defaultdict
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What torch's fused kernels move correctly. Those of a CPU leave half precision as it is in torch
-# 2.6; those of CUDA read the step as a float32, which would round that of float64 weights.
+# What torch's fused kernels move correctly. In torch 2.6 the CPU's skip half precision. CUDA's read
+# the step size as a float32, which would round it for float64 weights.
 FUSED = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -23,10 +23,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def norm_of_norms(norms: list[Tensor]) -> Tensor:
-    """The 2-norm of the whole from those of its parts, each 0-dim.
-
-    Norms of sharded tensors are reduced over their devices, which communicates.
-    """
+    """The 2-norm of the whole from norms of its parts, each 0-dim; reduced over shards' devices."""
     if any_sharded(norms):
         sharded = torch.stack([n for n in norms if any_sharded([n])])
         rest = [n for n in norms if not any_sharded([n])]
@@ -37,18 +34,14 @@ def norm_of_norms(norms: list[Tensor]) -> Tensor:
 
 
 def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, 0-dim, those of one dtype together.
-
-    They are accumulated in float32 at least, so half precision neither overflows nor rounds to
-    zero.
-    """
+    """The 2-norm of each tensor, 0-dim, grouped by dtype and accumulated in float32 at least."""
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for t in tensors:
         by_dtype[t.dtype].append(t)
     norms: list[Tensor] = []
     for dtype, same in by_dtype.items():
         wide = torch.promote_types(dtype, torch.float32)
-        if any_sharded(same):  # whose norm neither takes another dtype nor goes with others
+        if any_sharded(same):  # their norm takes no other dtype, and no foreach
             norms += [torch.linalg.vector_norm(t.to(wide)) for t in same]
         else:
             norms += torch._foreach_norm(same, 2, dtype=wide)
@@ -58,7 +51,7 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     """The sum of all products of two lists of tensors of the same shapes, 0-dim, float32 at least.
 
-    It is summed tensor by tensor, for the products of all would take the memory of the weights.
+    The sum goes tensor by tensor, since all products would take as much memory as the weights.
     """
     total: Tensor | None = None
     for a, b in zip(ones, others, strict=True):
@@ -72,14 +65,14 @@ def inner_product(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether one is a DTensor, as FSDP2 makes of parameters and gradients."""
+    """Whether one is a DTensor, FSDP2's type of parameters and gradients."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     return _sharded_type() in set(map(type, tensors))
 
 
 def _sharded_type() -> Any:
-    # It takes half a second to import, and who has such a tensor has done so.
+    # Importing it takes half a second. Whoever has such a tensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
@@ -103,10 +96,7 @@ def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
 def foreach(
     operation: Callable[..., Any], tensors: Sequence[Tensor], *others: Any, **options: Any
 ) -> list[Tensor]:
-    """One of torch's ``_foreach`` operations; it does not take sharded tensors among others.
-
-    Where a model is sharded in part, it is called tensor by tensor.
-    """
+    """Call one of torch's ``_foreach`` operations; tensor by tensor if only some are sharded."""
     kinds = set(map(type, tensors))
     if len(kinds) == 1 or _sharded_type() not in kinds:
         return operation(tensors, *others, **options)
@@ -118,19 +108,17 @@ def foreach(
 
 
 def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
-    """The factor c, 0-dim, that makes c * along the part of ``of`` in that direction.
-
-    c = <of, along> / ||along||^2, by a unit vector, for the square of a scaled norm may overflow.
-    """
+    """The factor c = <of, along> / ||along||^2, 0-dim, of the part of ``of`` along ``along``."""
+    # By a unit vector, since the square of the norm of scaled gradients may overflow.
     norm = global_norm(along) + 1e-12
     return inner_product(of, (a / norm for a in along)) / norm
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Parts of few tensors, so that what is made of one takes little memory; no tensor is divided.
+    """Split a list into parts of whole tensors, so that temporary results take little memory.
 
-    On a CPU they have 2^18 elements or more, so that it may stay in the cache; elsewhere 2^22, for
-    every part has kernels of its own to start.
+    On a CPU a part has 2^18 elements or more, to stay in the cache; elsewhere 2^22, since each part
+    starts its own kernels.
     """
     start, size = 0, 0
     for i, t in enumerate(tensors):
@@ -142,14 +130,14 @@ def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def move(
+def add_scaled_(
     weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
 ) -> None:
     """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
 
-    That is a step of gradient ascent, and torch's fused SGD does it in one pass over the memory;
-    its ``found_inf`` is the decision to skip, a tensor, so the host does not wait for the device.
-    A direction that is not a list is asked for part by part.
+    torch's fused SGD does this step of ascent in one pass over the memory. Its ``found_inf`` is a
+    tensor, so the host does not wait for the device. A direction that is not a list is asked for
+    part by part.
     """
     if len(direction) != len(weights):
         raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")
@@ -157,17 +145,17 @@ def move(
     inv_norm = 1 / (norm + 1e-12)
     whole = [slice(0, len(weights))]
     for part in whole if isinstance(direction, list) else parts(weights):
-        _move(_local(weights[part]), _local(direction[part]), rhos[part], inv_norm, found_inf)
+        _add_scaled(_local(weights[part]), _local(direction[part]), rhos[part], inv_norm, found_inf)
 
 
-def _move(
+def _add_scaled(
     weights: Sequence[Tensor],
     direction: Sequence[Tensor],
     rhos: Sequence[float],
     inv_norm: Tensor,
     found_inf: Tensor,
 ) -> None:
-    # In most models one kind of weight, so sorting them by kind can wait until there are more.
+    # Most models have one kind of weight and need no sorting by kind.
     kinds = list({(w.device, w.dtype, rho) for w, rho in zip(weights, rhos, strict=True)})
     for kind in kinds:
         device, dtype, rho = kind
@@ -192,7 +180,7 @@ def _move(
 def _ascend(
     weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
 ) -> None:
-    # What torch.optim.SGD calls, after it has sorted its tensors, which are sorted here already.
+    # torch.optim.SGD would call this after sorting the tensors again.
     torch._fused_sgd_(
         weights,
         direction,
@@ -206,13 +194,12 @@ def _ascend(
         nesterov=False,
         is_first_step=False,
     )
-    # torch's fused kernels leave this out, and autograd would not notice that a graph of before
-    # the move is used after it.
+    # torch's fused kernels leave this out. By it autograd refuses a graph from before the move.
     torch.autograd.graph.increment_version(weights)
 
 
 def _same_memory_order(w: Tensor, d: Tensor) -> bool:
-    """Whether one walk over both memories, as the fused kernels do it, meets the same elements."""
+    """Whether fused kernels, which walk over both memories at once, meet the same elements."""
     if w.dtype is not d.dtype:
         return False
     if w.is_contiguous():

@@ -1,14 +1,12 @@
-"""Learning rate schedules: from the number of updates done to a factor on the learning rate.
+"""Learning rate schedules: from the number of finished steps to a factor on the learning rate.
 
-Each function takes ``total_steps`` and ``steps_per_epoch`` in updates, and starts with a linear
-warm-up of ``warmup_epochs``, whose first update already has a factor above 0.
+Each begins with a linear warm-up of ``warmup_epochs``, whose first step has a factor above 0. Each
+raises a ValueError that names an argument out of range.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-
-from sam_lightning.config.errors import ConfigError
 
 LRFactor = Callable[[int], float]
 
@@ -16,11 +14,7 @@ LRFactor = Callable[[int], float]
 def cosine(
     total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0, final: float = 0.0
 ) -> LRFactor:
-    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts).
-
-    Raises:
-        ConfigError: ``warmup_epochs`` is negative.
-    """
+    """Half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5, no restarts)."""
     warmup = _warmup_steps(warmup_epochs, steps_per_epoch)
 
     def factor(step: int) -> float:
@@ -39,16 +33,10 @@ def multistep(
     milestones: Sequence[float] = (0.3, 0.6, 0.8),
     gamma: float = 0.2,
 ) -> LRFactor:
-    """Times ``gamma`` at each of ``milestones``, which are fractions of the run.
-
-    Raises:
-        ConfigError: ``warmup_epochs`` is negative, or a milestone is outside 0..1.
-    """
+    """Multiply by ``gamma`` at each of ``milestones``, which are fractions of the run."""
     # Milestones in epochs, as other libraries have them, would silently never be reached.
     if not all(0 <= m <= 1 for m in milestones):
-        raise ConfigError(
-            f"scheduler.milestones={list(milestones)}: must be fractions of the run, in [0, 1]"
-        )
+        raise ValueError(f"milestones={list(milestones)}: must be fractions of the run, in [0, 1]")
     warmup = _warmup_steps(warmup_epochs, steps_per_epoch)
     at = sorted(round(m * total_steps) for m in milestones)
 
@@ -60,15 +48,11 @@ def multistep(
 
 
 def constant(total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0.0) -> LRFactor:
-    """1 after the warm-up.
-
-    Raises:
-        ConfigError: ``warmup_epochs`` is negative.
-    """
+    """1 after the warm-up."""
     return multistep(total_steps, steps_per_epoch, warmup_epochs, milestones=())
 
 
 def _warmup_steps(warmup_epochs: float, steps_per_epoch: int) -> int:
     if warmup_epochs < 0:
-        raise ConfigError(f"scheduler.warmup_epochs={warmup_epochs}: must be a number >= 0")
+        raise ValueError(f"warmup_epochs={warmup_epochs}: must be a number >= 0")
     return round(warmup_epochs * steps_per_epoch)

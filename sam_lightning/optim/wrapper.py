@@ -1,4 +1,4 @@
-"""An optimizer around another one, of which everybody else sees one."""
+"""An optimizer around another one, so that schedulers and checkpoints see only one."""
 
 import inspect
 import math
@@ -13,37 +13,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_lightning.optim.perturbation import Memory
+from sam_lightning.optim.perturbation import State
 
 UNSUPPORTED: dict[type[Optimizer], str] = {
-    torch.optim.LBFGS: "for it evaluates the loss itself, many times a step",
-    torch.optim.SparseAdam: "for it takes sparse gradients only, and SAM takes none",
+    torch.optim.LBFGS: "since it evaluates the loss itself, many times a step",
+    torch.optim.SparseAdam: "since it takes only sparse gradients, and SAM takes none",
 }
 
 
 class OptimizerAround(Optimizer):
     """Shares parameter groups, state and hooks with a base optimizer, and steps it.
 
-    Schedulers, ``state_dict``, ``torch.distributed.checkpoint`` and resumed runs see one optimizer.
-    A group's ``rho`` is this one's. The base optimizer's own ``rho``, which Adadelta has, is kept
-    as ``base_rho``. What a method remembers of each parameter is in ``memory``, and between two
-    steps in the state too.
+    A group's ``rho`` is this optimizer's. ``base_rho`` is the base optimizer's own (Adadelta).
+    ``method_state`` has what a method remembers of each parameter. Between two steps the state has
+    it too, under keys that begin with the method's name.
 
     Args:
-        params: as for any torch optimizer.
-        base_optimizer: a torch optimizer class, or any callable from parameter groups to one.
+        params, base_optimizer, kwargs: as for ``SAM``.
         defaults: of this optimizer's own keys of a group, ``rho`` among them.
-        method: a name for who remembers; another method does not take it up.
-        **kwargs: passed to ``base_optimizer``.
-
-    Raises:
-        TypeError: ``base_optimizer`` is an optimizer, and not what makes one.
-        ValueError: a rho is negative or not finite, or the base optimizer evaluates the loss
-            itself, takes sparse gradients only or shards its state by itself.
+        method: the method's name; another method does not load its state.
     """
 
-    # Set by GradScaler, or by whoever decides on a step; non-zero makes the next one a no-op,
-    # decided on the device.
+    _copied: tuple[str, ...] = ("defaults", "base_optimizer", "method", "method_state", "_own")
+
+    # GradScaler or a training loop sets it; if it is not 0, the next step does nothing. The device
+    # decides.
     found_inf: Tensor | None = None
 
     def __init__(
@@ -57,7 +51,7 @@ class OptimizerAround(Optimizer):
         _check_base(base_optimizer)
         check_rho(defaults["rho"])
         self.method = method
-        self.memory: dict[Tensor, Memory] = defaultdict(dict)
+        self.method_state: dict[Tensor, State] = defaultdict(dict)
         self._own = tuple(defaults)
         self.base_optimizer: Any = SimpleNamespace()  # holds groups and state until there is one
         super().__init__(params, defaults)
@@ -72,7 +66,7 @@ class OptimizerAround(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the base optimizer, with this one's own keys too."""
+        """The groups of the base optimizer, with this one's own keys too."""
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -84,7 +78,7 @@ class OptimizerAround(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """That of the base optimizer, and between two steps what the method remembers."""
+        """The state of the base optimizer and, between two steps, of the method."""
         return self.base_optimizer.state
 
     @state.setter
@@ -103,7 +97,7 @@ class OptimizerAround(Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own or the default ones.
+        """Add parameters, with their own settings or the default ones.
 
         Raises:
             ValueError: ``rho`` is negative or not finite.
@@ -121,14 +115,14 @@ class OptimizerAround(Optimizer):
     # --------------------------------------------------------------------------- stepping
 
     def step_base(self) -> None:
-        """Step the base optimizer with the present gradients, unless ``found_inf`` says no."""
+        """Step the base optimizer with the present gradients, unless ``found_inf`` is set."""
         base, found_inf = self.base_optimizer, self.found_inf
         self.found_inf = None
         with self._for_base():
             if found_inf is None:
                 _step_without_hooks(base)
             elif getattr(base, "_step_supports_amp_scaling", False):
-                # torch's fused kernels take the decision to skip from a tensor: no host sync.
+                # torch's fused kernels read the tensor on the device: no host sync.
                 first = not any(self.state.values())
                 base.found_inf = found_inf
                 try:
@@ -144,30 +138,30 @@ class OptimizerAround(Optimizer):
 
     @contextmanager
     def _for_base(self) -> Iterator[None]:
-        """Show the base optimizer its own ``rho`` and its own state only."""
+        """Show the base optimizer only its own ``rho`` and state."""
         groups = [group for group in self.param_groups if "base_rho" in group]
         for group in groups:
             group["rho"], group["base_rho"] = group["base_rho"], group["rho"]
-        for p, kept in self.memory.items():
-            for name in kept:
+        for p, state in self.method_state.items():
+            for name in state:
                 self.state[p].pop(f"{self.method}/{name}", None)
         try:
             yield
         finally:
             for group in groups:
                 group["rho"], group["base_rho"] = group["base_rho"], group["rho"]
-            self._show_memory()
+            self._show_method_state()
 
-    def _show_memory(self) -> None:
-        for p, kept in self.memory.items():
-            for name, value in kept.items():
+    def _show_method_state(self) -> None:
+        for p, state in self.method_state.items():
+            for name, value in state.items():
                 self.state[p][f"{self.method}/{name}"] = value
 
     # -------------------------------------------------------------------- saving, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """What the base optimizer saves, with what the method remembers; never any weights."""
-        self._show_memory()  # it may be newer than the last step
+        """The state of the base optimizer and of the method; never any weights."""
+        self._show_method_state()  # it may be newer than the last step
         if not self._overrides("state_dict"):
             return super().state_dict()
         saved = self.base_optimizer.state_dict
@@ -183,7 +177,7 @@ class OptimizerAround(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; ``rho`` comes from it, where it has one.
 
-        A state of the base optimizer is loaded too. What another method remembers is left out.
+        A state of the base optimizer alone loads too. The state of another method is left out.
         """
         adapted: dict[str, Any] = {}
 
@@ -191,7 +185,7 @@ class OptimizerAround(Optimizer):
             adapted.update(self._adapted(given))
             return adapted
 
-        # A user's hooks see the state as it is, and may change it, and then all that was loaded.
+        # A user's hooks see the state before it is adapted, and after all is loaded.
         last = self.register_load_state_dict_pre_hook(adapt)
         first = self.register_load_state_dict_post_hook(
             lambda _: self._load_base(adapted), prepend=True
@@ -203,56 +197,54 @@ class OptimizerAround(Optimizer):
             first.remove()
 
     def _load_base(self, adapted: dict[str, Any]) -> None:
-        """Load the base optimizer's state again where it takes more, or casts less, by itself."""
+        """Load again by the base optimizer's own method, which may take more or cast less."""
         if not self._overrides("load_state_dict"):
             return
-        state = {
-            i: own
-            for i, values in adapted["state"].items()
-            if (own := {name: value for name, value in values.items() if "/" not in name})
-        }
+        rows = adapted["state"].items()
+        own = {i: {k: v for k, v in values.items() if "/" not in k} for i, values in rows}
+        state = {i: values for i, values in own.items() if values}
         self.base_optimizer.load_state_dict({**adapted, "state": state})
-        self._show_memory()
+        self._show_method_state()
         self._complete_groups()
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state that this optimizer can load, of one that it or another one has saved."""
+        """Make a state that this optimizer can load from one that it or another one has saved."""
         state = {i: dict(values) for i, values in state_dict["state"].items()}
-        older = dict(state_dict.get("memory", {}))  # files of before it was in the state
-        if "/".join(older.pop("of", [])) == self.method:
-            for i, kept in older.items():
-                state.setdefault(i, {}).update({f"{self.method}/{n}": v for n, v in kept.items()})
+        older = dict(state_dict.get("memory", {}))  # earlier versions saved it beside the state
+        method = "/".join(older.pop("of", []))
+        for i, values in older.items():
+            state.setdefault(i, {}).update({f"{method}/{n}": v for n, v in values.items()})
         if any("old_p" in values for values in state.values()):
             warnings.warn(
-                "load_state_dict: the state is of another SAM. Its copies of weights are left out; "
-                "where it has no state of the base optimizer, that starts afresh",
+                "load_state_dict: the state is of another SAM; its copies of weights are left out, "
+                "and the base optimizer starts afresh where it has no state",
                 stacklevel=2,
             )
-            for values in state.values():
-                values.pop("old_p", None)
-        state = {i: values for i, values in state.items() if values}
+        # The class of LookSAM was once called Reuse.
+        adapted = {
+            i: {k.replace("/Reuse/", "/LookSAM/"): v for k, v in values.items() if k != "old_p"}
+            for i, values in state.items()
+        }
         rest = {name: value for name, value in state_dict.items() if name != "memory"}
-        return {**rest, "state": state}
+        return {**rest, "state": {i: values for i, values in adapted.items() if values}}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer's own has defaults, groups and state only.
-        names = ("defaults", "base_optimizer", "method", "memory", "_own")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" in state:  # a copy
             super().__setstate__(state)
             self._share_hooks()
             return
-        self.memory.clear()  # called by load_state_dict
+        self.method_state.clear()  # called by load_state_dict
         for p, values in state["state"].items():
             for key in [key for key in values if "/" in key]:
                 value = values.pop(key)
                 method, _, name = key.rpartition("/")
                 if method == self.method:
-                    self.memory[p][name] = value.clone()
+                    self.method_state[p][name] = value.clone()
         self.base_optimizer.__setstate__(state)
-        self._show_memory()
+        self._show_method_state()
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -260,7 +252,7 @@ class OptimizerAround(Optimizer):
         for group in self.param_groups:
             if "rho" in base.defaults and "base_rho" not in group:
                 group["base_rho"] = group.get("rho", base.defaults["rho"])
-                if not all(name in group for name in self._own):  # it is the base optimizer's only
+                if not all(name in group for name in self._own):  # only the base optimizer saved it
                     group["rho"] = self.defaults["rho"]
             for name in self._own:
                 group.setdefault(name, self.defaults[name])
@@ -270,7 +262,7 @@ def _check_base(base_optimizer: Any) -> None:
     if isinstance(base_optimizer, Optimizer):
         name = type(base_optimizer).__name__
         raise TypeError(
-            f"base_optimizer: an optimizer of class {name} was given; pass the class itself, "
+            f"base_optimizer: this is an optimizer of class {name}; pass the class itself, "
             f"SAM(params, {name}, ...)"
         )
     made = getattr(base_optimizer, "func", base_optimizer)  # of a functools.partial
@@ -279,8 +271,8 @@ def _check_base(base_optimizer: Any) -> None:
             raise ValueError(f"base_optimizer={made.__name__}: not supported, {reason}")
     if hasattr(made, "consolidate_state_dict"):  # ZeroRedundancyOptimizer, whose import takes long
         raise ValueError(
-            f"base_optimizer={made.__name__}: not supported, for it keeps its state where "
-            "state_dict() does not find it; use torch.distributed.fsdp.fully_shard"
+            f"base_optimizer={made.__name__}: not supported, since state_dict() does not find its "
+            "state; use torch.distributed.fsdp.fully_shard"
         )
 
 
@@ -291,10 +283,10 @@ def check_rho(rho: float) -> None:
 
 
 def _step_without_hooks(optimizer: Optimizer) -> None:
-    """Step; the hooks are shared with the optimizer around, whose step runs them already."""
+    """Step; the hooks are shared, and the step of the optimizer around has run them."""
     step = type(optimizer).step
     replaced = vars(optimizer).get("step")
-    if hasattr(replaced, "_wrapped_by_lr_sched"):  # by a scheduler, to know that there was a step
+    if hasattr(replaced, "_wrapped_by_lr_sched"):  # a scheduler replaced it, to count steps
         replaced, optimizer._opt_called = None, True  # type: ignore[attr-defined]
     if replaced is not None or not getattr(step, "hooked", False):
         optimizer.step()

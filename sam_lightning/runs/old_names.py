@@ -18,7 +18,9 @@ OLD_NAMES = {
     "sam_lightning.schedules": "sam_lightning.optim",
     "sam_lightning.sharpness_monitor": "sam_lightning.training.callbacks.sharpness",
 }
+OLD_CLASSES = {"sam_lightning.optim.Reuse": "sam_lightning.optim.LookSAM"}
 _OLD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, OLD_NAMES))})(?=\.\w+$)")
+_OLD_CLASS = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, OLD_CLASSES))})$")
 
 
 def with_current_names(stored: Any) -> Any:
@@ -28,5 +30,6 @@ def with_current_names(stored: Any) -> Any:
     if isinstance(stored, list):
         return [with_current_names(value) for value in stored]
     if isinstance(stored, str):
-        return _OLD.sub(lambda match: OLD_NAMES[match[1]], stored)
+        moved = _OLD.sub(lambda match: OLD_NAMES[match[1]], stored)
+        return _OLD_CLASS.sub(lambda match: OLD_CLASSES[match[1]], moved)
     return stored

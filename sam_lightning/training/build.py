@@ -123,7 +123,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "num_classes": data.num_classes,
         "base_optimizer": base_optimizer,
         "perturbation": perturbation,
-        "descent": build(cfg, "method.descent") if cfg.method.get("descent") else None,
+        "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=updates),
         "label_smoothing": cfg.label_smoothing,
         "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,

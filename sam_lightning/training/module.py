@@ -10,51 +10,37 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.data.seeding import draw_seed
-from sam_lightning.models.onednn import subsample_first
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
-from sam_lightning.optim.perturbation import Descent, Perturbation
+from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
-from sam_lightning.training.metrics import EvalMetrics, TrainMetrics
+from sam_lightning.training.classifier import Batch, Classifier
+from sam_lightning.training.metrics import TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
 
-Batch = tuple[Tensor, Tensor]
 
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-class SAMModule(L.LightningModule):
+class SAMModule(Classifier):
     """Trains an image classifier with SAM and its relatives.
 
     Args:
         model: images N x C x H x W -> logits N x num_classes.
         num_classes: number of classes.
         base_optimizer: from parameter groups to a torch optimizer, e.g. ``partial(SGD, lr=0.1)``.
-        rho, perturbation, descent, decay_in_ascent: as for ``SAM``; rho=0 costs one pass.
+        rho, perturbation, gradient_transform, decay_in_ascent: as for ``SAM``; rho=0 is one pass.
         rho_min: the radius ends here as the learning rate falls to 0: rho_min + (rho - rho_min)
             times the schedule's factor (Zhuang et al. 2022, algorithm 1); None for a constant one.
         perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
         lr_factor: from the number of steps done to the factor on the learning rates.
-        sync_perturbation: average the gradient to perturb along over devices. Otherwise each device
-            uses its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
-        ascent_per_micro_batch: under accumulation, perturb for each micro-batch by itself.
-        ascent_fraction: part of each batch, in (0, 1], for the first pass. Loss, accuracy and
-            running statistics are of that part, and ``train/sharpness`` has its noise too.
-        ascent_steps: go from w to w + e in steps of rho / ascent_steps, with a pass for each.
-        descent_fraction: part of each batch, in (0, 1], for the second pass: the images whose loss
-            rises most (Du et al. 2022, sharpness-sensitive data selection).
         every: perturb once in this many steps, starting with the first.
-        same_randomness: the second pass uses the dropout masks of the first.
-        label_smoothing: of the training loss, in [0, 1).
+        same_randomness, sync_perturbation, ascent_per_micro_batch, ascent_fraction, ascent_steps,
+            descent_fraction, label_smoothing: as for ``Passes``.
         accumulate_grad_batches: batches per step.
         gradient_clip_val: largest 2-norm of the gradient to step with; None for no limit.
         max_skipped_steps: end the run after this many non-finite gradients in a row.
@@ -74,18 +60,18 @@ class SAMModule(L.LightningModule):
         rho: float = 0.05,
         perturbation: Perturbation | None = None,
         *,
-        descent: Descent | None = None,
+        gradient_transform: GradientTransform | None = None,
         decay_in_ascent: bool = False,
         rho_min: float | None = None,
         perturbed_layers: str = "all",
         lr_factor: Callable[[int], float] | None = None,
+        every: int = 1,
+        same_randomness: bool = True,
         sync_perturbation: bool = False,
         ascent_per_micro_batch: bool = False,
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
         descent_fraction: float = 1.0,
-        every: int = 1,
-        same_randomness: bool = True,
         label_smoothing: float = 0.0,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -94,43 +80,27 @@ class SAMModule(L.LightningModule):
         seed: int = 0,
         hparams: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, num_classes, memory_format)
         self.automatic_optimization = False
         if perturbed_layers not in ("all", "normalization"):
             raise ConfigError(
                 f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
             )
+        try:
+            param_names = normalization_parameters(model) if perturbed_layers != "all" else None
+        except ValueError as error:
+            raise ConfigError(f"method.{error}") from error
         if rho_min is not None and 0 < rho < rho_min:
             raise ConfigError(
                 f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
             )
-        if ascent_per_micro_batch and descent is not None:
-            raise ConfigError(
-                "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
-                "gradients of the whole accumulated batch"
-            )
-        if getattr(perturbation, "along", "gradient") == "momentum":
-            whole = ascent_fraction == descent_fraction == ascent_steps == 1
-            if not whole or ascent_per_micro_batch or decay_in_ascent or sync_perturbation:
-                raise ConfigError(
-                    "method.perturbation: one along the momentum has one pass, so ascent_fraction, "
-                    "descent_fraction, ascent_steps, ascent_per_micro_batch, decay_in_ascent and "
-                    "sync_perturbation must be as in conf/method/sam.yaml"
-                )
-        if memory_format not in MEMORY_FORMATS:
-            raise ValueError(
-                f"memory_format={memory_format}: allowed are {', '.join(MEMORY_FORMATS)}"
-            )
-        self.memory_format = MEMORY_FORMATS[memory_format]
-        subsample_first(model)
-        self.model = model.to(memory_format=self.memory_format)
         self.make_sam = partial(
             SAM,
             base_optimizer=base_optimizer,
             rho=rho,
             perturbation=perturbation,
-            descent=descent,
-            only=normalization_parameters(model) if perturbed_layers != "all" else None,
+            gradient_transform=gradient_transform,
+            param_names=param_names,
             decay_in_ascent=decay_in_ascent,
         )
         self.rho = rho
@@ -146,14 +116,25 @@ class SAMModule(L.LightningModule):
             self._backward,
             label_smoothing=label_smoothing,
             same_randomness=same_randomness,
-            sync_ascent=sync_perturbation,
+            sync_perturbation=sync_perturbation,
             ascent_per_micro_batch=ascent_per_micro_batch,
             ascent_fraction=ascent_fraction,
             ascent_steps=ascent_steps,
             descent_fraction=descent_fraction,
         )
+        if self.passes.ascent_per_micro_batch and gradient_transform is not None:
+            raise ConfigError(
+                "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
+                "gradients of the whole accumulated batch"
+            )
+        one_pass = not getattr(perturbation, "needs_gradient", True)
+        if one_pass and (decay_in_ascent or not self.passes.two_are_plain):
+            raise ConfigError(
+                "method.perturbation: one along the momentum has one pass, so ascent_fraction, "
+                "descent_fraction, ascent_steps, ascent_per_micro_batch, decay_in_ascent and "
+                "sync_perturbation must be as in conf/method/sam.yaml"
+            )
         self.train_metrics = TrainMetrics()
-        self.eval_metrics = EvalMetrics(num_classes)
         self._batches: list[MicroBatch] = []
         self._own_state: dict[str, Tensor] | None = None  # this device's part of a checkpoint
         if hparams is not None:
@@ -216,27 +197,27 @@ class SAMModule(L.LightningModule):
             self._log_training(last)
 
     def _step(self, batches: list[MicroBatch], last: bool) -> None:
-        sam = self.sam
+        sam, passes = self.sam, self.passes
         sam.zero_grad()
-        perturbs = sam.climbs and self.global_step % self.every == 0
-        # What combines gradients does so on each device, and the results are averaged.
-        average_late = sam.climbs and sam.descent is not None and not self.passes.sync_ascent
-        geometry = None
+        perturbs = sam.perturbs and self.global_step % self.every == 0
+        # Each device combines its own gradients, and then all average the result.
+        combines = sam.perturbs and sam.gradient_transform is not None
+        sync, geometry = not combines or passes.sync_perturbation, None
         if not perturbs:
             sam.skip_perturbation()
-            clean = perturbed = self.passes.one(batches, sync=not average_late)
-        elif sam.along_momentum:
-            with sam.perturbed(length=self._rho_scale()):
-                clean = perturbed = self.passes.one(batches, sync=not average_late)
+            clean = perturbed = passes.one(batches, sync=sync)
+        elif not sam.needs_gradient:
+            with sam.perturbed(rho_scale=self._rho_scale()):
+                clean = perturbed = passes.one(batches, sync=sync)
         else:
-            clean, perturbed, geometry = self._two_passes(batches, last, not average_late)
+            clean, perturbed, geometry = self._two_passes(batches, last, sync)
         sam.combine()  # before the gradients are clipped
-        if average_late:
+        if not sync:
             average_gradients(self.model, self.trainer.world_size)
         self._logged_lr = self.lr  # before the schedule sets that of the next step
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.train_metrics.add_step(clean, perturbed, perturbs and not sam.along_momentum)
+        self.train_metrics.add_step(clean, perturbed, perturbs and sam.needs_gradient)
         if geometry is not None:
             self.train_metrics.add_geometry(*geometry)
 
@@ -244,7 +225,7 @@ class SAMModule(L.LightningModule):
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         logs_before_next = self.global_step // every != (self.global_step + self.every) // every
         # A perturbation draws the same on all devices where their gradient is the same.
-        rank = 0 if self.passes.sync_ascent else self.global_rank
+        rank = 0 if self.passes.sync_perturbation else self.global_rank
         numbers = range(1, 1 + self.passes.ascent_steps)
         return self.passes.two(
             self.sam,
@@ -253,9 +234,9 @@ class SAMModule(L.LightningModule):
             seeds=[draw_seed(self.seed, self.global_step, number, rank) for number in numbers],
             measure=(last or logs_before_next) and not self.passes.ascent_per_micro_batch,
             model=self,
-            local=not self.passes.sync_ascent,
+            local=not self.passes.sync_perturbation,
             scaler=self.scaler,
-            length=self._rho_scale(),
+            rho_scale=self._rho_scale(),
         )
 
     def _rho_scale(self) -> float:
@@ -316,11 +297,6 @@ class SAMModule(L.LightningModule):
                 "trainer.gradient_clip_val, or check the data"
             )
 
-    def log_at_step(self, values: dict[str, float]) -> None:
-        """Send values to the loggers, at the number of steps done; ``self.log`` counts batches."""
-        for logger in self.loggers:
-            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step)
-
     def on_train_end(self) -> None:
         """Keep the mean of all devices' running statistics, which is what a checkpoint has."""
         self.average_running_stats()  # Lightning copies those of rank 0 to all before a test
@@ -344,8 +320,8 @@ class SAMModule(L.LightningModule):
             self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
 
     def _per_rank_state(self) -> dict[str, list[Tensor]]:
-        params = [p for group in self.sam.param_groups for p in group["params"]]
-        kept = [self.sam.memory[p] for p in params if self.sam.memory.get(p)]
+        remembered = self.sam.method_state
+        kept = [remembered[p] for p in self.sam.params if remembered.get(p)]
         return {
             "window": [self.train_metrics.window],
             "running_stats": list(self._running_stats().values()),
@@ -355,50 +331,3 @@ class SAMModule(L.LightningModule):
     def _running_stats(self) -> dict[str, Tensor]:
         buffers = self.model.named_buffers()
         return {f"model.{name}": b for name, b in buffers if b.is_floating_point()}
-
-    # ------------------------------------------------------------------------------- evaluation
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images N x C x H x W -> logits N x num_classes."""
-        dtype = next(self.model.parameters()).dtype  # augmentation makes float32 for 64-true too
-        return self.model(images.to(dtype=dtype, memory_format=self.memory_format))
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Add a batch to the loss and the accuracies; return its logits, for callbacks."""
-        images, labels = batch
-        logits = self(images)
-        self.eval_metrics.update(logits, labels)
-        return logits
-
-    test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget earlier evaluations; evaluate with the running statistics of all devices."""
-        # Not at their end: sums made in inference mode cannot be updated in a later fit.
-        self.eval_metrics.reset()
-        self.average_running_stats()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def average_running_stats(self) -> None:
-        """Average BatchNorm's statistics over devices, as the official JAX code does."""
-        if self.trainer.world_size > 1:
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/acc, val/error and, from 10 classes on, val/acc5."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/acc, test/error and, from 10 classes on, test/acc5."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        logged = {f"{split}/{name}": v for name, v in self.eval_metrics.compute().items()}
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log_dict(logged, prog_bar=True, logger=False)
-            self.log_at_step({name: float(value) for name, value in logged.items()})
-        else:  # the trainer returns what goes to its loggers, and takes the step from there
-            self.log_dict({**logged, "step": float(self.global_step)})

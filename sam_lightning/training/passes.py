@@ -40,12 +40,14 @@ class Passes:
         backward: takes a loss and whether devices average its gradient, and adds to ``.grad``.
         label_smoothing: of the loss, in [0, 1).
         same_randomness: the second pass uses the dropout masks of the first.
-        sync_ascent: devices average the gradient that is perturbed along.
-        ascent_per_micro_batch: perturb each batch along its own gradient.
-        ascent_fraction: part of each batch, in (0, 1], that the first pass is over.
-        ascent_steps: number of steps from w to w + e.
-        descent_fraction: part of each batch, in (0, 1], that the second pass is over: the images
-            whose loss rises most.
+        sync_perturbation: average the gradient to perturb along over devices. Otherwise each device
+            uses its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
+        ascent_per_micro_batch: under accumulation, perturb for each micro-batch by itself.
+        ascent_fraction: part of each batch, in (0, 1], for the first pass. Loss, accuracy and
+            running statistics are of that part, and ``train/sharpness`` has its noise too.
+        ascent_steps: go from w to w + e in steps of rho / ascent_steps, with a pass for each.
+        descent_fraction: part of each batch, in (0, 1], for the second pass: the images whose loss
+            rises most (Du et al. 2022, sharpness-sensitive data selection).
 
     Raises:
         ConfigError: both fractions are below 1.
@@ -58,7 +60,7 @@ class Passes:
         *,
         label_smoothing: float = 0.0,
         same_randomness: bool = True,
-        sync_ascent: bool = False,
+        sync_perturbation: bool = False,
         ascent_per_micro_batch: bool = False,
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
@@ -73,12 +75,18 @@ class Passes:
         self.backward = backward
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.same_randomness = same_randomness
-        self.sync_ascent = sync_ascent
+        self.sync_perturbation = sync_perturbation
         self.ascent_per_micro_batch = ascent_per_micro_batch
         self.ascent_fraction = ascent_fraction
         self.ascent_steps = ascent_steps
         self.descent_fraction = descent_fraction
         self._losses_at_w: list[Tensor] = []  # of each image, where the second pass selects
+
+    @property
+    def two_are_plain(self) -> bool:
+        """Whether the two passes have no option that a single pass cannot have."""
+        whole = self.ascent_fraction == self.descent_fraction == self.ascent_steps == 1
+        return whole and not (self.ascent_per_micro_batch or self.sync_perturbation)
 
     def one(self, batches: list[MicroBatch], *, sync: bool) -> Tensor:
         """Add the gradient of the mean loss; return mean loss and accuracy, 1-dim of 2."""
@@ -108,7 +116,7 @@ class Passes:
             mean loss and accuracy at w and at w + e, each 1-dim of 2; and the norm of e with the
             cosine of the two gradients, where they were measured.
         """
-        params = [p for group in sam.param_groups for p in group["params"]]
+        params = sam.params
         parts = [[batch] for batch in batches] if self.ascent_per_micro_batch else [batches]
         total = sum(map(len, batches))
         at_w, at_w_e, geometry = [], [], None
@@ -157,9 +165,9 @@ class Passes:
             sizes = [math.ceil(self.ascent_fraction * len(batch)) for batch in batches]
             batches = [b.take(slice(size)) for b, size in zip(batches, sizes, strict=True)]
         if self.descent_fraction == 1 or further:
-            return self._gradient(batches, sync=self.sync_ascent, second=further)
+            return self._gradient(batches, sync=self.sync_perturbation, second=further)
         self._losses_at_w = []
-        return self._gradient(batches, sync=self.sync_ascent, losses=self._losses_at_w)
+        return self._gradient(batches, sync=self.sync_perturbation, losses=self._losses_at_w)
 
     def _second(self, batches: list[MicroBatch], total: float, *, sync: bool) -> Tensor:
         """Add the gradient at w + e, as part of a mean over ``total`` images."""

@@ -28,7 +28,7 @@ def options_of(name, **options):
     cfg = OmegaConf.create({"rho": 0.2, "method": OmegaConf.merge(*parts)})
     plain = {k: v for k, v in cfg.method.items() if k not in OWN}
     plain["perturbation"] = build(cfg, "method.perturbation")
-    plain["descent"] = build(cfg, "method.descent") if cfg.method.descent else None
+    plain["gradient_transform"] = build(cfg, "method.descent") if cfg.method.descent else None
     return {**plain, **options}
 
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from sam_lightning import SAM, frozen_running_stats
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.looksam import LookSAM
 
 STEPS, RHO, EVERY = 20, 0.3, 5
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-2
@@ -16,9 +16,9 @@ METHODS = {
     "sam": {},
     "asam": {"perturbation": AdaptiveAscent(eta=0.01)},
     "adaptive": {"adaptive": True},
-    "gsam": {"descent": SurrogateGap(0.4)},
+    "gsam": {"gradient_transform": SurrogateGap(0.4)},
     "friendly": {"perturbation": FriendlyAscent(sigma=1.0, decay=0.9)},
-    "looksam": {"descent": Reuse(0.7)},
+    "looksam": {"gradient_transform": LookSAM(0.7)},
 }
 COMBINES = ["gsam", "looksam"]
 
@@ -52,7 +52,7 @@ def sam_of(model, method, rho=RHO, **options):
     return SAM(parameters, torch.optim.SGD, rho=rho, **METHODS[method], **{**sgd, **options})
 
 
-def climbs_at(method, step):
+def perturbs_at(method, step):
     return method != "looksam" or step % EVERY == 0
 
 
@@ -70,12 +70,12 @@ def assert_close(one, two, tolerance=1e-10):
 
 
 def with_perturbed(
-    model, optimizer, batch, climb=True, backward=Tensor.backward, sam=None, scaler=None
+    model, optimizer, batch, perturb=True, backward=Tensor.backward, sam=None, scaler=None
 ):
     sam = sam or optimizer
     loss = loss_at(model, batch)
     backward(loss)
-    if climb:
+    if perturb:
         with sam.perturbed(model, scaler=scaler):
             backward(loss_at(model, batch))
     else:
@@ -85,11 +85,11 @@ def with_perturbed(
     return loss
 
 
-def in_two(model, optimizer, batch, climb=True, backward=Tensor.backward, sam=None, scaler=None):
+def in_two(model, optimizer, batch, perturb=True, backward=Tensor.backward, sam=None, scaler=None):
     sam = sam or optimizer
     loss = loss_at(model, batch)
     backward(loss)
-    if not climb:
+    if not perturb:
         sam.skip_perturbation()
         optimizer.step()
         optimizer.zero_grad()
@@ -102,7 +102,7 @@ def in_two(model, optimizer, batch, climb=True, backward=Tensor.backward, sam=No
 
 
 def with_closure(
-    model, optimizer, batch, climb=True, backward=Tensor.backward, sam=None, told=True
+    model, optimizer, batch, perturb=True, backward=Tensor.backward, sam=None, told=True
 ):
     def closure():
         optimizer.zero_grad()
@@ -110,20 +110,20 @@ def with_closure(
         backward(loss)
         return loss
 
-    if not climb:
+    if not perturb:
         (sam or optimizer).skip_perturbation()
     return optimizer.step(closure, *[model] * told)
 
 
 def with_gradients_given(
-    model, optimizer, batch, climb=True, backward=Tensor.backward, sam=None, told=True
+    model, optimizer, batch, perturb=True, backward=Tensor.backward, sam=None, told=True
 ):
     def closure():
         loss = loss_at(model, batch)
         backward(loss)
         return loss
 
-    if not climb:
+    if not perturb:
         (sam or optimizer).skip_perturbation()
     loss = closure()
     optimizer.step(closure, *[model] * told)
@@ -145,7 +145,7 @@ FORMS = {
 class PlainLoop:
     """One method with SGD's decay and Nesterov momentum, as vectors of all weights.
 
-    An update is given the batches of all devices. Each device climbs along its own gradient if
+    An update is given the batches of all devices. Each device perturbs along its own gradient if
     ``own``, and otherwise along the mean gradient.
     """
 
@@ -176,9 +176,9 @@ class PlainLoop:
                 b.copy_(old)
         return torch.cat([g.flatten() for g in grads])
 
-    def update(self, *devices, climb=True, overflows=(False, False), clip=None):
+    def update(self, *devices, perturb=True, overflows=(False, False), clip=None):
         parts = [[batch] for batch in devices] if self.own else [devices]
-        ds = [self.direction(i, part, climb, overflows) for i, part in enumerate(parts)]
+        ds = [self.direction(i, part, perturb, overflows) for i, part in enumerate(parts)]
         d = sum(ds) / len(ds)
         if not d.isfinite().all():
             return
@@ -189,7 +189,7 @@ class PlainLoop:
         self.velocity = d if self.velocity is None else MOMENTUM * self.velocity + d
         self.set(w - LR * (d + MOMENTUM * self.velocity))
 
-    def direction(self, device, part, climb, overflows):
+    def direction(self, device, part, perturb, overflows):
         def mean(w, first):
             overflow = float("inf") if overflows[not first] else 1.0
             return overflow * sum(self.gradient(w, b, first) for b in part) / len(part)
@@ -197,7 +197,7 @@ class PlainLoop:
         w = self.weights()
         g = mean(w, True)
         kept = self.memory.get(device)
-        if not climb:
+        if not perturb:
             return g + 0.7 * g.norm() * kept
         d = t = torch.ones_like(g)
         if self.method == "asam":
@@ -227,5 +227,5 @@ def plain(method, batch_norm=True, **options):
     """Weights and running statistics after a plain loop."""
     loop = PlainLoop(method, network(batch_norm=batch_norm))
     for i, batch in enumerate(batches()):
-        loop.update(batch, climb=climbs_at(method, i), **options)
+        loop.update(batch, perturb=perturbs_at(method, i), **options)
     return state_of(loop.model)

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
-from sam_lightning.optim.perturbation import AdaptiveAscent
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -105,8 +105,8 @@ METHODS = {
 RELATIVES = {
     **METHODS,
     "friendly": {"perturbation": FriendlyAscent()},
-    "gsam": {"descent": SurrogateGap()},
-    "looksam": {"descent": Reuse()},
+    "gsam": {"gradient_transform": SurrogateGap()},
+    "looksam": {"gradient_transform": LookSAM()},
     "msam": {"perturbation": MomentumAscent()},
 }
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sam_lightning import SAM
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from steps import (
     RELATIVES,
     STEPS,
@@ -123,7 +123,7 @@ def test_what_is_remembered_is_not_shown_to_the_base_optimizer(method, base):
     sam.found_inf = torch.ones(())
     step_with_context(ours, sam, data[0])
     assert_equal(weights_of(ours), weights_of(theirs))
-    sam.memory.clear()
+    sam.method_state.clear()
     for batch in data[1:]:
         step_with_context(ours, sam, batch)
         step_with_context(theirs, fresh, batch)

@@ -18,9 +18,9 @@ from loops_reference import (
     PlainLoop,
     assert_close,
     batches,
-    climbs_at,
     loss_at,
     network,
+    perturbs_at,
     plain,
     sam_of,
     state_of,
@@ -40,7 +40,7 @@ PLAIN = cache(plain)
 
 def loop(step, method, model, optimizer, data=None, **options):
     for i, batch in enumerate(data or batches()):
-        step(model, optimizer, batch, climbs_at(method, i), **options)
+        step(model, optimizer, batch, perturbs_at(method, i), **options)
 
 
 # ------------------------------------------------------------------------------ a plain loop
@@ -69,8 +69,8 @@ def test_how_often_the_model_is_called(method, form):
     model, passes = network(), []
     model.register_forward_hook(lambda *_: passes.append(1))
     loop(FORMS[form], method, model, sam_of(model, method))
-    climbs = sum(climbs_at(method, i) for i in range(STEPS))
-    assert len(passes) == STEPS + climbs
+    perturbs = sum(perturbs_at(method, i) for i in range(STEPS))
+    assert len(passes) == STEPS + perturbs
 
 
 @pytest.mark.parametrize("step", [with_closure, with_gradients_given])
@@ -109,7 +109,7 @@ def test_gradients_that_are_set_to_zero(times, given):
     assert_close(state_of(model), PLAIN("sam"))
 
 
-def test_a_second_gradient_that_nobody_stepped_with_is_not_climbed_along():
+def test_nothing_is_perturbed_along_a_second_gradient_that_no_step_used():
     model = network()
     optimizer = sam_of(model, "sam")
     one, two = batches(count=2)
@@ -134,16 +134,16 @@ def test_accumulation(method):
             (loss_at(model, batch) / 2).backward()
 
     for i, pair in enumerate(zip(data[::2], data[1::2], strict=True)):
-        climb = climbs_at(method, i)
+        perturb = perturbs_at(method, i)
         backward(pair)
-        if climb:
+        if perturb:
             with optimizer.perturbed(model):
                 backward(pair)
         else:
             optimizer.skip_perturbation()
         optimizer.step()
         optimizer.zero_grad()
-        reference.update(*pair, climb=climb)
+        reference.update(*pair, perturb=perturb)
     assert_close(state_of(model), state_of(reference.model))
 
 
@@ -164,7 +164,7 @@ class Module(L.LightningModule):
         return sam_of(self.model, self.method)
 
     def on_train_batch_start(self, batch, i):
-        if self.automatic_optimization and not climbs_at(self.method, i):
+        if self.automatic_optimization and not perturbs_at(self.method, i):
             self.optimizers().skip_perturbation()
 
     def training_step(self, batch, i):
@@ -182,7 +182,7 @@ class Module(L.LightningModule):
             options["scaler"] = self.scaler
         if self.form in CLOSURES:  # Lightning's step takes no model
             options["told"] = False
-        FORMS[self.form](self.model, optimizer, batch, climbs_at(self.method, i), **options)
+        FORMS[self.form](self.model, optimizer, batch, perturbs_at(self.method, i), **options)
         return None
 
 
@@ -239,7 +239,7 @@ def test_automatic_optimization(method):
     runner = fit(module)
     assert_close(state_of(module.model), PLAIN(method))
     assert runner.global_step == STEPS
-    assert module.calls == STEPS + sum(climbs_at(method, i) for i in range(STEPS))
+    assert module.calls == STEPS + sum(perturbs_at(method, i) for i in range(STEPS))
 
 
 @every_method
@@ -340,18 +340,18 @@ def test_accelerate(accelerator, method, form):
 
 # --------------------------------------------------------------------------------- GradScaler
 
-# In the first pass, in the second, in both; LookSAM climbs at 5, 10 and 15.
+# In the first pass, in the second, in both; LookSAM perturbs at 5, 10 and 15.
 OVERFLOWS = {5: (True, False), 7: (True, True), 10: (False, True), 15: (True, True)}
 
 
-def scaled(model, optimizer, batch, climb, scaler, overflow, form):
+def scaled(model, optimizer, batch, perturb, scaler, overflow, form):
     def backward(second):
         factor = float("inf") if overflow[second] else 1.0
         (factor * scaler.scale(loss_at(model, batch))).backward()
 
     before = [p.detach().clone() for p in model.parameters()]
     backward(False)
-    if not climb:
+    if not perturb:
         optimizer.skip_perturbation()
     elif form == "perturbed":
         with optimizer.perturbed(model, scaler=scaler):
@@ -375,10 +375,10 @@ def test_a_scaler_whose_scale_changes_and_that_overflows(method, form, fused):
     optimizer = sam_of(model, method, fused=fused)
     scales, skipped = set(), []
     for i, batch in enumerate(batches()):
-        climb, overflow = climbs_at(method, i), OVERFLOWS.get(i, (False, False))
-        if scaled(model, optimizer, batch, climb, scaler, overflow, form):
+        perturb, overflow = perturbs_at(method, i), OVERFLOWS.get(i, (False, False))
+        if scaled(model, optimizer, batch, perturb, scaler, overflow, form):
             skipped.append(i)
-        reference.update(batch, climb=climb, overflows=overflow)
+        reference.update(batch, perturb=perturb, overflows=overflow)
         scales.add(scaler.get_scale())
     assert_close(state_of(model), state_of(reference.model))
     assert len(scales) >= 3

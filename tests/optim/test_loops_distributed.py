@@ -23,9 +23,9 @@ from loops_reference import (
     PlainLoop,
     assert_close,
     batches,
-    climbs_at,
     loss_at,
     network,
+    perturbs_at,
     sam_of,
     state_of,
 )
@@ -65,10 +65,10 @@ def data_of(rank):
 
 
 def expected(method, own=False):
-    """Each device climbs along its own gradient, or all along the mean."""
+    """Each device perturbs along its own gradient, or all along the mean."""
     loop = PlainLoop(method, network(batch_norm=False), own)
     for i, devices in enumerate(zip(*map(data_of, range(RANKS)), strict=True)):
-        loop.update(*devices, climb=climbs_at(method, i))
+        loop.update(*devices, perturb=perturbs_at(method, i))
     return state_of(loop.model)
 
 
@@ -80,14 +80,14 @@ def nothing():
 
 
 def step(
-    model, optimizer, batch, climb, form, /, silent=(), finish=nothing, late=nothing, **options
+    model, optimizer, batch, perturb, form, /, silent=(), finish=nothing, late=nothing, **options
 ):
     """One of the two forms; passes in ``silent`` average no gradients."""
     quiet = {n: model.no_sync() if n in silent else nullcontext() for n in ("first", "second")}
     with quiet["first"]:
         loss_at(model, batch).backward()
     finish()
-    if not climb:
+    if not perturb:
         optimizer.skip_perturbation()
         late()
         optimizer.step()
@@ -126,12 +126,12 @@ def ddp(rank, method, form, own, views):
 
     same = True
     for i, batch in enumerate(data_of(rank)):
-        climb = climbs_at(method, i)
+        perturb = perturbs_at(method, i)
         if own_ones:
             options = {"silent": ["first", "second"], "local": True}
         else:
             options = {"silent": ["first"] if own else [], "model": model}
-        step(model, optimizer, batch, climb, form, late=late, **options)
+        step(model, optimizer, batch, perturb, form, late=late, **options)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         others = [torch.empty_like(weights) for _ in range(RANKS)]
         dist.all_gather(others, weights)
@@ -148,7 +148,7 @@ def cut(rank, method, views, to_none):
     for i, batch in enumerate(data_of(rank)):
         loss_at(model, batch).backward()
         if i % 4 != 1:
-            if climbs_at(method, i):
+            if perturbs_at(method, i):
                 with optimizer.perturbed(model):
                     loss_at(model, batch).backward()
             else:
@@ -196,8 +196,8 @@ def fsdp(rank, method, form, partly):
 
     optimizer = sam_of(model, method)
     for i, batch in enumerate(data_of(rank)):
-        climb = climbs_at(method, i)
-        step(model, optimizer, batch, climb, form, finish=finish, model=model)
+        perturb = perturbs_at(method, i)
+        step(model, optimizer, batch, perturb, form, finish=finish, model=model)
     whole = state_of(model).items()
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in whole}
 
@@ -238,7 +238,7 @@ def fabric(rank, method, silent):
 
     for i, batch in enumerate(data_of(rank)):
         backward(batch, "first")
-        if climbs_at(method, i):
+        if perturbs_at(method, i):
             try:
                 with optimizer.perturbed(wrapped):
                     backward(batch, "second")
@@ -261,7 +261,7 @@ class Module(L.LightningModule):
         return sam_of(self.model, self.method)
 
     def on_train_batch_start(self, batch, i):
-        if not climbs_at(self.method, i):
+        if not perturbs_at(self.method, i):
             self.optimizers().skip_perturbation()
 
     def training_step(self, batch, i):
@@ -275,7 +275,7 @@ class Module(L.LightningModule):
 
         optimizer = self.optimizers()
         backward("first")
-        if climbs_at(self.method, i):
+        if perturbs_at(self.method, i):
             with optimizer.perturbed(self.model if self.how == "inside" else self):
                 backward("second")
         optimizer.step()
@@ -357,9 +357,9 @@ def test_ddp_with_updates_that_are_left_out_or_skipped(results, method, views, t
     loop = PlainLoop(method, network(batch_norm=False))
     for i, devices in enumerate(zip(*map(data_of, range(RANKS)), strict=True)):
         if i % 4 == 0:
-            loop.update(*devices, climb=climbs_at(method, i))
+            loop.update(*devices, perturb=perturbs_at(method, i))
         elif i % 4 != 1:  # what is remembered stays
-            loop.direction(0, devices, climbs_at(method, i), (False, False))
+            loop.direction(0, devices, perturbs_at(method, i), (False, False))
     check(results("cut", CUT)[method, views, to_none], state_of(loop.model))
 
 

@@ -15,11 +15,10 @@ from reference import assert_close as assert_states_close
 from reference import batches as image_batches
 from reference import convnet, fit, state
 from sam_lightning import SAM
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from steps import (
@@ -89,7 +88,9 @@ def test_friendly_sam_is_that_of_pytorch_optimizer(sigma):
 
 def test_gsam_is_that_of_pytorch_optimizer():
     ours, theirs = network(), network()
-    sam = SAM(ours.parameters(), torch.optim.SGD, 0.3, descent=SurrogateGap(0.4), **MOMENTUM)
+    sam = SAM(
+        ours.parameters(), torch.optim.SGD, 0.3, gradient_transform=SurrogateGap(0.4), **MOMENTUM
+    )
     base = torch.optim.SGD(theirs.parameters(), **MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0)
     rho = ProportionScheduler(schedule, max_lr=0.1, min_lr=0.0, max_value=0.3, min_value=0.3)
@@ -105,7 +106,7 @@ def test_looksam_is_that_of_pytorch_optimizer_for_one_tensor():
     torch.manual_seed(0)
     ours, theirs = (nn.Linear(6, 3, bias=False).double() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    sam = SAM(ours.parameters(), torch.optim.SGD, 0.2, descent=Reuse(0.7), **MOMENTUM)
+    sam = SAM(ours.parameters(), torch.optim.SGD, 0.2, gradient_transform=LookSAM(0.7), **MOMENTUM)
     published = pytorch_optimizer.LookSAM(
         theirs.parameters(), torch.optim.SGD, rho=0.2, k=5, alpha=0.7, **MOMENTUM
     )
@@ -205,14 +206,14 @@ def test_the_layers_that_sam_on_perturbs():
     layers = nn.Sequential(nn.Conv1d(2, 2, 1), nn.GroupNorm(1, 2), nn.LayerNorm([2, 3]))
     assert normalization_parameters(layers) == {"1.weight", "1.bias", "2.weight", "2.bias"}
     for without in (nn.Linear(2, 2), layers.requires_grad_(False)):
-        with pytest.raises(ConfigError, match=r"perturbed_layers=normalization: .* no normalis"):
+        with pytest.raises(ValueError, match=r"^perturbed_layers=normalization: .* no normalis"):
             normalization_parameters(without)
 
 
 def test_the_other_weights_do_not_count_for_the_norm():
     model = network()
     names = {"2.weight", "2.bias"}
-    sam = SAM(model.named_parameters(), torch.optim.SGD, rho=0.3, only=names, lr=0.1)
+    sam = SAM(model.named_parameters(), torch.optim.SGD, rho=0.3, param_names=names, lr=0.1)
     (batch,) = batches(1)
     loss_at(model, batch).backward()
     before = dict(zip([n for n, _ in model.named_parameters()], weights_of(model), strict=True))
@@ -229,9 +230,9 @@ def test_several_steps_of_ascent_go_no_further_than_rho_and_are_taken_back():
     before = weights_of(model)
     sam.zero_grad()
     loss_at(model, batch).backward()
-    sam.perturb(zero_grad=True, length=0.5)
+    sam.perturb(zero_grad=True, rho_scale=0.5)
     loss_at(model, batch).backward()
-    sam.perturb(zero_grad=True, length=0.5, further=True)
+    sam.perturb(zero_grad=True, rho_scale=0.5, further=True)
     assert 0.2 < sam.perturbation_norm() < 0.3
     sam.restore()
     assert_equal(weights_of(model), before)
@@ -239,7 +240,7 @@ def test_several_steps_of_ascent_go_no_further_than_rho_and_are_taken_back():
 
 MEMORIES = {
     "friendly": {"perturbation": FriendlyAscent()},
-    "looksam": {"descent": Reuse()},
+    "looksam": {"gradient_transform": LookSAM()},
 }
 
 
@@ -265,7 +266,7 @@ def test_a_state_dict_has_what_a_method_remembers(method, base):
     plain = base(models[0].parameters(), lr=0.01)
     two = SAM(models[1].parameters(), base, 0.2, lr=0.01)
     two.load_state_dict(plain.state_dict())  # of a run without a memory
-    assert not any(two.memory.values())
+    assert not any(two.method_state.values())
     assert not any(two.state.values())
 
 
@@ -277,8 +278,8 @@ def test_a_file_with_the_memory_beside_the_state_loads_too(method):
     first, second = batches(2)
     step_with_closure(models[0], one, first)
     saved = one.state_dict()
-    names = [type(one.perturbation).__name__, type(one.descent).__name__]
-    memory = {i: dict(one.memory[p]) for i, p in enumerate(models[0].parameters())}
+    names = [type(one.perturbation).__name__, type(one.gradient_transform).__name__]
+    memory = {i: dict(one.method_state[p]) for i, p in enumerate(models[0].parameters())}
     assert all(memory.values())
     two.load_state_dict({**saved, "state": {}, "memory": {"of": names, **memory}})
     models[1].load_state_dict(models[0].state_dict())
@@ -290,7 +291,23 @@ def test_a_file_with_the_memory_beside_the_state_loads_too(method):
     assert_equal(weights_of(models[0]), weights_of(models[1]))
     other = SAM(models[1].parameters(), SGD, 0.2, lr=0.01)
     other.load_state_dict({**saved, "state": {}, "memory": {"of": names, **memory}})
-    assert not any(other.memory.values())
+    assert not any(other.method_state.values())
+
+
+def test_a_state_loads_from_before_the_class_of_looksam_was_renamed():
+    models = network(), network()
+    one, two = (SAM(m.parameters(), SGD, 0.2, lr=0.01, **MEMORIES["looksam"]) for m in models)
+    step_with_closure(models[0], one, next(batches(1)))
+    saved = one.state_dict()
+    kept = [one.method_state[p]["direction"] for p in models[0].parameters()]
+    old = {i: {"GradientAscent/Reuse/direction": direction} for i, direction in enumerate(kept)}
+    assert set(saved["state"][0]) == {"GradientAscent/LookSAM/direction"}
+    beside = {i: {"direction": direction} for i, direction in enumerate(kept)}
+    memory = {"of": ["GradientAscent", "Reuse"], **beside}
+    for given in ({**saved, "state": old}, {**saved, "state": {}, "memory": memory}):
+        two.load_state_dict(given)
+        assert_equal([two.method_state[p]["direction"] for p in models[1].parameters()], kept)
+        assert set(two.state_dict()["state"][0]) == {"GradientAscent/LookSAM/direction"}
 
 
 @pytest.mark.parametrize("method", MEMORIES)
@@ -305,7 +322,7 @@ def test_a_gradient_that_is_not_finite_is_not_remembered(method):
     with sam.perturbed():
         loss_at(model, data[1]).backward()
     sam.combine()
-    assert all(kept.isfinite().all() for m in sam.memory.values() for kept in m.values())
+    assert all(kept.isfinite().all() for m in sam.method_state.values() for kept in m.values())
     step_with_closure(model, sam, data[2])
     assert all(w.isfinite().all() for w in weights_of(model))
 
@@ -315,24 +332,24 @@ def test_friendly_sam_remembers_the_gradients_at_w_once_an_update():
     sam = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.01, perturbation=FriendlyAscent())
     one, two = batches(2)
     step_with_closure(model, sam, one)
-    means = [sam.memory[p]["mean"].clone() for p in model.parameters()]
+    means = [sam.method_state[p]["mean"].clone() for p in model.parameters()]
     sam.zero_grad()
     loss_at(model, two).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     for further in (False, True, True):
-        sam.perturb(zero_grad=True, length=1 / 3, further=further)
+        sam.perturb(zero_grad=True, rho_scale=1 / 3, further=further)
         loss_at(model, two).backward()
     sam.step()
     expected = [0.9 * m + 0.1 * g for m, g in zip(means, grads, strict=True)]
-    assert_close([sam.memory[p]["mean"] for p in model.parameters()], expected)
+    assert_close([sam.method_state[p]["mean"] for p in model.parameters()], expected)
 
 
 def test_looksam_corrects_what_it_has_a_direction_for():
     first, second = torch.randn(2, 3, 4, dtype=torch.float64)
     memory = [{}, {}, {}]
-    Reuse(0.7)(list(first[:2]), list(second[:2].clone()), memory[:2])
+    LookSAM(0.7)(list(first[:2]), list(second[:2].clone()), memory[:2])
     found = list(second.clone())
-    Reuse(0.7)(None, found, memory)
+    LookSAM(0.7)(None, found, memory)
     assert not torch.equal(found[0], second[0])
     assert torch.equal(found[2], second[2])
 
@@ -340,13 +357,13 @@ def test_looksam_corrects_what_it_has_a_direction_for():
 def test_looksam_keeps_no_direction_that_is_rounding():
     g = [torch.randn(100)]
     memory = [{}]
-    Reuse(0.7)(g, [g[0].clone()], memory)
+    LookSAM(0.7)(g, [g[0].clone()], memory)
     assert memory[0]["direction"].norm() == 0
 
 
 def test_what_a_step_left_behind_is_not_combined_with_the_next():
     model = network()
-    sam = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.1, descent=SurrogateGap())
+    sam = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.1, gradient_transform=SurrogateGap())
     one, two = batches(2)
     sam.zero_grad()
     loss_at(model, one).backward()
@@ -365,10 +382,14 @@ def test_what_a_step_left_behind_is_not_combined_with_the_next():
     [
         ({"perturbation": MomentumAscent()}, "momentum=0: must be above 0"),
         (
-            {"perturbation": MomentumAscent(), "momentum": 0.9, "descent": SurrogateGap()},
-            "descent: combines two gradients",
+            {
+                "perturbation": MomentumAscent(),
+                "momentum": 0.9,
+                "gradient_transform": SurrogateGap(),
+            },
+            "gradient_transform: combines two gradients",
         ),
-        ({"only": {"0.weight", "nothing"}}, "only=nothing: no parameter"),
+        ({"param_names": {"0.weight", "nothing"}}, "param_names=nothing: no parameter"),
     ],
 )
 def test_what_the_optimizer_refuses(options, message):
@@ -383,7 +404,7 @@ def test_what_the_optimizer_refuses(options, message):
         (lambda: FriendlyAscent(decay=1.0), r"decay=1\.0"),
         (lambda: RandomSubsetAscent(beta=0), "beta=0"),
         (lambda: SurrogateGap(alpha=-1), "alpha=-1"),
-        (lambda: Reuse(alpha=float("nan")), "alpha=nan"),
+        (lambda: LookSAM(alpha=float("nan")), "alpha=nan"),
     ],
 )
 def test_values_out_of_range(make, message):

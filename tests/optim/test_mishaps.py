@@ -15,9 +15,9 @@ from loops_reference import (
     PlainLoop,
     assert_close,
     batches,
-    climbs_at,
     loss_at,
     network,
+    perturbs_at,
     sam_of,
     state_of,
     with_closure,
@@ -25,7 +25,7 @@ from loops_reference import (
 )
 from sam_lightning import SAM
 from sam_lightning.optim.methods.gsam import SurrogateGap
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -100,7 +100,9 @@ def test_a_state_dict_after_a_skipped_step_has_what_is_remembered():
         pass  # and no step
     other = sam_of(network(), "friendly")
     other.load_state_dict(optimizer.state_dict())
-    for kept, loaded in zip(optimizer.memory.values(), other.memory.values(), strict=True):
+    for kept, loaded in zip(
+        optimizer.method_state.values(), other.method_state.values(), strict=True
+    ):
         assert torch.equal(kept["mean"], loaded["mean"])
 
 
@@ -180,7 +182,7 @@ def test_a_rho_that_became_impossible_is_refused(rho):
             call()
 
 
-@pytest.mark.parametrize("descent", [SurrogateGap(0.4), Reuse(0.7)])
+@pytest.mark.parametrize("descent", [SurrogateGap(0.4), LookSAM(0.7)])
 def test_complex_weights_count_as_pairs_of_real_ones(descent):
     torch.manual_seed(0)
     start = torch.randn(4, 5, dtype=torch.complex128)
@@ -189,14 +191,14 @@ def test_complex_weights_count_as_pairs_of_real_ones(descent):
     pairs = nn.Parameter(torch.view_as_real(start).clone())
     views = {whole: lambda: whole, pairs: lambda: torch.view_as_complex(pairs)}
     for p, view in views.items():
-        optimizer = SAM([p], torch.optim.SGD, rho=0.3, lr=0.1, descent=descent)
+        optimizer = SAM([p], torch.optim.SGD, rho=0.3, lr=0.1, gradient_transform=descent)
         for i in range(10):
 
             def backward(view=view):
                 ((view() - target).abs().square() * (1 + view().abs())).sum().backward()
 
             backward()
-            if isinstance(descent, Reuse) and i % 5:
+            if isinstance(descent, LookSAM) and i % 5:
                 optimizer.skip_perturbation()
             else:
                 with optimizer.perturbed():
@@ -218,7 +220,7 @@ class Module(L.LightningModule):
         return None if batch_idx in self.left_out else loss_at(self.model, batch)
 
     def on_train_batch_start(self, batch, batch_idx):
-        if not climbs_at(self.method, batch_idx):
+        if not perturbs_at(self.method, batch_idx):
             self.optimizers().skip_perturbation()
 
     def configure_optimizers(self):
@@ -244,11 +246,11 @@ def test_a_batch_that_training_step_leaves_out(method):
     loop = PlainLoop(method)
     for i, batch in enumerate(data):
         if i != 2:
-            loop.update(batch, climb=climbs_at(method, i))
+            loop.update(batch, perturb=perturbs_at(method, i))
     assert_close(state_of(module.model), state_of(loop.model))
 
 
-def test_automatic_optimization_climbs_along_its_own_gradient():
+def test_automatic_optimization_perturbs_along_its_own_gradient():
     module = Before()
     fit(module)
     assert_close(state_of(module.model), after("sam", batches(count=6)))

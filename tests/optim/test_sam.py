@@ -117,7 +117,7 @@ def test_rho_0_is_the_base_optimizer_bit_for_bit_at_one_pass(base):
         reference.step()
     assert_equal(weights_of(ours), weights_of(theirs))
     assert len(forwards) == 20
-    assert not sam.climbs
+    assert not sam.perturbs
 
 
 def test_decay_in_ascent_adds_the_l2_term_to_the_ascent_only():

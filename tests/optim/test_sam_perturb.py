@@ -10,7 +10,7 @@ from torch import nn
 from host_syncs import HostSyncs
 from sam_lightning import SAM
 from sam_lightning.optim.foreach import global_norm
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from steps import (
     BASES,
     METHODS,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sam_lightning import SAM
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from steps import (
     BASES,
     assert_equal,

@@ -1,13 +1,13 @@
 """Schedules against their formulas and against torch's schedulers."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
-from sam_lightning.config.errors import ConfigError
 from sam_lightning.optim.schedules import constant, cosine, multistep
 
 
@@ -145,14 +145,13 @@ def test_constant_is_one_after_its_warmup():
 @pytest.mark.parametrize(
     ("schedule", "options", "message"),
     [
-        (cosine, {"warmup_epochs": -1}, "scheduler.warmup_epochs=-1: "),
-        (multistep, {"warmup_epochs": -0.5}, "scheduler.warmup_epochs=-0.5: "),
-        (constant, {"warmup_epochs": -1}, "scheduler.warmup_epochs=-1: "),
-        (multistep, {"milestones": [60, 120, 160]}, "scheduler.milestones=[60, 120, 160]: "),
-        (multistep, {"milestones": (-0.1, 0.5)}, "scheduler.milestones=[-0.1, 0.5]: "),
+        (cosine, {"warmup_epochs": -1}, "warmup_epochs=-1: "),
+        (multistep, {"warmup_epochs": -0.5}, "warmup_epochs=-0.5: "),
+        (constant, {"warmup_epochs": -1}, "warmup_epochs=-1: "),
+        (multistep, {"milestones": [60, 120, 160]}, "milestones=[60, 120, 160]: "),
+        (multistep, {"milestones": (-0.1, 0.5)}, "milestones=[-0.1, 0.5]: "),
     ],
 )
 def test_bad_values_are_named(schedule, options, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         schedule(100, 10, **options)
-    assert str(caught.value).startswith(message)

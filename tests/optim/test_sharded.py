@@ -46,7 +46,7 @@ def train(model, sam, numbers, rank=None):
         x, y = data[i]
         batch = (x, y) if rank is None else (x[rank::RANKS], y[rank::RANKS])
         sam.zero_grad()
-        if sam.descent is not None and i % 3:
+        if sam.gradient_transform is not None and i % 3:
             sam.skip_perturbation()
             nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
             sam.step()

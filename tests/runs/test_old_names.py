@@ -26,6 +26,7 @@ NAMES = {
     "methods.looksam": ["Reuse"],
     "methods.msam": ["MomentumAscent"],
     "models": ["PyramidNet", "SAMResNet18", "SAMResNet34", "SAMResNet50", "WideResNet"],
+    "optim": ["Reuse"],
     "perturbations": ["AdaptiveAscent", "GradientAscent"],
     "saving": ["LastCheckpoint"],
     "schedules": ["constant", "cosine", "multistep"],

@@ -111,7 +111,7 @@ def test_nothing_else_can_be_named(tmp_path, key, target):
 ALLOWED = [
     ("model", RESNET, {"num_classes": 2, "in_channels": 1, "width": 1}),
     ("scheduler", "sam_lightning.optim.schedules.cosine", {"total_steps": 2, "steps_per_epoch": 1}),
-    ("method.perturbation", "sam_lightning.optim.perturbation.AdaptiveAscent", {"eta": 0.1}),
+    ("method.perturbation", "sam_lightning.optim.methods.asam.AdaptiveAscent", {"eta": 0.1}),
     ("callbacks.x", "sam_lightning.training.callbacks.progress.progress", {}),
     ("callbacks.x", "lightning.pytorch.callbacks.EarlyStopping", {"monitor": "val/acc"}),
     ("logger.x", "lightning.pytorch.loggers.CSVLogger", {"save_dir": "."}),

@@ -30,7 +30,7 @@ from sam_lightning import SAM
 from sam_lightning.data import digits
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.optim import foreach as vectors
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 
 pytestmark = pytest.mark.gpu
 

@@ -28,7 +28,7 @@ from runs import SMALL, column, equal, rows, summary, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.sam import SAM
 from sam_lightning.training.callbacks import tensorboard as dashboard
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput

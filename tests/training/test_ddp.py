@@ -19,13 +19,13 @@ import reference
 import sync_batch_norm
 from runs import configuration
 from sam_lightning import SAMModule
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.linf import SignAscent
-from sam_lightning.optim.methods.looksam import Reuse
+from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
-from sam_lightning.optim.perturbation import AdaptiveAscent
 from sam_lightning.training.build import make_trainer
 
 RANKS, STEPS, SHARD = 2, 6, 8
@@ -40,16 +40,16 @@ CASES = {
     "micro": {"accumulate_grad_batches": 2, "ascent_per_micro_batch": True},
     "sgd": {"rho": 0.0},
     "skipped": {},
-    "gsam": {"descent": SurrogateGap(0.4)},
-    "gsam, clipped": {"descent": SurrogateGap(0.4), "gradient_clip_val": 0.1},
-    "gsam, synced": {"descent": SurrogateGap(0.4), "sync_perturbation": True},
-    "looksam": {"descent": Reuse(0.7), "every": 2},
+    "gsam": {"gradient_transform": SurrogateGap(0.4)},
+    "gsam, clipped": {"gradient_transform": SurrogateGap(0.4), "gradient_clip_val": 0.1},
+    "gsam, synced": {"gradient_transform": SurrogateGap(0.4), "sync_perturbation": True},
+    "looksam": {"gradient_transform": LookSAM(0.7), "every": 2},
     "friendly": {"perturbation": FriendlyAscent()},
     "esam": {"perturbation": RandomSubsetAscent(beta=0.6), "descent_fraction": 0.5},
     "esam, synced": {"perturbation": RandomSubsetAscent(beta=0.6), "sync_perturbation": True},
-    "gsam, accumulated": {"descent": SurrogateGap(0.4), "accumulate_grad_batches": 2},
+    "gsam, accumulated": {"gradient_transform": SurrogateGap(0.4), "accumulate_grad_batches": 2},
     "looksam, synced": {
-        "descent": Reuse(0.7),
+        "gradient_transform": LookSAM(0.7),
         "every": 2,
         "sync_perturbation": True,
         "gradient_clip_val": 0.1,
@@ -64,7 +64,7 @@ SYNC_BATCH_NORM = {
     "batch norm, uneven": {"sync_perturbation": True},
     "batch norm, without weights": {},
 }
-REMEMBERS = {"perturbation": FriendlyAscent(), "descent": Reuse(0.7), "every": 2}
+REMEMBERS = {"perturbation": FriendlyAscent(), "gradient_transform": LookSAM(0.7), "every": 2}
 
 
 def data_of(case):
@@ -172,7 +172,7 @@ def epochs(count, rank, ckpt_path=None):
 
 
 def memory_of(module):
-    return [dict(kept) for kept in module.sam.memory.values()]
+    return [dict(kept) for kept in module.sam.method_state.values()]
 
 
 @pytest.fixture(scope="module")

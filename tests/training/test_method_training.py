@@ -159,7 +159,10 @@ def test_what_a_step_costs(method, images):
     ("options", "message"),
     [
         ({"ascent_fraction": 0.5, "descent_fraction": 0.5}, r"descent_fraction=0\.5: needs"),
-        ({"ascent_per_micro_batch": True, "descent": SurrogateGap()}, "not with method.descent"),
+        (
+            {"ascent_per_micro_batch": True, "gradient_transform": SurrogateGap()},
+            "not with method.descent",
+        ),
         *(
             ({"perturbation": MomentumAscent(), **option}, f"so .*{next(iter(option))}.* must be")
             for option in (
@@ -192,7 +195,7 @@ def test_a_radius_of_0_ends_what_a_method_remembers(tmp_path):
         runner.fit(module, loader(data), ckpt_path=path, weights_only=True)
         ends.append(state(module.model))
     assert_equal(*ends)
-    assert not module.sam.memory  # of another method
+    assert not module.sam.method_state  # of another method
 
 
 def test_only_what_has_been_measured_is_logged(tmp_path):

@@ -25,7 +25,7 @@ from reference import (
     state,
     trainer,
 )
-from sam_lightning.optim.perturbation import AdaptiveAscent
+from sam_lightning.optim.methods.asam import AdaptiveAscent
 
 
 def count_images(model):

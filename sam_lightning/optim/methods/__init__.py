@@ -1,1 +1,1 @@
-"""Relatives of SAM: other directions to climb along, other ways to combine the two gradients."""
+"""Relatives of SAM: other perturbations, other ways to combine the two gradients."""

@@ -1,24 +1,21 @@
-"""Friendly-SAM: climb along what is special to the batch."""
-
-from collections.abc import Sequence
+"""Friendly-SAM: perturb along what is special to the batch."""
 
 import torch
-from torch import Tensor
 
 from sam_lightning.optim.foreach import global_norm
-from sam_lightning.optim.perturbation import Memory
+from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 
 
 class FriendlyAscent:
-    """Climb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (arXiv 2403.12350).
+    """Perturb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (2403.12350).
 
-    e = rho * d / ||d|| with d = g - sigma * m, where m, the mean of earlier gradients, stands for
-    the gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d is taken
-    with the m of the updates before (with one that has g in it, sigma = 1 gives decay * d, the same
-    direction), and the first update climbs along g and sets m = g.
+    e = rho * d / ||d|| with d = g - sigma * m. The mean m of earlier gradients stands for the
+    gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d uses the m of
+    earlier steps; an m that contains g gives the same direction if sigma = 1. The first step
+    perturbs along g and sets m = g.
 
     Args:
-        sigma: how much of the mean is left out; 0 is SAM, 1 the authors' choice.
+        sigma: how much of the mean to subtract; 0 is SAM, 1 the authors' choice.
         decay: the paper's lambda, in [0, 1); the authors use 0.6 to 0.95.
 
     Raises:
@@ -35,22 +32,16 @@ class FriendlyAscent:
         self.sigma = sigma
         self.decay = decay
 
-    def __call__(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        names: Sequence[str | None],
-        memory: Sequence[Memory],
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    def __call__(self, weights: Tensors, grads: Tensors, names: Names, states: States) -> Direction:
         """Return d and ||d||_2; keep the mean, unless a gradient is not finite."""
         finite = global_norm(grads).isfinite()
         direction = []
-        for g, kept in zip(grads, memory, strict=True):
-            if "mean" not in kept:
-                kept["mean"] = torch.where(finite, g, 0)
+        for g, state in zip(grads, states, strict=True):
+            if "mean" not in state:
+                state["mean"] = torch.where(finite, g, 0)
                 direction.append(g)
                 continue
-            mean = kept["mean"]
+            mean = state["mean"]
             direction.append(torch.sub(g, mean, alpha=self.sigma))
-            kept["mean"] = torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean)
+            state["mean"] = torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean)
         return direction, global_norm(direction)

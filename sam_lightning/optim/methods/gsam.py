@@ -1,21 +1,17 @@
-"""GSAM: descend the perturbed loss, and close the gap between it and the loss."""
-
-from collections.abc import Sequence
+"""GSAM: lower the perturbed loss, and the gap between it and the loss."""
 
 import torch
-from torch import Tensor
 
 from sam_lightning.optim.foreach import foreach, projection
-from sam_lightning.optim.perturbation import Memory
+from sam_lightning.optim.perturbation import States, Tensors
 
 
 class SurrogateGap:
-    """Leave out of the step what lowers the loss only: GSAM, Zhuang et al. 2022 (arXiv 2203.08065).
+    """Remove from the step what lowers only the loss at w: GSAM, Zhuang et al. 2022 (2203.08065).
 
     With g at w and g' at w + e, the step is g' - alpha * g_o, where g_o = g - <g, g'> g' / ||g'||^2
-    is the part of g orthogonal to g' (algorithm 1). Its other half, a radius that falls with the
-    learning rate, is ``method.rho_min``. On several devices each decomposes its own gradients, and
-    the results are averaged.
+    is the part of g orthogonal to g' (algorithm 1). The algorithm's falling radius is
+    ``method.rho_min``. Each device decomposes its own gradients, and training averages the results.
 
     Args:
         alpha: >= 0; 0 is SAM. The authors' code has 0.6 for ViT-B/32 on ImageNet.
@@ -29,10 +25,8 @@ class SurrogateGap:
             raise ValueError(f"alpha={alpha}: must be a number >= 0")
         self.alpha = alpha
 
-    def __call__(
-        self, first: list[Tensor] | None, second: list[Tensor], memory: Sequence[Memory]
-    ) -> None:
-        """Subtract alpha * g_o from g'; leave the gradient of an update that does not climb."""
+    def __call__(self, first: Tensors | None, second: Tensors, states: States) -> None:
+        """Subtract alpha * g_o from g'; keep the gradient of a step that does not perturb."""
         if first is None:
             return
         foreach(torch._foreach_mul_, second, 1 + self.alpha * projection(first, second))

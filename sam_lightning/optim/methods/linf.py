@@ -1,28 +1,19 @@
-"""Ascent in the infinity norm: every weight moves as far as it may."""
-
-from collections.abc import Sequence
+"""SAM in the infinity norm: every weight moves by rho."""
 
 import torch
-from torch import Tensor
 
 from sam_lightning.optim.foreach import foreach, global_norm
-from sam_lightning.optim.perturbation import Memory
+from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 
 
 class SignAscent:
     """Move every weight by rho in the direction that raises the loss.
 
-    e = rho * sign(g): Foret et al. 2021 (arXiv 2010.01412), equation 2 with p = infinity. A rho of
-    its own is needed, smaller than SAM's by about the root of the number of weights.
+    e = rho * sign(g): Foret et al. 2021 (arXiv 2010.01412), equation 2 with p = infinity. Choose a
+    rho smaller than SAM's by about the root of the number of weights.
     """
 
-    def __call__(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        names: Sequence[str | None],
-        memory: Sequence[Memory],
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    def __call__(self, weights: Tensors, grads: Tensors, names: Names, states: States) -> Direction:
         """Return sign(g) and 1, or NaN where a gradient is not finite."""
         norm = global_norm(grads)
         norm = torch.where(norm.isfinite(), torch.ones_like(norm), torch.nan)

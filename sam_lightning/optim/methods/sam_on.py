@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError
-
 LAYERS = (
     nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
     nn.GroupNorm,
@@ -15,13 +13,12 @@ LAYERS = (
 def normalization_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of normalisation layers: SAM-ON, Mueller et al. 2023 (2306.04226).
 
-    SAM's perturbation (equation 2 of Foret et al. 2021) with all other gradients left out; the norm
-    too is taken over these alone (the authors' code). They are told by the type of
-    their layer; the authors look for "bn" or "norm" in the name, which would miss those of a
-    torchvision ResNet's shortcuts.
+    SAM-ON is SAM's perturbation (equation 2 of Foret et al. 2021) of these parameters only. The
+    norm is taken over them, as in the authors' code. They are selected by the type of their layer.
+    The authors look for "bn" or "norm" in the name, which misses a torchvision ResNet's shortcuts.
 
     Raises:
-        ConfigError: the model has none.
+        ValueError: the model has none.
     """
     names = {
         f"{prefix}.{name}" if prefix else name
@@ -31,8 +28,8 @@ def normalization_parameters(model: nn.Module) -> set[str]:
         if p.requires_grad
     }
     if not names:
-        raise ConfigError(
-            "method.perturbed_layers=normalization: the model has no normalisation layer with "
-            "trainable weights"
+        raise ValueError(
+            "perturbed_layers=normalization: the model has no normalisation layer with trainable "
+            "weights"
         )
     return names

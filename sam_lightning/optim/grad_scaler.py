@@ -1,0 +1,41 @@
+"""SAM with ``torch.amp.GradScaler``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from sam_lightning.optim.foreach import foreach, global_norm
+from sam_lightning.optim.step_state import StepState
+
+
+def unscaled(grads: list[Tensor], scaler: GradScaler) -> list[Tensor]:
+    """Divide gradients by the scale of their loss, out of place."""
+    scale = scaler.scale(torch.ones((), device=grads[0].device))
+    return list(foreach(torch._foreach_mul, grads, 1 / scale))
+
+
+@torch.no_grad()
+def combine_and_unscale(sam: Any, step: StepState) -> None:
+    """Combine the two gradients, and unscale where the scaler leaves this to the optimizer.
+
+    Raises:
+        RuntimeError: the scaler has unscaled one of the two gradients.
+    """
+    scale = getattr(sam, "grad_scale", None)
+    if sam.found_inf is not None and scale is None and step.at_w is not None:
+        raise RuntimeError(
+            "scaler.unscale_(): it has unscaled one of the two gradients that are combined. Run "
+            "the second pass in `with optimizer.perturbed(model):`, or call combine() before "
+            "scaler.unscale_()"
+        )
+    sam.combine()
+    if scale is None or sam.found_inf is None:
+        return
+    grads = [p.grad for p in sam.params if p.grad is not None]
+    if grads:
+        foreach(torch._foreach_mul_, grads, 1 / scale)
+        # The scaler saw the gradients before they were combined. Fused kernels compare with 1.
+        bad = (global_norm(grads) * 0 != 0).to(sam.found_inf)
+        sam.found_inf = torch.maximum(sam.found_inf, bad)

@@ -1,0 +1,85 @@
+"""ASAM: perturb each weight in proportion to its size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_lightning.optim.foreach import foreach, norm_of_norms, norms_of, parts
+from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
+
+
+class AdaptiveAscent:
+    """Scale the ascent by each weight's size: ASAM, Kwon et al. 2021 (arXiv 2102.11600).
+
+    Equation 7: e = rho * T^2 g / ||T g||_2 with T = |w| + eta. The authors' code applies T to
+    parameters with ``weight`` in their name, those of normalisation layers included. All others,
+    the biases, have T = 1. This is also the default here. Published values of rho belong to it.
+
+    Args:
+        eta: keeps weights near zero moving; >= 0.
+        normalize_bias: apply T to every parameter, as the usual PyTorch port of SAM does.
+    """
+
+    def __init__(self, eta: float = 0.01, normalize_bias: bool = False) -> None:
+        if not eta >= 0:
+            raise ValueError(f"eta={eta}: must be a number >= 0")
+        self.eta = eta
+        self.normalize_bias = normalize_bias
+
+    def __call__(self, weights: Tensors, grads: Tensors, names: Names, states: States) -> Direction:
+        """Return T^2 g and ||T g||_2."""
+        if not self.normalize_bias and None in names:
+            raise ValueError(
+                "normalize_bias=False: needs parameter names to tell weights from biases; "
+                "pass model.named_parameters() to SAM, or use normalize_bias=True"
+            )
+        chosen = [self.normalize_bias or "weight" in (name or "") for name in names]
+        return normalized_ascent(weights, grads, chosen, self.eta)
+
+
+def normalized_ascent(
+    weights: Tensors, grads: Tensors, chosen: list[bool], eta: float
+) -> Direction:
+    """Return T^2 g and ||T g||_2, where T = |w| + eta for the chosen weights and 1 for the rest."""
+    direction = _Normalized(weights, grads, chosen, eta)
+    norms = [n for part in parts(weights) for n in norms_of(direction.scaled(part, twice=False))]
+    return direction, norm_of_norms(norms)
+
+
+@dataclass
+class _Normalized(Sequence[Tensor]):
+    """T^2 g, computed part by part where it is used. The whole would be as large as the weights."""
+
+    weights: Tensors
+    grads: Tensors
+    chosen: list[bool]
+    eta: float
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, part: Any) -> Any:
+        if isinstance(part, int):
+            return self[slice(part, part + 1 or None)][0]
+        return self.scaled(part, twice=True)
+
+    def scaled(self, part: slice, *, twice: bool) -> Tensors:
+        """T^2 g of a part, or T g up to its signs."""
+        weights, result = self.weights[part], self.grads[part]
+        chosen = [i for i, normalized in enumerate(self.chosen[part]) if normalized]
+        if not chosen:
+            return result
+        # Without eta a real w serves as |w|: the square and the norm lose its sign.
+        size = [weights[i] for i in chosen]
+        if self.eta or any(map(torch.is_complex, size)):
+            size = list(foreach(torch._foreach_abs, size))
+            foreach(torch._foreach_add_, size, self.eta)
+        scaled = foreach(torch._foreach_mul, size, [result[i] for i in chosen])
+        if twice:
+            foreach(torch._foreach_mul_, scaled, size)
+        for i, t_g in zip(chosen, scaled, strict=True):
+            result[i] = t_g
+        return result

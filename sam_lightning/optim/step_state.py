@@ -1,0 +1,94 @@
+"""What happened since the last step, and which gradients are new since then."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam_lightning.optim.backup import Backup
+
+SPENT, SECOND = "stepped with, or set to zero", "of a second pass, before the step"
+
+
+@dataclasses.dataclass
+class StepState:
+    """What happened since the last step.
+
+    The wrappers of Lightning and Fabric inherit from the optimizer they wrap, and run its methods
+    with themselves as ``self``. They share this one object with the optimizer.
+    """
+
+    clearings: int = 0  # how often gradients were cleared, ever
+    held: bool = False  # the weights are at w + e
+    perturbed: bool = False  # perturb() was called
+    plain: bool = False  # skip_perturbation() was called
+    combined: bool = False  # combine() was called
+    at_w: dict[Tensor, Tensor] | None = None  # gradients there, which the transform needs
+    model: nn.Module | None = None  # what the second pass calls
+    local: bool = False  # nothing averages gradients before combine()
+    backup: Backup = dataclasses.field(default_factory=Backup)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}  # copies leave it out
+
+    def mark(self, params: list[Tensor], kind: str, *, each: bool = False) -> None:
+        """Note whether the present gradients are ``SPENT`` or ``SECOND``.
+
+        The mark is on the first gradient itself and goes when the gradient does. A tensor that
+        somebody assigns again after gradients were cleared is a new gradient. With ``each`` every
+        gradient gets one, which takes longer and detects a backward pass that leaves out the first.
+        """
+        for grad in _grads(params):
+            grad._sam_mark = kind, self.clearings, _version(grad)
+            if not each:
+                return
+
+    def check_gradients(self, params: list[Tensor]) -> None:
+        """Refuse to perturb unless a first pass has computed gradients.
+
+        Raises:
+            RuntimeError: there is no gradient, or it is the last step's or second pass's.
+        """
+        if not self.has_new_gradients(params, zeros_count=True):
+            raise RuntimeError("no gradient since the last step: call backward() before")
+        grad = next(_grads(params))
+        *mark, version = getattr(grad, "_sam_mark", (None, 0, 0))
+        # One write since then is a backward pass. Setting them to zero before it is another.
+        if mark == [SECOND, self.clearings] and _version(grad) - version == 1:
+            raise RuntimeError(
+                "the gradient of the last second pass was neither stepped with nor cleared. To "
+                "accumulate, run all first passes before the perturbation and all second ones in it"
+            )
+
+    def has_new_gradients(self, params: list[Tensor], *, zeros_count: bool = False) -> bool:
+        """Whether a gradient was written since the last were ``SPENT``.
+
+        Args:
+            params: whose gradients.
+            zeros_count: whether zeros written into an old gradient count. They may come from a
+                backward pass or from somebody who cleared it. If they count, the host does not
+                wait for the device.
+        """
+        marked = False
+        for grad in _grads(params):
+            *mark, version = getattr(grad, "_sam_mark", (None, 0, 0))
+            if mark == [SPENT, self.clearings]:
+                marked = True
+                rewritten = _version(grad) != version
+                if rewritten and (zeros_count or any(bool(g.any()) for g in _grads(params))):
+                    return True
+            elif not marked:
+                return True
+        return False
+
+
+def _grads(params: list[Tensor]) -> Iterator[Any]:
+    return (p.grad for p in params if p.grad is not None and p.requires_grad)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # of a tensor made in inference mode
+        return 0
