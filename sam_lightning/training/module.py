@@ -205,10 +205,10 @@ class SAMModule(Classifier):
         sync, geometry = not combines or passes.sync_perturbation, None
         if not perturbs:
             sam.skip_perturbation()
-            clean = perturbed = passes.one(batches, sync=sync)
+            clean = perturbed = passes.gradient(batches, sync=sync)
         elif not sam.needs_gradient:
             with sam.perturbed(rho_scale=self._rho_scale()):
-                clean = perturbed = passes.one(batches, sync=sync)
+                clean = perturbed = passes.gradient(batches, sync=sync)
         else:
             clean, perturbed, geometry = self._two_passes(batches, last, sync)
         sam.combine()  # before the gradients are clipped

@@ -88,10 +88,6 @@ class Passes:
         whole = self.ascent_fraction == self.descent_fraction == self.ascent_steps == 1
         return whole and not (self.ascent_per_micro_batch or self.sync_perturbation)
 
-    def one(self, batches: list[MicroBatch], *, sync: bool) -> Tensor:
-        """Add the gradient of the mean loss; return mean loss and accuracy, 1-dim of 2."""
-        return self._gradient(batches, sync=sync)
-
     def two(
         self,
         sam: SAM,
@@ -165,21 +161,21 @@ class Passes:
             sizes = [math.ceil(self.ascent_fraction * len(batch)) for batch in batches]
             batches = [b.take(slice(size)) for b, size in zip(batches, sizes, strict=True)]
         if self.descent_fraction == 1 or further:
-            return self._gradient(batches, sync=self.sync_perturbation, second=further)
+            return self.gradient(batches, sync=self.sync_perturbation, second=further)
         self._losses_at_w = []
-        return self._gradient(batches, sync=self.sync_perturbation, losses=self._losses_at_w)
+        return self.gradient(batches, sync=self.sync_perturbation, losses=self._losses_at_w)
 
     def _second(self, batches: list[MicroBatch], total: float, *, sync: bool) -> Tensor:
         """Add the gradient at w + e, as part of a mean over ``total`` images."""
         if self.descent_fraction == 1:
-            return self._gradient(batches, sync=sync, second=True, total=total)
+            return self.gradient(batches, sync=sync, second=True, total=total)
         chosen, loss = self._most_sensitive(batches)
         # The images that are left out of a batch weigh as those that are in.
         total = total * sum(map(len, chosen)) / sum(map(len, batches))
-        accuracy = self._gradient(chosen, sync=sync, second=True, total=total)[1]
+        accuracy = self.gradient(chosen, sync=sync, second=True, total=total)[1]
         return torch.stack([loss, accuracy])
 
-    def _gradient(
+    def gradient(
         self,
         batches: list[MicroBatch],
         *,
@@ -188,6 +184,15 @@ class Passes:
         total: float | None = None,
         losses: list[Tensor] | None = None,
     ) -> Tensor:
+        """Add the gradient of the mean loss; return mean loss and accuracy, 1-dim of 2.
+
+        Args:
+            batches: one or more.
+            sync: devices average the gradient.
+            second: it is not the first pass over these batches.
+            total: the number of images that the gradient is a mean over, if not these alone.
+            losses: filled with the loss of each image, 1-dim for each batch.
+        """
         count = sum(map(len, batches))
         sums: Tensor | None = None
         for i, batch in enumerate(batches):
