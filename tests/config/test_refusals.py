@@ -45,6 +45,12 @@ LIGHT = [
         "optimizer.momentum=0.9: no such key; allowed in optimizer are _target_, lr, betas, ",
     ),
     ("hydra.foo=1", "hydra.foo=1: no such key"),
+    ("callbacks.x._target_=a.B", "callbacks.x._target_=a.B: no such key; to add it, type +callba"),
+    (
+        "model.weights=a",
+        "model.weights=a: no such key; allowed in model are _target_, ",
+        "type +mo",
+    ),
     ("method=samm", "method=samm: allowed are asam, ", ", sgd; did you mean sam?"),
     ("data=cifar", "data=cifar: allowed are cifar10, cifar100, ", "did you mean cifar10?"),
     ("model=null", "model=null: allowed are ", ", resnet18, "),
