@@ -13,6 +13,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.trust import TARGETS, described
 
 # What is raised while a configuration is composed from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
@@ -70,7 +71,9 @@ def explain(error: Exception, arguments: list[str]) -> str:
         argument = next((a for a in arguments if key_of(a) == key), key)
         if is_group(key):
             return f"{argument}: allowed are {', '.join(choices(key))}"
-        return f"{argument}: {no_such_key(key, [k for k in _known_keys(arguments) if k != key])}"
+        said = no_such_key(key, _known_keys(arguments, key))
+        is_open = described(key.rpartition(".")[0]) in TARGETS and "did you mean" not in said
+        return f"{argument}: {said}" + (f"; to add it, type +{argument}" if is_open else "")
     if "Config group override must be" in text or "force-add of config groups" in text:
         for argument in arguments:
             key, choice = key_of(argument), argument.partition("=")[2]
@@ -98,9 +101,11 @@ def _shortened(text: str) -> str:
     return " ".join(text.split())
 
 
-def _known_keys(arguments: list[str]) -> list[str]:
-    """The keys of the configuration with the groups as chosen, in dotted form."""
+def _known_keys(arguments: list[str], key: str) -> list[str]:
+    """What may be meant by ``key``: the keys of the configuration with the groups as chosen."""
+    if key.endswith("._target_"):
+        return []
     chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
-    return list(flat(cfg))
+    return [known for known in flat(cfg) if known != key]

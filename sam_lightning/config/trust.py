@@ -33,16 +33,18 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _typed: set[str] = set()  # by the person who started this process
 
 
-def trust(names: str | Iterable[str] | None) -> None:
+def trust(names: Any) -> None:
     """Let checkpoints name these classes and functions, as long as this process lives.
 
     Args:
-        names: as in ``my_project.Net``; a list, or one text with commas.
+        names: as in ``my_project.Net``; a list, or one text with commas; None: nothing.
 
     Raises:
         ConfigError: one of them is no such name.
     """
-    for name in names.split(",") if isinstance(names, str) else names or ():
+    if names is None or isinstance(names, str):
+        names = [] if names is None else names.split(",")
+    for name in names if isinstance(names, Iterable) else [names]:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ConfigError(
                 f"trust={name}: must be the full name of a class or function, as in "

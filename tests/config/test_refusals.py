@@ -1,5 +1,6 @@
 """Wrong input of every kind ends in one clear line, before torch is loaded where it can."""
 
+import math
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from commands import SMALL, TRAIN, assert_refused, serve
 from sam_lightning.cli import CONF, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import check
+from sam_lightning.config.schema import allows, check
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,12 @@ LIGHT = [
         "optimizer.momentum=0.9: no such key; allowed in optimizer are _target_, lr, betas, ",
     ),
     ("hydra.foo=1", "hydra.foo=1: no such key"),
+    ("callbacks.x._target_=a.B", "callbacks.x._target_=a.B: no such key; to add it, type +callba"),
+    (
+        "model.weights=a",
+        "model.weights=a: no such key; allowed in model are _target_, ",
+        "type +mo",
+    ),
     ("method=samm", "method=samm: allowed are asam, ", ", sgd; did you mean sam?"),
     ("data=cifar", "data=cifar: allowed are cifar10, cifar100, ", "did you mean cifar10?"),
     ("model=null", "model=null: allowed are ", ", resnet18, "),
@@ -281,6 +288,31 @@ def test_wrong_values(row):
         check(cfg, top_level())
     assert all(fragment in str(caught.value) for fragment in fragments)
     assert "\n" not in str(caught.value)
+
+
+ALLOWS = {  # in words, then what is in and what is not
+    "a whole number >= 1": ([1, 10**12], [0, 1.0, True, "1", None, math.inf]),
+    "a whole number >= -1; -1 is no limit": ([-1, 0], [-2]),
+    "a whole number from 1 to 3, for a reason": ([1, 3], [0, 4, 2.0]),
+    "an odd number >= 3": ([3, 5], [1, 4, 3.0]),
+    "a number > 0": ([0.1, 1], [0, -1, math.nan, math.inf, False, 10**400]),
+    "a number from 0 to below 1, or null": ([0, 0.5, None], [1, -0.1]),
+    "a number from above 0 to 1": ([0.5, 1], [0, None]),
+    "two numbers from 0 to 1": ([[0, 1]], [[0], [0, 2], [0, 1, 1], 1]),
+    "a list of fractions of the run, from 0 to 1": ([[], [0.5]], [[2], 0.5, "a"]),
+    "true, false, null": ([True, None], [0, 1, "true"]),
+    "32-true, 32": (["32-true", 32], [64, "32", True]),
+    "a text": (["a"], ["", 3, None]),
+    "the path of a folder": (["a"], ["", 3]),
+}
+
+
+@pytest.mark.parametrize("text", ALLOWS)
+def test_rules_are_read_as_they_are_said(text):
+    holds = allows(text)
+    inside, outside = ([OmegaConf.create({"v": v}).v for v in values] for values in ALLOWS[text])
+    assert all(map(holds, inside))
+    assert not any(map(holds, outside))
 
 
 FILES = {

@@ -21,6 +21,7 @@ from inject import forked
 from runs import run
 from sam_lightning.cli import top_level
 from sam_lightning.config import trust
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.instantiate import build, not_taken
 from sam_lightning.config.trust import check_targets
 from sam_lightning.data import cifar10
@@ -171,9 +172,25 @@ def test_code_that_a_checkpoint_names_is_refused_unless_it_is_typed(my_project):
     one_line_error(made, "data.source", _target_="my_project.unsaid")  # names are whole
 
 
-@pytest.mark.parametrize("names", ["", "x", "a.b,", "a..b", "a.b;c", ["a.b", 3], "os.*", "/a.b"])
+@pytest.mark.parametrize(
+    "names", ["", "x", "a.b,", "a..b", "a.b;c", ["a.b", 3], "os.*", "/a.b", 3, True]
+)
 def test_what_is_no_name_cannot_be_trusted(names):
     assert one_line_error(trust.trust, names).startswith("trust=")
+
+
+def test_commands_that_read_checkpoints_take_trust(monkeypatch, capsys):
+    monkeypatch.setattr(trust, "_typed", set())
+    defaults = {"ckpt_path": "???"}
+    options = parse("", defaults, [], ["ckpt_path=a", "trust=a.b,c.d", "trust=[e.f]"])
+    assert (dict(options), trust._typed) == ({"ckpt_path": "a"}, {"e.f"})
+    for names in ("x", "{a:1}", "3", "a.b c.d"):
+        message = one_line_error(parse, "", defaults, [], ["ckpt_path=a", f"trust={names}"])
+        assert message.startswith("trust=")
+    assert "trust=x.y: no such key" in one_line_error(parse, "", {"out": 1}, [], ["trust=x.y"])
+    with pytest.raises(SystemExit):
+        parse("", defaults, [], ["--help"])
+    assert "trust=my_project.Net" in capsys.readouterr().out
 
 
 def test_code_that_conf_names_is_trusted_below_the_same_key(my_project, tmp_path, monkeypatch):
