@@ -51,7 +51,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["start=3"], "start=3: allowed is two numbers, as in start=[0.6,1.8]"),
+        (["start=3"], "start=3: allowed is two numbers from -1000 to 1000"),
         (["rh=1"], "rh=1: no such key; did you mean rho?"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sam_lightning
-from runs import command, rows
+from runs import command, equal, rows, run, weights
 from sam_lightning.runs.old_names import OLD_NAMES, with_current_names
 from sam_lightning.studies.report.runs import read_runs
 
@@ -79,3 +79,19 @@ def test_a_report_names_its_classes_as_they_are_now(before):
     assert targets
     for target in targets.values():
         assert with_current_names(target) == target
+
+
+def test_per_rank_state_is_read_under_its_former_key_too(tmp_path):
+    run(tmp_path / "first", "epochs=1", "test=false")
+    checkpoint = torch.load(tmp_path / "first" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["per_rank_state"]["running_stats"] += 1  # shows whether it was taken up
+    ends = []
+    for name in ("per_rank_state", "by_rank", "unread"):
+        stored = {**checkpoint, name: checkpoint["per_rank_state"]}
+        if name != "per_rank_state":
+            del stored["per_rank_state"]
+        torch.save(stored, tmp_path / f"{name}.ckpt")
+        run(tmp_path / name, f"ckpt_path={tmp_path / name}.ckpt", "epochs=2", "test=false")
+        ends.append(weights(tmp_path / name))
+    assert equal(ends[0], ends[1])
+    assert not equal(ends[0], ends[2])
