@@ -1,10 +1,12 @@
 """What Hydra says of a command line that it cannot compose, in one line with a remedy."""
 
 import re
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -106,6 +108,7 @@ def _known_keys(arguments: list[str], key: str) -> list[str]:
     if key.endswith("._target_"):
         return []
     chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    ready = GlobalHydra.instance().is_initialized()
+    with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
     return [known for known in flat(cfg) if known != key]
