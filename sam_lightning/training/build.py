@@ -66,15 +66,21 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         raise ConfigError(f"trainer: {one_line(error)}") from error
 
 
-def make_data(cfg: DictConfig, trainer: L.Trainer | None = None) -> ImageDataModule:
-    """The data module, set up: downloaded and decoded by one process, loaded by all."""
+def prepare_data(cfg: DictConfig) -> ImageDataModule:
+    """The data module, its files downloaded and decoded."""
     data = build_data(cfg, ImageDataModule)
+    with argument_errors("data"):
+        data.prepare_data()
+    return data
+
+
+def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
+    """The data module, set up: one process downloads and decodes, all load."""
+    first = trainer.local_rank == 0
+    data = prepare_data(cfg) if first else build_data(cfg, ImageDataModule)
     data.trainer = trainer
     with argument_errors("data"):
-        if trainer is None or trainer.local_rank == 0:
-            data.prepare_data()
-        if trainer is not None:
-            trainer.strategy.barrier("data")
+        trainer.strategy.barrier("data")
         data.setup("fit")
     return data
 

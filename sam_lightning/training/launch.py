@@ -156,6 +156,8 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
             "torchrun or SLURM"
         )
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
+    # The others are ended, and the error says why.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(prefix="sam_lightning_", ignore_cleanup_errors=True) as folder:
             result = _run_workers(cfg, processes, work, folder)
@@ -166,6 +168,9 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
         rank, failure = next(iter(result.failures.items()))
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
+        refusal = f"{ConfigError.__name__}: "
+        if reason.startswith(refusal):
+            raise ConfigError(reason.removeprefix(refusal))
         message = f"rank {rank} of {processes} failed: {reason}"
         record_failure(cfg, message)
         raise TrainingError(message)

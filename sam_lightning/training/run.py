@@ -19,7 +19,7 @@ from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.record import Record
-from sam_lightning.training.build import make_data, make_module, make_trainer
+from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
 from sam_lightning.training.launch import (
@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         init_process_group(cfg.trainer)
     resume(cfg)
     if world_size > 1 and not external:
-        _check_parts(cfg)  # what is wrong is said once, before processes start
+        prepare_data(cfg)  # by this process alone, however long it takes
         return launch(cfg, processes, train)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
@@ -103,12 +103,6 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no checkpoint in it")
     log.info("%s", "starting anew" if path is None else f"continuing from {path}")
     return None if path is None else str(path)
-
-
-def _check_parts(cfg: DictConfig) -> None:
-    data = make_data(cfg)
-    make_module(cfg, data)
-    _check_validation(cfg, data)
 
 
 def execute(

@@ -16,8 +16,14 @@ from runs import configuration
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.inference.load import cover, data_of, torch_device
 from sam_lightning.runs.checkpoint import read
-from sam_lightning.training.build import make_data, make_module
+from sam_lightning.training.build import make_module, prepare_data
 from trained_runs import NOISY, changed, digits_run, folder_run, hostile, last, targets
+
+
+def make_data(cfg):
+    data = prepare_data(cfg)
+    data.setup("fit")
+    return data
 
 
 @pytest.fixture(scope="module")
