@@ -15,7 +15,7 @@ python train.py [group=choice ...] [key=value ...]
 python train.py -m key=value,value ...              a sweep: one run for each combination
 python train.py [...] --cfg job                     print the whole configuration, train nothing
 python train.py ckpt_path=RUN/checkpoints/last.ckpt resume
-python -m sam_lightning.studies.study conf/study/NAME.yaml  a study: methods x settings x seeds
+python -m sam_lightning study conf/study/NAME.yaml  a study: methods x settings x seeds
 
 Groups (a choice is the file conf/<group>/<choice>.yaml):"""
 
