@@ -30,8 +30,8 @@ from reference import assert_close, batches, convnet, loader, state, trainer
 from runs import summary
 from sam_lightning import SAM
 from sam_lightning.__main__ import COMMANDS
-from sam_lightning.cli import CONF, top_level
 from sam_lightning.config.arguments import parse
+from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import RULES, check, check_values, flat
 from sam_lightning.config.trust import TARGETS

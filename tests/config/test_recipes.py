@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from torchvision import datasets
 
 from runs import column, configuration, summary
-from sam_lightning.cli import CONF, top_level
+from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import check
 from sam_lightning.data import digits, svhn

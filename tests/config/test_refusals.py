@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import SMALL, TRAIN, assert_refused, serve
-from sam_lightning.cli import CONF, top_level
+from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import allows, check
 

@@ -21,7 +21,7 @@ import torch
 import sam_lightning.optim.sam as sam
 import sam_lightning.runs.record as results
 import sam_lightning.training.checkpoint_io as checkpoint_io
-from sam_lightning.cli import CONF
+from sam_lightning.config.conf import CONF
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from sam_lightning.training.module import SAMModule
 

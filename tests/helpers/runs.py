@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sam_lightning.cli import CONF
+from sam_lightning.config.conf import CONF
 from sam_lightning.training.run import train
 
 TRAIN = CONF.parent / "train.py"

@@ -15,7 +15,7 @@ from torch import nn
 
 from inject import forked
 from runs import column
-from sam_lightning.cli import CONF
+from sam_lightning.config.conf import CONF
 from sam_lightning.models import SAMResNet18
 from sam_lightning.models.onednn import MIN_CHANNELS, reaches_fault, subsample_first
 

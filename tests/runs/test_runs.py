@@ -24,7 +24,7 @@ from runs import (
     summary,
     weights,
 )
-from sam_lightning.cli import CONF, top_level
+from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import METRICS, check
 

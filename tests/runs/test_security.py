@@ -19,9 +19,9 @@ from commands import TRAIN, assert_refused, serve
 from image_files import one_line_error, write_cifar
 from inject import forked
 from runs import run
-from sam_lightning.cli import top_level
 from sam_lightning.config import trust
 from sam_lightning.config.arguments import parse
+from sam_lightning.config.conf import top_level
 from sam_lightning.config.instantiate import build, not_taken
 from sam_lightning.config.trust import check_targets
 from sam_lightning.data import cifar10

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from scipy import special, stats
 
-from sam_lightning.cli import CONF
+from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.studies.report import figures, tables
 from sam_lightning.studies.report.command import main
