@@ -67,9 +67,9 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most updates of those in ``folder`` that are whole, or None.
+    """The whole checkpoint in ``folder`` with the most steps, or None.
 
-    Steps decide and not times, for clocks may go backwards. Damaged ones are named in the log.
+    Steps decide and not times, since clocks may go backwards. The log names damaged ones.
 
     Raises:
         ConfigError: there are checkpoints, and all are damaged.

@@ -67,7 +67,7 @@ def _made(config: DictConfig, key: str) -> Path:
 def refuse(message: str) -> NoReturn:
     """End the process with one line and exit code 2, from a callback of Hydra.
 
-    By SystemExit, for Hydra turns other errors of its callbacks into warnings. Of the processes of
+    By SystemExit: Hydra turns other errors of its callbacks into warnings. Of the processes of
     torchrun or SLURM, the first one says it for all.
     """
     if (found := launched()) is None or found.rank == 0:

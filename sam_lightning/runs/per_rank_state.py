@@ -18,7 +18,7 @@ def gather_rows(parts: Parts, all_gather: Callable[[Tensor], Any]) -> dict[str, 
 
     Args:
         parts: tensors by name; parts without tensors are left out.
-        all_gather: stacks the tensors of all devices, or returns that of a single one as it is.
+        all_gather: stacks the tensors of all devices, or returns a single device's as it is.
     """
     rows = {}
     for name, tensors in parts.items():

@@ -126,7 +126,7 @@ class Record:
             known = key.rpartition(".")[2] in {*settings, "name", "_target_"}
             if isinstance(value, int | float | str) and not known and ".source." not in key:
                 settings[key] = value
-        # Without a summary of the experiment, which would be that of one run, TensorBoard finds
+        # Without a summary of the experiment, which would describe one run, TensorBoard finds
         # columns in all runs, and shows those first that differ.
         _, start, end = hparams(settings, {})
         for logger in self.trainer.loggers:

@@ -41,7 +41,7 @@ def resumed(arguments: list[str]) -> list[str]:
     if given["ckpt_path"] == "last":
         folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
     elif given["ckpt_path"] and path.exists():
-        # Quoted, for the name of a sweep's folder has "=" and "," in it.
+        # Quoted, because the name of a sweep's folder contains "=" and ",".
         quoted = f"ckpt_path={_quoted(path)}"
         arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
         folder = path if path.is_dir() else path.parent

@@ -40,7 +40,7 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     for key in MODULE_KEYS:
         options.pop(key)
     options.pop("strategy", None)  # one of launch.STRATEGIES: this one
-    options.pop("timeout", None)  # that of launch.init_process_group
+    options.pop("timeout", None)  # launch.init_process_group has it
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
@@ -104,7 +104,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         SAM(model.parameters(), base_optimizer, perturbation=perturbation)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
-    updates, total = _updates(cfg, data.steps_per_epoch)
+    per_epoch, total = _steps(cfg, data.steps_per_epoch)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     assert data.mean is not None
     assert data.std is not None
@@ -130,7 +130,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "base_optimizer": base_optimizer,
         "perturbation": perturbation,
         "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
-        "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=updates),
+        "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
         "label_smoothing": cfg.label_smoothing,
         "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
         "gradient_clip_val": cfg.trainer.gradient_clip_val,
@@ -170,15 +170,15 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
         log.info("%s", untold)
 
 
-def _updates(cfg: DictConfig, batches: int) -> tuple[int, int]:
-    """Updates of an epoch of so many batches and of the run, as the trainer's limits leave them."""
+def _steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the run, under the trainer's limits."""
     limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
     if limit is not None:  # a float is a fraction
         batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
-    updates = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
-    total = cfg.epochs * updates
+    per_epoch = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
+    total = cfg.epochs * per_epoch
     most = cfg.trainer.get("max_steps", -1)
-    return updates, total if most == -1 else min(total, most)
+    return per_epoch, total if most == -1 else min(total, most)
 
 
 def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:

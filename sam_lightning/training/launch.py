@@ -100,7 +100,7 @@ def _devices_here(trainer: DictConfig) -> int:
 
 
 def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
-    """Connect the processes before Lightning does, for the data is prepared by one of them.
+    """Connect the processes before Lightning does, because one of them prepares the data.
 
     Whatever they wait for each other later on, ``trainer.timeout`` seconds are the limit.
 

@@ -186,7 +186,7 @@ class SAMModule(Classifier):
         """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step.
 
         Collecting first makes a step the exact mean over its samples, also where the last batch
-        is smaller, and lets the perturbation be that of the whole accumulated batch.
+        is smaller, and perturbs along the gradient of the whole accumulated batch.
         """
         seed = draw_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self._batches.append(MicroBatch(*batch, seed))
@@ -214,7 +214,7 @@ class SAMModule(Classifier):
         sam.combine()  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
-        self._logged_lr = self.lr  # before the schedule sets that of the next step
+        self._logged_lr = self.lr  # before the schedule sets the next one
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.train_metrics.add_step(clean, perturbed, perturbs and sam.needs_gradient)

@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def resume(cfg: DictConfig) -> None:
     """Replace a ``ckpt_path`` that is ``last`` or a run's folder by the newest whole checkpoint.
 
-    ``last`` is that of this run's own folder; where there is none yet, the run starts anew.
+    ``last`` is in this run's own folder. If there is none yet, the run starts from scratch.
 
     Raises:
         ConfigError: the folder given has no checkpoint that is whole.
@@ -101,7 +101,7 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
     path = newest(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
     if path is None and not own:
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no checkpoint in it")
-    log.info("%s", "starting anew" if path is None else f"continuing from {path}")
+    log.info("%s", "starting from scratch" if path is None else f"continuing from {path}")
     return None if path is None else str(path)
 
 

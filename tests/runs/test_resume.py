@@ -120,7 +120,7 @@ def test_told_to_stop(unbroken, tmp_path, name, at):
     folder = tmp_path / "run"
     stopped = forked(tmp_path, *RUN, *into(folder), fault=(name, at))
     assert stopped.returncode == 128 + getattr(signal, name)
-    assert f"stopped by {name} after update {16 if at == 'pass:32' else 10}" in stopped.stdout
+    assert f"stopped by {name} after step {16 if at == 'pass:32' else 10}" in stopped.stdout
     found = summary(folder)
     assert found["status"] == "interrupted"
     assert name in found["exit_reason"]

@@ -1,4 +1,4 @@
-"""When a run is saved: after every epoch, every so many updates, and when it is told to stop."""
+"""Saves a run after every epoch, every n steps, and when it is told to stop."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class StopSignal:
     """Takes SIGINT, SIGTERM and, under SLURM, SIGUSR1 for a request to save and stop.
 
-    Training goes on to the end of the update it is in, so that a checkpoint never has perturbed
+    Training goes on to the end of the present step, so that a checkpoint never has perturbed
     weights; elsewhere, and on a second request, the process stops at once.
     """
 
@@ -69,11 +69,11 @@ class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, from which a run continues as if it had never stopped.
 
     The one before it stays as ``previous.ckpt`` until the run is complete, in case the disk
-    damages the last. Place it behind other checkpoint callbacks, for it saves their state.
+    damages the last. Place it after other checkpoint callbacks, because it saves their state.
 
     Args:
         dirpath: the folder of both.
-        every_n_steps: save after so many updates too; None: at the end of epochs only.
+        every_n_steps: save after every n steps too; None: only after epochs.
     """
 
     def __init__(self, dirpath: str, every_n_steps: int | None = None) -> None:
@@ -85,7 +85,7 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics, for a run that was stopped when it had only the test left."""
+        """The metrics, which a run needs that was stopped before its test."""
         return {"metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save if it is time, or time to stop; the epoch's last update is left to its end."""
+        """Save if it is time, or time to stop; after an epoch's last step the epoch's end does."""
         if trainer.is_last_batch or trainer.global_step == self._saved:
             return
         stop = self._stop_agreed(trainer)
@@ -141,7 +141,7 @@ class LastCheckpoint(Checkpoint):
         self.stop.deferred = False
 
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was told to stop; all of them find the same at the same update."""
+        """Whether any process was told to stop; all processes agree after each step."""
         told = self.stop.received is not None
         if trainer.world_size == 1:
             return told
@@ -161,7 +161,7 @@ class LastCheckpoint(Checkpoint):
     def _leave(self, trainer: L.Trainer) -> None:
         signum = self.stop.received or signal.SIGTERM
         log.warning(
-            "stopped by %s after update %d; ckpt_path=last continues",
+            "stopped by %s after step %d; ckpt_path=last continues",
             signal.Signals(signum).name,
             trainer.global_step,
         )

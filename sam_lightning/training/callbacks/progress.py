@@ -24,7 +24,7 @@ class EpochLines(Callback):
     """One plain line per epoch: logged losses and accuracies, and seconds."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: a run resumed amid an epoch has no start of that epoch."""
+        """Start the clock: a run resumed within an epoch has no start of that epoch."""
         self.started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,7 +53,7 @@ class Throughput(Callback):
         self.seconds = 0.0
         self.images = 0
         self._started: float | None = None  # None while the clock stands
-        self._validation_amid_epoch = False
+        self._validation_within_epoch = False
         self._began: float | None = None
         self._earlier = 0.0
 
@@ -68,7 +68,7 @@ class Throughput(Callback):
             self._began = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums up to now, also amid an epoch."""
+        """The sums up to now, also within an epoch."""
         seconds = self.seconds + _since(self._started)
         return {"seconds": seconds, "images": self.images, "elapsed": self.elapsed}
 
@@ -78,7 +78,7 @@ class Throughput(Callback):
         self._earlier = state_dict["elapsed"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: a run resumed amid an epoch has no start of that epoch."""
+        """Start the clock: a run resumed within an epoch has no start of that epoch."""
         self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,13 +99,13 @@ class Throughput(Callback):
             self._stop(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock, which runs still if this is amid an epoch."""
-        self._validation_amid_epoch = self._started is not None
+        """Stop the clock, which still runs within an epoch."""
+        self._validation_within_epoch = self._started is not None
         self._stop(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock again if it ran before."""
-        if self._validation_amid_epoch:
+        if self._validation_within_epoch:
             self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -135,7 +135,7 @@ def _since(start: float | None) -> float:
 class MetricsCSV(CSVLogger):
     """``metrics.csv`` in the run folder: a row per logged step, kept when a run is resumed.
 
-    Lightning's logger starts an existing file anew. On resume, the rows up to the checkpoint's
+    Lightning's logger overwrites an existing file. On resume, the rows up to the checkpoint's
     step are written again before the new ones. Those after it, of lost work, are dropped, and so
     is a test's row: the test follows the training, and is done again.
     """
@@ -146,7 +146,7 @@ class MetricsCSV(CSVLogger):
             os.path.dirname(root_dir) or ".",
             os.path.basename(root_dir),
             version="",
-            # Rows must be on disk when a run is killed, for the next one keeps them.
+            # Rows must be on disk when a run is killed: the next one keeps them.
             flush_logs_every_n_steps=1,
         )
 

@@ -21,7 +21,7 @@ class SharpnessMonitor(Callback):
     slower. Rank 0 computes, with the running statistics of all devices, while the others wait.
 
     Args:
-        every_n_epochs: measure after so many epochs, and after the last one.
+        every_n_epochs: measure after every n epochs, and after the last one.
         images: how many training images to measure on.
         batch_size: images at a time.
         rho: radius of ``sharpness/worst``.
@@ -103,7 +103,7 @@ class SharpnessMonitor(Callback):
 
 
 def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """Run a compiled model as it was written, for compiled code cannot be differentiated twice."""
+    """Run a compiled model as written: compiled code cannot be differentiated twice."""
     if getattr(model, "_compiled_call_impl", None) is None:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

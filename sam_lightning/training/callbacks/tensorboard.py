@@ -272,7 +272,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
     with plots.style():
         figure = Figure(figsize=(side + 0.6, side), dpi=120, layout="constrained")
         axes = figure.subplots()
-        # By their roots, for in a good model the errors are a few percent here and there.
+        # By their roots: a good model's errors are a few percent in few places.
         shown = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         if number <= 100:
             size = 9 if number <= 20 else 5
