@@ -393,8 +393,11 @@ CHOICES = sorted(
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_passes_the_check(choice, tmp_path):
-    root = [f"data.root={tmp_path}"] if choice == "data=image_folder" else []
-    cfg = configuration(choice, *root)
+    needs = {
+        "data=image_folder": [f"data.root={tmp_path}"],
+        "model=custom": ["model._target_=torchvision.models.resnet18"],
+    }
+    cfg = configuration(choice, *needs.get(choice, []))
     cfg.output_dir = "run"
     check(cfg, top_level())
 
