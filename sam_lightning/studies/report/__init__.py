@@ -3,5 +3,3 @@
 ``runs.py`` reads runs, ``comparison.py`` groups and compares them with ``statistics.py``,
 ``tables.py`` and ``figures.py`` show that, and ``files.py`` writes it. Nothing here needs torch.
 """
-
-FORMATS = ("png", "svg", "pdf")  # of figures

@@ -1,17 +1,17 @@
-"""A study as tables: for Markdown and LaTeX, and as CSV for other programs."""
+"""A study as tables: for Markdown, LaTeX and the terminal, and as CSV for other programs."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from sam_lightning.studies.report.comparison import ABSENT, SELECTION, Study, show, title
 from sam_lightning.studies.report.runs import COSTS
+from sam_lightning.studies.terminal import table
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
@@ -35,7 +35,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int
-    strong: Sequence[bool]
+    strong: Sequence[int] = ()
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
@@ -45,13 +45,11 @@ class Table:
 
     def latex(self, caption: str, label: str) -> str:
         """The table as an environment of LaTeX with the package booktabs."""
-        head, *rows = (
-            f"    {' & '.join(row)} \\\\"
-            for row in [map(escape_latex, self.head), *self._rows(escape_latex, "\\textbf{{{}}}")]
-        )
+        cells = [map(latex, self.head), *self._rows(latex, "\\textbf{{{}}}")]
+        head, *rows = (f"    {' & '.join(row)} \\\\" for row in cells)
         return "\n".join(
             [
-                f"\\begin{{table}}\n  \\centering\n  \\caption{{{escape_latex(caption)}}}",
+                f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
                 f"  \\label{{{label}}}",
                 f"  \\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}",
                 *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
@@ -61,20 +59,17 @@ class Table:
 
     def terminal(self, caption: str) -> RichTable:
         """The table as ``rich`` prints it."""
-        shown = RichTable(title=caption)
-        for i, name in enumerate(self.head):
-            justify: Literal["left", "right"] = "left" if i < self.left else "right"
-            shown.add_column(Text(name), justify=justify, overflow="fold")
-        for strong, row in zip(self.strong, self.rows, strict=True):
-            shown.add_row(*map(Text, row), style="bold" if strong else None)
-        return shown
+        right = range(self.left, len(self.head))
+        return table(caption, self.head, self.rows, right, self.strong)
 
-    def _rows(self, escape: Any, bold: str) -> list[list[str]]:
-        pairs = zip(self.strong, self.rows, strict=True)
-        return [[(bold if s else "{}").format(escape(c)) for c in row] for s, row in pairs]
+    def _rows(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
+        return [
+            [(bold if i in self.strong else "{}").format(escape(cell)) for cell in row]
+            for i, row in enumerate(self.rows)
+        ]
 
 
-def escape_latex(text: str) -> str:
+def latex(text: str) -> str:
     """Text as LaTeX sets it, not as it reads it; the hyphen of a negative number is a minus."""
     text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
     return "".join(LATEX.get(c, c) for c in text)
@@ -98,7 +93,7 @@ def results(study: Study) -> Table:
         rows.append(cells)
     head = [title(column, study.settings) for column in study.settings]
     head += ["n", *(f"{metric_name(name)}{unit(name)}" for name in metrics), *COST_FORMATS]
-    best = [group in study.choices.values() for group in study.settings.index]
+    best = [group for group in study.choices.values() if group is not None]
     return Table(head, rows, study.settings.shape[1], best)
 
 
@@ -114,7 +109,7 @@ def comparisons(study: Study) -> Table:
         for p in test[["p", "holm", "wilcoxon"]]:
             cells.append(ABSENT if math.isnan(p) else f"{p:.4f}" if p >= 0.0001 else "< 0.0001")
         rows.append(cells)
-    return Table(head, rows, 3, [False] * len(rows))
+    return Table(head, rows, 3)
 
 
 def interval(found: Mapping[str, Any], metric: str, sign: str = "") -> str:
@@ -137,38 +132,21 @@ def unit(metric: str) -> str:
     return "" if metric.endswith("loss") else ", %"
 
 
-def runs_csv(study: Study) -> str:
-    """A row per run: folder, settings, seed, costs and every metric as a fraction."""
-    index = study.runs.index
-    folder, seed, device = (
-        pd.Series([getattr(run, name) for run in study.runs["run"]], index, object, name)
-        for name in ("folder", "seed", "device")
-    )
-    settings = _as_typed(study.settings).loc[index]
-    costs, metrics = study.runs[[*COSTS]], study.runs[_metrics(study)]
-    return _csv([folder, settings, seed, costs, device, metrics])
+def csv(study: Study) -> dict[str, str]:
+    """``report.csv`` with a row per run, ``summary.csv`` with one per group; metrics as fractions.
 
-
-def groups_csv(study: Study) -> str:
-    """A row per group; of every metric mean, standard deviation and interval, as fractions."""
-    parts = [_as_typed(study.settings), study.runs.groupby(level=0).size().rename("n")]
+    Settings are as on the command line, but floats with all digits, and nothing for no value.
+    """
+    shown = study.settings.map(lambda v: v if isinstance(v, float) else show(v)).astype(object)
+    shown = shown.where(shown != ABSENT, None)
+    measured = {k: v for k, v in sorted(study.estimates.items()) if v["n"].any() and k not in COSTS}
+    runs = study.runs
+    of_runs = [runs["folder"], shown.loc[runs.index], runs[["seed", *COSTS, "device", *measured]]]
     chosen = study.settings.index.isin(study.choices.values()).astype(int)
-    parts.append(pd.Series(chosen, name="chosen"))
-    parts += [study.estimates[name]["mean"].rename(name) for name in COSTS]
-    for name in _metrics(study):
-        parts.append(study.estimates[name].drop(columns="half").add_prefix(f"{name} "))
-    return _csv(parts)
-
-
-def _csv(parts: Sequence[Any]) -> str:
-    return pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
-
-
-def _metrics(study: Study) -> list[str]:
-    return sorted(k for k, found in study.estimates.items() if found["n"].any() and k not in COSTS)
-
-
-def _as_typed(settings: pd.DataFrame) -> pd.DataFrame:
-    """Settings as on the command line, but floats with all digits, and nothing for no value."""
-    shown = settings.map(lambda value: value if isinstance(value, float) else show(value))
-    return shown.astype(object).where(shown != ABSENT, None)
+    of_groups = [shown.assign(n=runs.groupby(level=0).size(), chosen=chosen)]
+    of_groups += [study.estimates[name]["mean"].rename(name) for name in COSTS]
+    of_groups += [v.drop(columns="half").add_prefix(f"{k} ") for k, v in measured.items()]
+    return {
+        name: pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
+        for name, parts in (("report.csv", of_runs), ("summary.csv", of_groups))
+    }
