@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
-from typing import BinaryIO
 
 from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError, Interrupted
@@ -54,7 +53,7 @@ def _printed(run: RunSpec) -> list[str]:
 
 @dataclass
 class Runner:
-    """Runs what is not completed, ``processes`` at a time; leaving the block ends them."""
+    """Runs what is not completed, ``processes`` at a time."""
 
     runs: Sequence[RunSpec]
     processes: int
@@ -63,20 +62,28 @@ class Runner:
     seconds: list[float] = field(default_factory=list)  # of each run completed here
     stopped: int | None = None  # by this signal
 
-    def __enter__(self) -> "Runner":
-        self._before = {}
+    def run(self) -> None:
+        """Run to the end, whatever fails.
+
+        Raises:
+            Interrupted: a signal came; the runs have saved and ended.
+            ConfigError: a run's folder cannot be written.
+        """
+        before = {}
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # which nohup asks for
-                self._before[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for _, process, _ in self.running:
-            process.terminate()
-        for _, process, _ in self.running:
-            process.wait()
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+                before[signum] = signal.signal(signum, self._handle)
+        try:
+            self._run()
+        except OSError as error:
+            raise ConfigError(f"{error.filename or 'the runs'}: {one_line(error)}") from error
+        finally:
+            for _, process, _ in self.running:
+                process.terminate()
+            for _, process, _ in self.running:
+                process.wait()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.stopped is not None:  # asked twice
@@ -86,13 +93,7 @@ class Runner:
                         os.killpg(process.pid, signal.SIGKILL)
         self.stopped = signum
 
-    def run(self) -> None:
-        """Run to the end, whatever fails.
-
-        Raises:
-            Interrupted: a signal came; on leaving the block the runs save and end.
-            ConfigError: a run's folder cannot be written.
-        """
+    def _run(self) -> None:
         self.pending = [run for run in self.runs if not status(run).completed]
         done = len(self.runs) - len(self.pending)
         print(f"{len(self.runs)} runs: {done} completed before, {len(self.pending)} to go")
@@ -101,17 +102,14 @@ class Runner:
             if self.stopped is not None:
                 print(f"stopped by {signal.Signals(self.stopped).name}; the runs save and end")
                 raise Interrupted(self.stopped)
-            try:
-                for run in list(self.pending):
-                    name = run.folder.name
-                    if len(self.running) < self.processes and not self._start(run):
-                        if name not in waiting:
-                            print(f"{name}: already running elsewhere; waiting")
-                        waiting.add(name)
-                time.sleep(POLL)
-                self._collect()
-            except OSError as error:
-                raise ConfigError(f"{error.filename or 'the runs'}: {one_line(error)}") from error
+            for run in list(self.pending):
+                name = run.folder.name
+                if len(self.running) < self.processes and not self._start(run):
+                    if name not in waiting:
+                        print(f"{name}: already running elsewhere; waiting")
+                    waiting.add(name)
+            time.sleep(POLL)
+            self._collect()
 
     def _start(self, run: RunSpec) -> bool:
         """Begin or continue a run, unless another process has it, as after a study was killed.
@@ -128,9 +126,22 @@ class Runner:
             if status(run).completed:
                 self._say(run, "by another process")
                 return True
-            if not begun(run) and (run.folder / ".hydra").is_dir():  # else it would be replayed
-                shutil.rmtree(run.folder / ".hydra")
-            self.running.append((run, _process(run, output, self.processes), time.monotonic()))
+            if not begun(run):  # what a refused run has left would be replayed
+                shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
+            environment = dict(os.environ)
+            if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
+                threads = max(1, _cores() // self.processes)
+                environment.setdefault("OMP_NUM_THREADS", str(threads))
+            output.write(f"{PROMPT}{shlex.join(run.arguments)}\n".encode())
+            process = subprocess.Popen(
+                [sys.executable, str(TRAIN), *run.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on once
+            )
+        self.running.append((run, process, time.monotonic()))
         return True
 
     def _collect(self) -> None:
@@ -162,30 +173,15 @@ class Runner:
         print(line)
 
 
-def _process(run: RunSpec, output: BinaryIO, processes: int) -> "subprocess.Popen[bytes]":
-    """Begin or continue a run."""
-    environment = dict(os.environ)
-    if processes > 1:  # alone, a run takes as many as PyTorch finds best
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
-    output.write(f"{PROMPT}{shlex.join(run.arguments)}\n".encode())
-    # In a session of its own, so that Ctrl-C reaches the study alone, which passes it on once.
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), *run.arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _note_failure(run: RunSpec, code: int) -> None:
     """Add to what a run has printed how it ended, unless it says so."""
     lines = _printed(run)
     if not any(line.startswith(ERROR) for line in lines):
-        how = [*lines[-1:], status(run).reason, f"exit code {code}"]
-        if code < 0:
-            how = [f"ended by {signal.Signals(-code).name}"]
+        killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
+        how = [killed, *lines[-1:], status(run).reason, f"exit code {code}"]
         with open(run.folder / OUTPUT, "a", encoding="utf-8") as output:
             output.write(f"{ERROR}{next(filter(None, how))}\n")

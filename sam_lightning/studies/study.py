@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     out = make_folder(Path(options.out) / plan.name, Path(options.out))
     refuse_loss(plan, out, runs)
-    with Runner(runs, options.jobs) as runner:
-        runner.run()
+    Runner(runs, options.jobs).run()
     refuse_changed(plan)  # another process may have been at a run
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
@@ -84,18 +83,17 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     """
     own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
     options = parse(ABOUT, DEFAULTS, RULES, own)
-    files = [a for a in argv if a not in own and "=" not in a]
-    overrides = [a for a in argv if a not in own and "=" in a]
-    if flags := [a for a in argv if a.startswith("-")]:
-        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
-    if len(files) != 1:
-        raise ConfigError(
-            f"FILE: give one, as in conf/study/quick.yaml, not {' and '.join(files) or 'none'}"
-        )
+    files = [a for a in argv if "=" not in a]
+    overrides = [a for a in argv if "=" in a and a not in own]
     known = [*DEFAULTS, *top_level()]
-    for override in overrides:
-        if key_of(override).partition(".")[0] not in (*known, "hydra"):
-            raise ConfigError(f"{override}: {no_such_key(key_of(override), known)}")
+    for a in argv:
+        if a.startswith("-"):
+            raise ConfigError(f"{a}: no such flag; a setting is given as key=value")
+        if a in overrides and key_of(a).partition(".")[0] not in (*known, "hydra"):
+            raise ConfigError(f"{a}: {no_such_key(key_of(a), known)}")
+    if len(files) != 1:
+        given = " and ".join(files) or "none"
+        raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
     if (found := launched()) is not None:
         raise ConfigError(
             f"a study is started by one process, and {found.launcher} has started "
@@ -107,16 +105,15 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
 def selected(plan: Plan, options: DictConfig) -> list[RunSpec]:
     """The runs that ``only`` and ``seed`` leave."""
     runs = list(plan.runs)
-    for option, attribute in (("only", "arm"), ("seed", "seed")):
-        if options[option] is None:
-            continue
-        known = list(dict.fromkeys(str(getattr(run, attribute)) for run in plan.runs))
-        wanted = str(options[option]).split(",")
+    for option, part in (("only", "arm"), ("seed", "seed")):
+        known = list(dict.fromkeys(str(getattr(run, part)) for run in plan.runs))
+        given = options[option]
+        wanted = known if given is None else str(given).split(",")
         for name in wanted:
             if name not in known:
                 hint = did_you_mean(name, known) or f"; the file has {', '.join(known)}"
-                raise ConfigError(f"{option}={options[option]}: no such {attribute}, {name}{hint}")
-        runs = [run for run in runs if str(getattr(run, attribute)) in wanted]
+                raise ConfigError(f"{option}={given}: no such {part}, {name}{hint}")
+        runs = [run for run in runs if str(getattr(run, part)) in wanted]
     return runs
 
 
@@ -126,8 +123,7 @@ def refuse_changed(plan: Plan) -> None:
     Raises:
         ConfigError: names the first folder that is not, and how it differs.
     """
-    changed = [(run, how) for run in plan.runs if (how := _difference(run))]
-    if changed:
+    if changed := [(run, how) for run in plan.runs if (how := _difference(run))]:
         run, how = changed[0]
         more = f" (and {len(changed) - 1} more folders)" if len(changed) > 1 else ""
         raise ConfigError(
@@ -138,10 +134,8 @@ def refuse_changed(plan: Plan) -> None:
 
 def _difference(run: RunSpec) -> str | None:
     """How the overrides that a run was started with differ from those it has now."""
-    if not begun(run):
-        return None
     file = run.folder / ".hydra" / "overrides.yaml"
-    if not file.is_file():
+    if not begun(run) or not file.is_file():
         return f"no {file.name}" if status(run).completed else None
     try:
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
@@ -151,19 +145,13 @@ def _difference(run: RunSpec) -> str | None:
     before.pop("ckpt_path", None)
     for key in {**before, **run.overrides}:
         then, now = before.get(key), run.overrides.get(key)
-        if then != now and not _moved(run, key, then, now):
+        # The same images may be elsewhere; the name of a folder may be that of the data set.
+        names = {Path(str(value).strip("'\"")).name for value in (then, now)}
+        moved = key_of(key) in PLACES and (key_of(key) != "data.root" or len(names) == 1)
+        if then != now and not moved:
             was, has = (f"{key}={v}" if v is not None else f"no {key}" for v in (then, now))
             return f"{was}, and the study has {has}"
     return None
-
-
-def _moved(run: RunSpec, key: str, then: str | None, now: str | None) -> bool:
-    """Whether a key tells only where the same images are, or how they are read."""
-    names = {Path(str(value).strip("'\"")).name for value in (then, now)}
-    if key_of(key) != "data.root" or len(names) == 1:
-        return key_of(key) in PLACES
-    config = run.folder / ".hydra" / "config.yaml"  # an image folder's name is the data set's
-    return config.is_file() and ".image_folder" not in config.read_text(encoding="utf-8")
 
 
 def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None:
