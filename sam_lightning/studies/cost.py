@@ -49,11 +49,7 @@ class Cost(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the cost of the run that the arguments describe.
-
-    Raises:
-        ConfigError: an argument is wrong, or the number of images is not known.
-    """
+    """Print the cost of the run that the arguments describe."""
     argv = sys.argv[1:] if argv is None else argv
     own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
     rate = float(parse(ABOUT, DEFAULTS, RULES, own).flops_per_second)
@@ -75,11 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def estimate(cfg: DictConfig) -> Cost:
-    """The cost of a run; its data are not read, and its weights take no memory.
-
-    Raises:
-        ConfigError: the number of training images is not known, or the model is wrong.
-    """
+    """The cost of a run; its data are not read, and its weights take no memory."""
     module, _, name = str(cfg.data.source._target_).rpartition(".")
     if module != "sam_lightning.data" or name not in SHAPES:
         raise ConfigError(

@@ -84,23 +84,14 @@ class Plan:
 
 
 def read(path: Path, given: Sequence[str] = ()) -> Plan:
-    """Expand a study's file and check the configuration of every run.
+    """Expand a study's file and check every run; overrides that are ``given`` win over the file's.
 
     All arms of a seed come before the next seed, so that a study that is stopped early has
     something of each.
-
-    Args:
-        path: the YAML file; its name without the ending is that of the study.
-        given: overrides of every run, which win over those of the file.
-
-    Raises:
-        ConfigError: names the part of the file, the arm or the override that is wrong.
     """
-    extra: dict[str, str] = {}
-    for argument in given:
-        key, _, value = argument.partition("=")
-        _check_own(argument, key)
-        extra[key] = value
+    extra = {key: value for key, _, value in (argument.partition("=") for argument in given)}
+    for key, value in extra.items():
+        _check_own(f"{key}={value}", key)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
@@ -114,11 +105,7 @@ def read(path: Path, given: Sequence[str] = ()) -> Plan:
 
 
 def configuration(overrides: Sequence[str], output_dir: str | None = None) -> DictConfig:
-    """What ``train.py`` would run with, checked.
-
-    Raises:
-        ConfigError: names the override that is wrong.
-    """
+    """What ``train.py`` would run with, checked."""
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", list(overrides))
@@ -175,9 +162,19 @@ def _expanded(
 ) -> Iterator[RunSpec]:
     common, crossed = (_overrides(part, content[part]) for part in ("common", "settings"))
     arms = {str(arm): _overrides(f"arms.{arm}", own) for arm, own in content["arms"].items()}
-    for arm, own in arms.items():
+    for arm, own in arms.items():  # names of folders must tell what the runs are
         _check_name(arm)
-        _check_apart(f"arms.{arm}", own, crossed, given)
+        in_settings = {*map(key_of, crossed)}
+        lists = {key_of(key) for key, value in own.items() if isinstance(value, list)}
+        for key in own:
+            if key_of(key) in in_settings:
+                raise ConfigError(f"arms.{arm}.{key}: is in settings too")
+        for key, value in given.items():
+            if (bare := key_of(key)) in in_settings | lists:
+                part = "settings" if bare in in_settings else f"arms.{arm}"
+                raise ConfigError(
+                    f"{part}.{bare}: has values already, so not {key}={value} for all"
+                )
     for seed, setting, (arm, own) in product(content["seeds"], list(_grid(crossed)), arms.items()):
         for values in _grid(own):
             choice = {k: v for k, v in values.items() if isinstance(own[k], list)} | setting
@@ -192,11 +189,9 @@ def _overrides(part: str, content: Any) -> dict[str, Any]:
         raise ConfigError(f"{part}={content}: allowed is a mapping, as in {{rho: 0.1}}")
     for key, value in content.items():
         _check_own(f"{part}.{key}", str(key))
-        if isinstance(value, dict):
-            inner = next(iter(value), "key")
-            raise ConfigError(f"{part}.{key}: is a mapping; write {key}.{inner}: value")
         if value == [] or _has_mapping(value):
-            raise ConfigError(f"{part}.{key}={value}: allowed are numbers, texts and lists of them")
+            allowed = "numbers, texts and lists of them, and keys such as model.width"
+            raise ConfigError(f"{part}.{key}={value}: allowed are {allowed}")
     return {str(key): value for key, value in content.items()}
 
 
@@ -208,22 +203,6 @@ def _check_own(where: str, key: str) -> None:
     instead = OWN.get(re.split(r"[./@]", key_of(key))[0])
     if instead is not None:
         raise ConfigError(f"{where}: may not be given; {instead}")
-
-
-def _check_apart(
-    part: str, own: Mapping[str, Any], crossed: Mapping[str, Any], given: Mapping[str, str]
-) -> None:
-    """Refuse an override that would make runs equal which their names tell apart."""
-    places = {key_of(key): part for key, value in own.items() if isinstance(value, list)}
-    places |= dict.fromkeys(map(key_of, crossed), "settings")
-    for key in own:
-        if places.get(key_of(key)) == "settings":
-            raise ConfigError(f"{part}.{key}: is in settings too")
-    for key, value in given.items():
-        if where := places.get(key_of(key)):
-            raise ConfigError(
-                f"{where}.{key_of(key)}: has values already, so not {key}={value} for all"
-            )
 
 
 def _check_name(name: str) -> None:

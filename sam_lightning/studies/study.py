@@ -18,10 +18,10 @@ from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.config.schema import Rule, did_you_mean, no_such_key, one_line
 from sam_lightning.runs.files import make_folder, read_status
-from sam_lightning.studies import terminal
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
+from sam_lightning.studies.table import Table, show
 
 ABOUT = """
 A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
@@ -71,16 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
         rows = [(str(found.folder), found.state, found.reason) for found in left]
-        terminal.show(terminal.table("not completed", ("run", "state", "reason"), rows))
+        show(Table(("run", "state", "reason"), rows, left=3).terminal("not completed"))
         raise TrainingError(f"{len(left)} of {len(runs)} runs did not complete")
 
 
 def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
-    """The file, the study's own options, and overrides of every run.
-
-    Raises:
-        ConfigError: one of them cannot be any of these.
-    """
+    """The file, the study's own options, and overrides of every run."""
     own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
     options = parse(ABOUT, DEFAULTS, RULES, own)
     files = [a for a in argv if "=" not in a]
@@ -118,11 +114,7 @@ def selected(plan: Plan, options: DictConfig) -> list[RunSpec]:
 
 
 def refuse_changed(plan: Plan) -> None:
-    """Never mix results: what is there must be of the overrides that the study has now.
-
-    Raises:
-        ConfigError: names the first folder that is not, and how it differs.
-    """
+    """Never mix results: what is there must be of the overrides that the study has now."""
     if changed := [(run, how) for run in plan.runs if (how := _difference(run))]:
         run, how = changed[0]
         more = f" (and {len(changed) - 1} more folders)" if len(changed) > 1 else ""
@@ -145,21 +137,23 @@ def _difference(run: RunSpec) -> str | None:
     before.pop("ckpt_path", None)
     for key in {**before, **run.overrides}:
         then, now = before.get(key), run.overrides.get(key)
-        # The same images may be elsewhere; the name of a folder may be that of the data set.
-        names = {Path(str(value).strip("'\"")).name for value in (then, now)}
-        moved = key_of(key) in PLACES and (key_of(key) != "data.root" or len(names) == 1)
-        if then != now and not moved:
+        if then != now and not _moved(run, key, then, now):
             was, has = (f"{key}={v}" if v is not None else f"no {key}" for v in (then, now))
             return f"{was}, and the study has {has}"
     return None
 
 
-def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None:
-    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``.
+def _moved(run: RunSpec, key: str, then: str | None, now: str | None) -> bool:
+    """Whether a key tells only where the same images are, or how they are read."""
+    names = {Path(str(value).strip("'\"")).name for value in (then, now)}
+    if key_of(key) != "data.root" or len(names) == 1:
+        return key_of(key) in PLACES
+    config = run.folder / ".hydra" / "config.yaml"  # an image folder's name is the data set's
+    return config.is_file() and ".image_folder" not in config.read_text(encoding="utf-8")
 
-    Raises:
-        ConfigError: names the first that is not.
-    """
+
+def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None:
+    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``."""
     file, runs = out / "runs.json", FOLDER / plan.name
     try:
         lines = json.loads(file.read_text(encoding="utf-8"))["runs"]

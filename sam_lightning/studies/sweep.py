@@ -73,11 +73,7 @@ OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=Tr
 
 
 class SweepFolder(Callback):
-    """Remembers where a run or a sweep writes, and which jobs were there before.
-
-    Args:
-        first_job: number of the first job, see ``next_job``.
-    """
+    """Remembers where a run or a sweep writes, and which jobs were there before the first one."""
 
     run: Path | None = None
     path: Path | None = None
@@ -162,11 +158,9 @@ def _check_overrides(config: DictConfig) -> None:
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
-    """Leave in a job's folder why it failed, and keep the sweep going.
+    """Leave in a job's folder why it failed; raise it for sweepers that have to know of it.
 
-    Raises:
-        Exception: the error, for sweepers that have to know of it, in a form that can be sent from
-            one process to another.
+    What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
     record_failure(cfg, reason, refused=isinstance(error, ConfigError))
@@ -179,12 +173,7 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
 
 @contextmanager
 def summarized() -> Iterator[None]:
-    """Around ``main``: however a sweep ends, print and write its table.
-
-    Raises:
-        ConfigError: all jobs were refused.
-        TrainingError: some jobs failed.
-    """
+    """Around ``main``: however a sweep ends, print and write its table, and raise what failed."""
     early: Exception | None = None
     try:
         yield
@@ -255,7 +244,7 @@ def _reason(job: dict[str, Any]) -> str:
 
 
 def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
-    from sam_lightning.studies.terminal import show, table  # not for a single run
+    from sam_lightning.studies.table import Table, show  # not for a single run
 
     names = (SweepFolder.metric, "test/acc", "val/acc")
     metric = next((n for n in names if n and any(n in job["metrics"] for job in jobs)), "test/acc")
@@ -267,5 +256,5 @@ def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
         value = f"{job['metrics'][metric]:.4f}" if metric in job["metrics"] else ""
         status = job["status"] if done else f"{job['status']}: {_reason(job)}"
         rows.append((job["job"], own, status, value, job["folder"]))
-    title = f"{len(jobs)} jobs in {os.path.relpath(sweep)}"
-    show(table(title, ("job", "overrides", "status", metric, "folder"), rows, right=(0, 3)))
+    table = Table(("job", "overrides", "status", metric, "folder"), rows, left=5)
+    show(table.terminal(f"{len(jobs)} jobs in {os.path.relpath(sweep)}"))

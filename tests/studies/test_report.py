@@ -21,6 +21,7 @@ from scipy import special, stats
 
 from sam_lightning.cli import CONF
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.studies import table
 from sam_lightning.studies.report import figures, tables
 from sam_lightning.studies.report.command import main
 from sam_lightning.studies.report.comparison import Study, analyse
@@ -601,8 +602,8 @@ def test_files_of_a_report(sweep, tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert {*re.findall(r"!\[[^]]+\]\((.*?)\)", text)} == {f"{name}.png" for name in names}
     assert f"failed: `{sweep / 'broken_run'}`: TrainingError: a | b" in text
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({line.count("|") for line in table.splitlines()}) == 1
+    for text_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in text_table.splitlines()}) == 1
     # 0.80, 0.76, 0.71: mean 75.67, sd 4.51, half of the interval 4.3027 / sqrt(3) of it.
     assert re.search(
         r"\| \*\*0\.1\*\* \|.*\*\*75\.67 ± 11\.20\*\* \| \*\*24\.33 ± 11\.20\*\*", text
@@ -663,9 +664,9 @@ def test_latex_is_well_formed(sweep, tmp_path):
         for row in rows:
             assert len(re.findall(r"(?<!\\)&", row)) + 1 == len(spec)
     escaped = r"50\%\_a\&b\#c\$d\{e\}\textbackslash{}f\textasciitilde{}g\textasciicircum{}h"
-    assert tables.latex(r"50%_a&b#c$d{e}\f~g^h") == escaped
+    assert table.latex(r"50%_a&b#c$d{e}\f~g^h") == escaped
     assert escaped in text
-    assert tables.latex("-1.5 ± 2, a-b") == r"$-$1.5 $\pm$ 2, a-b"
+    assert table.latex("-1.5 ± 2, a-b") == r"$-$1.5 $\pm$ 2, a-b"
 
 
 def test_figures_show_the_numbers(sweep, tmp_path):

@@ -36,11 +36,7 @@ RULES: list[Rule] = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the runs, compare them, and write and print the report.
-
-    Raises:
-        ConfigError: an argument is not allowed, or there is no completed run.
-    """
+    """Read the runs, compare them, and write and print the report."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
     folders, options = arguments(sys.argv[1:] if argv is None else argv)

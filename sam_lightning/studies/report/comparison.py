@@ -99,13 +99,13 @@ class Study:
     @cached_property
     def warnings(self) -> list[str]:
         """Seeds that were run twice, and what makes groups hard to compare."""
-        warnings = [*self.repeats]
-        for group, devices in self.runs["device"].groupby(level=0):
-            if devices.nunique() > 1:
-                mixed = ", ".join(sorted({*devices}))
-                warnings.append(
-                    f"{self.describe(group)}: seconds are a mean over different devices ({mixed})"
-                )
+        warnings = [
+            f"{self.describe(group)}: seconds are a mean over different devices "
+            f"({', '.join(sorted({*devices}))})"
+            for group, devices in self.runs["device"].groupby(level=0)
+            if devices.nunique() > 1
+        ]
+        warnings = [*self.repeats, *warnings]
         for groups, best in self.choices.items():
             seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
@@ -147,13 +147,7 @@ class Study:
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
-    """Group the runs; of two with the same settings and seed, the later one counts.
-
-    Args:
-        runs: completed runs.
-        metric: what is compared, such as ``test/acc``.
-        baseline: the name of the method that others are compared with.
-    """
+    """Group completed runs; of two with the same settings and seed, the later one counts."""
     columns, common = _columns([run.settings for run in runs])
     counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
     repeats = []
@@ -167,19 +161,21 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
 
     def order(key: tuple[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
         values = dict(zip(columns, key[0], strict=True))
-        last = values.pop("rho"), key[1]
-        first = [(c == "method" and v != baseline, *_rank(v)) for c, v in values.items()]
-        return [*first, *map(_rank, last)]
+        values |= {"rho": values.pop("rho"), "seed": key[1]}  # come last
+        return [
+            (c == "method" and v != baseline, (0, v) if isinstance(v, int | float) else (1, str(v)))
+            for c, v in values.items()
+        ]
 
     keys = sorted(counted, key=order)
-    groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
-    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
     used = [counted[key] for key in keys]
+    groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
     index = [groups[values] for values, _ in keys]
     frame = pd.DataFrame([run.results for run in used], index=index)
     for name in ("folder", "seed", "device"):
         frame[name] = pd.Series([getattr(run, name) for run in used], index, object)
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
+    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
     return Study(metric, baseline, settings, frame, common, repeats)
 
 
@@ -214,10 +210,9 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
 
 
 def _added(key: str, run: Mapping[str, Any]) -> bool:
-    """Whether a run without this key differs from one that has it.
+    """Whether a run without this key differs from one that has it; else the key may be younger.
 
     It does without a callback, or an argument of trainer or optimizer that no file of ``conf`` has.
-    Any other key may be younger than the run.
     """
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
@@ -239,9 +234,3 @@ def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
         return False
     pairs = {(run.get(key.partition(".")[0]), run[key]) for run in settings if key in run}
     return len(pairs) == len({name for name, _ in pairs})
-
-
-def _rank(value: Any) -> tuple[bool, float, str]:
-    """A key to sort by: numbers by size, then everything else as text."""
-    number = isinstance(value, int | float)
-    return not number, value if number else 0, "" if number else str(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_lightning.runs.files import RunStatus, replacing
-from sam_lightning.studies import terminal
+from sam_lightning.studies import table
 from sam_lightning.studies.report import tables
 from sam_lightning.studies.report.comparison import SELECTION, Study, analyse, show, title
 from sam_lightning.studies.report.runs import Run, counts
@@ -33,58 +33,6 @@ TESTING = (
 )
 
 
-def write(
-    study: Study,
-    left_out: Sequence[RunStatus],
-    warnings: Sequence[str],
-    out: Path,
-    formats: Sequence[str],
-) -> None:
-    """Write every file of the report into ``out``, each of them whole or not at all.
-
-    Raises:
-        ConfigError, OSError: ``out`` cannot be made or written to.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, str] = {}
-    if formats:
-        from sam_lightning.studies.report.figures import draw  # matplotlib, only if it is needed
-
-        figures = draw(study, out, formats)
-    common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
-    against = f"{metric_name(study.metric).capitalize()} against {study.baseline}"
-    results, comparisons = tables.results(study), tables.comparisons(study)
-    markdown = [
-        "# Report",
-        f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
-        *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
-        *_list("Warnings", warnings),
-        "## Results",
-        results.markdown(),
-        READING,
-        *_list("Choice of rho", choices_of_rho(study)),
-        f"## {against}",
-        *([comparisons.markdown(), TESTING] if comparisons.rows else []),
-        *map(_text, without_baseline(study)),
-        *(["## Figures"] if figures else []),
-        *(
-            f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
-            for name, caption in zip(figures, map(_text, figures.values()), strict=True)
-        ),
-        *_list("Left out", [f"{run.state}: `{run.folder}`: {run.reason}" for run in left_out]),
-    ]
-    latex = ["% needs \\usepackage{booktabs}", results.latex(READING, "tab:sam-results")]
-    if comparisons.rows:
-        latex.append(comparisons.latex(f"{against}. {TESTING}", "tab:sam-comparisons"))
-    for name, content in {
-        **tables.csv(study),
-        "report.tex": "\n\n".join(latex) + "\n",
-        "report.md": "\n\n".join(markdown) + "\n",
-    }.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-
-
 def report(
     runs: Sequence[Run],
     left_out: Sequence[RunStatus],
@@ -94,16 +42,52 @@ def report(
     out: Path,
     formats: Sequence[str],
 ) -> None:
-    """Compare the runs, write the report, and print its tables, sentences and warnings."""
+    """Compare the runs; write every file, whole or not at all, into ``out``; print the tables."""
     study = analyse(runs, metric, baseline)
     warnings = [*warnings, *study.warnings]
-    write(study, left_out, warnings, out, formats)
-    shown: list[Any] = [tables.results(study).terminal("mean ± half of 95 % interval over seeds")]
-    shown += choices_of_rho(study)
-    if (comparisons := tables.comparisons(study)).rows:
-        caption = f"{metric_name(study.metric)} against {study.baseline}, pairs with the same seed"
-        shown.append(comparisons.terminal(caption))
-    terminal.show(*shown, *without_baseline(study))
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, str] = {}
+    if formats:
+        from sam_lightning.studies.report.figures import draw  # matplotlib, only if it is needed
+
+        figures = draw(study, out, formats)
+    common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
+    against = f"{metric_name(metric)} against {baseline}"
+    heading = f"{against[0].upper()}{against[1:]}"
+    results, comparisons = tables.results(study), tables.comparisons(study)
+    choices, alone = choices_of_rho(study), without_baseline(study)
+    markdown = [
+        "# Report",
+        f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
+        *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
+        *_list("Warnings", warnings),
+        "## Results",
+        results.markdown(),
+        READING,
+        *_list("Choice of rho", choices),
+        f"## {heading}",
+        *([comparisons.markdown(), TESTING] if comparisons.rows else []),
+        *map(_text, alone),
+        *(["## Figures"] if figures else []),
+        *(
+            f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
+            for name, caption in zip(figures, map(_text, figures.values()), strict=True)
+        ),
+        *_list("Left out", [f"{run.state}: `{run.folder}`: {run.reason}" for run in left_out]),
+    ]
+    latex = ["% needs \\usepackage{booktabs}", results.latex(READING, "tab:sam-results")]
+    shown: list[Any] = [results.terminal("mean ± half of 95 % interval over seeds"), *choices]
+    if comparisons.rows:
+        latex.append(comparisons.latex(f"{heading}. {TESTING}", "tab:sam-comparisons"))
+        shown.append(comparisons.terminal(f"{against}, pairs with the same seed"))
+    for name, content in {
+        **tables.csv(study),
+        "report.tex": "\n\n".join(latex) + "\n",
+        "report.md": "\n\n".join(markdown) + "\n",
+    }.items():
+        with replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+    table.show(*shown, *alone)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{len(runs)} runs{counts(left_out)}; see {os.path.relpath(out / 'report.md')}")

@@ -1,7 +1,6 @@
 """Read what runs left behind: ``metrics.json`` and ``metrics.csv``."""
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,23 +43,15 @@ class Run:
 
     folder: Path
     seed: int | None
+    device: str
     settings: Mapping[str, Any]
     results: Mapping[str, float]
     summary: Mapping[str, Any]
     written: float
 
-    @property
-    def device(self) -> str:
-        """What it was trained on."""
-        return str(self.summary.get("device", "unknown"))
-
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[RunStatus], list[str]]:
-    """Read every run at and below the folders, each once.
-
-    Returns:
-        completed runs, runs left out, and warnings.
-    """
+    """Completed runs at and below the folders, each once; runs left out; and warnings."""
     found = [read_status(folder) for folder in _run_folders(folders)]
     completed = [status for status in found if status.completed]
     warnings = [
@@ -80,37 +71,37 @@ def counts(left_out: Sequence[RunStatus]) -> str:
 
 
 def _run_folders(folders: Iterable[Path]) -> list[Path]:
-    seen = set()  # links may lead to a folder again, or in a circle
-    found = []
+    found: dict[Path, Path | None] = {}  # links may lead to a folder again, or in a circle
     for top in folders:
         for path, below, files in os.walk(top, followlinks=True):
             folder = Path(path)
-            if folder.resolve() in seen:
-                below.clear()
-                continue
-            seen.add(folder.resolve())
-            if "metrics.json" in files or (folder / ".hydra" / "config.yaml").is_file():
-                found.append(folder)
-            below[:] = sorted({*below} - PRUNED)
-    return found
+            below[:] = [] if folder.resolve() in found else sorted({*below} - PRUNED)
+            is_run = "metrics.json" in files or (folder / ".hydra" / "config.yaml").is_file()
+            found.setdefault(folder.resolve(), folder if is_run else None)
+    return [folder for folder in found.values() if folder]
 
 
 def _run(status: RunStatus) -> Run:
-    summary, folder = status.summary, status.folder
+    summary, metrics = status.summary, status.metrics
     config = _dict(with_current_names(summary.get("config")))
     passes = finite(passes_per_step(_dict(config.get("method"))))
     epochs = finite(summary.get("epochs", config.get("epochs")))
     results = {
-        **{f"{s}/error": 1 - status.metrics.get(f"{s}/acc", math.nan) for s in ("val", "test")},
-        **status.metrics,
+        **{f"{s}/error": 1 - metrics[f"{s}/acc"] for s in ("val", "test") if f"{s}/acc" in metrics},
+        **metrics,
         "passes": passes,
         "total_passes": None if passes is None or epochs is None else finite(passes * epochs),
         **{name: finite(summary.get(name)) for name in ("train_seconds", "images_per_second")},
     }
-    known = {k: v for k, v in results.items() if v is not None and not math.isnan(v)}
-    seed = config["seed"] if isinstance(config.get("seed"), int) else None
-    written = (folder / "metrics.json").stat().st_mtime
-    return Run(folder, seed, settings(config), known, summary, written)
+    return Run(
+        folder=status.folder,
+        seed=config["seed"] if isinstance(config.get("seed"), int) else None,
+        device=str(summary.get("device", "unknown")),
+        settings=settings(config),
+        results={name: value for name, value in results.items() if value is not None},
+        summary=summary,
+        written=(status.folder / "metrics.json").stat().st_mtime,
+    )
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,47 +109,42 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     At ``rho=0`` every method is the base optimizer alone, and is called ``sgd``.
     """
-    parts = {k: _dict(config.get(k)) for k in ("method", "model", "data", "optimizer", "scheduler")}
-    method, source = parts["method"], _dict(parts["data"].get("source"))
-    alone = _is_sgd(method)
-    data = _name(source)
-    if data == "image_folder":  # a data set of its own; elsewhere root is only a place
-        data = f"{data} {Path(str(source.get('root'))).name}"
+    method, data = _dict(config.get("method")), _dict(config.get("data"))
+    source, alone = _dict(data.get("source")), _is_sgd(method)
     callbacks = {
         name: callback
         for name, callback in _dict(config.get("callbacks")).items()
         if not any(w in str(_dict(callback).get("_target_", w)) for w in WATCHERS)
     }
     named = {
-        "data": data,
-        "model": _name(parts["model"]),
+        "data": _name(source),
+        "model": _name(config.get("model")),
         "method": "sgd" if alone else method.get("name"),
         "rho": 0.0 if alone else method.get("rho"),
         "epochs": config.get("epochs"),
-        "optimizer": _name(parts["optimizer"]),
-        "scheduler": _name(parts["scheduler"]),
+        "optimizer": _name(config.get("optimizer")),
+        "scheduler": _name(config.get("scheduler")),
         **{f"callbacks.{name}": _name(callback) for name, callback in callbacks.items()},
     }
+    if named["data"] == "image_folder":  # a data set of its own; elsewhere root is only a place
+        named["data"] += f" {Path(str(source.get('root'))).name}"
     found = {k: v for k, v in named.items() if v is not None}
     for key, value in flat({**config, "callbacks": callbacks}).items():
         part, _, name = key.rpartition(".")
         ignored = key in IGNORED or key in named or key.startswith("logger.")
         ignored |= name == "_target_" and part in (*named, "data.source")
         ignored |= alone and key.startswith("method.")
-        if key.startswith("data.source."):  # its arguments, some of which are keys of data
-            argument = key.removeprefix("data.source.")
-            ignored |= argument in parts["data"] or f"data.{argument}" in IGNORED
+        if part == "data.source":  # some of its arguments are keys of data
+            ignored |= name in data or f"data.{name}" in IGNORED
         if not ignored and not isinstance(value, dict):
             found[key] = value
     return {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in found.items()}
 
 
 def passes_per_step(method: Mapping[str, Any]) -> float | None:
-    """The mean cost of a step in passes; None if the method is not known.
+    """The mean cost of a step in passes: ``method.passes``, or what its other keys amount to.
 
-    It is ``method.passes`` if given, else it follows from the parts of the batch in ascent and
-    descent (a part in descent needs a forward pass more), the steps of ascent, and how often there
-    is one (``every``).
+    A part of the batch in descent needs a forward pass more; None if the method is not known.
     """
     if _is_sgd(method):
         return 1.0
@@ -202,8 +188,8 @@ def _is_sgd(method: Mapping[str, Any]) -> bool:
     return method.get("name") == "sgd" or method.get("rho") == 0
 
 
-def _name(node: Mapping[str, Any]) -> str | None:
-    target = node.get("_target_")
+def _name(node: Any) -> str | None:
+    target = _dict(node).get("_target_")
     return None if target is None else str(target).rpartition(".")[2]
 
 

@@ -1,17 +1,14 @@
-"""A study as tables: for Markdown, LaTeX and the terminal, and as CSV for other programs."""
+"""A study as tables, and as CSV for other programs."""
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from rich.table import Table as RichTable
 
 from sam_lightning.studies.report.comparison import ABSENT, SELECTION, Study, show, title
 from sam_lightning.studies.report.runs import COSTS
-from sam_lightning.studies.terminal import table
+from sam_lightning.studies.table import Table
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
@@ -21,58 +18,6 @@ COST_FORMATS = {
     "train s": "{:,.1f}",
     "images/s": "{:,.0f}",
 }
-LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    **{"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "\\textbackslash{}"},
-    **{"<": "$<$", ">": "$>$", "±": "$\\pm$", "–": "--", "−": "$-$"},
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of text; ``left`` columns are words, the others numbers, ``strong`` rows are bold."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int
-    strong: Sequence[int] = ()
-
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        rule = ["---" if i < self.left else "---:" for i in range(len(self.head))]
-        rows = self._rows(lambda cell: re.sub(r"([|*_`<\\])", r"\\\1", cell), "**{}**")
-        return "\n".join(f"| {' | '.join(row)} |" for row in [self.head, rule, *rows])
-
-    def latex(self, caption: str, label: str) -> str:
-        """The table as an environment of LaTeX with the package booktabs."""
-        cells = [map(latex, self.head), *self._rows(latex, "\\textbf{{{}}}")]
-        head, *rows = (f"    {' & '.join(row)} \\\\" for row in cells)
-        return "\n".join(
-            [
-                f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
-                f"  \\label{{{label}}}",
-                f"  \\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}",
-                *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
-                "  \\end{tabular}\n\\end{table}",
-            ]
-        )
-
-    def terminal(self, caption: str) -> RichTable:
-        """The table as ``rich`` prints it."""
-        right = range(self.left, len(self.head))
-        return table(caption, self.head, self.rows, right, self.strong)
-
-    def _rows(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
-        return [
-            [(bold if i in self.strong else "{}").format(escape(cell)) for cell in row]
-            for i, row in enumerate(self.rows)
-        ]
-
-
-def latex(text: str) -> str:
-    """Text as LaTeX sets it, not as it reads it; the hyphen of a negative number is a minus."""
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-    return "".join(LATEX.get(c, c) for c in text)
 
 
 def results(study: Study) -> Table:
