@@ -120,17 +120,15 @@ def configuration(overrides: Sequence[str], output_dir: str | None = None) -> Di
 
 def text(value: Any) -> str:
     """A value as Hydra reads it on a command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(map(text, value))}]"
-    plain = re.fullmatch(r"[A-Za-z_/.][\w./-]*", str(value))
-    if isinstance(value, int | float) or (
-        plain and value.lower() not in ("null", "true", "false", "inf", "nan")
-    ):
-        return str(value)
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    reserved = ("null", "true", "false", "inf", "nan")
+    if re.fullmatch(r"[A-Za-z_/.][\w./-]*", value) and value.lower() not in reserved:
+        return value
     # A backslash counts as one, but in front of a quote or at the end, where it escapes.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), str(value))
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), value)
     return f'"{escaped}"'
 
 

@@ -765,7 +765,10 @@ def test_folders_with_an_equals_sign_and_the_default_place(sweep, tmp_path):
         (["{sweep}", "baseline=sa"], "baseline=sa: these runs have sam, sgd"),
         (["{sweep}", "metric=test/accuracy"], "metric=test/accuracy: allowed is val/acc, "),
         (["{sweep}", "metric=val/loss"], "metric=val/loss: these runs have test/acc, "),
-        (["{sweep}", "formats=png,gif"], "formats=png,gif: allowed is some of png,svg,pdf"),
+        (
+            ["{sweep}", "formats=png,gif"],
+            "formats=png,gif: allowed is png,svg, png, svg, pdf, null",
+        ),
         (["{sweep}/0_rho=0.3"], "multi=run/0_rho=0.3: no such folder"),
         (["nowhere"], "nowhere: no such folder"),
         (["{sweep}/0.1/0/metrics.json"], "metrics.json: not a folder"),

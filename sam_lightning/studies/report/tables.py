@@ -1,7 +1,7 @@
 """A study as tables, and as CSV for other programs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,34 +12,31 @@ from sam_lightning.studies.table import Table
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
-COST_FORMATS = {
-    "passes/step": "{:.3g}",
-    "passes": "{:.4g}",
-    "train s": "{:,.1f}",
-    "images/s": "{:,.0f}",
+# What the costs are called, and how they are written.
+FORMATS = {
+    "passes": ("passes/step", "{:.3g}"),
+    "total_passes": ("passes", "{:.4g}"),
+    "train_seconds": ("train s", "{:,.1f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
 }
 
 
 def results(study: Study) -> Table:
     """A row per group: settings, metrics and costs."""
-    names = dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric])
-    metrics = [name for name in names if study.estimates[name]["n"].any()]
     sizes = study.runs.groupby(level=0).size()
-    rows = []
-    for group, values in study.settings.iterrows():
-        cells = [*map(show, values), str(sizes[group])]
-        for name in metrics:
-            found = study.estimates[name].loc[group]
-            some = f" (n={found['n']:.0f})" if 0 < found["n"] < sizes[group] else ""
-            cells.append(interval(found, name) + some)
-        for name, form in zip(COSTS, COST_FORMATS.values(), strict=True):
-            mean = study.estimates[name].at[group, "mean"]
-            cells.append(ABSENT if math.isnan(mean) else form.format(mean))
-        rows.append(cells)
-    head = [title(column, study.settings) for column in study.settings]
-    head += ["n", *(f"{metric_name(name)}{unit(name)}" for name in metrics), *COST_FORMATS]
+    columns: list[tuple[str, Iterable[str]]]
+    columns = [(title(c, study.settings), map(show, study.settings[c])) for c in study.settings]
+    columns.append(("n", map(str, sizes)))
+    for name in dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric]):
+        if (found := study.estimates[name])["n"].any():
+            cells = [interval(row, name, of=sizes[group]) for group, row in found.iterrows()]
+            columns.append((f"{metric_name(name)}{unit(name)}", cells))
+    for cost, (name, form) in FORMATS.items():
+        means = study.estimates[cost]["mean"]
+        columns.append((name, [ABSENT if math.isnan(m) else form.format(m) for m in means]))
+    head, by_column = zip(*columns, strict=True)
     best = [group for group in study.choices.values() if group is not None]
-    return Table(head, rows, study.settings.shape[1], best)
+    return Table(head, [*zip(*by_column, strict=True)], study.settings.shape[1], best)
 
 
 def comparisons(study: Study) -> Table:
@@ -57,13 +54,14 @@ def comparisons(study: Study) -> Table:
     return Table(head, rows, 3)
 
 
-def interval(found: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    """Mean ± half of the interval, in percent except for losses."""
+def interval(found: Mapping[str, Any], metric: str, sign: str = "", of: int = 0) -> str:
+    """Mean ± half of the interval, in percent except for losses; n where not all ``of`` have it."""
     if found["n"] == 0:
         return ABSENT
     scale, digits = (1, 4) if metric.endswith("loss") else (100, 2)
     text = f"{scale * found['mean']:{sign}.{digits}f}"
-    return f"{text} ± {scale * found['half']:.{digits}f}" if found["n"] > 1 else text
+    text += f" ± {scale * found['half']:.{digits}f}" if found["n"] > 1 else ""
+    return f"{text} (n={found['n']:.0f})" if found["n"] < of else text
 
 
 def metric_name(metric: str) -> str:
