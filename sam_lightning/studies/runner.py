@@ -63,12 +63,7 @@ class Runner:
     stopped: int | None = None  # by this signal
 
     def run(self) -> None:
-        """Run to the end, whatever fails.
-
-        Raises:
-            Interrupted: a signal came; the runs have saved and ended.
-            ConfigError: a run's folder cannot be written.
-        """
+        """Run to the end, whatever fails; after a signal, once the runs have saved and ended."""
         before = {}
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # which nohup asks for
@@ -130,8 +125,10 @@ class Runner:
                 shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
             environment = dict(os.environ)
             if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
-                threads = max(1, _cores() // self.processes)
-                environment.setdefault("OMP_NUM_THREADS", str(threads))
+                cores = os.cpu_count() or 1
+                if hasattr(os, "sched_getaffinity"):  # not on macOS
+                    cores = len(os.sched_getaffinity(0))
+                environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.processes)))
             output.write(f"{PROMPT}{shlex.join(run.arguments)}\n".encode())
             process = subprocess.Popen(
                 [sys.executable, str(TRAIN), *run.arguments],
@@ -171,10 +168,6 @@ class Runner:
             seconds = left * sum(self.seconds) / len(self.seconds) / self.processes
             line += f"; about {timedelta(seconds=round(seconds))} left"
         print(line)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _note_failure(run: RunSpec, code: int) -> None:

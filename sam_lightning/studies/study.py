@@ -45,13 +45,7 @@ RULES: list[Rule] = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything, run what is missing, report.
-
-    Raises:
-        ConfigError: the file or an argument is wrong, and nothing was started.
-        TrainingError: some runs did not complete.
-        Interrupted: a signal has stopped the study.
-    """
+    """Check everything, run what is missing, report; an error where a run did not complete."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a line at a time, also into a file
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     path, options, overrides = arguments(sys.argv[1:] if argv is None else argv)

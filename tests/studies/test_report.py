@@ -381,7 +381,7 @@ def test_learning_rate_and_method_options_have_columns(tmp_path):
     study = study_of(tmp_path)
     assert list(study.settings) == ["method", "rho", "epochs", "method.every", "optimizer.lr"]
     assert study.describe(2) == "sam, rho 0.1, every 5, lr 0.1"
-    assert tables.results(study).head[:5] == ["method", "rho", "epochs", "every", "lr"]
+    assert [*tables.results(study).head[:5]] == ["method", "rho", "epochs", "every", "lr"]
 
 
 def test_image_folders_are_told_apart_by_their_names(tmp_path):

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS, Rule
@@ -34,7 +32,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, compare them, and write and print the report."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
-    folders, options = arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # Names of folders may have "=" in them, as those of a sweep's jobs do.
+    given = [
+        a
+        for a in argv
+        if a not in ("-h", "--help")
+        and (Path(a).exists() or "=" not in a or "/" in a.partition("=")[0])
+    ]
+    options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in given])
+    folders = [Path(folder) for folder in given]
+    if not folders:
+        raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     from sam_lightning.studies.report.files import report  # pandas and scipy, only now
     from sam_lightning.studies.report.runs import counts, read_runs
 
@@ -55,16 +67,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(runs, left_out, warnings, options.metric, options.baseline, out, formats)
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error
-
-
-def arguments(argv: Sequence[str]) -> tuple[list[Path], DictConfig]:
-    """Folders, which may have ``=`` in their names, and checked options."""
-    given = [a for a in argv if a not in ("-h", "--help")]
-    folders = [a for a in given if Path(a).exists() or "=" not in a or "/" in a.partition("=")[0]]
-    options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in folders])
-    if not folders:
-        raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
-    return [Path(folder) for folder in folders], options
