@@ -3,8 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -111,10 +113,69 @@ def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> No
 def read_summary(path: Path) -> dict[str, Any] | None:
     """What a run has left in ``metrics.json``; None if there is none that is whole."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run's folder says of it.
+
+    ``state`` is ``completed``, ``failed``, ``interrupted``, ``unfinished``, ``damaged`` or
+    ``missing``; ``metrics`` are those with a finite value, ``summary`` is all of metrics.json.
+    """
+
+    folder: Path
+    state: str
+    reason: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def completed(self) -> bool:
+        """Whether there is a result."""
+        return self.state == "completed"
+
+
+def read_status(folder: Path) -> RunStatus:
+    """Read a run's ``metrics.json``; all text in it becomes printable."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        if path.exists() or (folder / ".hydra").is_dir():
+            return RunStatus(folder, "unfinished", "no metrics.json: running still, or killed")
+        return RunStatus(folder, "missing")
+    summary = _printable(read_summary(path))
+    if summary is None:
+        return RunStatus(folder, "damaged", "metrics.json is not a run's")
+    found = summary.get("metrics")
+    numbers = {k: finite(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    metrics = {name: value for name, value in numbers.items() if value is not None}
+    state, reason = str(summary.get("status") or "unknown"), ""
+    if state != "completed":
+        unsaid = "metrics.json does not say that the run completed"
+        reason = str(summary.get("exit_reason") or unsaid)
+    elif not metrics:
+        state, reason = "damaged", "metrics.json has no metrics"
+    return RunStatus(folder, state, reason, metrics, summary)
+
+
+def finite(value: Any) -> float | None:
+    """A number as float, if it is one and finite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and abs(value) <= sys.float_info.max else None
+
+
+def _printable(value: Any) -> Any:
+    """JSON with a space for every character that could command a terminal or break a file."""
+    if isinstance(value, dict):
+        return {_printable(name): _printable(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_printable(child) for child in value]
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " for c in value)
+    return value
 
 
 def now() -> str:

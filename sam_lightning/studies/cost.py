@@ -1,19 +1,16 @@
 """``python -m sam_lightning cost``: what a run will cost, before it is started."""
 
+import math
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import parse
-from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, CONF, OF_ARGUMENTS, explain
-from sam_lightning.config.schema import Rule, check
+from sam_lightning.config.schema import Rule
+from sam_lightning.studies.plan import configuration
 from sam_lightning.studies.report.runs import passes_per_step
 
 ABOUT = """
@@ -42,8 +39,7 @@ SHAPES = {
 EXTRA = 531_131  # images of svhn with extra=true
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """FLOPs of a ``forward`` pass of one image, passes per update, images per epoch, epochs."""
 
     forward: int
@@ -51,65 +47,31 @@ class Cost:
     images: int
     epochs: int
 
-    @property
-    def flops(self) -> float:
-        """Those of the whole training; a backward pass costs two forward passes."""
-        return 3 * self.forward * self.passes * self.images * self.epochs
-
-    def hours(self, flops_per_second: float) -> float:
-        """On one device that achieves this rate."""
-        return self.flops / flops_per_second / 3600
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the cost of the run that the arguments describe.
-
-    Raises:
-        ConfigError: an argument is wrong, or the number of images is not known.
-    """
+    """Print the cost of the run that the arguments describe."""
     argv = sys.argv[1:] if argv is None else argv
     own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
     rate = float(parse(ABOUT, DEFAULTS, RULES, own).flops_per_second)
-    cost = estimate(configuration([a for a in argv if a not in own]))
+    overrides = [a for a in argv if a not in own]
+    if flags := [a for a in overrides if a.startswith("-")]:
+        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    cost = estimate(configuration(overrides))
+    flops = 3 * math.prod(cost)  # a backward pass costs two forward passes
     for name, value in {
         "a forward pass of one image": f"{cost.forward / 1e9:,.3f} GFLOPs",
         "forward and backward": "x 3",
         "passes of an update": f"x {cost.passes:g}",
         "images of an epoch": f"x {cost.images:,}",
         "epochs": f"x {cost.epochs:,}",
-        "in all": f"{cost.flops:.3g} FLOPs",
-        f"at {rate:g} FLOPs/s": f"{cost.hours(rate):,.2f} hours",
+        "in all": f"{flops:.3g} FLOPs",
+        f"at {rate:g} FLOPs/s": f"{flops / rate / 3600:,.2f} hours",
     }.items():
         print(f"{name:<30}{value}")
 
 
-def configuration(overrides: Sequence[str]) -> DictConfig:
-    """What ``train.py`` would run with, checked.
-
-    Raises:
-        ConfigError: names the override that is wrong.
-    """
-    for override in overrides:
-        if override.startswith("-"):
-            raise ConfigError(f"{override}: no such flag; a setting is given as key=value")
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", list(overrides))
-    except Exception as error:
-        if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
-            raise ConfigError(explain(error, list(overrides))) from error
-        raise
-    cfg.output_dir = tempfile.gettempdir()  # Hydra's own is that of a run
-    check(cfg, top_level())
-    return cfg
-
-
 def estimate(cfg: DictConfig) -> Cost:
-    """The cost of a run; its data are not read, and its weights take no memory.
-
-    Raises:
-        ConfigError: the number of training images is not known, or the model is wrong.
-    """
+    """The cost of a run; its data are not read, and its weights take no memory."""
     module, _, name = str(cfg.data.source._target_).rpartition(".")
     if module != "sam_lightning.data" or name not in SHAPES:
         raise ConfigError(
@@ -123,25 +85,19 @@ def estimate(cfg: DictConfig) -> Cost:
     images -= images % cfg.batch_size if cfg.data.drop_last else 0
     if images < 1:
         raise ConfigError(f"data.val_size={cfg.data.val_size}: leaves nothing of {total} images")
-    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
-    forward = forward_flops(cfg, classes, (channels, side, side))
-    return Cost(forward, passes_per_step(method) or 2.0, images, cfg.epochs)
-
-
-def _count(size: float, total: int) -> int:
-    """A number of images, or a fraction of them, as ``ImageDataModule`` counts."""
-    return round(size * total) if size < 1 else int(size)
-
-
-def forward_flops(cfg: DictConfig, classes: int, shape: tuple[int, int, int]) -> int:
-    """FLOPs of the convolutions and matrix products of the model for one image, C x H x W."""
-    import torch
+    import torch  # only for a configuration that is right
     from torch.utils.flop_counter import FlopCounterMode
 
     from sam_lightning.config.instantiate import build
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = build(cfg, "model", num_classes=classes, in_channels=shape[0])
-        model.eval()(torch.empty(1, *shape))
-    flops: int = counter.get_total_flops()
-    return flops
+        model = build(cfg, "model", num_classes=classes, in_channels=channels)
+        model.eval()(torch.empty(1, channels, side, side))
+    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
+    passes = passes_per_step(method) or 2.0
+    return Cost(counter.get_total_flops(), passes, images, cfg.epochs)
+
+
+def _count(size: float, total: int) -> int:
+    """A number of images, or a fraction of them, as ``ImageDataModule`` counts."""
+    return round(size * total) if size < 1 else int(size)

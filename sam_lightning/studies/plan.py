@@ -1,24 +1,47 @@
 """The file of a study: from arms, settings and seeds to runs, each checked without torch."""
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.conf import top_level
+from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, CONF, OF_ARGUMENTS, explain, key_of
-from sam_lightning.config.schema import METRICS, RULES, check, check_values, did_you_mean, one_line
-from sam_lightning.studies.report.runs import passes_per_step, settings
+from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of
+from sam_lightning.config.schema import (
+    METRICS,
+    RULES,
+    Rule,
+    check,
+    check_values,
+    no_such_key,
+    one_line,
+)
+from sam_lightning.studies.report.runs import settings
 from sam_lightning.studies.sweep import LONGEST_NAME
 
 FOLDER = Path("logs") / "studies"
-PARTS = ("common", "seeds", "settings", "arms", "metric", "baseline")
+# The parts of a file, what they are if they are not given, and what they may be.
+PARTS: dict[str, Any] = {
+    **{"common": {}, "seeds": None, "settings": {}, "arms": None},
+    **{"metric": "test/acc", "baseline": "sgd"},
+}
+CONTENT: list[Rule] = [
+    (
+        "seeds",
+        lambda v: OmegaConf.is_list(v) and 0 < len(v) == len({*map(str, v)}),
+        "a list, each seed once, as in [0, 1, 2]",
+    ),
+    ("arms", lambda v: OmegaConf.is_dict(v) and len(v) > 0, "a mapping from names to overrides"),
+    ("metric", ", ".join(METRICS)),
+    ("baseline", "the name of a method"),
+]
 # Keys of train.py that the study sets for each run, and what to give instead.
 OWN = {
     "seed": "list them in seeds",
@@ -30,12 +53,11 @@ OWN = {
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunSpec:
     """A run of a study.
 
     ``choice`` has the values of the arm's grid and of the settings, which tell the run from others
-    of its arm; ``overrides`` the arguments of ``train.py``, value by key; ``cost`` its passes over
-    the training images.
+    of its arm; ``overrides`` the arguments of ``train.py``, value by key.
     """
 
     arm: str
@@ -43,7 +65,6 @@ class Planned:
     seed: int
     overrides: Mapping[str, str]
     folder: Path
-    cost: float = 0.0
 
     @property
     def arguments(self) -> list[str]:
@@ -59,58 +80,55 @@ class Plan:
     name: str
     content: Mapping[str, Any]
     overrides: Sequence[str]
-    runs: Sequence[Planned]
-
-    @property
-    def metric(self) -> str:
-        """What the report compares."""
-        return str(self.content.get("metric", "test/acc"))
-
-    @property
-    def baseline(self) -> str:
-        """The method that the report compares others with."""
-        return str(self.content.get("baseline", "sgd"))
+    runs: Sequence[RunSpec]
 
 
 def read(path: Path, given: Sequence[str] = ()) -> Plan:
-    """Expand a study's file and check the configuration of every run.
+    """Expand a study's file and check every run; overrides that are ``given`` win over the file's.
 
     All arms of a seed come before the next seed, so that a study that is stopped early has
     something of each.
-
-    Args:
-        path: the YAML file; its name without the ending is that of the study.
-        given: overrides of every run, which win over those of the file.
-
-    Raises:
-        ConfigError: names the part of the file, the arm or the override that is wrong.
     """
-    extra = _given(given)
+    extra = {key: value for key, _, value in (argument.partition("=") for argument in given)}
+    for key, value in extra.items():
+        _check_own(f"{key}={value}", key)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
         _check_name(path.stem)
         content = _content(path)
-        runs = list(_expanded(content, extra, FOLDER / path.stem))
-        _check_folders(runs)
-        return Plan(path.stem, content, given, _checked(runs))
+        runs = list(_expanded({**PARTS, **content}, extra, FOLDER / path.stem))
+        _check(runs)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return Plan(path.stem, content, given, runs)
+
+
+def configuration(overrides: Sequence[str], output_dir: str | None = None) -> DictConfig:
+    """What ``train.py`` would run with, checked."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", list(overrides))
+    except Exception as error:
+        if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
+            raise ConfigError(explain(error, list(overrides))) from error
+        raise
+    cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra's own is that of a run
+    check(cfg, top_level())
+    return cfg
 
 
 def text(value: Any) -> str:
     """A value as Hydra reads it on a command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(map(text, value))}]"
-    plain = re.fullmatch(r"[A-Za-z_/.][\w./-]*", str(value))
-    if isinstance(value, int | float) or (
-        plain and value.lower() not in ("null", "true", "false", "inf", "nan")
-    ):
-        return str(value)
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    reserved = ("null", "true", "false", "inf", "nan")
+    if re.fullmatch(r"[A-Za-z_/.][\w./-]*", value) and value.lower() not in reserved:
+        return value
     # A backslash counts as one, but in front of a quote or at the end, where it escapes.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), str(value))
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), value)
     return f'"{escaped}"'
 
 
@@ -118,18 +136,6 @@ def folder_name(arm: str, choice: Mapping[str, Any], seed: int) -> str:
     """The name of a run's folder, which tells it from all others of its study."""
     named = [arm, *(f"{key}={text(value)}" for key, value in choice.items()), f"seed={seed}"]
     return re.sub(r"[^\w.,=+-]", "-", ",".join(named))
-
-
-def _given(arguments: Sequence[str]) -> dict[str, str]:
-    """Overrides of the command line, value by key."""
-    found = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"{argument}: not of the form key=value")
-        _check_own(argument, key)
-        found[key] = value
-    return found
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -142,52 +148,48 @@ def _content(path: Path) -> dict[str, Any]:
         raise ConfigError(f"must be a mapping with seeds and arms, not {type(content).__name__}")
     for key in content:
         if key not in PARTS:
-            hint = did_you_mean(str(key), PARTS) or f"; allowed are {', '.join(PARTS)}"
-            raise ConfigError(f"{key}: no such key{hint}")
-    seeds = content.get("seeds")
-    if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
-        raise ConfigError(f"seeds={seeds}: must be a list, each seed once, as in [0, 1, 2]")
-    for seed in seeds:
+            raise ConfigError(f"{key}: {no_such_key(str(key), PARTS)}")
+    check_values(OmegaConf.create({**PARTS, **content}), CONTENT)
+    for seed in content["seeds"]:
         check_values(OmegaConf.create({"seed": seed}), RULES)
-    if not isinstance(content.get("arms"), dict) or not content["arms"]:
-        raise ConfigError("arms: must be a mapping from names to overrides")
-    if (metric := content.get("metric", "test/acc")) not in METRICS:
-        hint = did_you_mean(str(metric), METRICS) or f"; allowed are {', '.join(METRICS)}"
-        raise ConfigError(f"metric={metric}: no such metric{hint}")
     return content
 
 
 def _expanded(
     content: Mapping[str, Any], given: Mapping[str, str], folder: Path
-) -> Iterator[Planned]:
-    common = _overrides("common", content.get("common", {}))
-    crossed = _overrides("settings", content.get("settings", {}))
-    arms = {}
-    for arm, own in content["arms"].items():
-        _check_name(str(arm))
-        arms[str(arm)] = _overrides(f"arms.{arm}", own)
-        _check_apart(f"arms.{arm}", arms[str(arm)], crossed, given)
+) -> Iterator[RunSpec]:
+    common, crossed = (_overrides(part, content[part]) for part in ("common", "settings"))
+    arms = {str(arm): _overrides(f"arms.{arm}", own) for arm, own in content["arms"].items()}
+    for arm, own in arms.items():  # names of folders must tell what the runs are
+        _check_name(arm)
+        in_settings = {*map(key_of, crossed)}
+        lists = {key_of(key) for key, value in own.items() if isinstance(value, list)}
+        for key in own:
+            if key_of(key) in in_settings:
+                raise ConfigError(f"arms.{arm}.{key}: is in settings too")
+        for key, value in given.items():
+            if (bare := key_of(key)) in in_settings | lists:
+                part = "settings" if bare in in_settings else f"arms.{arm}"
+                raise ConfigError(
+                    f"{part}.{bare}: has values already, so not {key}={value} for all"
+                )
     for seed, setting, (arm, own) in product(content["seeds"], list(_grid(crossed)), arms.items()):
         for values in _grid(own):
             choice = {k: v for k, v in values.items() if isinstance(own[k], list)} | setting
             texts = {k: text(v) for k, v in (common | values | setting).items()}
             overrides = {**texts, **given, "seed": str(seed)}
-            yield Planned(arm, choice, seed, overrides, folder / folder_name(arm, choice, seed))
+            yield RunSpec(arm, choice, seed, overrides, folder / folder_name(arm, choice, seed))
 
 
 def _overrides(part: str, content: Any) -> dict[str, Any]:
     """A part of the file that holds overrides."""
     if not isinstance(content, dict):
-        raise ConfigError(f"{part}: must be a mapping of overrides, as in {{rho: 0.1}}")
+        raise ConfigError(f"{part}={content}: allowed is a mapping, as in {{rho: 0.1}}")
     for key, value in content.items():
         _check_own(f"{part}.{key}", str(key))
-        if isinstance(value, dict):
-            inner = next(iter(value), "key")
-            raise ConfigError(f"{part}.{key}: is a mapping; write {key}.{inner}: value")
-        if value == []:
-            raise ConfigError(f"{part}.{key}: is an empty list")
-        if _has_mapping(value):
-            raise ConfigError(f"{part}.{key}: a list may hold numbers, texts and lists, no mapping")
+        if value == [] or _has_mapping(value):
+            allowed = "numbers, texts and lists of them, and keys such as model.width"
+            raise ConfigError(f"{part}.{key}={value}: allowed are {allowed}")
     return {str(key): value for key, value in content.items()}
 
 
@@ -201,21 +203,6 @@ def _check_own(where: str, key: str) -> None:
         raise ConfigError(f"{where}: may not be given; {instead}")
 
 
-def _check_apart(
-    part: str, own: Mapping[str, Any], crossed: Mapping[str, Any], given: Mapping[str, str]
-) -> None:
-    """Refuse an override that would make runs equal which their names tell apart."""
-    in_settings = {key_of(key) for key in crossed}
-    lists = {key_of(key) for key, value in own.items() if isinstance(value, list)}
-    for key in own:
-        if key_of(key) in in_settings:
-            raise ConfigError(f"{part}.{key}: is in settings too")
-    for key, value in given.items():
-        if (bare := key_of(key)) in in_settings | lists:
-            where = "settings" if bare in in_settings else part
-            raise ConfigError(f"{where}.{bare}: has values already, so not {key}={value} for all")
-
-
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ConfigError(f"{name}: must be a name of letters, digits, -, _, + and .")
@@ -227,56 +214,28 @@ def _grid(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(values, combination, strict=True))
 
 
-def _check_folders(runs: Sequence[Planned]) -> None:
+def _check(runs: Sequence[RunSpec]) -> None:
+    """Refuse a run that train.py would, or whose name or result is that of another."""
     names: set[str] = set()
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in runs:
         name = run.folder.name
-        if len(name.encode()) > LONGEST_NAME:
-            raise ConfigError(f"arms.{run.arm}: {name}: too long for the name of a folder")
-        if name in names:
-            raise ConfigError(f"arms.{run.arm}: two runs would be called {name}")
-        names.add(name)
-
-
-def _checked(runs: Sequence[Planned]) -> list[Planned]:
-    """The runs with their costs; of those that differ in the seed only, the first is composed."""
-    known = top_level()
-    costs: dict[str, float] = {}
-    effective: dict[str, tuple[str, dict[str, Any]]] = {}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for run in runs:
-            if (name := _seedless(run)) in costs:
+        try:
+            if len(name.encode()) > LONGEST_NAME:
+                raise ConfigError(f"{name}: too long for the name of a folder")
+            if name in names:
+                raise ConfigError(f"two runs would be called {name}")
+            names.add(name)
+            if (name := name.rpartition(",")[0]) in known:  # another seed of it is checked
                 continue
-            try:
-                config = _composed(run, known)
-                # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
-                own = run.arm, settings(config)
-                if same := [other for other, found in effective.items() if found == own]:
-                    raise ConfigError(
-                        f"{name} would be trained as {same[0]} is: they differ in nothing that "
-                        "matters to the result"
-                    )
-            except ConfigError as error:
-                raise ConfigError(f"arms.{run.arm}: {error}") from error
-            effective[name] = own
-            costs[name] = config["epochs"] * (passes_per_step(config["method"]) or 2)
-    return [replace(run, cost=costs[_seedless(run)]) for run in runs]
-
-
-def _seedless(run: Planned) -> str:
-    return run.folder.name.rpartition(",")[0]
-
-
-def _composed(run: Planned, known: Sequence[str]) -> dict[str, Any]:
-    """Compose and check as ``train.py`` does."""
-    overrides = [f"{key}={value}" for key, value in run.overrides.items()]
-    try:
-        cfg = compose("train", overrides)
-    except Exception as error:
-        if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
-            raise ConfigError(explain(error, overrides)) from error
-        raise
-    cfg.output_dir = str(run.folder.parent)
-    check(cfg, known)
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    return dict(config)
+            overrides = [f"{key}={value}" for key, value in run.overrides.items()]
+            cfg = configuration(overrides, str(run.folder.parent))
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+            # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
+            effective = run.arm, settings(config)
+            for other, found in known.items():
+                if found == effective:
+                    raise ConfigError(f"{name} and {other} are identical runs; remove one")
+            known[name] = effective
+        except ConfigError as error:
+            raise ConfigError(f"arms.{run.arm}: {error}") from error

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.cluster import launched
@@ -19,10 +17,11 @@ from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.config.schema import Rule, did_you_mean, no_such_key, one_line
-from sam_lightning.runs.files import make_folder
-from sam_lightning.studies.plan import FOLDER, Plan, Planned, folder_name, read
+from sam_lightning.runs.files import make_folder, read_status
+from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
-from sam_lightning.studies.runner import TRAIN, Runner, begun, outcome
+from sam_lightning.studies.runner import TRAIN, Runner, begun, status
+from sam_lightning.studies.table import Table, show
 
 ABOUT = """
 A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
@@ -32,8 +31,8 @@ A study: methods, settings and seeds in one YAML file. Runs what is missing, the
   python -m sam_lightning study conf/study/quick.yaml dry=true   # lists the runs only
   python -m sam_lightning study FILE only=sgd,sam seed=0 data.root=photos
 
-Runs are in logs/studies/NAME; the same command goes on where it was stopped. What
-the report makes of them, and runs.json with every run's results, goes to OUT/NAME.
+Runs are in logs/studies/NAME; the same command goes on where it was stopped. What the
+report makes of them, and runs.json with every run's results, goes to OUT/NAME.
 """
 DEFAULTS = {"jobs": 1, "out": "results", "only": None, "seed": None, "dry": False}
 RULES: list[Rule] = [
@@ -46,13 +45,7 @@ RULES: list[Rule] = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything, run what is missing, report.
-
-    Raises:
-        ConfigError: the file or an argument is wrong, and nothing was started.
-        TrainingError: some runs did not complete.
-        Interrupted: a signal has stopped the study.
-    """
+    """Check everything, run what is missing, report; an error where a run did not complete."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a line at a time, also into a file
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     path, options, overrides = arguments(sys.argv[1:] if argv is None else argv)
@@ -61,41 +54,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dry:
         for run in runs:
             command = ["python", os.path.relpath(TRAIN), *run.arguments]
-            print(f"{outcome(run).state:<11} {shlex.join(command)}")
+            print(f"{status(run).state:<11} {shlex.join(command)}")
     refuse_changed(plan)
     if options.dry:
         return
     out = make_folder(Path(options.out) / plan.name, Path(options.out))
     refuse_loss(plan, out, runs)
-    with Runner(runs, options.jobs) as runner:
-        runner.run()
+    Runner(runs, options.jobs).run()
     refuse_changed(plan)  # another process may have been at a run
     report(plan, out)
-    if left := [run for run in runs if not outcome(run).completed]:
-        print_states(left)
+    if left := [found for found in map(status, runs) if not found.completed]:
+        rows = [(str(found.folder), found.state, found.reason) for found in left]
+        show(Table(("run", "state", "reason"), rows, left=3).terminal("not completed"))
         raise TrainingError(f"{len(left)} of {len(runs)} runs did not complete")
 
 
 def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
-    """The file, the study's own options, and overrides of every run.
-
-    Raises:
-        ConfigError: one of them cannot be any of these.
-    """
+    """The file, the study's own options, and overrides of every run."""
     own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
     options = parse(ABOUT, DEFAULTS, RULES, own)
-    files = [a for a in argv if a not in own and "=" not in a]
-    overrides = [a for a in argv if a not in own and "=" in a]
-    if flags := [a for a in argv if a.startswith("-")]:
-        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
-    if len(files) != 1:
-        raise ConfigError(
-            f"FILE: give one, as in conf/study/quick.yaml, not {' and '.join(files) or 'none'}"
-        )
+    files = [a for a in argv if "=" not in a]
+    overrides = [a for a in argv if "=" in a and a not in own]
     known = [*DEFAULTS, *top_level()]
-    for override in overrides:
-        if key_of(override).partition(".")[0] not in (*known, "hydra"):
-            raise ConfigError(f"{override}: {no_such_key(key_of(override), known)}")
+    for a in argv:
+        if a.startswith("-"):
+            raise ConfigError(f"{a}: no such flag; a setting is given as key=value")
+        if a in overrides and key_of(a).partition(".")[0] not in (*known, "hydra"):
+            raise ConfigError(f"{a}: {no_such_key(key_of(a), known)}")
+    if len(files) != 1:
+        given = " and ".join(files) or "none"
+        raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
     if (found := launched()) is not None:
         raise ConfigError(
             f"a study is started by one process, and {found.launcher} has started "
@@ -104,45 +92,37 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     return Path(files[0]), options, overrides
 
 
-def selected(plan: Plan, options: DictConfig) -> list[Planned]:
+def selected(plan: Plan, options: DictConfig) -> list[RunSpec]:
     """The runs that ``only`` and ``seed`` leave."""
     runs = list(plan.runs)
-    for option, attribute in (("only", "arm"), ("seed", "seed")):
-        if options[option] is None:
-            continue
-        known = list(dict.fromkeys(str(getattr(run, attribute)) for run in plan.runs))
-        wanted = str(options[option]).split(",")
+    for option, part in (("only", "arm"), ("seed", "seed")):
+        known = list(dict.fromkeys(str(getattr(run, part)) for run in plan.runs))
+        given = options[option]
+        wanted = known if given is None else str(given).split(",")
         for name in wanted:
             if name not in known:
                 hint = did_you_mean(name, known) or f"; the file has {', '.join(known)}"
-                raise ConfigError(f"{option}={options[option]}: no such {attribute}, {name}{hint}")
-        runs = [run for run in runs if str(getattr(run, attribute)) in wanted]
+                raise ConfigError(f"{option}={given}: no such {part}, {name}{hint}")
+        runs = [run for run in runs if str(getattr(run, part)) in wanted]
     return runs
 
 
 def refuse_changed(plan: Plan) -> None:
-    """Never mix results: what is there must be of the overrides that the study has now.
-
-    Raises:
-        ConfigError: names the first folder that is not, and how it differs.
-    """
-    changed = [(run, how) for run in plan.runs if (how := _difference(run))]
-    if changed:
+    """Never mix results: what is there must be of the overrides that the study has now."""
+    if changed := [(run, how) for run in plan.runs if (how := _difference(run))]:
         run, how = changed[0]
-        more = f" (so are {len(changed) - 1} more folders)" if len(changed) > 1 else ""
+        more = f" (and {len(changed) - 1} more folders)" if len(changed) > 1 else ""
         raise ConfigError(
             f"{run.folder}: is of a run with {how}{more}; undo the change, or remove what is to "
-            "be run anew"
+            "run again"
         )
 
 
-def _difference(run: Planned) -> str | None:
+def _difference(run: RunSpec) -> str | None:
     """How the overrides that a run was started with differ from those it has now."""
-    if not begun(run):
-        return None
     file = run.folder / ".hydra" / "overrides.yaml"
-    if not file.is_file():
-        return f"no {file.name}" if outcome(run).completed else None
+    if not begun(run) or not file.is_file():
+        return f"no {file.name}" if status(run).completed else None
     try:
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
         before = {key: value for key, _, value in (str(o).partition("=") for o in stored)}
@@ -157,7 +137,7 @@ def _difference(run: Planned) -> str | None:
     return None
 
 
-def _moved(run: Planned, key: str, then: str | None, now: str | None) -> bool:
+def _moved(run: RunSpec, key: str, then: str | None, now: str | None) -> bool:
     """Whether a key tells only where the same images are, or how they are read."""
     names = {Path(str(value).strip("'\"")).name for value in (then, now)}
     if key_of(key) != "data.root" or len(names) == 1:
@@ -166,81 +146,50 @@ def _moved(run: Planned, key: str, then: str | None, now: str | None) -> bool:
     return config.is_file() and ".image_folder" not in config.read_text(encoding="utf-8")
 
 
-def refuse_loss(plan: Plan, out: Path, expected: Sequence[Planned] = ()) -> None:
-    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``.
-
-    Raises:
-        ConfigError: names the first that is not.
-    """
-    file = out / "runs.json"
+def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None:
+    """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``."""
+    file, runs = out / "runs.json", FOLDER / plan.name
     try:
         lines = json.loads(file.read_text(encoding="utf-8"))["runs"]
         names = [
-            (line["arm"], line["settings"], line["seed"])
+            folder_name(line["arm"], line["settings"], line["seed"])
             for line in lines
             if line["state"] == "completed"
         ]
-        kept = [Planned(*name, {}, FOLDER / plan.name / folder_name(*name)) for name in names]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # there is none, or none of a study
-    folders = {run.folder for run in expected}
-    if lost := [r for r in kept if r.folder not in folders and not outcome(r).completed]:
+    here = {run.folder.name for run in expected}
+    if lost := [n for n in names if n not in here and not read_status(runs / n).completed]:
         raise ConfigError(
-            f"{file}: has results of {len(lost)} runs that are not in {FOLDER / plan.name}, the "
-            f"first is {lost[0].folder.name}; give out=FOLDER for a report without them"
+            f"{file}: has results of {len(lost)} runs that are not in {runs}, the first is "
+            f"{lost[0]}; give out=FOLDER for a report without them"
         )
 
 
 def report(plan: Plan, out: Path) -> None:
     """Write and show what all completed runs of the file say, also of those not selected now."""
-    from sam_lightning.studies.report.archive import (  # pandas and scipy, only now
-        commits,
-        write_runs,
-    )
-    from sam_lightning.studies.report.comparison import analyse
-    from sam_lightning.studies.report.files import print_tables, write
-    from sam_lightning.studies.report.runs import LeftOut, read_runs
+    from sam_lightning.studies.report import files  # pandas and scipy, only now
+    from sam_lightning.studies.report.archive import write_runs
+    from sam_lightning.studies.report.runs import read_runs
 
-    outcomes = {run.folder: outcome(run) for run in plan.runs}
-    runs, left_out, warnings = read_runs(f for f, found in outcomes.items() if found.completed)
-    left_out += [
-        LeftOut(folder, found.state, found.reason)
-        for folder, found in outcomes.items()
-        if found.state not in ("completed", "missing")
-    ]
+    statuses = [status(run) for run in plan.runs]
+    runs, _, warnings = read_runs(found.folder for found in statuses if found.completed)
     if not runs:
         return
     refuse_loss(plan, out)
-    write_runs(plan, outcomes, runs, out / "runs.json")
-    study = analyse(runs, plan.metric, plan.baseline)
-    warnings += [*study.warnings, *commits(runs), *_strangers(plan)]
-    if (missing := len(plan.runs) - len(runs)) > 0:
+    write_runs(plan, statuses, runs, out / "runs.json")
+    commits = sorted({str(run.summary.get("git_commit"))[:7] for run in runs})
+    if len(commits) > 1:
+        warnings.append(f"runs are of different commits ({', '.join(commits)})")
+    # Folders that the file once had, or that someone has put there.
+    folder = FOLDER / plan.name
+    if others := sorted({*folder.iterdir()} - {found.folder for found in statuses}):
+        warnings.append(
+            f"{len(others)} in {folder} are not of the file and not counted: the first is "
+            f"{others[0].name}"
+        )
+    if missing := len(plan.runs) - len(runs):
         warnings.append(f"{missing} of the file's {len(plan.runs)} runs have no result yet")
-    write(study, left_out, warnings, out, ["png"])
-    print_tables(study)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{len(runs)} runs; see {out / 'report.md'}")
-
-
-def _strangers(plan: Plan) -> list[str]:
-    """A warning of folders that the file once had, or that someone has put there."""
-    known = {run.folder for run in plan.runs}
-    others = sorted(set((FOLDER / plan.name).iterdir()) - known)
-    if not others:
-        return []
-    return [
-        f"{len(others)} in {FOLDER / plan.name} are not of the file and not counted: the first "
-        f"is {others[0].name}"
-    ]
-
-
-def print_states(left: Sequence[Planned]) -> None:
-    """A table of the runs that did not complete."""
-    table = Table(title="not completed")
-    for column in ("run", "state", "reason"):
-        table.add_column(column, overflow="fold")
-    for run in left:
-        found = outcome(run)
-        table.add_row(str(run.folder), found.state, found.reason)
-    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+    left_out = [found for found in statuses if found.state not in ("completed", "missing")]
+    parts = {**PARTS, **plan.content}
+    files.report(runs, left_out, warnings, parts["metric"], parts["baseline"], out, ["png"])

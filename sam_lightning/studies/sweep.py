@@ -1,6 +1,6 @@
 """Sweeps: the names of their folders, jobs that fail alone, and a table of all at the end.
 
-Jobs may run in other processes or on other machines, so what is known of them is in their folders.
+Jobs may run in other processes or on other machines, so what they did is read from their folders.
 """
 
 import logging
@@ -8,24 +8,22 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.hydra_errors import COMPOSING
 from sam_lightning.config.schema import Rule, check_values, one_line
-from sam_lightning.runs.files import read_summary, record_failure, write_json
+from sam_lightning.runs.files import read_status, record_failure, write_json
 from sam_lightning.runs.folder import refuse
 
 log = logging.getLogger(__name__)
@@ -44,10 +42,7 @@ RULES: list[Rule] = [
         lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
         "the URL of a database, or null",
     ),
-    (
-        "hydra.sweeper.storage.path",
-        "the path of a file",
-    ),
+    ("hydra.sweeper.storage.path", "the path of a file"),
     ("hydra.sweeper.max_batch_size", "a whole number >= 1, or null"),
     ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
 ]
@@ -77,34 +72,8 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=True)
 
 
-@dataclass
-class Job:
-    """What a job's folder tells of it; ``status`` as in ``metrics.json``, or ``no result``."""
-
-    job: str
-    overrides: list[str]
-    status: str
-    exit_reason: str
-    metrics: dict[str, float]
-    folder: str
-
-    @property
-    def refused(self) -> bool:
-        """Whether it ended because of its configuration."""
-        return self.exit_reason.startswith(f"{ConfigError.__name__}: ")
-
-    @property
-    def reason(self) -> str:
-        """Why it did not complete."""
-        return re.sub(f"^({ConfigError.__name__}|{TrainingError.__name__}): ", "", self.exit_reason)
-
-
 class SweepFolder(Callback):
-    """Remembers where a run or a sweep writes, and which jobs were there before.
-
-    Args:
-        first_job: number of the first job, see ``next_job``.
-    """
+    """Remembers where a run or a sweep writes, and which jobs were there before the first one."""
 
     run: Path | None = None
     path: Path | None = None
@@ -137,14 +106,12 @@ class SweepFolder(Callback):
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
         except ConfigError as error:
             refuse(str(error))
-        SweepFolder.path = path
-        SweepFolder.metric = metric
         storage = OmegaConf.select(config, "hydra.sweeper.storage")
         if OmegaConf.is_dict(storage) and "path" in storage:
             storage = f"sqlite:///{storage.path}"
         SweepFolder.storage = storage if isinstance(storage, str) else None
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
-        SweepFolder.earlier = _started(SweepFolder.path)
+        SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that a job runs in."""
@@ -175,28 +142,25 @@ def _check_processes(config: DictConfig) -> None:
 
 
 def _check_overrides(config: DictConfig) -> None:
-    loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create(config_loader=loader)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # "${...}" as it stands
     for override in parser.parse_overrides(given):
         if not override.is_discrete_sweep():
             continue
-        if override.key_or_group == "sweep":
-            raise ConfigError(f"{override.input_line}: one at a time")
+        reason = "one at a time" if override.key_or_group == "sweep" else ""
         try:
-            first = next(iter(override.sweep_iterator()), None)
+            if next(iter(override.sweep_iterator()), None) is None:
+                reason = "stands for no value"
         except ValueError as error:  # of range(...)
-            raise ConfigError(f"{override.input_line}: {one_line(error)}") from error
-        if first is None:
-            raise ConfigError(f"{override.input_line}: stands for no value")
+            reason = one_line(error)
+        if reason:
+            raise ConfigError(f"{override.input_line}: {reason}")
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
-    """Leave in a job's folder why it failed, and keep the sweep going.
+    """Leave in a job's folder why it failed; raise it for sweepers that have to know of it.
 
-    Raises:
-        Exception: the error, for sweepers that have to know of it, in a form that can be sent from
-            one process to another.
+    What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
     record_failure(cfg, reason, refused=isinstance(error, ConfigError))
@@ -204,62 +168,47 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("debug") is True:
         if isinstance(error, ConfigError | TrainingError):
             raise error
-        raise TrainingError(f"{type(error).__name__}: {one_line(error)}") from error
+        raise TrainingError(reason) from error
 
 
 @contextmanager
 def summarized() -> Iterator[None]:
-    """Around ``main``: however a sweep ends, print and write its table.
-
-    Raises:
-        ConfigError: all jobs were refused.
-        TrainingError: some jobs failed.
-    """
-    failure: Exception | None = None
+    """Around ``main``: however a sweep ends, print and write its table, and raise what failed."""
+    early: Exception | None = None
     try:
         yield
-    except (HydraException, OmegaConfBaseException):  # the rest could not be composed
-        _summarize()
-        raise
-    except Exception as error:  # a launcher's or sweeper's, about the failed jobs, if there are any
+    except Exception as error:  # a launcher's or sweeper's; after failed jobs, it is about them
+        early = error
+    finally:
         failure = _summarize()
-        if failure is None:
-            raise
-        log.error("the sweep has ended early: %s", one_line(error))
-        raise failure from error
-    except BaseException:
-        _summarize()
-        raise
-    else:
-        failure = _summarize()
+    if early is not None and (failure is None or isinstance(early, COMPOSING)):
+        raise early
     if failure is not None:
-        raise failure
+        if early is not None:
+            log.error("the sweep has ended early: %s", one_line(early))
+        raise failure from early
 
 
 def _summarize() -> Exception | None:
     """Print and write the table of the sweep, if there was one; return what to say of failures."""
-    if SweepFolder.path is None:
+    if (sweep := SweepFolder.path) is None:
         return None
-    started = _started(SweepFolder.path)
-    jobs = [_job(SweepFolder.path, file) for file in started]
-    new = [
-        j for j, f in zip(jobs, started, strict=True) if started[f] != SweepFolder.earlier.get(f)
-    ]
+    started = _started(sweep)
+    jobs = [_job(sweep, file) for file in started]
+    is_new = [written != SweepFolder.earlier.get(file) for file, written in started.items()]
+    new = [job for job, counts in zip(jobs, is_new, strict=True) if counts]
     if not new:
         return None
-    names = (SweepFolder.metric, "test/acc", "val/acc")
-    metric = next((n for n in names if n and any(n in job.metrics for job in jobs)), "test/acc")
-    write_json(
-        SweepFolder.path / "sweep.json", {"jobs": [asdict(job) for job in jobs]}, "hydra.sweep.dir"
-    )
-    _print_table(SweepFolder.path, jobs, metric)
-    failed = [job for job in new if job.status != "completed"]
+    write_json(sweep / "sweep.json", {"jobs": jobs}, "hydra.sweep.dir")
+    _print_table(sweep, jobs)
+    failed = [job for job in new if job["status"] != "completed"]
     if not failed:
         return None
-    message = failed[0].reason
-    if len(failed) < len(new) or len({job.reason for job in failed}) > 1:
-        message += f" (job {failed[0].job}; {len(failed)} of {len(new)} jobs failed)"
-    return ConfigError(message) if all(job.refused for job in new) else TrainingError(message)
+    message = _reason(failed[0])
+    if len(failed) < len(new) or len({*map(_reason, failed)}) > 1:
+        message += f" (job {failed[0]['job']}; {len(failed)} of {len(new)} jobs failed)"
+    refused = all(job["exit_reason"].startswith(f"{ConfigError.__name__}: ") for job in new)
+    return ConfigError(message) if refused else TrainingError(message)
 
 
 def _started(sweep: Path) -> dict[Path, int]:
@@ -269,40 +218,43 @@ def _started(sweep: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in files}
 
 
-def _job(sweep: Path, started: Path) -> Job:
+def _job(sweep: Path, started: Path) -> dict[str, Any]:
+    """What a job's folder tells of it; ``status`` as in ``metrics.json``, or ``no result``."""
     folder = started.parent.parent
-    file = folder / "metrics.json"
-    found = {"status": "no result", "exit_reason": "the process ended and left no metrics.json"}
-    if file.is_file() and file.stat().st_mtime_ns >= started.stat().st_mtime_ns:
-        found = read_summary(file) or found
-    if "refused" in found:
-        found |= {"status": "failed", "exit_reason": found["refused"]}
-    overrides: Any = OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml")))
-    metrics: Any = found.get("metrics", {})
-    return Job(
-        job=folder.name.partition("_")[0],
-        overrides=overrides,
-        status=found["status"],
-        exit_reason=found["exit_reason"],
-        metrics={name: value for name, value in metrics.items() if value is not None},
-        folder=str(folder.relative_to(sweep)),
-    )
+    file, found = folder / "metrics.json", read_status(folder)
+    state, reason = found.state, found.reason or found.state
+    if "refused" in found.summary:
+        state, reason = "failed", found.summary["refused"]
+    stale = file.is_file() and file.stat().st_mtime_ns < started.stat().st_mtime_ns
+    if stale or not found.summary:
+        state, reason = "no result", "the process ended and left no metrics.json"
+    return {
+        "job": folder.name.partition("_")[0],
+        "overrides": OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml"))),
+        "status": state,
+        "exit_reason": reason,
+        "metrics": {} if stale else found.metrics,
+        "folder": str(folder.relative_to(sweep)),
+    }
 
 
-def _print_table(sweep: Path, jobs: list[Job], metric: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _reason(job: dict[str, Any]) -> str:
+    known = f"{ConfigError.__name__}|{TrainingError.__name__}"
+    return re.sub(f"^({known}): ", "", job["exit_reason"])
 
-    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    table = Table(title=f"{len(jobs)} jobs in {os.path.relpath(sweep)}")
-    table.add_column("job", justify="right")
-    for column in ("overrides", "status"):
-        table.add_column(column, overflow="fold")
-    table.add_column(metric, justify="right")
-    table.add_column("folder", overflow="fold")
+
+def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
+    from sam_lightning.studies.table import Table, show  # not for a single run
+
+    names = (SweepFolder.metric, "test/acc", "val/acc")
+    metric = next((n for n in names if n and any(n in job["metrics"] for job in jobs)), "test/acc")
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    rows = []
     for job in jobs:
-        own = " ".join(o for o in job.overrides if o not in shared)
-        status = job.status if job.status == "completed" else f"{job.status}: {job.reason}"
-        value = f"{job.metrics[metric]:.4f}" if metric in job.metrics else ""
-        table.add_row(job.job, own, status, value, job.folder)
-    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+        own = " ".join(o for o in job["overrides"] if o not in shared)
+        done = job["status"] == "completed"
+        value = f"{job['metrics'][metric]:.4f}" if metric in job["metrics"] else ""
+        status = job["status"] if done else f"{job['status']}: {_reason(job)}"
+        rows.append((job["job"], own, status, value, job["folder"]))
+    table = Table(("job", "overrides", "status", metric, "folder"), rows, left=5)
+    show(table.terminal(f"{len(jobs)} jobs in {os.path.relpath(sweep)}"))

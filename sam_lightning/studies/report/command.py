@@ -1,18 +1,13 @@
 """The command: folders in, ``report.md`` and what belongs to it out."""
 
 import io
-import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS, Rule
-from sam_lightning.studies.report import FORMATS
 
 ABOUT = """
 Tables and figures of runs and sweeps: means and 95 % intervals over seeds, the best rho on
@@ -29,65 +24,46 @@ RULES: list[Rule] = [
     ("metric", ", ".join(METRICS)),
     ("baseline", lambda v: isinstance(v, str), "the name of a method"),
     ("out", "a folder, or null"),
-    (
-        "formats",
-        lambda v: v is None or (isinstance(v, str) and {*v.split(",")} <= {*FORMATS}),
-        f"some of {','.join(FORMATS)}, or null for no figures",
-    ),
+    ("formats", "png,svg, png, svg, pdf, null"),
 ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the runs, compare them, write the report, and print its tables.
-
-    Raises:
-        ConfigError: an argument is not allowed, or there is no completed run.
-    """
+    """Read the runs, compare them, and write and print the report."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
-    folders, options = arguments(sys.argv[1:] if argv is None else argv)
-    from sam_lightning.studies.report.comparison import (  # pandas and scipy, only now
-        ABSENT,
-        analyse,
-    )
-    from sam_lightning.studies.report.files import print_tables, write
-    from sam_lightning.studies.report.runs import read_runs
+    argv = sys.argv[1:] if argv is None else argv
+    # Names of folders may have "=" in them, as those of a sweep's jobs do.
+    given = [
+        a
+        for a in argv
+        if a not in ("-h", "--help")
+        and (Path(a).exists() or "=" not in a or "/" in a.partition("=")[0])
+    ]
+    options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in given])
+    folders = [Path(folder) for folder in given]
+    if not folders:
+        raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
+    from sam_lightning.studies.report.files import report  # pandas and scipy, only now
+    from sam_lightning.studies.report.runs import counts, read_runs
 
     runs, left_out, warnings = read_runs(folders)
-    counts = Counter(run.status for run in left_out)
-    without = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    without = f"; left out: {without}" if left_out else ""
     if not runs:
         where = ", ".join(map(str, folders))
-        raise ConfigError(f"{where}: no completed run there{without}")
+        raise ConfigError(f"{where}: no completed run there{counts(left_out)}")
     known = {name for run in runs for name in run.results} & {*METRICS}
     if options.metric not in known:
         raise ConfigError(f"metric={options.metric}: these runs have {', '.join(sorted(known))}")
-    methods = {str(run.settings.get("method", ABSENT)) for run in runs}
+    methods = {str(run.settings["method"]) for run in runs if "method" in run.settings}
     if options.baseline not in (*methods, DEFAULTS["baseline"]):
         have = ", ".join(sorted(methods))
         raise ConfigError(f"baseline={options.baseline}: these runs have {have}")
-    study = analyse(runs, options.metric, options.baseline)
-    warnings += study.warnings
     out = folders[0] / "report" if options.out is None else Path(options.out)
+    formats = options.formats.split(",") if options.formats else []
     try:
-        write(study, left_out, warnings, out, options.formats.split(",") if options.formats else [])
+        report(runs, left_out, warnings, options.metric, options.baseline, out, formats)
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error
-    print_tables(study)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{len(runs)} runs{without}; see {os.path.relpath(out / 'report.md')}")
-
-
-def arguments(argv: Sequence[str]) -> tuple[list[Path], DictConfig]:
-    """Folders, which may have ``=`` in their names, and checked options."""
-    given = [a for a in argv if a not in ("-h", "--help")]
-    folders = [a for a in given if Path(a).exists() or "=" not in a or "/" in a.partition("=")[0]]
-    options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in folders])
-    if not folders:
-        raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
-    return [Path(folder) for folder in folders], options

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from sam_lightning.config.hydra_errors import CONF
-from sam_lightning.config.schema import METRICS, flat
+from sam_lightning.config.conf import CONF, flat
+from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
 
@@ -26,8 +26,8 @@ class Study:
     """Runs in groups that differ in the seed only, and what follows from them.
 
     ``settings`` has a row per group, and a column for each setting that tells groups apart.
-    ``runs`` has a row per run, with the number of its group as index: the run itself, its seed,
-    costs and metrics. ``common`` are the settings that all runs share.
+    ``runs`` has a row per run, with the number of its group as index: folder, seed, device, costs
+    and metrics. ``common`` are the settings that all runs share.
     """
 
     metric: str
@@ -39,12 +39,11 @@ class Study:
 
     @cached_property
     def estimates(self) -> dict[str, pd.DataFrame]:
-        """Of every cost and metric ``n``, ``mean``, ``sd`` and ``half``, a row per group."""
-        names = [name for name in self.runs if name not in ("run", "seed")]
-        groups = self.runs[names].groupby(level=0)
+        """Of every cost and metric ``n``, ``mean``, ``sd`` and the interval, a row per group."""
+        groups = self.runs.drop(columns=["folder", "seed", "device"]).groupby(level=0)
         return {
             name: pd.DataFrame([estimate([*values.dropna()]) for _, values in groups[name]])
-            for name in names
+            for name in groups.obj
         }
 
     @cached_property
@@ -53,14 +52,12 @@ class Study:
 
         It is None where some group has none, or where there is only one group.
         """
-        variants: dict[tuple[Any, ...], list[int]] = {}
-        for group, *values in self.settings.drop(columns="rho").itertuples():
-            variants.setdefault(tuple(values), []).append(group)
+        others = [column for column in self.settings if column != "rho"]
         choices: dict[tuple[int, ...], int | None] = {}
-        for groups in variants.values():
-            means = self.estimates[SELECTION]["mean"][groups]
-            choosable = len(groups) > 1 and means.notna().all()
-            choices[tuple(groups)] = int(means.idxmax()) if choosable else None
+        for _, variants in self.settings.groupby(others, sort=False, dropna=False):
+            means = self.estimates[SELECTION]["mean"][variants.index]
+            choosable = len(variants) > 1 and means.notna().all()
+            choices[tuple(variants.index)] = int(means.idxmax()) if choosable else None
         return choices
 
     @property
@@ -102,14 +99,15 @@ class Study:
     @cached_property
     def warnings(self) -> list[str]:
         """Seeds that were run twice, and what makes groups hard to compare."""
-        warnings = [*self.repeats]
-        runs = {group: [*of_group["run"]] for group, of_group in self.runs.groupby(level=0)}
-        for group, of_group in runs.items():
-            if len(devices := sorted({run.device for run in of_group})) > 1:
-                mixed = f"seconds are a mean over different devices ({', '.join(devices)})"
-                warnings.append(f"{self.describe(group)}: {mixed}")
+        warnings = [
+            f"{self.describe(group)}: seconds are a mean over different devices "
+            f"({', '.join(sorted({*devices}))})"
+            for group, devices in self.runs["device"].groupby(level=0)
+            if devices.nunique() > 1
+        ]
+        warnings = [*self.repeats, *warnings]
         for groups, best in self.choices.items():
-            seeds = [", ".join(str(run.seed) for run in runs[group]) for group in groups]
+            seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
                 rhos = map(show, self.settings["rho"][[*groups]])
                 listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
@@ -149,13 +147,7 @@ class Study:
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
-    """Group the runs; of two with the same settings and seed, the later one counts.
-
-    Args:
-        runs: completed runs.
-        metric: what is compared, such as ``test/acc``.
-        baseline: the name of the method that others are compared with.
-    """
+    """Group completed runs; of two with the same settings and seed, the later one counts."""
     columns, common = _columns([run.settings for run in runs])
     counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
     repeats = []
@@ -169,16 +161,21 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
 
     def order(key: tuple[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
         values = dict(zip(columns, key[0], strict=True))
-        last = values.pop("rho"), key[1]
-        first = [(c == "method" and v != baseline, *_rank(v)) for c, v in values.items()]
-        return [*first, *map(_rank, last)]
+        values |= {"rho": values.pop("rho"), "seed": key[1]}  # come last
+        return [
+            (c == "method" and v != baseline, (0, v) if isinstance(v, int | float) else (1, str(v)))
+            for c, v in values.items()
+        ]
 
     keys = sorted(counted, key=order)
+    used = [counted[key] for key in keys]
     groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
-    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
-    rows = [{**counted[k].results, "run": counted[k], "seed": counted[k].seed} for k in keys]
-    frame = pd.DataFrame(rows, index=[groups[values] for values, _ in keys])
+    index = [groups[values] for values, _ in keys]
+    frame = pd.DataFrame([run.results for run in used], index=index)
+    for name in ("folder", "seed", "device"):
+        frame[name] = pd.Series([getattr(run, name) for run in used], index, object)
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
+    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
     return Study(metric, baseline, settings, frame, common, repeats)
 
 
@@ -213,10 +210,9 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
 
 
 def _added(key: str, run: Mapping[str, Any]) -> bool:
-    """Whether a run without this key differs from one that has it.
+    """Whether a run without this key differs from one that has it; else the key may be younger.
 
     It does without a callback, or an argument of trainer or optimizer that no file of ``conf`` has.
-    Any other key may be younger than the run.
     """
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
@@ -238,9 +234,3 @@ def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
         return False
     pairs = {(run.get(key.partition(".")[0]), run[key]) for run in settings if key in run}
     return len(pairs) == len({name for name, _ in pairs})
-
-
-def _rank(value: Any) -> tuple[bool, float, str]:
-    """A key to sort by: numbers by size, then everything else as text."""
-    number = isinstance(value, int | float)
-    return not number, value if number else 0, "" if number else str(value)

@@ -1,6 +1,7 @@
 """The figures of a study: error against rho, accuracy against epochs, and accuracy against cost."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_lightning.plotting import plain, save, style
+from sam_lightning.plotting import UNDATED, plain, save, style
 from sam_lightning.studies.report.comparison import Study
 from sam_lightning.studies.report.runs import curve
 from sam_lightning.studies.report.tables import metric_name, unit
@@ -41,6 +42,10 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
                 name = f"{kind}_{number}" if len(parts) > 1 else kind
                 save(figure, folder / name, formats)
                 drawn[name] = caption
+    for file in folder.iterdir():  # of an earlier report
+        ours = re.fullmatch(rf"({'|'.join(KINDS)})(_\d+)?", file.stem)
+        if ours and file.stem not in drawn and file.suffix[1:] in UNDATED:
+            file.unlink()
     return drawn
 
 
@@ -80,7 +85,9 @@ def accuracy_against_epochs(study: Study, groups: Sequence[int], figure: Figure)
     """A line per leading group; bands from the lowest to the highest seed."""
     shown = [group for group in study.leading if group in groups]
     for metric in ("val/acc", "train/acc"):
-        curves = [[curve(run, metric) for run in study.runs["run"][[group]]] for group in shown]
+        curves = [
+            [curve(folder, metric) for folder in study.runs["folder"][[group]]] for group in shown
+        ]
         if all(len(values) for of_group in curves for values in of_group):
             break
     axes = figure.subplots()

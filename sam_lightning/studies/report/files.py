@@ -1,16 +1,16 @@
 """The files of a report, and its tables on the terminal."""
 
-import re
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from sam_lightning.runs.files import replacing
-from sam_lightning.studies.report import FORMATS, tables
-from sam_lightning.studies.report.comparison import SELECTION, Study, show, title
-from sam_lightning.studies.report.runs import LeftOut
+from sam_lightning.runs.files import RunStatus, replacing
+from sam_lightning.studies import table
+from sam_lightning.studies.report import tables
+from sam_lightning.studies.report.comparison import SELECTION, Study, analyse, show, title
+from sam_lightning.studies.report.runs import Run, counts
 from sam_lightning.studies.report.tables import interval, metric_name
 
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
@@ -33,78 +33,64 @@ TESTING = (
 )
 
 
-def write(
-    study: Study,
-    left_out: Sequence[LeftOut],
+def report(
+    runs: Sequence[Run],
+    left_out: Sequence[RunStatus],
     warnings: Sequence[str],
+    metric: str,
+    baseline: str,
     out: Path,
     formats: Sequence[str],
 ) -> None:
-    """Write every file of the report into ``out``, each of them whole or not at all.
-
-    Raises:
-        ConfigError, OSError: ``out`` cannot be made or written to.
-    """
+    """Compare the runs; write every file, whole or not at all, into ``out``; print the tables."""
+    study = analyse(runs, metric, baseline)
+    warnings = [*warnings, *study.warnings]
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, str] = {}
-    stale: list[Path] = []
     if formats:
-        from sam_lightning.studies.report.figures import (  # matplotlib, only if it is needed
-            KINDS,
-            draw,
-        )
+        from sam_lightning.studies.report.figures import draw  # matplotlib, only if it is needed
 
         figures = draw(study, out, formats)
-        earlier = out / "report.md"
-        text = earlier.read_text(encoding="utf-8", errors="replace") if earlier.is_file() else ""
-        shown = re.findall(rf"^!\[.*\]\(((?:{'|'.join(KINDS)})(?:_\d+)?)\.\w+\)$", text, re.M)
-        stale = [out / f"{name}.{f}" for name in {*shown} - {*figures} for f in FORMATS]
     common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
+    against = f"{metric_name(metric)} against {baseline}"
+    heading = f"{against[0].upper()}{against[1:]}"
+    results, comparisons = tables.results(study), tables.comparisons(study)
+    choices, alone = choices_of_rho(study), without_baseline(study)
     markdown = [
         "# Report",
         f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
         *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
         *_list("Warnings", warnings),
         "## Results",
-        tables.results(study).markdown(),
+        results.markdown(),
         READING,
-        *_list("Choice of rho", choices_of_rho(study)),
-        f"## {metric_name(study.metric).capitalize()} against {study.baseline}",
-        *([tables.comparisons(study).markdown(), TESTING] if len(study.comparisons) else []),
-        *map(_text, without_baseline(study)),
+        *_list("Choice of rho", choices),
+        f"## {heading}",
+        *([comparisons.markdown(), TESTING] if comparisons.rows else []),
+        *map(_text, alone),
         *(["## Figures"] if figures else []),
         *(
             f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
             for name, caption in zip(figures, map(_text, figures.values()), strict=True)
         ),
-        *_list("Left out", [f"{run.status}: `{run.folder}`: {run.reason}" for run in left_out]),
+        *_list("Left out", [f"{run.state}: `{run.folder}`: {run.reason}" for run in left_out]),
     ]
-    latex = ["% needs \\usepackage{booktabs}"]
-    latex.append(tables.results(study).latex(READING, "tab:sam-results"))
-    if len(study.comparisons):
-        caption = f"{metric_name(study.metric).capitalize()} against {study.baseline}. {TESTING}"
-        latex.append(tables.comparisons(study).latex(caption, "tab:sam-comparisons"))
+    latex = ["% needs \\usepackage{booktabs}", results.latex(READING, "tab:sam-results")]
+    shown: list[Any] = [results.terminal("mean ± half of 95 % interval over seeds"), *choices]
+    if comparisons.rows:
+        latex.append(comparisons.latex(f"{heading}. {TESTING}", "tab:sam-comparisons"))
+        shown.append(comparisons.terminal(f"{against}, pairs with the same seed"))
     for name, content in {
-        "report.csv": tables.runs_csv(study),
-        "summary.csv": tables.groups_csv(study),
+        **tables.csv(study),
         "report.tex": "\n\n".join(latex) + "\n",
         "report.md": "\n\n".join(markdown) + "\n",
     }.items():
         with replacing(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-    for path in stale:
-        path.unlink(missing_ok=True)
-
-
-def print_tables(study: Study) -> None:
-    """Print the tables, the choice of rho, and what is not compared, to the terminal."""
-    caption = "mean ± half of 95 % interval over seeds"
-    shown = [tables.results(study).terminal(caption), *choices_of_rho(study)]
-    if len(study.comparisons):
-        caption = f"{metric_name(study.metric)} against {study.baseline}, pairs with the same seed"
-        shown.append(tables.comparisons(study).terminal(caption))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(*shown, *without_baseline(study), sep="\n", markup=False, highlight=False)
+    table.show(*shown, *alone)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{len(runs)} runs{counts(left_out)}; see {os.path.relpath(out / 'report.md')}")
 
 
 def choices_of_rho(study: Study) -> list[str]:

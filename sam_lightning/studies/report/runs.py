@@ -2,13 +2,14 @@
 
 import json
 import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam_lightning.config.schema import flat
+from sam_lightning.config.conf import flat
+from sam_lightning.runs.files import RunStatus, finite, read_status
 from sam_lightning.runs.old_names import with_current_names
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ IGNORED = {
 }
 # Callbacks that only watch; others, such as early stopping, change the result.
 WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary", "Dashboard")
-SPLITS = ("val", "test")
 COSTS = ("passes", "total_passes", "train_seconds", "images_per_second")
 
 
@@ -43,83 +43,65 @@ class Run:
 
     folder: Path
     seed: int | None
+    device: str
     settings: Mapping[str, Any]
     results: Mapping[str, float]
-    device: str
+    summary: Mapping[str, Any]
     written: float
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A run that does not count, its status, and the reason."""
+def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[RunStatus], list[str]]:
+    """Completed runs at and below the folders, each once; runs left out; and warnings."""
+    found = [read_status(folder) for folder in _run_folders(folders)]
+    completed = [status for status in found if status.completed]
+    warnings = [
+        f"{status.folder}: {name}={value} is not finite and is not counted"
+        for status in completed
+        for name, value in sorted(status.summary["metrics"].items())
+        if name not in status.metrics
+    ]
+    return [_run(s) for s in completed], [s for s in found if not s.completed], warnings
 
-    folder: Path
-    status: str
-    reason: str
 
-
-def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[LeftOut], list[str]]:
-    """Read every run at and below the folders, each once.
-
-    Returns:
-        completed runs, runs left out, and warnings.
-    """
-    warnings: list[str] = []
-    found = [_read(folder, warnings) for folder in _run_folders(folders)]
-    runs = [run for run in found if isinstance(run, Run)]
-    return runs, [run for run in found if isinstance(run, LeftOut)], warnings
+def counts(left_out: Sequence[RunStatus]) -> str:
+    """How many were left out of each state, as the end of a sentence."""
+    states = Counter(run.state for run in left_out)
+    listed = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+    return f"; left out: {listed}" if left_out else ""
 
 
 def _run_folders(folders: Iterable[Path]) -> list[Path]:
-    seen = set()  # links may lead to a folder again, or in a circle
-    found = []
+    found: dict[Path, Path | None] = {}  # links may lead to a folder again, or in a circle
     for top in folders:
         for path, below, files in os.walk(top, followlinks=True):
             folder = Path(path)
-            if folder.resolve() in seen:
-                below.clear()
-                continue
-            seen.add(folder.resolve())
-            if "metrics.json" in files or (folder / ".hydra" / "config.yaml").is_file():
-                found.append(folder)
-            below[:] = sorted({*below} - PRUNED)
-    return found
+            below[:] = [] if folder.resolve() in found else sorted({*below} - PRUNED)
+            is_run = "metrics.json" in files or (folder / ".hydra" / "config.yaml").is_file()
+            found.setdefault(folder.resolve(), folder if is_run else None)
+    return [folder for folder in found.values() if folder]
 
 
-def _read(folder: Path, warnings: list[str]) -> Run | LeftOut:
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return LeftOut(folder, "unfinished", "no metrics.json: running still, or killed")
-    try:
-        summary = _printable(json.loads(path.read_text(encoding="utf-8")))
-        written = path.stat().st_mtime
-    except (OSError, ValueError, RecursionError) as error:
-        return LeftOut(folder, "damaged", f"metrics.json: {error}")
-    if not isinstance(summary, dict):
-        return LeftOut(folder, "damaged", "metrics.json is not a run's")
-    status = summary.get("status")
-    if status != "completed":
-        reason = summary.get("exit_reason") or "metrics.json does not say that the run completed"
-        return LeftOut(folder, str(status or "unknown"), str(reason))
-    found = _dict(summary.get("metrics"))
-    metrics = {k: float(v) for k, v in found.items() if _number(v) is not None}
-    for name in sorted(found.keys() - metrics.keys()):
-        warnings.append(f"{folder}: {name}={found[name]} is not finite and is not counted")
-    if not metrics:
-        return LeftOut(folder, "damaged", "metrics.json has no metrics")
+def _run(status: RunStatus) -> Run:
+    summary, metrics = status.summary, status.metrics
     config = _dict(with_current_names(summary.get("config")))
-    passes = _number(passes_per_step(_dict(config.get("method"))))
-    epochs = _number(summary.get("epochs", config.get("epochs")))
-    costs = {
+    passes = finite(passes_per_step(_dict(config.get("method"))))
+    epochs = finite(summary.get("epochs", config.get("epochs")))
+    results = {
+        **{f"{s}/error": 1 - metrics[f"{s}/acc"] for s in ("val", "test") if f"{s}/acc" in metrics},
+        **metrics,
         "passes": passes,
-        "total_passes": None if passes is None or epochs is None else _number(passes * epochs),
-        **{name: _number(summary.get(name)) for name in ("train_seconds", "images_per_second")},
+        "total_passes": None if passes is None or epochs is None else finite(passes * epochs),
+        **{name: finite(summary.get(name)) for name in ("train_seconds", "images_per_second")},
     }
-    errors = {f"{s}/error": 1 - metrics[f"{s}/acc"] for s in SPLITS if f"{s}/acc" in metrics}
-    results = {k: v for k, v in (errors | metrics | costs).items() if v is not None}
-    seed = config["seed"] if isinstance(config.get("seed"), int) else None
-    device = str(summary.get("device", "unknown"))
-    return Run(folder, seed, settings(config), results, device, written)
+    return Run(
+        folder=status.folder,
+        seed=config["seed"] if isinstance(config.get("seed"), int) else None,
+        device=str(summary.get("device", "unknown")),
+        settings=settings(config),
+        results={name: value for name, value in results.items() if value is not None},
+        summary=summary,
+        written=(status.folder / "metrics.json").stat().st_mtime,
+    )
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,61 +109,56 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     At ``rho=0`` every method is the base optimizer alone, and is called ``sgd``.
     """
-    parts = {k: _dict(config.get(k)) for k in ("method", "model", "data", "optimizer", "scheduler")}
-    method, source = parts["method"], _dict(parts["data"].get("source"))
-    alone = _is_sgd(method)
-    data = _target_name(source)
-    if data == "image_folder":  # a data set of its own; elsewhere root is only a place
-        data = f"{data} {Path(str(source.get('root'))).name}"
+    method, data = _dict(config.get("method")), _dict(config.get("data"))
+    source, alone = _dict(data.get("source")), _is_sgd(method)
     callbacks = {
         name: callback
         for name, callback in _dict(config.get("callbacks")).items()
         if not any(w in str(_dict(callback).get("_target_", w)) for w in WATCHERS)
     }
     named = {
-        "data": data,
-        "model": _target_name(parts["model"]),
+        "data": _name(source),
+        "model": _name(config.get("model")),
         "method": "sgd" if alone else method.get("name"),
         "rho": 0.0 if alone else method.get("rho"),
         "epochs": config.get("epochs"),
-        "optimizer": _target_name(parts["optimizer"]),
-        "scheduler": _target_name(parts["scheduler"]),
-        **{f"callbacks.{name}": _target_name(callback) for name, callback in callbacks.items()},
+        "optimizer": _name(config.get("optimizer")),
+        "scheduler": _name(config.get("scheduler")),
+        **{f"callbacks.{name}": _name(callback) for name, callback in callbacks.items()},
     }
+    if named["data"] == "image_folder":  # a data set of its own; elsewhere root is only a place
+        named["data"] += f" {Path(str(source.get('root'))).name}"
     found = {k: v for k, v in named.items() if v is not None}
     for key, value in flat({**config, "callbacks": callbacks}).items():
         part, _, name = key.rpartition(".")
         ignored = key in IGNORED or key in named or key.startswith("logger.")
         ignored |= name == "_target_" and part in (*named, "data.source")
         ignored |= alone and key.startswith("method.")
-        if key.startswith("data.source."):  # its arguments, some of which are keys of data
-            argument = key.removeprefix("data.source.")
-            ignored |= argument in parts["data"] or f"data.{argument}" in IGNORED
+        if part == "data.source":  # some of its arguments are keys of data
+            ignored |= name in data or f"data.{name}" in IGNORED
         if not ignored and not isinstance(value, dict):
             found[key] = value
     return {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in found.items()}
 
 
 def passes_per_step(method: Mapping[str, Any]) -> float | None:
-    """The mean cost of a step in passes; None if the method is not known.
+    """The mean cost of a step in passes: ``method.passes``, or what its other keys amount to.
 
-    It is ``method.passes`` if given, else it follows from the parts of the batch in ascent and
-    descent (a part in descent needs a forward pass more), the steps of ascent, and how often there
-    is one (``every``).
+    A part of the batch in descent needs a forward pass more; None if the method is not known.
     """
     if _is_sgd(method):
         return 1.0
-    if (stored := _number(method.get("passes"))) is not None:
+    if (stored := finite(method.get("passes"))) is not None:
         return stored
     keys = ("ascent_fraction", "ascent_steps", "descent_fraction", "every")
-    fraction, steps, descent, every = (_number(method.get(key, 1)) for key in keys)
+    fraction, steps, descent, every = (finite(method.get(key, 1)) for key in keys)
     if "rho" not in method or not (fraction and steps and descent and every):
         return None
     climbing = fraction * steps + (1 if descent == 1 else descent + 1 / 3)
     return 1 + (climbing - 1) / every
 
 
-def curve(run: Run, name: str) -> "pd.Series[float]":
+def curve(folder: Path, name: str) -> "pd.Series[float]":
     """A metric of ``metrics.csv`` by epoch, counted from 1; empty where it was not logged.
 
     The last validation of an epoch counts. A row of a training metric is a mean over the updates
@@ -190,7 +167,7 @@ def curve(run: Run, name: str) -> "pd.Series[float]":
     import numpy as np  # not to be loaded by --help
     import pandas as pd
 
-    path, empty = run.folder / "metrics.csv", pd.Series(dtype=float)
+    path, empty = folder / "metrics.csv", pd.Series(dtype=float)
     if not path.is_file():
         return empty
     columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
@@ -211,26 +188,10 @@ def _is_sgd(method: Mapping[str, Any]) -> bool:
     return method.get("name") == "sgd" or method.get("rho") == 0
 
 
-def _target_name(node: Mapping[str, Any]) -> str | None:
-    target = node.get("_target_")
+def _name(node: Any) -> str | None:
+    target = _dict(node).get("_target_")
     return None if target is None else str(target).rpartition(".")[2]
 
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and abs(value) <= sys.float_info.max else None
-
-
-def _printable(value: Any) -> Any:
-    """JSON with a space for every character that could command a terminal or break a file."""
-    if isinstance(value, dict):
-        return {_printable(name): _printable(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_printable(child) for child in value]
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else " " for c in value)
-    return value
