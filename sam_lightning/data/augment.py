@@ -1,7 +1,6 @@
 """Augmentation of whole batches, on the device of the batch, with one draw per image.
 
-A loader that augments image by image is what a small network on a fast device waits for. Here a
-batch is padded, cropped, flipped and normalised by a handful of tensor operations.
+A small network on a fast device would wait for a loader that augments image by image.
 """
 
 import math
@@ -13,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
+# By name, the class in torchvision's v2 and the member of ``AutoAugmentPolicy`` that it takes.
+POLICIES = {
+    "autoaugment": ("AutoAugment", "CIFAR10"),
+    "autoaugment_svhn": ("AutoAugment", "SVHN"),
+    "trivialaugment": ("TrivialAugmentWide", None),
+    "randaugment": ("RandAugment", None),
+}
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -40,9 +45,8 @@ class BatchAugment:
         flip: mirror every other image, left to right, on average.
         cutout: side in pixels of a square of the mean colour around a uniformly drawn pixel, cut
             off at the borders (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
-        policy: torchvision's AutoAugment with its policy for CIFAR-10 or for SVHN, its
-            TrivialAugmentWide or RandAugment, or None. It treats one image after the other, and is
-            much slower than all the rest: best done on the CPU, by several processes.
+        policy: one of ``POLICIES`` or None. It treats one image after the other, and is much
+            slower than all the rest: best done on the CPU, by several processes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -61,12 +65,11 @@ class BatchAugment:
             raise ValueError(f"mean={list(mean)}: must be one finite number per channel")
         if len(std) != len(mean) or not all(0 < s < math.inf for s in std):
             raise ValueError(f"std={list(std)}: must be {len(mean)} numbers > 0")
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding={crop_padding}: must be an integer >= 0")
-        if cutout < 0:
-            raise ValueError(f"cutout={cutout}: must be an integer >= 0")
+        for key, value in (("crop_padding", crop_padding), ("cutout", cutout)):
+            if value < 0:
+                raise ValueError(f"{key}={value}: must be an integer >= 0")
         if policy is not None and policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: must be null or one of {list(POLICIES)}")
+            raise ValueError(f"policy={policy!r}: must be null or one of {[*POLICIES]}")
         if policy is not None and len(mean) not in (1, 3):
             raise ValueError(f"policy={policy!r}: needs images of 1 or 3 channels")
         self.crop_padding = crop_padding
@@ -153,8 +156,6 @@ class BatchAugment:
 def _policy(name: str) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2  # slow to import, and seldom needed
 
-    if name == "autoaugment":
-        return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    if name == "autoaugment_svhn":
-        return v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
-    return v2.TrivialAugmentWide() if name == "trivialaugment" else v2.RandAugment()
+    transform, member = POLICIES[name]
+    given = [] if member is None else [v2.AutoAugmentPolicy[member]]
+    return getattr(v2, transform)(*given)

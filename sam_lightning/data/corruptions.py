@@ -1,8 +1,7 @@
 """CIFAR-10-C and CIFAR-100-C: the test images with published corruptions.
 
-Hendrycks and Dietterich 2019 (arXiv 1903.12261); the archives are at https://zenodo.org, records
-2535967 and 3555552. Each corruption is one file of all test images at severity 1, then at 2, up to
-5.
+Hendrycks and Dietterich 2019 (arXiv 1903.12261); https://zenodo.org, records 2535967 and 3555552.
+Each corruption is one file of all test images at severity 1, then at 2, up to 5.
 """
 
 from pathlib import Path

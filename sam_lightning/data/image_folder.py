@@ -49,33 +49,29 @@ def image_folder(
     for missing in {"train", "test"} - set(names):
         if missing == "train" or "val" not in names:
             raise ConfigError(f"data.root={root!r}: no folder {base / missing}; need {_FOLDERS}")
-    classes: list[list[str]] = []
-    listed = []
-    for name in names:
-        found, samples = _list_images(base / name)
-        classes.append(found)
-        listed.append(samples)
-        for odd in sorted(set(found) ^ set(classes[0])):
+    folders = [_list_images(base / name) for name in names]
+    classes = folders[0].classes
+    for name, folder in zip(names, folders, strict=True):
+        for odd in sorted({*folder.classes} ^ {*classes}):
             raise ConfigError(
                 f"data.root={root!r}: class {odd!r} is not in both {base / 'train'} and "
                 f"{base / name}; they must have the same classes"
             )
-    if len(classes[0]) < 2:
+    if len(classes) < 2:
         raise ConfigError(f"data.root={root!r}: needs two classes, {base / 'train'} has one")
-    paths = [[Path(path) for path, _ in samples] for samples in listed]
+    paths = [[Path(path) for path, _ in folder.samples] for folder in folders]
     images = decode_cached(base, paths, image_size, Path(cache_dir or "data/cache"))
-    labels = [torch.tensor([label for _, label in samples]) for samples in listed]
+    labels = [torch.tensor(folder.targets) for folder in folders]
     splits = dict(zip(names, map(Split, images, labels), strict=True))
     test = splits["test"] if "test" in splits else splits.pop("val")
-    return ImageSource(splits["train"], test, classes[0], splits.get("val"))
+    return ImageSource(splits["train"], test, classes, splits.get("val"))
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+def _list_images(folder: Path) -> Any:
+    from torchvision.datasets import ImageFolder  # slow to import
 
     try:
-        classes, class_to_idx = find_classes(folder)
-        return classes, make_dataset(folder, class_to_idx, IMG_EXTENSIONS)
+        return ImageFolder(folder)
     except FileNotFoundError as error:
         raise ConfigError(f"data.root: folder {folder}: {one_line(error)}") from error
 
@@ -98,7 +94,7 @@ def decode_cached(
     if file.exists():
         try:
             with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
-                if (damaged := archive.testzip()) is not None:
+                if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is not what was saved")
             images: list[Tensor] = torch.load(file, weights_only=True)
             if [len(split) for split in images] == [len(split) for split in paths]:
@@ -109,8 +105,8 @@ def decode_cached(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            torch.save(images, Path(folder) / "images.pt")
-            os.replace(Path(folder) / "images.pt", file)  # readers see all of it or nothing
+            torch.save(images, new := Path(folder, "images.pt"))
+            os.replace(new, file)  # readers see all of it or nothing
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         warnings.warn(f"cannot keep decoded images in {cache_dir}: {error}", stacklevel=2)
     return images
