@@ -1,8 +1,7 @@
 """How curved and how sharp a loss is at the present weights, without the Hessian as a matrix.
 
-Everything here takes a ``LossSurface`` and uses products of its Hessian with vectors, each of
-which costs about four passes over the images. Random vectors come from a ``torch.Generator`` on
-the CPU, so that the numbers do not depend on the device.
+A product of the Hessian with a vector costs about four passes over the images. Random vectors come
+from a ``torch.Generator`` on the CPU, so that the numbers do not depend on the device.
 """
 
 import math
@@ -22,9 +21,8 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
         surface: the loss.
         rho: radius in the units of the weights.
         steps: 1 is the first-order solution, e = rho g / ||g|| (Foret et al. 2021, equation 2).
-            More climb on, each by 2.5 rho / steps along the gradient and then back into the ball,
-            and the highest loss on the way counts (as projected gradient ascent in Madry et al.
-            2018, arXiv 1706.06083, there on inputs).
+            More are projected gradient ascent (Madry et al. 2018, arXiv 1706.06083, there on
+            inputs) by 2.5 rho / steps each, and the highest loss on the way counts.
 
     Returns:
         the rise, which one step may make negative where the loss is curved downwards.
@@ -33,7 +31,8 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
     e = surface.zeros()
     rises = []
     for step in range(steps):
-        e = _into_ball(e + 2.5 * rho / steps * _unit(gradient), rho)
+        e = e + 2.5 * rho / steps * _unit(gradient)
+        e = e * min(1.0, rho / max(_norm(e), 1e-12))
         with surface.moved(e):
             if step + 1 < steps:
                 there, gradient = surface.gradient()
@@ -55,8 +54,7 @@ class Eigenpairs:
 
     Attributes:
         values: float64, k.
-        errors: k; the distance from each within which there is an eigenvalue for certain, which
-            is the residual's norm.
+        errors: k, the residuals' norms: within this distance there is an eigenvalue for certain.
         vectors: k of them, orthonormal and flat.
     """
 
@@ -106,10 +104,10 @@ def top_eigenpairs(
     process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
     process.run(min(max_steps, surface.size), enough, generator)
     values, errors, inside = process.largest(k)
-    vectors = []
-    for row in inside.tolist():
-        parts = zip(row, process.basis, strict=True)
-        vectors.append(sum((share * vector for share, vector in parts), surface.zeros()))
+    vectors = [
+        sum((a * v for a, v in zip(row, process.basis, strict=True)), surface.zeros())
+        for row in inside.tolist()
+    ]
     return Eigenpairs(values, errors, vectors)
 
 
@@ -127,9 +125,9 @@ def trace(
         surface: the loss.
         generator: of the signs.
         samples: vectors v.
-        known: what to add up exactly, so that only the trace of the rest is estimated, which has
-            a far smaller error if a few eigenvalues are large (Meyer et al. 2021, arXiv
-            2010.09649). The estimate is unbiased also if these are not known well.
+        known: added up exactly, so that only the rest is estimated. The error is far smaller if a
+            few eigenvalues are large (Meyer et al. 2021, arXiv 2010.09649), and the estimate is
+            unbiased also if these are not known well.
 
     Returns:
         the estimate and its standard error, which is NaN for a single sample.
@@ -137,7 +135,7 @@ def trace(
     values = torch.zeros(samples, dtype=torch.float64)
     for i in range(samples):
         v = _outside(_signs(surface, generator), known.vectors)
-        values[i] = _dot(v, surface.hvp(v))
+        values[i] = torch.dot(v, surface.hvp(v))
     values += known.values.sum()
     return values.mean().item(), values.std().item() / math.sqrt(samples)
 
@@ -155,7 +153,7 @@ class Spectrum:
     weights: Tensor
 
     def resolution(self, known: int = 0) -> float:
-        """The least width of the ``density`` at which it is not that of single nodes.
+        """The least width at which ``density`` does not show single nodes.
 
         M steps of Lanczos are exact for polynomials of degree 2 M - 1. On an interval of length l,
         what a Gaussian of width s has of higher degrees is about exp(-2 (2 M s / l)^2), here 1 %.
@@ -167,10 +165,7 @@ class Spectrum:
         return 0.75 * (rest.max() - rest.min()).item() / rest.shape[1]
 
     def density(self, points: Tensor, width: float) -> Tensor:
-        """The density at some points, each node spread to a Gaussian of this standard deviation.
-
-        It integrates to 1: times the number of weights it counts eigenvalues.
-        """
+        """The density at some points, each node a Gaussian of this width; it integrates to 1."""
         z = (points[:, None, None] - self.nodes) / width
         bells = torch.exp(-z.square() / 2) / (width * math.sqrt(2 * math.pi))
         return (bells * self.weights).sum(2).mean(1)
@@ -194,8 +189,8 @@ def spectrum(
         generator: of the vectors, which are of random signs.
         samples: vectors, S.
         steps: products with the Hessian for each, M; no more than there are weights.
-        known: each is a node of the weight of one eigenvalue, and the vectors are orthogonal to
-            them. So they are counted exactly, and few vectors and steps do for the rest.
+        known: counted exactly, as nodes of the weight of one eigenvalue. The vectors are
+            orthogonal to them, and few vectors and steps do for the rest.
     """
     rest = surface.size - len(known.values)
     steps = max(1, min(steps, rest))
@@ -213,16 +208,14 @@ def spectrum(
 class _Lanczos:
     """Grows an orthonormal basis in which the Hessian is tridiagonal.
 
-    Every vector is orthogonalised to all earlier ones, twice, as rounding would bring back copies
-    of what is found already (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13), and to the
-    eigenvectors that are known.
+    Every vector is orthogonalised to the known eigenvectors and to all earlier ones, twice:
+    rounding would bring back copies (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13).
     """
 
     def __init__(self, surface: LossSurface, start: Tensor, known: Eigenpairs = NONE_KNOWN) -> None:
         self.surface = surface
         self.known = known
-        self.basis: list[Tensor] = []
-        self.basis.append(_unit(self._outside(start.to(surface.weights[0]))))
+        self.basis = [_unit(_outside(start.to(surface.weights[0]), known.vectors))]
         self.diagonal: list[float] = []
         self.beside: list[float] = []
         self.beta = 0.0  # length of what the last step found outside the basis
@@ -237,7 +230,7 @@ class _Lanczos:
         while True:
             last = self.basis[-1]
             product = self.surface.hvp(last)
-            self.diagonal.append(_dot(last, product))
+            self.diagonal.append(torch.dot(last, product).item())
             rest = self._outside(product)
             self.beta = _norm(rest)
             if self.beta <= 100 * torch.finfo(rest.dtype).eps * self.scale:
@@ -261,7 +254,7 @@ class _Lanczos:
 
     @property
     def scale(self) -> float:
-        """The size of the largest eigenvalue so far."""
+        """The largest eigenvalue in size so far."""
         found = torch.linalg.eigvalsh(self.matrix())
         return torch.cat([found, self.known.values]).abs().max().item()
 
@@ -284,17 +277,9 @@ def _outside(vector: Tensor, basis: list[Tensor]) -> Tensor:
     return vector
 
 
-def _into_ball(e: Tensor, rho: float) -> Tensor:
-    return e * min(1.0, rho / max(_norm(e), 1e-12))
-
-
 def _unit(vector: Tensor) -> Tensor:
     return vector / (torch.linalg.vector_norm(vector) + 1e-12)
 
 
 def _norm(vector: Tensor) -> float:
     return torch.linalg.vector_norm(vector).item()
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.dot(a, b).item()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sam_lightning.analysis.checkpoints import (
-    SHARED_DEFAULTS,
-    SHARED_RULES,
+    SHARED_KEYS,
     LoadedCheckpoint,
     labels_of,
     load_checkpoints,
@@ -19,6 +18,7 @@ from sam_lightning.analysis.checkpoints import (
 )
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.inference.command import defaults_and_rules
 from sam_lightning.runs.files import make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -43,20 +43,15 @@ takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the
 of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
 checkpoint. A 2d picture takes points x points passes over the images.
 """
-DEFAULTS = SHARED_DEFAULTS | {
-    "labels": None,
-    "kind": "2d",
-    "span": 1.0,
-    "points": 21,
-    "batch_norm": "stored",
-}
-RULES = [
-    *SHARED_RULES,
-    ("kind", "2d, 1d, line"),
-    ("span", "a number > 0"),
-    ("points", "an odd number >= 3"),
-    ("batch_norm", "stored, batch"),
-]
+DEFAULTS, RULES = defaults_and_rules(
+    {
+        **SHARED_KEYS,
+        "kind": ("2d", "2d, 1d, line"),
+        "span": (1.0, "a number > 0"),
+        "points": (21, "an odd number >= 3"),
+        "batch_norm": ("stored", "stored, batch"),
+    }
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,14 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     line = options.kind == "line"
     if line:
         _check_pair(loaded)
-    coordinates = spaced(0.0 if line else -options.span, 1.0 if line else options.span, options)
+    low, high = (0.0, 1.0) if line else (-options.span, options.span)
+    coordinates = spaced(low, high, options)
     out = loaded[0].out if options.out is not None else loaded[0].out / "landscape"
 
     from sam_lightning.analysis.landscape_plots import draw, show_in_tensorboard
     from sam_lightning.runs.checkpoint import read
 
     measured = loaded[:1] if line else loaded
-    surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
+    surfaces = [surface_of(checkpoint, options, options.batch_norm) for checkpoint in measured]
     make_folder(out, out)
     with progress() as bar:
         if line:

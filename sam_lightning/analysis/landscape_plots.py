@@ -29,19 +29,17 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     with plots.style():
         if result["kind"] == "2d":
             figures = {"landscape": contours(result), "landscape_3d": surfaces(result)}
-        elif result["kind"] == "1d":
-            figures = {"landscape_1d": slices(result)}
         else:
-            figures = {"landscape_line": line(result)}
+            figures = {f"landscape_{result['kind']}": lines(result)}
         return [file for name, figure in figures.items() for file in plots.save(figure, out / name)]
 
 
 def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence[Path]) -> None:
     """Log pictures of a kind, in place of earlier ones of it; where that fails, only say so.
 
-    The folder is one below that of the run's own events, and so a run of its own to TensorBoard,
-    which takes a newer file beside another for a sign that the other is complete, and would miss
-    the curves of a run that goes on.
+    The folder is one below the run's own events, so that TensorBoard takes it for another run: a
+    newer file beside an older one tells it that the older is complete, and it would miss the curves
+    of a run that goes on.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -134,41 +132,32 @@ def ticks(low: float, high: float) -> list[float]:
     return [t for e in range(-12, 6) for t in (10**e, 2 * 10**e, 5 * 10**e) if low <= t <= high]
 
 
-def slices(result: Mapping[str, Any]) -> Figure:
-    """A line per checkpoint along one direction."""
+def lines(result: Mapping[str, Any]) -> Figure:
+    """Of ``1d`` a line per checkpoint; of ``line`` the loss between two, named at the ends."""
     figure, (axes,) = plots.panels(1, 4.6, 3.2)
-    for i, (label, loss) in enumerate(zip(result["labels"], _losses(result), strict=True)):
-        axes.plot(result["coordinates"], loss, linestyle=plots.dash(i), label=label)
-    axes.set(xlabel="along a filter-normalised direction", ylabel=_loss_of(result))
-    _limit(axes, result)
-    axes.legend()
-    return figure
-
-
-def line(result: Mapping[str, Any]) -> Figure:
-    """The loss between two checkpoints, whose names are at the ends."""
-    figure, (axes,) = plots.panels(1, 4.6, 3.2)
-    (loss,) = _losses(result)
-    axes.plot(result["coordinates"], loss, marker="o", markersize=3)
-    first, second = result["labels"]
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "1/4", "1/2", "3/4", second])
-    axes.set(xlabel="on the line between the weights", ylabel=_loss_of(result))
-    _limit(axes, result)
+    losses, x = _losses(result), result["coordinates"]
+    if result["kind"] == "1d":
+        for i, (label, loss) in enumerate(zip(result["labels"], losses, strict=True)):
+            axes.plot(x, loss, linestyle=plots.dash(i), label=label)
+        axes.set_xlabel("along a filter-normalised direction")
+        axes.legend()
+    else:
+        axes.plot(x, losses[0], marker="o", markersize=3)
+        first, second = result["labels"]
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "1/4", "1/2", "3/4", second])
+        axes.set_xlabel("on the line between the weights")
+    axes.set_ylabel(_loss_of(result))
+    low, high = bounds(result)
+    if high > 30 * low:
+        axes.set(yscale="log", ylim=(low / 1.2, 1.2 * high))
+    else:
+        axes.set_ylim(0, 1.05 * high)
     return figure
 
 
 def _losses(result: Mapping[str, Any]) -> np.ndarray:
     losses = np.array(result["loss"], dtype=float)
     return np.where(np.isfinite(losses), losses, np.inf)
-
-
-def _limit(axes: Axes, result: Mapping[str, Any]) -> None:
-    low, high = bounds(result)
-    if high > 30 * low:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.2, 1.2 * high)
-    else:
-        axes.set_ylim(0, 1.05 * high)
 
 
 def _loss_of(result: Mapping[str, Any]) -> str:
@@ -180,6 +169,6 @@ def _colour_bar(figure: Figure, row: list[Axes], result: Mapping[str, Any]) -> N
     cut = _losses(result).max() > high
     mappable = ScalarMappable(LogNorm(low, high), COLOURS)
     bar = figure.colorbar(mappable, ax=row, extend="max" if cut else "neither", shrink=0.9)
-    bar.set_ticks(ticks(low, high), labels=[f"{t:g}" for t in ticks(low, high)])
+    bar.set_ticks(shown := ticks(low, high), labels=[f"{t:g}" for t in shown])
     bar.minorticks_off()
     bar.set_label(_loss_of(result))

@@ -61,7 +61,7 @@ class LossSurface:
         return LossSurface(self.model, batches, self.criterion, **options)
 
     def in_batches_of(self, size: int) -> "LossSurface":
-        """The same loss, with so many examples in each batch."""
+        """The same loss, with ``size`` examples in each batch."""
         inputs, targets = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         return self.of(list(zip(inputs.split(size), targets.split(size), strict=True)))
 
@@ -93,23 +93,22 @@ class LossSurface:
     @contextmanager
     def moved(self, by: Tensor) -> Iterator[None]:
         """Hold the weights at w + ``by``, a flat vector; they come back bit for bit."""
-        saved = [w.detach().clone() for w in self.weights]
+        weights = [w.detach() for w in self.weights]  # views: autograd sees no change in place
+        saved = [w.clone() for w in weights]
         try:
-            with torch.no_grad():
-                for w, step in zip(self.weights, self.split(by), strict=True):
-                    w.add_(step)
+            for w, step in zip(weights, self.split(by), strict=True):
+                w.add_(step)
             yield
         finally:
-            with torch.no_grad():
-                for w, before in zip(self.weights, saved, strict=True):
-                    w.copy_(before)
+            for w, before in zip(weights, saved, strict=True):
+                w.copy_(before)
 
     def along(self, directions: Sequence[Tensor], coordinates: Sequence[float]) -> Tensor:
-        """L(w + a d) for every a of the coordinates, or L(w + a d + b d') for every a and b.
+        """L(w + a d) for each of P coordinates a, or L(w + a d + b d') for all pairs a, b.
 
         Args:
-            directions: one or two flat vectors.
-            coordinates: of both axes, P of them.
+            directions: one or two flat vectors, d and d'.
+            coordinates: of both axes.
 
         Returns:
             float64, P or P x P, the first direction along the first axis.
@@ -125,9 +124,9 @@ class LossSurface:
     def filter_normalised(self, generator: torch.Generator) -> Tensor:
         """A random direction in the scale of the weights (Li et al. 2018, arXiv 1712.09913, 4).
 
-        Each filter of a Gaussian direction, that is each output unit of a convolution or linear
-        layer, gets the norm of the same filter of the weights. Biases and normalisation layers do
-        not move. So networks that differ in the scale of their weights can be compared.
+        Each filter (output unit) of a Gaussian direction gets the norm of the same filter of the
+        weights; biases and normalisation layers do not move. Networks whose weights differ in scale
+        become comparable.
 
         Args:
             generator: on the CPU; models of the same shapes draw the same Gaussians.

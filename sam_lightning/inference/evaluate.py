@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -50,25 +46,19 @@ Computed in float32, on one device: equal to the run's own test where that was t
   out            the folder to write to; null: the run's
 """
 
-DEFAULTS = {
-    "ckpt_path": "???",
-    "split": "test",
-    "data.root": None,
-    "batch_size": None,
-    "device": "auto",
-    "corruptions": None,
-    "out": None,
-}
+DEFAULTS, RULES = command.defaults_and_rules(
+    {
+        **command.CKPT_PATH,
+        "split": ("test", "test, val, train"),
+        **command.ROOT,
+        "batch_size": (None, "a whole number >= 1, or null"),
+        **command.DEVICE,
+        "corruptions": (None, "a folder, as in CIFAR-10-C, or null"),
+        **command.OUT,
+    }
+)
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
-
-RULES: list[Rule] = [
-    ("split", "test, val, train"),
-    ("batch_size", "a whole number >= 1, or null"),
-    ("device", "auto, cpu, cuda"),
-    ("corruptions", "a folder, as in CIFAR-10-C, or null"),
-    ("out", "a folder, as in ./figures, or null"),
-]
 
 
 def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) -> dict[str, Any]:
@@ -122,16 +112,14 @@ def corrupted(
     from sam_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
     from sam_lightning.data.source import Split
 
-    accuracies: dict[str, list[float]] = {}
-    for name in CORRUPTIONS:
-        accuracies[name] = []
-        for severity in range(1, SEVERITIES + 1):
-            split = Split(files.images(name, severity), labels)
-            with torch.inference_mode():
-                outputs = _outputs(trained, split, batch_size)
-                right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
-            accuracies[name].append(right / len(split))
-    return accuracies
+    def accuracy(images: Tensor) -> float:
+        outputs = _outputs(trained, Split(images, labels), batch_size)
+        with torch.inference_mode():
+            right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
+        return right / len(labels)
+
+    severities = range(1, SEVERITIES + 1)
+    return {name: [accuracy(files.images(name, s)) for s in severities] for name in CORRUPTIONS}
 
 
 def _outputs(
@@ -152,19 +140,15 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
-    out = Path(options.out or run_folder(file)).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out}: is not a folder")
+    out = command.out_folder(options) or run_folder(file)
     if options.corruptions is not None and options.split != "test":
         raise ConfigError(f"corruptions={options.corruptions}: needs split=test")
 
     from sam_lightning.data.corruptions import CorruptedImages
-    from sam_lightning.inference.load import data_of, load, torch_device
+    from sam_lightning.inference.load import data_of, load
 
-    device = torch_device(options.device)
-    trained = load(file).to(device)
-    root = OmegaConf.select(options, "data.root")
-    data = data_of(trained.config, root=root)
+    trained = load(file, device=options.device)
+    data = data_of(trained.config, root=OmegaConf.select(options, "data.root"))
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
@@ -192,12 +176,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(out: Path, result: dict[str, Any], classes: list[str], confusion: list[Any]) -> None:
-    rows = [[name, *counts] for name, counts in zip(classes, confusion, strict=True)]
-    with (
-        replacing(out / "confusion_matrix.csv") as path,
-        open(path, "w", newline="", encoding="utf-8") as written,
-    ):
-        csv.writer(written).writerows([["true class", *classes], *rows])
+    from pandas import DataFrame
+
+    frame = DataFrame(confusion, classes, classes)
+    with replacing(out / "confusion_matrix.csv") as path:
+        frame.to_csv(path, index_label="true class", lineterminator="\r\n")
     write_json(out / "evaluation.json", result)
 
 
@@ -211,23 +194,18 @@ def _by_class(classes: list[str], confusion: list[list[int]]) -> list[dict[str, 
 
 
 def _print_tables(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table("result", Column("value", justify="right"), title=f"{result['images']:,} images")
+    table = command.table("result", "value", title=f"{result['images']:,} images")
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}" if name.endswith("/loss") else f"{value:.2%}")
-    console.print(table)
+    command.show(table)
     seen = [entry for entry in result["classes"] if entry["images"]]
     title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
-    table = Table("class", *_right("images", "accuracy"), title=title)
+    table = command.table("class", "images", "accuracy", title=title)
     for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
         table.add_row(escape(entry["class"]), f"{entry['images']:,}", f"{entry['acc']:.2%}")
-    console.print(table)
+    command.show(table)
     if result["corruptions"]:
-        table = Table("accuracy at severity", *_right("1", "2", "3", "4", "5", "mean"))
+        table = command.table("accuracy at severity", "1", "2", "3", "4", "5", "mean")
         for name, accuracies in result["corruptions"].items():
             table.add_row(name, *(f"{a:.2%}" for a in (*accuracies, mean(accuracies))))
-        console.print(table)
-
-
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+        command.show(table)

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import Rule, allows
+from sam_lightning.config.schema import allows
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sam_lightning.inference.load import TrainedClassifier
-
-Shape = tuple[int, ...]  # of one image: channels, height, width
 
 ABOUT = """
 Write a checkpoint as one file that runs without this project, and compare it with the checkpoint.
@@ -39,26 +38,20 @@ Nothing is written if the logits of random images are not those of the checkpoin
   out            the file to write to; null: beside the checkpoint
 """
 
-DEFAULTS = {
-    "ckpt_path": "???",
-    "format": "???",
-    "normalize": True,
-    "batch": "dynamic",
-    "image_size": None,
-    "out": None,
-}
-
-RULES: list[Rule] = [
-    ("format", "onnx, pt2"),
-    ("normalize", "true, false"),
-    (
-        "batch",
-        lambda v: v == "dynamic" or allows("a whole number >= 1")(v),
-        "dynamic, or a whole number >= 1",
-    ),
-    ("image_size", "a whole number >= 1, or null"),
-    ("out", "a file, as in ./model.onnx, or null"),
-]
+DEFAULTS, RULES = command.defaults_and_rules(
+    {
+        **command.CKPT_PATH,
+        "format": ("???", "onnx, pt2"),
+        "normalize": (True, "true, false"),
+        "batch": (
+            "dynamic",
+            lambda v: v == "dynamic" or allows("a whole number >= 1")(v),
+            "dynamic, or a whole number >= 1",
+        ),
+        "image_size": (None, "a whole number >= 1, or null"),
+        "out": (None, "a file, as in ./model.onnx, or null"),
+    }
+)
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
 
@@ -105,10 +98,11 @@ def export(
         "std": json.dumps(trained.std),
     }
     shape = (trained.in_channels, *size)
+    images = torch.zeros(batch or 2, *shape)
+    dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     with replacing(out) as path:
-        save(model, path, shape, batch, metadata)
-        difference = _largest_difference(trained, run(path), normalize, shape, batch)
-    return difference
+        save(model, path, images, dynamic, metadata)
+        return _largest_difference(trained, run(path), normalize, shape, batch)
 
 
 def _portable(trained: TrainedClassifier, normalize: bool) -> nn.Module:
@@ -126,24 +120,14 @@ def _portable(trained: TrainedClassifier, normalize: bool) -> nn.Module:
     return torch.nn.Sequential(normalization, model).eval()
 
 
-def _trace_arguments(shape: Shape, batch: int | None) -> tuple[tuple[Tensor], Any]:
-    """Example images, and which of their dimensions may change."""
-    import torch
-
-    if batch is not None:
-        return (torch.zeros(batch, *shape),), None
-    return (torch.zeros(2, *shape),), ({0: torch.export.Dim("batch", min=1)},)
-
-
 def _save_onnx(
-    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
+    model: nn.Module, path: Path, images: Tensor, dynamic: Any, metadata: dict[str, str]
 ) -> None:
     import torch
 
-    images, dynamic = _trace_arguments(shape, batch)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(
-        model, images, dynamo=True, dynamic_shapes=dynamic, verbose=False, **names
+        model, (images,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names
     )
     assert program is not None
     program.model.metadata_props.update(metadata)
@@ -159,12 +143,11 @@ def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _save_pt2(
-    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
+    model: nn.Module, path: Path, images: Tensor, dynamic: Any, metadata: dict[str, str]
 ) -> None:
     import torch
 
-    images, dynamic = _trace_arguments(shape, batch)
-    program = torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
     torch.export.save(program, path, extra_files=metadata)
 
 
@@ -178,7 +161,7 @@ def _largest_difference(
     trained: TrainedClassifier,
     run: Callable[[Tensor], Tensor],
     normalize: bool,
-    shape: Shape,
+    shape: tuple[int, ...],
     batch: int | None,
 ) -> float:
     """Over random images, in batches of some sizes; a ``TrainingError`` if it is no rounding."""

@@ -157,21 +157,25 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load(ckpt_path: str | Path, *, trust: Iterable[str] = ()) -> TrainedClassifier:
+def load(
+    ckpt_path: str | Path, *, trust: Iterable[str] = (), device: str = "cpu"
+) -> TrainedClassifier:
     """The classifier of a checkpoint: ``load`` it, ``preprocess`` images, call it on them.
 
     Args:
         ckpt_path: a file such as ``RUN/checkpoints/last.ckpt``.
         trust: names of your own code that the checkpoint may use, such as ``my_project.Net``.
             Names in ``conf`` need not be given.
+        device: as ``torch_device`` takes it.
 
     Raises:
         ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
     """
     trust_names(trust)
+    where = torch_device(device)
     checkpoint = read(ckpt_path)
     try:
-        return TrainedClassifier(checkpoint)
+        return TrainedClassifier(checkpoint).to(where)
     except ConfigError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
