@@ -1,7 +1,4 @@
-"""What ``sharpness`` and ``landscape`` share: checkpoints, their images and names, a progress bar.
-
-Only what the arguments need is imported at once; torch is when a checkpoint is loaded.
-"""
+"""What ``sharpness`` and ``landscape`` share: checkpoints, images, names, a progress bar."""
 
 import math
 import sys
@@ -39,7 +36,7 @@ SHARED_KEYS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that is looked at: its file, the loaded model, and where its results go."""
+    """A checkpoint's file, the loaded model, and where its results go."""
 
     file: Path
     model: "TrainedClassifier"
@@ -54,11 +51,7 @@ def listed(value: Any) -> list[str]:
 
 
 def checkpoint_files(value: Any) -> list[Path]:
-    """The checkpoints that ``ckpt_path=a,b`` names, of a run's folder the last one.
-
-    Raises:
-        ConfigError: one of them is not there, or none is named.
-    """
+    """The checkpoints that ``ckpt_path=a,b`` names, of a run's folder the last one."""
     files, name = [], ""
     for part in listed(value):
         name = f"{name},{part}" if name else part
@@ -71,11 +64,7 @@ def checkpoint_files(value: Any) -> list[Path]:
 
 
 def load_checkpoints(options: DictConfig) -> list[LoadedCheckpoint]:
-    """Load the checkpoints, onto the device that ``options`` names.
-
-    Raises:
-        ConfigError: a file is no checkpoint, ``out`` no folder, or there is no such device.
-    """
+    """Load the checkpoints, onto the device that ``options`` names."""
     files = checkpoint_files(options.ckpt_path)
     out = command.out_folder(options)
 
@@ -90,11 +79,7 @@ def load_checkpoints(options: DictConfig) -> list[LoadedCheckpoint]:
 def surface_of(
     checkpoint: LoadedCheckpoint, options: DictConfig, batch_norm: str = "stored"
 ) -> "LossSurface":
-    """The loss of a checkpoint on images of its own run, as ``options`` chooses them.
-
-    Raises:
-        ConfigError: the images are not there, or the loss of the weights is not finite.
-    """
+    """The loss of a checkpoint on images of its own run, as ``options`` chooses them."""
     from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
     from sam_lightning.inference.load import data_of
 
@@ -109,11 +94,7 @@ def surface_of(
 
 
 def labels_of(given: Any, loaded: Sequence[LoadedCheckpoint]) -> list[str]:
-    """A short name for each: as given, or the method, or what else tells them apart.
-
-    Raises:
-        ConfigError: other than one label is given for each.
-    """
+    """A short name for each: as given, or the method, or what else tells them apart."""
     if given is not None:
         labels = listed(given)
         if len(labels) != len(loaded):

@@ -5,11 +5,11 @@ from a ``torch.Generator`` on the CPU, so that the numbers do not depend on the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sam_lightning.analysis.loss_surface import LossSurface
 
@@ -18,8 +18,7 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
     """How much the loss rises within the radius rho: max L(w + e) - L(w), ||e||_2 <= rho.
 
     Args:
-        surface: the loss.
-        rho: radius in the units of the weights.
+        rho: the radius, in the units of the weights.
         steps: 1 is the first-order solution, e = rho g / ||g|| (Foret et al. 2021, equation 2).
             More are projected gradient ascent (Madry et al. 2018, arXiv 1706.06083, there on
             inputs) by 2.5 rho / steps each, and the highest loss on the way counts.
@@ -63,13 +62,12 @@ class Eigenpairs:
     vectors: list[Tensor]
 
 
-_NO_VALUES = torch.zeros(0, dtype=torch.float64)
-NONE_KNOWN = Eigenpairs(_NO_VALUES, _NO_VALUES, [])
+NONE_KNOWN = Eigenpairs(torch.zeros(0).double(), torch.zeros(0).double(), [])
 
 
 def top_eigenpairs(
     surface: LossSurface,
-    generator: torch.Generator,
+    generator: Generator,
     k: int = 5,
     *,
     tolerance: float = 1e-4,
@@ -78,7 +76,6 @@ def top_eigenpairs(
     """The k largest eigenvalues of the Hessian and their vectors, by Lanczos from a random start.
 
     Args:
-        surface: the loss.
         generator: of the start.
         k: how many; fewer are returned if there are fewer weights.
         tolerance: stop when each is known to this part of the largest in size.
@@ -86,23 +83,21 @@ def top_eigenpairs(
     """
     k = min(k, surface.size)
     before: Tensor | None = None
-
-    def enough(process: "_Lanczos") -> bool:
-        nonlocal before
+    process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
+    for _ in process.steps(min(max_steps, surface.size), generator):
         if len(process.diagonal) < k:
-            return False
+            continue
         values, errors, _ = process.largest(k)
         close = tolerance * process.scale
         if process.beta > 0:
-            return bool((errors <= close).all())
-        # All that the start can reach is found. A fresh start finds what else there is, such as
-        # the second copy of a double eigenvalue.
-        found_more = before is None or bool(((values - before).abs() > close).any())
-        before = values
-        return not found_more
-
-    process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
-    process.run(min(max_steps, surface.size), enough, generator)
+            enough = bool((errors <= close).all())
+        else:
+            # All that the start can reach is found. A fresh start finds what else there is, such
+            # as the second copy of a double eigenvalue.
+            enough = before is not None and not bool(((values - before).abs() > close).any())
+            before = values
+        if enough:
+            break
     values, errors, inside = process.largest(k)
     vectors = [
         sum((a * v for a, v in zip(row, process.basis, strict=True)), surface.zeros())
@@ -112,17 +107,11 @@ def top_eigenpairs(
 
 
 def trace(
-    surface: LossSurface,
-    generator: torch.Generator,
-    samples: int = 8,
-    known: Eigenpairs = NONE_KNOWN,
+    surface: LossSurface, generator: Generator, samples: int = 8, known: Eigenpairs = NONE_KNOWN
 ) -> tuple[float, float]:
-    """The trace of the Hessian, estimated as the mean of v' H v with random signs v.
-
-    Hutchinson 1989. It is exact for a diagonal Hessian, whatever the signs.
+    """The trace of the Hessian, the mean of v' H v over random signs v (Hutchinson 1989).
 
     Args:
-        surface: the loss.
         generator: of the signs.
         samples: vectors v.
         known: added up exactly, so that only the rest is estimated. The error is far smaller if a
@@ -173,7 +162,7 @@ class Spectrum:
 
 def spectrum(
     surface: LossSurface,
-    generator: torch.Generator,
+    generator: Generator,
     samples: int = 2,
     steps: int = 16,
     known: Eigenpairs = NONE_KNOWN,
@@ -185,7 +174,6 @@ def spectrum(
     v's part along its eigenvector; the mean over v is the density.
 
     Args:
-        surface: the loss.
         generator: of the vectors, which are of random signs.
         samples: vectors, S.
         steps: products with the Hessian for each, M; no more than there are weights.
@@ -198,7 +186,9 @@ def spectrum(
     nodes[:, steps:], weights[:, steps:] = known.values, 1 / surface.size
     for i in range(samples):
         process = _Lanczos(surface, _signs(surface, generator), known)
-        process.run(steps, lambda p: p.beta == 0)
+        for _ in process.steps(steps):
+            if process.beta == 0:
+                break
         values, vectors = torch.linalg.eigh(process.matrix())
         nodes[i, : len(values)] = values
         weights[i, : len(values)] = vectors[0].square() * rest / surface.size
@@ -220,13 +210,8 @@ class _Lanczos:
         self.beside: list[float] = []
         self.beta = 0.0  # length of what the last step found outside the basis
 
-    def run(
-        self,
-        steps: int,
-        enough: Callable[["_Lanczos"], bool],
-        restart: torch.Generator | None = None,
-    ) -> None:
-        """Take steps until there is enough; go on from a random vector where the basis closes."""
+    def steps(self, most: int, restart: Generator | None = None) -> Iterator[None]:
+        """Take a step at a time; go on from a random vector where the basis closes."""
         while True:
             last = self.basis[-1]
             product = self.surface.hvp(last)
@@ -235,8 +220,9 @@ class _Lanczos:
             self.beta = _norm(rest)
             if self.beta <= 100 * torch.finfo(rest.dtype).eps * self.scale:
                 self.beta = 0.0
-            if len(self.diagonal) == steps or enough(self):
+            if len(self.diagonal) == most:
                 return
+            yield
             if self.beta == 0 and restart is not None:
                 fresh = torch.randn(self.surface.size, generator=restart)
                 rest = self._outside(_unit(fresh.to(rest)))
@@ -265,7 +251,7 @@ class _Lanczos:
         return values.flip(0)[:k], errors.flip(0)[:k], vectors.T.flip(0)[:k]
 
 
-def _signs(surface: LossSurface, generator: torch.Generator) -> Tensor:
+def _signs(surface: LossSurface, generator: Generator) -> Tensor:
     bits = torch.randint(2, (surface.size,), generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(surface.weights[0])
 

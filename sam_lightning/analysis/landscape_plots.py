@@ -19,13 +19,11 @@ from sam_lightning import plotting as plots
 from sam_lightning.config.schema import one_line
 
 COLOURS = matplotlib.colormaps[plots.HEIGHTS].with_extremes(over="#E8E8E8")
-AXES = ("along the first direction", "along the second direction")
 
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Draw what ``landscape.main`` computed: of ``2d`` contours and surfaces, else lines."""
-    labels = [plots.plain(label) for label in result["labels"]]
-    result = {**result, "labels": labels}
+    result = {**result, "labels": [plots.plain(label) for label in result["labels"]]}
     with plots.style():
         if result["kind"] == "2d":
             figures = {"landscape": contours(result), "landscape_3d": surfaces(result)}
@@ -37,9 +35,8 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
 def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence[Path]) -> None:
     """Log pictures of a kind, in place of earlier ones of it; where that fails, only say so.
 
-    The folder is one below the run's own events, so that TensorBoard takes it for another run: a
-    newer file beside an older one tells it that the older is complete, and it would miss the curves
-    of a run that goes on.
+    The folder is not the one of the run's own events: TensorBoard takes a file for complete if
+    there is a newer one beside it, and would miss the curves of a run that goes on.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -61,8 +58,7 @@ def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence
 def bounds(result: Mapping[str, Any]) -> tuple[float, float]:
     """The lowest loss, and the highest or, if that is less, ten times the loss of guessing.
 
-    Far away the loss explodes, by an amount that says nothing; without the cut it would leave no
-    colours for the valley.
+    Far away the loss explodes; without the cut no colours would be left for the valley.
     """
     losses = _losses(result)
     high = max(min(losses.max(), 10 * result["guessing"]), 1e-6)
@@ -81,11 +77,11 @@ def contours(result: Mapping[str, Any]) -> Figure:
         axes.contourf(x, x, shown, levels, norm=LogNorm(low, high), cmap=COLOURS, extend="max")
         axes.contour(x, x, shown, levels[2::2], colors="white", linewidths=0.5, alpha=0.6)
         axes.plot(0, 0, "+", color="white", markersize=8)
-        axes.set(title=label, xlabel=AXES[0], aspect="equal")
+        axes.set(title=label, xlabel="along the first direction", aspect="equal")
         axes.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         axes.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
         axes.grid(False)
-    row[0].set_ylabel(AXES[1])
+    row[0].set_ylabel("along the second direction")
     _colour_bar(figure, row, result)
     return figure
 
@@ -97,29 +93,25 @@ def surfaces(result: Mapping[str, Any]) -> Figure:
     """
     losses, coarse = _losses(result), result["coordinates"]
     low, high = bounds(result)
+    marks = ticks(low, high)
     figure, row = plots.panels(len(losses), 3.6, 3.0, subplot_kw={"projection": "3d"})
     halves = [share * coarse[-1] for share in (-0.5, 0, 0.5)]
     sides = len(coarse) - 1
     fine = np.linspace(coarse[0], coarse[-1], sides * math.ceil(60 / sides) + 1)
     x, y = np.meshgrid(fine, fine)
-    for axes, label, loss in zip(row, result["labels"], losses, strict=True):
-        shown: Any = axes
+    shown: Any
+    for shown, label, loss in zip(row, result["labels"], losses, strict=True):
         height = np.log10(np.clip(loss, low, 2 * high)).T
         for axis in (0, 1):
             height = np.apply_along_axis(lambda z: np.interp(fine, coarse, z), axis, height)
         height[height > np.log10(high)] = np.nan
-        shown.plot_surface(
-            *(x, y, height),
-            facecolors=ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(10**height),
-            shade=False,
-            rcount=len(fine),
-            ccount=len(fine),
-            antialiased=False,  # or there would be seams between the faces
-            rasterized=True,  # thousands of faces
-        )
+        colours = ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(10**height)
+        faces = {"facecolors": colours, "shade": False, "rcount": len(fine), "ccount": len(fine)}
+        # Thousands of faces, between which antialiasing would leave seams.
+        shown.plot_surface(x, y, height, **faces, antialiased=False, rasterized=True)
         shown.set_title(label, y=1.0)
         shown.set_zlim(np.log10(low), np.log10(high))
-        shown.set_zticks(np.log10(ticks(low, high)), labels=[f"{t:g}" for t in ticks(low, high)])
+        shown.set_zticks(np.log10(marks), labels=[f"{t:g}" for t in marks])
         shown.set(xticks=halves, yticks=halves)
         shown.tick_params(pad=0)
         shown.view_init(elev=28, azim=-58)

@@ -1,8 +1,7 @@
 """The loss of a network over fixed images, as a function of its weights.
 
-What curvature and pictures of it need: the loss, its gradient and the product of its Hessian with
-a vector, here or some way off. The model comes back as it was: weights bit for bit, ``.grad``,
-running statistics and the training mode of every module.
+The model comes back as it was: weights bit for bit, ``.grad``, running statistics and the training
+mode of every module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -128,20 +127,18 @@ class LossSurface:
         weights; biases and normalisation layers do not move. Networks whose weights differ in scale
         become comparable.
 
-        Args:
-            generator: on the CPU; models of the same shapes draw the same Gaussians.
+        The generator is on the CPU; models of the same shapes draw the same Gaussians.
         """
         parts = []
         for w in self.weights:
             d = torch.randn(w.shape, generator=generator).to(w)
             if w.ndim <= 1:
-                parts.append(torch.zeros_like(d).flatten())
+                parts.append(torch.zeros_like(d))
                 continue
-            rows, filters = d.flatten(1), w.detach().flatten(1)
-            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            size = torch.linalg.vector_norm(filters, dim=1, keepdim=True)
-            parts.append((rows * (size / (length + 1e-10))).flatten())
-        return torch.cat(parts)
+            rows = d.flatten(1)
+            length, size = (x.norm(dim=1, keepdim=True) for x in (rows, w.detach().flatten(1)))
+            parts.append(rows * (size / (length + 1e-10)))
+        return _flat(parts)
 
     def zeros(self) -> Tensor:
         """The flat vector 0."""
@@ -179,13 +176,8 @@ def fixed_batches(
 ) -> list[Batch]:
     """Batches for a ``LossSurface``: images of one split, normalised and not augmented.
 
-    Args:
-        data: read already.
-        split: ``train`` (with label noise where the run has it), ``val`` or ``test``.
-        images: how many to draw, stratified and in random order; all if there are fewer.
-        batch_size: images per batch; the last one may have fewer.
-        seed: the draw depends on nothing else.
-        device: where the batches go.
+    ``seed`` alone draws ``images`` of them, stratified and in random order; all if there are fewer.
+    ``train`` has label noise where the run has it.
 
     Raises:
         ConfigError: the run has no validation images.

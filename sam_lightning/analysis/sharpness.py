@@ -19,7 +19,7 @@ from sam_lightning.analysis.checkpoints import (
 )
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.inference.command import defaults_and_rules, show, table
+from sam_lightning.inference.command import keys, show, table
 from sam_lightning.runs.files import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -41,20 +41,19 @@ most max_steps, of which each keeps a vector of the size of the weights; trace_s
 the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
 take half the time with images=256, and then depend more on which images are drawn.
 """
-DEFAULTS, RULES = defaults_and_rules(
-    {
-        **SHARED_KEYS,
-        "rho": (0.05, "a number > 0"),
-        "m": (128, "a whole number >= 1"),
-        "ascent_steps": (10, "a whole number >= 1"),
-        "top_k": (10, "a whole number >= 1"),
-        "max_steps": (100, "a whole number >= 2"),
-        "trace_samples": (4, "a whole number >= 2"),
-        "density": (False, "true, false"),
-        "density_samples": (1, "a whole number >= 1"),
-        "density_steps": (16, "a whole number >= 2"),
-    }
-)
+KEYS = {
+    **SHARED_KEYS,
+    "rho": (0.05, "a number > 0"),
+    "m": (128, "a whole number >= 1"),
+    "ascent_steps": (10, "a whole number >= 1"),
+    "top_k": (10, "a whole number >= 1"),
+    "max_steps": (100, "a whole number >= 2"),
+    "trace_samples": (4, "a whole number >= 2"),
+    "density": (False, "true, false"),
+    "density_samples": (1, "a whole number >= 1"),
+    "density_steps": (16, "a whole number >= 2"),
+}
+DEFAULTS, RULES = keys(KEYS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,18 +139,14 @@ def print_table(results: list[dict[str, Any]], options: DictConfig) -> None:
     )
     for r in results:
         top = r["eigenvalues"]
-        largest = f"{r['lambda_max']:.4g}{_unless_known(r)}"
+        largest, error = f"{r['lambda_max']:.4g}", r["eigenvalue_errors"][0]
+        if error > 0.01 * abs(r["lambda_max"]):  # too few max_steps to know it well
+            largest += f" ± {error:.2g}"
         ratio = [f"{top[0] / top[k - 1] if top[k - 1] else math.nan:.3g}"] if k > 1 else []
         measures = [f"{r[key]:.4g}" for key in ("loss", "worst", "worst_by_steps", "m_sharpness")]
         trace = f"{r['trace']:.4g} ± {r['trace_error']:.2g}"
         shown.add_row(escape(r["label"]), *measures, largest, *ratio, trace)
     show(shown)
-
-
-def _unless_known(result: dict[str, Any]) -> str:
-    """How far off the largest eigenvalue may be, if ``max_steps`` were too few to know it well."""
-    error = result["eigenvalue_errors"][0]
-    return f" ± {error:.2g}" if error > 0.01 * abs(result["lambda_max"]) else ""
 
 
 def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:

@@ -22,11 +22,8 @@ POLICIES = {
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255.
-
-    They come from 256-bin histograms: exact, and without a float copy of the images.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
+    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255."""
+    values = torch.arange(256, dtype=torch.float64) / 255  # of a histogram: exact, without floats
     means, stds = [], []
     for channel in images.unbind(1):
         weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
@@ -41,7 +38,7 @@ class BatchAugment:
     Args:
         mean: per channel, of pixels in 0..1.
         std: per channel, of pixels in 0..1; > 0.
-        crop_padding: black pixels on every side, of which a window of the old size is cut; 0: none.
+        crop_padding: black pixels on every side before a window of the old size is cut; 0: none.
         flip: mirror every other image, left to right, on average.
         cutout: side in pixels of a square of the mean colour around a uniformly drawn pixel, cut
             off at the borders (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
@@ -82,14 +79,9 @@ class BatchAugment:
         self._affine = {torch.device("cpu"): affine.float()}
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment and normalise a batch.
+        """Augment and normalise uint8 N x C x H x W to a new float32 tensor of the same shape.
 
-        Args:
-            images: uint8, N x C x H x W.
-            generator: the only source of randomness; on the device of ``images``.
-
-        Returns:
-            float32, N x C x H x W, a new tensor.
+        The generator, on the device of ``images``, is the only source of randomness.
         """
         return self.finish(self.transform(images, generator), generator)
 

@@ -14,8 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 
 SEVERITIES = 5
-# The benchmark. The archives have four more, gaussian_blur, saturate, spatter and speckle_noise,
-# which are for choosing hyperparameters.
+# The benchmark; the four more in the archives are meant for choosing hyperparameters.
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
     *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -28,7 +27,7 @@ class CorruptedImages:
     """The files of a folder, checked when they are opened and read when they are needed.
 
     Args:
-        folder: has ``labels.npy`` and a ``.npy`` file for each of ``CORRUPTIONS``.
+        folder: has ``labels.npy`` and a ``.npy`` file of each of ``CORRUPTIONS``.
         labels: of the test set; the folder must have the same in the same order.
 
     Raises:

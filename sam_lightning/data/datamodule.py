@@ -13,11 +13,7 @@ from sam_lightning.data.source import ImageSource
 
 
 class ImageDataModule(ImageData, LightningDataModule):
-    """``ImageData`` as a ``LightningDataModule``; arguments, attributes and errors are the same.
-
-    Attributes are set by ``setup``. ``device="cuda"`` keeps the images on the device that the
-    trainer trains on.
-    """
+    """``ImageData`` as a ``LightningDataModule``; ``setup`` sets its attributes."""
 
     _prepared: ImageSource | None = None
 
@@ -97,9 +93,6 @@ class ImageDataModule(ImageData, LightningDataModule):
 
 
 def _epoch(trainer: Any) -> int:
-    """The running epoch, or the next one, as ``Trainer`` tells it to samplers.
-
-    ``trainer.current_epoch`` lags behind it while a checkpoint is being resumed.
-    """
+    """The running or the next epoch; ``trainer.current_epoch`` lags behind it in a resumed run."""
     epoch: int = trainer.fit_loop.epoch_progress.current.processed
     return epoch

@@ -6,12 +6,15 @@ a seed see the same batches bit for bit, whatever else they do with random numbe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from sam_lightning.config.errors import argument_errors
+from sam_lightning.config.instantiate import check_names, factory
 from sam_lightning.data.augment import BatchAugment, channel_statistics
 from sam_lightning.data.loading import (
     EpochSampler,
@@ -25,6 +28,8 @@ from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
 DEVICES = (None, "cpu", "cuda")  # where images are kept
+# Keys of the data configuration that belong to its source; the rest are fields of ImageData.
+SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
@@ -34,8 +39,8 @@ _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
 class ImageData:
     """Serves an image source; batches are augmented after they are on the training device.
 
-    With a policy, which treats images one by one, crop, flip and policy are the work of the loader
-    and its processes; only normalisation and cutout are left to the training device.
+    With a policy, the loader and its processes crop, flip and apply it, image by image; only
+    normalisation and cutout are left to the training device.
 
     Args:
         source: reads the data, for instance ``partial(cifar10, root="data")``.
@@ -51,8 +56,7 @@ class ImageData:
         mean: per channel, of pixels in 0..1; None: that of the training images.
         std: likewise.
         crop_padding, flip, cutout, policy: see ``BatchAugment``.
-        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory. A policy is
-            a reason for more.
+        num_workers: loading processes; 0 is fast, unless there is a policy.
         drop_last: leave out the last training batch of an epoch if it is not full.
         pin_memory: None: if the batches go to a CUDA device and the images are not there yet.
         device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
@@ -63,8 +67,7 @@ class ImageData:
         train, test (``Split``), val (``Split`` or None).
 
     Raises:
-        ValueError: an argument is out of its range, at once or, where the range depends on the
-            data or on the number of processes, later.
+        ValueError: an argument is out of its range, which the data may be needed to tell.
     """
 
     source: Callable[[], ImageSource]
@@ -145,20 +148,19 @@ class ImageData:
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
         train, val = source.train, source.val
         if val is None and self.val_size:
-            count = self._count("val_size", self.val_size, len(train), len(train) - 1)
-            held_out, kept = stratified_split(train.labels, count, draw_seed(self.split_seed, _VAL))
+            held_out, kept = self._drawn("val_size", train, len(train) - 1, _VAL)
             train, val = train.take(kept), train.take(held_out)
         if self.subset != 1.0:
-            count = self._count("subset", self.subset, len(train), len(train))
-            kept, _ = stratified_split(train.labels, count, draw_seed(self.split_seed, _SUBSET))
+            kept, _ = self._drawn("subset", train, len(train), _SUBSET)
             train = train.take(kept)
         return train, val
 
-    def _count(self, key: str, size: int | float, total: int, most: int) -> int:
+    def _drawn(self, key: str, train: Split, most: int, stream: int) -> tuple[Tensor, Tensor]:
+        size, total = getattr(self, key), len(train)
         count = round(size * total) if size < 1 else int(size)
         if not 1 <= count <= most or (size >= 1 and count != size):
             raise ValueError(f"{key}={size}: must come to 1..{most} of the {total} training images")
-        return count
+        return stratified_split(train.labels, count, draw_seed(self.split_seed, stream))
 
     def _add_label_noise(self) -> None:
         noisy = round(self.label_noise * len(self.train))
@@ -235,3 +237,20 @@ class ImageData:
         """Normalise uint8 images, as evaluation does."""
         assert self._augment is not None
         return self._augment.normalize(images)
+
+
+Kind = TypeVar("Kind", bound=ImageData)
+
+
+def build_data(cfg: DictConfig, kind: type[Kind]) -> Kind:
+    """The data that ``cfg.data``, ``cfg.batch_size`` and ``cfg.seed`` describe, not read yet.
+
+    Raises:
+        ConfigError: a key does not exist, or its value is out of its range.
+    """
+    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    check_names("data", options, kind, own)
+    with argument_errors("data"):
+        return kind(**own, **options)

@@ -12,9 +12,6 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
-# Arguments of torchvision's classes, in the order in which they are opened.
-TEST_AND_TRAIN = ({"train": False}, {"train": True})
-
 
 def cifar10(root: str, download: bool = True) -> ImageSource:
     """CIFAR-10: 50,000 + 10,000 colour images of 32 x 32 in 10 classes (Krizhevsky 2009).
@@ -45,20 +42,18 @@ def fashion_mnist(root: str, download: bool = True) -> ImageSource:
 def svhn(root: str, extra: bool = False, download: bool = True) -> ImageSource:
     """SVHN: 73,257 + 26,032 colour crops of house numbers, 32 x 32, 10 digits (Netzer et al. 2011).
 
-    Args:
-        root: the folder that holds, or is to hold, ``train_32x32.mat`` and ``test_32x32.mat``.
-        extra: train on the 531,131 crops of ``extra_32x32.mat`` too, which are easier.
-        download: fetch files that are missing or damaged.
-
-    Raises:
-        ConfigError: the files are missing or damaged and cannot be downloaded.
+    ``extra`` adds the 531,131 easier crops of ``extra_32x32.mat`` to the training set. Other
+    arguments and errors are those of ``cifar10``; the files are ``train_32x32.mat`` and so on.
     """
-    parts = ["test", "train", "extra"][: 3 if extra else 2]
-    return _from_torchvision("SVHN", root, download, [{"split": part} for part in parts])
+    parts = [{"split": part} for part in ("test", "train", "extra")]
+    return _from_torchvision("SVHN", root, download, parts if extra else parts[:2])
 
 
 def _from_torchvision(
-    name: str, root: str, download: bool, parts: Sequence[dict[str, Any]] = TEST_AND_TRAIN
+    name: str,
+    root: str,
+    download: bool,
+    parts: Sequence[dict[str, Any]] = ({"train": False}, {"train": True}),
 ) -> ImageSource:
     from torchvision import datasets
 
@@ -75,15 +70,18 @@ def _from_torchvision(
         if _altered_contents(dataset, root):
             raise ValueError("unzipped files are damaged")
         test, train, *extra = splits
-        return ImageSource(_joined(train, *extra), test, classes)
+        for more in extra:
+            images = torch.cat([train.images, more.images])
+            train = Split(images, torch.cat([train.labels, more.labels]))
+        return ImageSource(train, test, classes)
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
         if is_new and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)  # torchvision makes it before it downloads
         advice = "check the network" if download else "set data.download=true"
-        odd = [*_altered(dataset, root), *_altered_contents(dataset, root)]
+        odd = [*_altered(dataset, root), *_altered_contents(dataset, root), one_line(error)]
         raise ConfigError(
-            f"data.root={root!r}: cannot load {name} ({'; '.join([*odd, one_line(error)])}); "
-            f"{advice}, or put the original files there"
+            f"data.root={root!r}: cannot load {name} ({'; '.join(odd)}); {advice}, or put the "
+            "original files there"
         ) from error
 
 
@@ -93,7 +91,7 @@ def _altered(dataset: Any, root: str) -> list[str]:
 
     folder = Path(root)
     if hasattr(dataset, "resources"):  # Fashion-MNIST
-        folder, sums = _raw_folder(dataset, root), dataset.resources
+        folder, sums = Path(root, dataset.__name__, "raw"), dataset.resources
     elif hasattr(dataset, "split_list"):  # SVHN
         sums = [(name, md5) for _, name, md5 in dataset.split_list.values()]
     else:  # CIFAR
@@ -116,7 +114,7 @@ def _altered_contents(dataset: Any, root: str) -> list[str]:
     """
     odd = []
     for name, _ in getattr(dataset, "resources", ()):
-        archive = _raw_folder(dataset, root) / name
+        archive = Path(root, dataset.__name__, "raw", name)
         file = archive.with_suffix("")
         if archive.is_file() and file.is_file():
             stored = archive.read_bytes()[-8:-4]
@@ -125,24 +123,12 @@ def _altered_contents(dataset: Any, root: str) -> list[str]:
     return odd
 
 
-def _raw_folder(dataset: Any, root: str) -> Path:
-    return Path(root, dataset.__name__, "raw")
-
-
 def _as_split(dataset: Any) -> Split:
     images = torch.as_tensor(dataset.data)
     if hasattr(dataset, "labels"):  # SVHN, N x C x H x W already
         return Split(images.contiguous(), torch.as_tensor(dataset.labels))
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))
-
-
-def _joined(first: Split, *others: Split) -> Split:
-    """One split after the other, without a copy where there is one."""
-    if not others:
-        return first
-    splits = (first, *others)
-    return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
 
 
 def digits() -> ImageSource:

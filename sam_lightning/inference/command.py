@@ -21,20 +21,14 @@ DEVICE = {"device": ("auto", "auto, cpu, cuda")}
 OUT = {"out": (None, "a folder, as in ./figures, or null")}
 
 
-def defaults_and_rules(
-    keys: Mapping[str, tuple[Any, ...]],
-) -> tuple[dict[str, Any], list[Rule]]:
+def keys(given: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Any], list[Rule]]:
     """What ``parse`` takes, of keys with their default and, as in a ``Rule``, what is allowed."""
-    rules: list[Any] = [(key, *rule) for key, (_, *rule) in keys.items() if rule]
-    return {key: default for key, (default, *_) in keys.items()}, rules
+    rules: list[Any] = [(key, *rule) for key, (_, *rule) in given.items() if rule]
+    return {key: default for key, (default, *_) in given.items()}, rules
 
 
 def out_folder(options: DictConfig) -> Path | None:
-    """The folder that ``out`` names, or None.
-
-    Raises:
-        ConfigError: it is a file.
-    """
+    """The folder that ``out`` names, or None; a ``ConfigError`` if it is a file."""
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: is not a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -46,28 +47,22 @@ Computed in float32, on one device: equal to the run's own test where that was t
   out            the folder to write to; null: the run's
 """
 
-DEFAULTS, RULES = command.defaults_and_rules(
-    {
-        **command.CKPT_PATH,
-        "split": ("test", "test, val, train"),
-        **command.ROOT,
-        "batch_size": (None, "a whole number >= 1, or null"),
-        **command.DEVICE,
-        "corruptions": (None, "a folder, as in CIFAR-10-C, or null"),
-        **command.OUT,
-    }
-)
+KEYS = {
+    **command.CKPT_PATH,
+    "split": ("test", "test, val, train"),
+    **command.ROOT,
+    "batch_size": (None, "a whole number >= 1, or null"),
+    **command.DEVICE,
+    "corruptions": (None, "a folder, as in CIFAR-10-C, or null"),
+    **command.OUT,
+}
+DEFAULTS, RULES = command.keys(KEYS)
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
 
 
 def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) -> dict[str, Any]:
-    """Loss, accuracies, calibration and confusion matrix of a model on a split.
-
-    Args:
-        trained: on the device to compute on.
-        split: images and labels, anywhere.
-        batch_size: images at a time.
+    """Loss, accuracies, calibration and confusion matrix of a model on a split, on its device.
 
     Returns:
         ``loss``: mean negative log-likelihood; ``acc``: fraction that is right; ``error``: the
@@ -76,21 +71,17 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
         2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
     """
     import torch
-    from torchmetrics import MeanMetric, MetricCollection
-    from torchmetrics.classification import (
-        MulticlassAccuracy,
-        MulticlassCalibrationError,
-        MulticlassConfusionMatrix,
-    )
+    from torchmetrics import MeanMetric, MetricCollection, classification
 
     device, classes = next(trained.parameters()).device, len(trained.classes)
     # Loss and accuracies as in the run's own evaluation, so that they are equal to the bit.
-    metrics: dict[str, Any] = {"acc": MulticlassAccuracy(classes, average="micro")}
+    accuracy = partial(classification.MulticlassAccuracy, classes, average="micro")
+    metrics: dict[str, Any] = {"acc": accuracy()}
     if classes >= 10:
-        metrics["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-    metrics["confusion"] = MulticlassConfusionMatrix(classes)
+        metrics["acc5"] = accuracy(top_k=5)
+    metrics["confusion"] = classification.MulticlassConfusionMatrix(classes)
     of_logits = MetricCollection(metrics, compute_groups=False).to(device)
-    calibration_error = MulticlassCalibrationError(classes, n_bins=15).to(device)
+    calibration_error = classification.MulticlassCalibrationError(classes, n_bins=15).to(device)
     loss = MeanMetric(nan_strategy="disable").to(device)
     with torch.inference_mode():
         for logits, labels in _outputs(trained, split, batch_size):
@@ -133,11 +124,7 @@ def _outputs(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate as the arguments say; print the result, and write it.
-
-    Raises:
-        ConfigError: an argument, the checkpoint or the data are wrong.
-    """
+    """Evaluate as the arguments say; print the result, and write it."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
     out = command.out_folder(options) or run_folder(file)
@@ -166,31 +153,21 @@ def main(argv: list[str] | None = None) -> None:
         "split": options.split,
         "images": len(split),
         "metrics": {f"{options.split}/{name}": value for name, value in values.items()},
-        "classes": _by_class(trained.classes, confusion),
+        "classes": [
+            {"class": name, "images": sum(row), "acc": row[i] / sum(row) if any(row) else None}
+            for i, (name, row) in enumerate(zip(trained.classes, confusion, strict=True))
+        ],
         "corruptions": by_kind,
     }
     try:
-        _write(out, result, trained.classes, confusion)
+        from pandas import DataFrame
+
+        frame = DataFrame(confusion, trained.classes, trained.classes)
+        with replacing(out / "confusion_matrix.csv") as path:
+            frame.to_csv(path, index_label="true class", lineterminator="\r\n")
+        write_json(out / "evaluation.json", result)
     finally:  # what was computed is shown also where it cannot be written
         _print_tables(result)
-
-
-def _write(out: Path, result: dict[str, Any], classes: list[str], confusion: list[Any]) -> None:
-    from pandas import DataFrame
-
-    frame = DataFrame(confusion, classes, classes)
-    with replacing(out / "confusion_matrix.csv") as path:
-        frame.to_csv(path, index_label="true class", lineterminator="\r\n")
-    write_json(out / "evaluation.json", result)
-
-
-def _by_class(classes: list[str], confusion: list[list[int]]) -> list[dict[str, Any]]:
-    """Number of images and accuracy of each class; the accuracy is None without an image."""
-    totals = [sum(row) for row in confusion]
-    return [
-        {"class": name, "images": total, "acc": confusion[i][i] / total if total else None}
-        for i, (name, total) in enumerate(zip(classes, totals, strict=True))
-    ]
 
 
 def _print_tables(result: dict[str, Any]) -> None:

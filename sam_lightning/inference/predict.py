@@ -43,36 +43,26 @@ A file that is no image is named, gets a row with the error, and makes the exit 
   device         auto, cpu or cuda
 """
 
-DEFAULTS, RULES = command.defaults_and_rules(
-    {
-        **command.CKPT_PATH,
-        "input": ("???",),
-        "top_k": (5, "a whole number >= 1"),
-        "format": ("table", "table, json, csv"),
-        "out": (None, "a file, as in ./a.csv, or null"),
-        "batch_size": (128, "a whole number >= 1"),
-        **command.DEVICE,
-    }
-)
-
-# Those of torchvision's image folders, which are what image_folder trains on.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+KEYS = {
+    **command.CKPT_PATH,
+    "input": ("???",),
+    "top_k": (5, "a whole number >= 1"),
+    "format": ("table", "table, json, csv"),
+    "out": (None, "a file, as in ./a.csv, or null"),
+    "batch_size": (128, "a whole number >= 1"),
+    **command.DEVICE,
+}
+DEFAULTS, RULES = command.keys(KEYS)
 
 
 def predict(
     trained: TrainedClassifier, files: list[Path], top_k: int = 5, batch_size: int = 128
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files.
-
-    Args:
-        trained: on the device to compute on.
-        files: of any size and format that Pillow reads.
-        top_k: how many classes to name; all, if there are fewer.
-        batch_size: images at a time.
+    """Classify image files, of any size and format that Pillow reads, on the model's device.
 
     Yields:
         for each file, in their order, ``file`` and either ``predictions``, a list of ``class`` and
-        ``probability`` from the most likely class on, or ``error``, a line on why it has none.
+        ``probability`` of the ``top_k`` classes, most likely first, or ``error``, one line.
     """
     import torch
     from PIL import Image
@@ -109,22 +99,19 @@ def find(given: str) -> list[Path]:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        inside = sorted(path.rglob("*"))
-        files = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+        from torchvision.datasets.folder import IMG_EXTENSIONS  # which image_folder trains on
+
+        found = [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
     else:
-        matching = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
-        files = sorted(p for p in map(Path, matching) if p.is_file())
+        found = [path] if path.is_file() else [*map(Path, glob.glob(str(path), recursive=True))]
+    files = sorted(p for p in found if p.is_file())
     if not files:
         raise ConfigError(f"input={given}: is no file, no pattern of one, no folder of images")
     return files
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Classify as the arguments say; exit with 1 if there was a file that is no image.
-
-    Raises:
-        ConfigError: an argument or the checkpoint is wrong.
-    """
+    """Classify as the arguments say; exit with 1 if there was a file that is no image."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))

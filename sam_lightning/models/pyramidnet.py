@@ -89,8 +89,7 @@ class PyramidNet(nn.Module):
         depth: number of convolutions on the longest path and the last layer: 6 n + 2, or 9 n + 2
             with bottlenecks.
         alpha: channels within the last block above the 16 of the first convolution.
-        bottleneck: 1x1, 3x3 and 1x1 convolutions in a block, out of which four times as many
-            channels come.
+        bottleneck: 1x1, 3x3 and 1x1 convolutions in a block, with four times as many outputs.
         p_last: ShakeDrop's p_L, in [0, 1]; 1 is no ShakeDrop.
 
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
