@@ -146,9 +146,7 @@ class Spectrum:
 
         M steps of Lanczos are exact for polynomials of degree 2 M - 1. On an interval of length l,
         what a Gaussian of width s has of higher degrees is about exp(-2 (2 M s / l)^2), here 1 %.
-
-        Args:
-            known: the last nodes that are eigenvalues, and need not be resolved.
+        The last ``known`` nodes are eigenvalues, and need not be resolved.
         """
         rest = self.nodes[:, : self.nodes.shape[1] - known]
         return 0.75 * (rest.max() - rest.min()).item() / rest.shape[1]

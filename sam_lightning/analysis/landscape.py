@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     labels = labels_of(options.labels, loaded)
     line = options.kind == "line"
     if line:
-        files = " and ".join(str(checkpoint.file) for checkpoint in loaded)
         if len(loaded) != 2:
             raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(loaded)}")
         first, second = ({k: v.shape for k, v in c.model.state_dict().items()} for c in loaded)
         if first != second:
+            files = f"{loaded[0].file} and {loaded[1].file}"
             raise ConfigError(f"kind=line: {files} are of different models")
     middle, reach = (0.5, 0.5) if line else (0.0, options.span)
     half = options.points // 2

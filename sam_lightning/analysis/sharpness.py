@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +157,8 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     from sam_lightning import plotting as plots
     from sam_lightning.analysis.curvature import Spectrum
 
-    spectra = [
-        Spectrum(**{k: torch.tensor(v, dtype=torch.float64) for k, v in r["density"].items()})
-        for r in results
-    ]
+    tensor = partial(torch.tensor, dtype=torch.float64)
+    spectra = [Spectrum(**{k: tensor(v) for k, v in r["density"].items()}) for r in results]
     low = min(s.nodes.min().item() for s in spectra)
     high = max(s.nodes.max().item() for s in spectra)
     pairs = list(zip(results, spectra, strict=True))
@@ -169,11 +168,10 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     counts = [s.density(points, width) * r["weights"] for r, s in pairs]
     with plots.style():
         figure, (axes,) = plots.panels(1, 5.0, 3.2)
+        foot = axes.get_xaxis_transform()
         for i, (r, count) in enumerate(zip(results, counts, strict=True)):
-            label = plots.plain(r["label"])
+            label, found = plots.plain(r["label"]), r["eigenvalues"]
             axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
-            # Those that were found one by one.
-            foot, found = axes.get_xaxis_transform(), r["eigenvalues"]
             axes.plot(found, [0.02 + 0.03 * i] * len(found), f"C{i}|", transform=foot)
         axes.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues per unit")
         # From the peak of a fortieth of an eigenvalue on.

@@ -149,5 +149,4 @@ def _policy(name: str) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2  # slow to import, and seldom needed
 
     transform, member = POLICIES[name]
-    given = [] if member is None else [v2.AutoAugmentPolicy[member]]
-    return getattr(v2, transform)(*given)
+    return getattr(v2, transform)(*([v2.AutoAugmentPolicy[member]] if member else []))

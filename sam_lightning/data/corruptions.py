@@ -57,13 +57,11 @@ class CorruptedImages:
         return torch.from_numpy(np.ascontiguousarray(part.transpose(0, 3, 1, 2)))
 
     def _open(self, name: str) -> np.ndarray:
-        file = self.folder / f"{name}.npy"
+        file, said = self.folder / f"{name}.npy", f"corruptions={self.folder}:"
         if not file.is_file():
-            raise ConfigError(f"corruptions={self.folder}: there is no {name}.npy in it")
+            raise ConfigError(f"{said} there is no {name}.npy in it")
         try:
             opened: np.ndarray = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(
-                f"corruptions={self.folder}: cannot read {name}.npy ({one_line(error)})"
-            ) from error
+            raise ConfigError(f"{said} cannot read {name}.npy ({one_line(error)})") from error
         return opened

@@ -67,7 +67,7 @@ class ImageData:
         train, test (``Split``), val (``Split`` or None).
 
     Raises:
-        ValueError: an argument is out of its range, which the data may be needed to tell.
+        ValueError: an argument is out of its range; by ``read``, out of the range of the data.
     """
 
     source: Callable[[], ImageSource]
@@ -194,11 +194,9 @@ class ImageData:
             seed = draw_seed(self.seed, _TRANSFORM, rank)
             dataset = TransformedDataset(self.train, self._augment, seed)
             make_sampler = EpochSampler
-        order: dict[str, Any] = {
-            "seed": draw_seed(self.seed, _SHUFFLE),
-            "drop_last": self.drop_last,
-        }
-        sampler = make_sampler(dataset, world_size, rank, **order)
+        sampler = make_sampler(
+            dataset, world_size, rank, seed=draw_seed(self.seed, _SHUFFLE), drop_last=self.drop_last
+        )
         sampler.set_epoch(epoch)
         options = self._loader_options(sampler, self.batch_size // world_size, pin_memory)
         return TrainLoader(dataset, drop_last=self.drop_last, **options)

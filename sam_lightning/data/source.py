@@ -42,7 +42,7 @@ class ImageSource:
     """What a data set offers; ``val`` is None unless it has a validation set of its own.
 
     Raises:
-        ConfigError: images and labels are not those of a ``Split`` of these classes.
+        ConfigError: images and labels are not as ``Split`` says, or not of these classes.
     """
 
     train: Split

@@ -139,9 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
-    files = None
-    if options.corruptions is not None:
-        files = CorruptedImages(Path(options.corruptions).expanduser(), split.labels)
+    folder = options.corruptions
+    files = None if folder is None else CorruptedImages(Path(folder).expanduser(), split.labels)
     batch_size = options.batch_size or data.eval_batch_size
     values = evaluate(trained, split, batch_size)
     confusion = values.pop("confusion")

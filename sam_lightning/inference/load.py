@@ -71,8 +71,7 @@ class TrainedClassifier(nn.Module):
 
     def _load_weights(self, state_dict: dict[str, Tensor]) -> None:
         weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        try:
-            # The stored tensors themselves, in the memory layout that they were trained in.
+        try:  # the stored tensors themselves, in the memory layout that they were trained in
             self.model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ConfigError(f"weights are not of {self.config['model']}") from error
@@ -186,8 +185,7 @@ def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> Image
         ConfigError: the data are not there, an override does not exist or is out of its range,
             or the classes are others than those of the run.
     """
-    keys = ("data", "batch_size", "seed", "classes", "mean", "std")
-    stored = _stored(config, *keys)
+    stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
     stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
     if root is not None:
         overrides["root"] = str(root)

@@ -17,8 +17,7 @@ class PreActivationBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         projects = stride != 1 or in_channels != planes
-        conv = nn.Conv2d(in_channels, planes, 1, stride, bias=False) if projects else None
-        self.shortcut = conv
+        self.shortcut = nn.Conv2d(in_channels, planes, 1, stride, bias=False) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:
         """N x in_channels x H x W -> N x planes x H/stride x W/stride."""
