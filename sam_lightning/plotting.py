@@ -17,22 +17,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Uniform in lightness, in grey print too. Dark is low, so that a minimum is a dark valley.
 HEIGHTS = "viridis"
 # What would make two files of the same numbers differ.
-UNDATED: dict[str, dict[str, Any]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None},
-    "pdf": {"CreationDate": None},
-}
+UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 _STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 10),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -42,7 +32,7 @@ _STYLE: dict[Any, Any] = {
     "image.cmap": HEIGHTS,
     "axes.prop_cycle": cycler(color=COLOURS),
     "svg.fonttype": "path",  # looks the same where the fonts are missing
-    "svg.hashsalt": "sam-lightning",  # else the ids in the file are drawn anew each time
+    "svg.hashsalt": "sam-lightning",  # else the ids in the file are random
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
 }
@@ -68,24 +58,17 @@ def dash(i: int) -> str:
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write ``stem.png`` and ``stem.svg``, each whole or not at all, without date and version.
-
-    Returns:
-        the files.
-    """
-    files = []
-    for form in formats:
-        file = stem.with_name(f"{stem.name}.{form}")
+    """Write ``stem.png`` and ``stem.svg``, whole or not at all and undated; return the files."""
+    files = {form: stem.with_name(f"{stem.name}.{form}") for form in formats}
+    for form, file in files.items():
         with replacing(file) as temporary:
             figure.savefig(temporary, format=form, metadata=UNDATED.get(form))
-        files.append(file)
-    return files
+    return [*files.values()]
 
 
 def panels(
     count: int, width: float = 3.4, height: float = 3.2, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes in a row, each of so many inches; ``options`` of ``subplots``."""
+    """A figure of ``count`` axes in a row, each in inches; ``options`` of ``subplots``."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
-    row = figure.subplots(1, count, squeeze=False, **options)[0]
-    return figure, list(row)
+    return figure, list(figure.subplots(1, count, squeeze=False, **options)[0])

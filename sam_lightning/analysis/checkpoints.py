@@ -1,7 +1,4 @@
-"""What ``sharpness`` and ``landscape`` share: checkpoints, their images and names, a progress bar.
-
-Only what the arguments need is imported at once; torch is when a checkpoint is loaded.
-"""
+"""What ``sharpness`` and ``landscape`` share: checkpoints, images, names, a progress bar."""
 
 import math
 import sys
@@ -16,36 +13,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, run_folder
 
 if TYPE_CHECKING:
     from sam_lightning.analysis.loss_surface import LossSurface
     from sam_lightning.inference.load import TrainedClassifier
 
-SHARED_DEFAULTS: dict[str, Any] = {
-    "ckpt_path": "???",
-    "split": "train",
-    "images": 512,
-    "batch_size": 128,
-    "seed": 0,
-    "device": "auto",
-    "data.root": None,
-    "out": None,
+# With their default and what is allowed.
+SHARED_KEYS: dict[str, tuple[Any, ...]] = {
+    **command.CKPT_PATH,
+    "split": ("train", "train, val, test"),
+    "images": (512, "a whole number >= 1"),
+    "batch_size": (128, "a whole number >= 1"),
+    "seed": (0, "a whole number from 0 to 4294967295"),
+    **command.DEVICE,
+    **command.ROOT,
+    **command.OUT,
+    "labels": (None,),
 }
-SHARED_RULES: list[Rule] = [
-    ("split", "train, val, test"),
-    ("images", "a whole number >= 1"),
-    ("batch_size", "a whole number >= 1"),
-    ("seed", "a whole number from 0 to 4294967295"),
-    ("device", "auto, cpu, cuda"),
-    ("out", "a folder, as in ./figures, or null"),
-]
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that is looked at: its file, the loaded model, and where its results go."""
+    """A checkpoint's file, the loaded model, and where its results go."""
 
     file: Path
     model: "TrainedClassifier"
@@ -60,11 +51,7 @@ def listed(value: Any) -> list[str]:
 
 
 def checkpoint_files(value: Any) -> list[Path]:
-    """The checkpoints that ``ckpt_path=a,b`` names, of a run's folder the last one.
-
-    Raises:
-        ConfigError: one of them is not there, or none is named.
-    """
+    """The checkpoints that ``ckpt_path=a,b`` names, of a run's folder the last one."""
     files, name = [], ""
     for part in listed(value):
         name = f"{name},{part}" if name else part
@@ -77,37 +64,26 @@ def checkpoint_files(value: Any) -> list[Path]:
 
 
 def load_checkpoints(options: DictConfig) -> list[LoadedCheckpoint]:
-    """Load the checkpoints, onto the device that ``options`` names.
-
-    Raises:
-        ConfigError: a file is no checkpoint, ``out`` no folder, or there is no such device.
-    """
+    """Load the checkpoints, onto the device that ``options`` names."""
     files = checkpoint_files(options.ckpt_path)
-    out = None if options.out is None else Path(options.out).expanduser()
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out}: is not a folder")
+    out = command.out_folder(options)
 
-    from sam_lightning.inference.load import load, torch_device
+    from sam_lightning.inference.load import load
 
-    device = torch_device(options.device)
     return [
-        LoadedCheckpoint(file, load(file).to(device), out or run_folder(file)) for file in files
+        LoadedCheckpoint(file, load(file, device=options.device), out or run_folder(file))
+        for file in files
     ]
 
 
 def surface_of(
     checkpoint: LoadedCheckpoint, options: DictConfig, batch_norm: str = "stored"
 ) -> "LossSurface":
-    """The loss of a checkpoint on images of its own run, as ``options`` chooses them.
-
-    Raises:
-        ConfigError: the images are not there, or the loss of the weights is not finite.
-    """
+    """The loss of a checkpoint on images of its own run, as ``options`` chooses them."""
     from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
     from sam_lightning.inference.load import data_of
 
-    root = OmegaConf.select(options, "data.root")
-    data = data_of(checkpoint.model.config, root=root)
+    data = data_of(checkpoint.model.config, root=OmegaConf.select(options, "data.root"))
     device = next(checkpoint.model.parameters()).device
     drawn = (options.split, options.images, options.batch_size, options.seed)
     batches = fixed_batches(data, *drawn, device)
@@ -118,42 +94,35 @@ def surface_of(
 
 
 def labels_of(given: Any, loaded: Sequence[LoadedCheckpoint]) -> list[str]:
-    """A short name for each: as given, or the method, or what else tells them apart.
-
-    Raises:
-        ConfigError: other than one label is given for each.
-    """
+    """A short name for each: as given, or the method, or what else tells them apart."""
     if given is not None:
         labels = listed(given)
         if len(labels) != len(loaded):
             raise ConfigError(f"labels={','.join(labels)}: must be {len(loaded)}, one for each")
         return labels
+    configs = [checkpoint.model.config for checkpoint in loaded]
+    methods = [_method(config["method"]) for config in configs]
+    files = [checkpoint.file for checkpoint in loaded]
     names = [
-        [_method(checkpoint) for checkpoint in loaded],
-        [f"{_method(s)}, seed {s.model.config['seed']}" for s in loaded],
-        [run_folder(checkpoint.file).name for checkpoint in loaded],
-        [str(checkpoint.file) for checkpoint in loaded],
+        methods,
+        [f"{name}, seed {c['seed']}" for name, c in zip(methods, configs, strict=True)],
+        [run_folder(file).name for file in files],
     ]
-    return next((n for n in names if len({*n}) == len(n)), names[-1])
+    return next((n for n in names if len({*n}) == len(n)), [str(file) for file in files])
 
 
-def _method(checkpoint: LoadedCheckpoint) -> str:
-    method = checkpoint.model.config["method"]
-    name = str(method["name"]).upper()
-    if method.get("rho"):
-        return f"{name}, rho {method['rho']:g}"
+def _method(config: Any) -> str:
+    name = str(config["name"]).upper()
+    if config.get("rho"):
+        return f"{name}, rho {config['rho']:g}"
     return name if name == "SGD" else "base optimizer"
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
     """A bar on stderr, where that is a terminal."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     silent = not sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
         yield bar

@@ -1,16 +1,15 @@
 """How curved and how sharp a loss is at the present weights, without the Hessian as a matrix.
 
-Everything here takes a ``LossSurface`` and uses products of its Hessian with vectors, each of
-which costs about four passes over the images. Random vectors come from a ``torch.Generator`` on
-the CPU, so that the numbers do not depend on the device.
+A product of the Hessian with a vector costs about four passes over the images. Random vectors come
+from a ``torch.Generator`` on the CPU, so that the numbers do not depend on the device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sam_lightning.analysis.loss_surface import LossSurface
 
@@ -19,12 +18,10 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
     """How much the loss rises within the radius rho: max L(w + e) - L(w), ||e||_2 <= rho.
 
     Args:
-        surface: the loss.
-        rho: radius in the units of the weights.
+        rho: the radius, in the units of the weights.
         steps: 1 is the first-order solution, e = rho g / ||g|| (Foret et al. 2021, equation 2).
-            More climb on, each by 2.5 rho / steps along the gradient and then back into the ball,
-            and the highest loss on the way counts (as projected gradient ascent in Madry et al.
-            2018, arXiv 1706.06083, there on inputs).
+            More are projected gradient ascent (Madry et al. 2018, arXiv 1706.06083, there on
+            inputs) by 2.5 rho / steps each, and the highest loss on the way counts.
 
     Returns:
         the rise, which one step may make negative where the loss is curved downwards.
@@ -33,7 +30,8 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
     e = surface.zeros()
     rises = []
     for step in range(steps):
-        e = _into_ball(e + 2.5 * rho / steps * _unit(gradient), rho)
+        e = e + 2.5 * rho / steps * _unit(gradient)
+        e = e * min(1.0, rho / max(_norm(e), 1e-12))
         with surface.moved(e):
             if step + 1 < steps:
                 there, gradient = surface.gradient()
@@ -55,8 +53,7 @@ class Eigenpairs:
 
     Attributes:
         values: float64, k.
-        errors: k; the distance from each within which there is an eigenvalue for certain, which
-            is the residual's norm.
+        errors: k, the residuals' norms: within this distance there is an eigenvalue for certain.
         vectors: k of them, orthonormal and flat.
     """
 
@@ -65,13 +62,12 @@ class Eigenpairs:
     vectors: list[Tensor]
 
 
-_NO_VALUES = torch.zeros(0, dtype=torch.float64)
-NONE_KNOWN = Eigenpairs(_NO_VALUES, _NO_VALUES, [])
+NONE_KNOWN = Eigenpairs(torch.zeros(0).double(), torch.zeros(0).double(), [])
 
 
 def top_eigenpairs(
     surface: LossSurface,
-    generator: torch.Generator,
+    generator: Generator,
     k: int = 5,
     *,
     tolerance: float = 1e-4,
@@ -80,7 +76,6 @@ def top_eigenpairs(
     """The k largest eigenvalues of the Hessian and their vectors, by Lanczos from a random start.
 
     Args:
-        surface: the loss.
         generator: of the start.
         k: how many; fewer are returned if there are fewer weights.
         tolerance: stop when each is known to this part of the largest in size.
@@ -88,48 +83,40 @@ def top_eigenpairs(
     """
     k = min(k, surface.size)
     before: Tensor | None = None
-
-    def enough(process: "_Lanczos") -> bool:
-        nonlocal before
+    process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
+    for _ in process.steps(min(max_steps, surface.size), generator):
         if len(process.diagonal) < k:
-            return False
+            continue
         values, errors, _ = process.largest(k)
         close = tolerance * process.scale
         if process.beta > 0:
-            return bool((errors <= close).all())
-        # All that the start can reach is found. A fresh start finds what else there is, such as
-        # the second copy of a double eigenvalue.
-        found_more = before is None or bool(((values - before).abs() > close).any())
-        before = values
-        return not found_more
-
-    process = _Lanczos(surface, torch.randn(surface.size, generator=generator))
-    process.run(min(max_steps, surface.size), enough, generator)
+            enough = bool((errors <= close).all())
+        else:
+            # All that the start can reach is found. A fresh start finds what else there is, such
+            # as the second copy of a double eigenvalue.
+            enough = before is not None and not bool(((values - before).abs() > close).any())
+            before = values
+        if enough:
+            break
     values, errors, inside = process.largest(k)
-    vectors = []
-    for row in inside.tolist():
-        parts = zip(row, process.basis, strict=True)
-        vectors.append(sum((share * vector for share, vector in parts), surface.zeros()))
+    vectors = [
+        sum((a * v for a, v in zip(row, process.basis, strict=True)), surface.zeros())
+        for row in inside.tolist()
+    ]
     return Eigenpairs(values, errors, vectors)
 
 
 def trace(
-    surface: LossSurface,
-    generator: torch.Generator,
-    samples: int = 8,
-    known: Eigenpairs = NONE_KNOWN,
+    surface: LossSurface, generator: Generator, samples: int = 8, known: Eigenpairs = NONE_KNOWN
 ) -> tuple[float, float]:
-    """The trace of the Hessian, estimated as the mean of v' H v with random signs v.
-
-    Hutchinson 1989. It is exact for a diagonal Hessian, whatever the signs.
+    """The trace of the Hessian, the mean of v' H v over random signs v (Hutchinson 1989).
 
     Args:
-        surface: the loss.
         generator: of the signs.
         samples: vectors v.
-        known: what to add up exactly, so that only the trace of the rest is estimated, which has
-            a far smaller error if a few eigenvalues are large (Meyer et al. 2021, arXiv
-            2010.09649). The estimate is unbiased also if these are not known well.
+        known: added up exactly, so that only the rest is estimated. The error is far smaller if a
+            few eigenvalues are large (Meyer et al. 2021, arXiv 2010.09649), and the estimate is
+            unbiased also if these are not known well.
 
     Returns:
         the estimate and its standard error, which is NaN for a single sample.
@@ -137,7 +124,7 @@ def trace(
     values = torch.zeros(samples, dtype=torch.float64)
     for i in range(samples):
         v = _outside(_signs(surface, generator), known.vectors)
-        values[i] = _dot(v, surface.hvp(v))
+        values[i] = torch.dot(v, surface.hvp(v))
     values += known.values.sum()
     return values.mean().item(), values.std().item() / math.sqrt(samples)
 
@@ -155,22 +142,17 @@ class Spectrum:
     weights: Tensor
 
     def resolution(self, known: int = 0) -> float:
-        """The least width of the ``density`` at which it is not that of single nodes.
+        """The least width at which ``density`` does not show single nodes.
 
         M steps of Lanczos are exact for polynomials of degree 2 M - 1. On an interval of length l,
         what a Gaussian of width s has of higher degrees is about exp(-2 (2 M s / l)^2), here 1 %.
-
-        Args:
-            known: the last nodes that are eigenvalues, and need not be resolved.
+        The last ``known`` nodes are eigenvalues, and need not be resolved.
         """
         rest = self.nodes[:, : self.nodes.shape[1] - known]
         return 0.75 * (rest.max() - rest.min()).item() / rest.shape[1]
 
     def density(self, points: Tensor, width: float) -> Tensor:
-        """The density at some points, each node spread to a Gaussian of this standard deviation.
-
-        It integrates to 1: times the number of weights it counts eigenvalues.
-        """
+        """The density at some points, each node a Gaussian of this width; it integrates to 1."""
         z = (points[:, None, None] - self.nodes) / width
         bells = torch.exp(-z.square() / 2) / (width * math.sqrt(2 * math.pi))
         return (bells * self.weights).sum(2).mean(1)
@@ -178,7 +160,7 @@ class Spectrum:
 
 def spectrum(
     surface: LossSurface,
-    generator: torch.Generator,
+    generator: Generator,
     samples: int = 2,
     steps: int = 16,
     known: Eigenpairs = NONE_KNOWN,
@@ -190,12 +172,11 @@ def spectrum(
     v's part along its eigenvector; the mean over v is the density.
 
     Args:
-        surface: the loss.
         generator: of the vectors, which are of random signs.
         samples: vectors, S.
         steps: products with the Hessian for each, M; no more than there are weights.
-        known: each is a node of the weight of one eigenvalue, and the vectors are orthogonal to
-            them. So they are counted exactly, and few vectors and steps do for the rest.
+        known: counted exactly, as nodes of the weight of one eigenvalue. The vectors are
+            orthogonal to them, and few vectors and steps do for the rest.
     """
     rest = surface.size - len(known.values)
     steps = max(1, min(steps, rest))
@@ -203,7 +184,9 @@ def spectrum(
     nodes[:, steps:], weights[:, steps:] = known.values, 1 / surface.size
     for i in range(samples):
         process = _Lanczos(surface, _signs(surface, generator), known)
-        process.run(steps, lambda p: p.beta == 0)
+        for _ in process.steps(steps):
+            if process.beta == 0:
+                break
         values, vectors = torch.linalg.eigh(process.matrix())
         nodes[i, : len(values)] = values
         weights[i, : len(values)] = vectors[0].square() * rest / surface.size
@@ -213,37 +196,31 @@ def spectrum(
 class _Lanczos:
     """Grows an orthonormal basis in which the Hessian is tridiagonal.
 
-    Every vector is orthogonalised to all earlier ones, twice, as rounding would bring back copies
-    of what is found already (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13), and to the
-    eigenvectors that are known.
+    Every vector is orthogonalised to the known eigenvectors and to all earlier ones, twice:
+    rounding would bring back copies (Parlett, The Symmetric Eigenvalue Problem, 6.9 and 13).
     """
 
     def __init__(self, surface: LossSurface, start: Tensor, known: Eigenpairs = NONE_KNOWN) -> None:
         self.surface = surface
         self.known = known
-        self.basis: list[Tensor] = []
-        self.basis.append(_unit(self._outside(start.to(surface.weights[0]))))
+        self.basis = [_unit(_outside(start.to(surface.weights[0]), known.vectors))]
         self.diagonal: list[float] = []
         self.beside: list[float] = []
         self.beta = 0.0  # length of what the last step found outside the basis
 
-    def run(
-        self,
-        steps: int,
-        enough: Callable[["_Lanczos"], bool],
-        restart: torch.Generator | None = None,
-    ) -> None:
-        """Take steps until there is enough; go on from a random vector where the basis closes."""
+    def steps(self, most: int, restart: Generator | None = None) -> Iterator[None]:
+        """Take a step at a time; go on from a random vector where the basis closes."""
         while True:
             last = self.basis[-1]
             product = self.surface.hvp(last)
-            self.diagonal.append(_dot(last, product))
+            self.diagonal.append(torch.dot(last, product).item())
             rest = self._outside(product)
             self.beta = _norm(rest)
             if self.beta <= 100 * torch.finfo(rest.dtype).eps * self.scale:
                 self.beta = 0.0
-            if len(self.diagonal) == steps or enough(self):
+            if len(self.diagonal) == most:
                 return
+            yield
             if self.beta == 0 and restart is not None:
                 fresh = torch.randn(self.surface.size, generator=restart)
                 rest = self._outside(_unit(fresh.to(rest)))
@@ -261,7 +238,7 @@ class _Lanczos:
 
     @property
     def scale(self) -> float:
-        """The size of the largest eigenvalue so far."""
+        """The largest eigenvalue in size so far."""
         found = torch.linalg.eigvalsh(self.matrix())
         return torch.cat([found, self.known.values]).abs().max().item()
 
@@ -272,7 +249,7 @@ class _Lanczos:
         return values.flip(0)[:k], errors.flip(0)[:k], vectors.T.flip(0)[:k]
 
 
-def _signs(surface: LossSurface, generator: torch.Generator) -> Tensor:
+def _signs(surface: LossSurface, generator: Generator) -> Tensor:
     bits = torch.randint(2, (surface.size,), generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(surface.weights[0])
 
@@ -284,17 +261,9 @@ def _outside(vector: Tensor, basis: list[Tensor]) -> Tensor:
     return vector
 
 
-def _into_ball(e: Tensor, rho: float) -> Tensor:
-    return e * min(1.0, rho / max(_norm(e), 1e-12))
-
-
 def _unit(vector: Tensor) -> Tensor:
     return vector / (torch.linalg.vector_norm(vector) + 1e-12)
 
 
 def _norm(vector: Tensor) -> float:
     return torch.linalg.vector_norm(vector).item()
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.dot(a, b).item()

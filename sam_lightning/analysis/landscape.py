@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sam_lightning.analysis.checkpoints import (
-    SHARED_DEFAULTS,
-    SHARED_RULES,
-    LoadedCheckpoint,
+    SHARED_KEYS,
     labels_of,
     load_checkpoints,
     progress,
@@ -19,6 +17,7 @@ from sam_lightning.analysis.checkpoints import (
 )
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.inference.command import keys
 from sam_lightning.runs.files import make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -43,20 +42,14 @@ takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the
 of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
 checkpoint. A 2d picture takes points x points passes over the images.
 """
-DEFAULTS = SHARED_DEFAULTS | {
-    "labels": None,
-    "kind": "2d",
-    "span": 1.0,
-    "points": 21,
-    "batch_norm": "stored",
+KEYS = {
+    **SHARED_KEYS,
+    "kind": ("2d", "2d, 1d, line"),
+    "span": (1.0, "a number > 0"),
+    "points": (21, "an odd number >= 3"),
+    "batch_norm": ("stored", "stored, batch"),
 }
-RULES = [
-    *SHARED_RULES,
-    ("kind", "2d, 1d, line"),
-    ("span", "a number > 0"),
-    ("points", "an odd number >= 3"),
-    ("batch_norm", "stored, batch"),
-]
+DEFAULTS, RULES = keys(KEYS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,15 +59,22 @@ def main(argv: list[str] | None = None) -> None:
     labels = labels_of(options.labels, loaded)
     line = options.kind == "line"
     if line:
-        _check_pair(loaded)
-    coordinates = spaced(0.0 if line else -options.span, 1.0 if line else options.span, options)
+        if len(loaded) != 2:
+            raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(loaded)}")
+        first, second = ({k: v.shape for k, v in c.model.state_dict().items()} for c in loaded)
+        if first != second:
+            files = f"{loaded[0].file} and {loaded[1].file}"
+            raise ConfigError(f"kind=line: {files} are of different models")
+    middle, reach = (0.5, 0.5) if line else (0.0, options.span)
+    half = options.points // 2
+    coordinates = [middle + reach * i / half for i in range(-half, half + 1)]
     out = loaded[0].out if options.out is not None else loaded[0].out / "landscape"
 
     from sam_lightning.analysis.landscape_plots import draw, show_in_tensorboard
     from sam_lightning.runs.checkpoint import read
 
     measured = loaded[:1] if line else loaded
-    surfaces = [surface_of(s, options, options.batch_norm) for s in measured]
+    surfaces = [surface_of(checkpoint, options, options.batch_norm) for checkpoint in measured]
     make_folder(out, out)
     with progress() as bar:
         if line:
@@ -121,7 +121,7 @@ def between(
     coordinates: Sequence[float],
     bar: "Progress",
 ) -> list[float]:
-    """The loss of (1 - t) a + t b, for every t from a surface's model a to the state b of another.
+    """The loss at (1 - t) a + t b for each t: a surface's model a, and the state b of another.
 
     Running statistics are mixed as the weights are.
     """
@@ -141,18 +141,3 @@ def between(
     finally:
         surface.model.load_state_dict(start)
     return losses
-
-
-def spaced(low: float, high: float, options: DictConfig) -> list[float]:
-    """``points`` numbers from ``low`` to ``high``, with the middle exact."""
-    middle, half = (low + high) / 2, options.points // 2
-    return [middle + (high - middle) * i / half for i in range(-half, half + 1)]
-
-
-def _check_pair(loaded: Sequence[LoadedCheckpoint]) -> None:
-    files = " and ".join(str(checkpoint.file) for checkpoint in loaded)
-    if len(loaded) != 2:
-        raise ConfigError(f"kind=line: needs two checkpoints in ckpt_path, not {len(loaded)}")
-    shapes = [{k: v.shape for k, v in s.model.state_dict().items()} for s in loaded]
-    if shapes[0] != shapes[1]:
-        raise ConfigError(f"kind=line: {files} are of different models")

@@ -19,29 +19,24 @@ from sam_lightning import plotting as plots
 from sam_lightning.config.schema import one_line
 
 COLOURS = matplotlib.colormaps[plots.HEIGHTS].with_extremes(over="#E8E8E8")
-AXES = ("along the first direction", "along the second direction")
 
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Draw what ``landscape.main`` computed: of ``2d`` contours and surfaces, else lines."""
-    labels = [plots.plain(label) for label in result["labels"]]
-    result = {**result, "labels": labels}
+    result = {**result, "labels": [plots.plain(label) for label in result["labels"]]}
     with plots.style():
         if result["kind"] == "2d":
             figures = {"landscape": contours(result), "landscape_3d": surfaces(result)}
-        elif result["kind"] == "1d":
-            figures = {"landscape_1d": slices(result)}
         else:
-            figures = {"landscape_line": line(result)}
+            figures = {f"landscape_{result['kind']}": lines(result)}
         return [file for name, figure in figures.items() for file in plots.save(figure, out / name)]
 
 
 def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence[Path]) -> None:
     """Log pictures of a kind, in place of earlier ones of it; where that fails, only say so.
 
-    The folder is one below that of the run's own events, and so a run of its own to TensorBoard,
-    which takes a newer file beside another for a sign that the other is complete, and would miss
-    the curves of a run that goes on.
+    The folder is not the one of the run's own events: TensorBoard takes a file for complete if
+    there is a newer one beside it, and would miss the curves of a run that goes on.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -63,8 +58,7 @@ def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence
 def bounds(result: Mapping[str, Any]) -> tuple[float, float]:
     """The lowest loss, and the highest or, if that is less, ten times the loss of guessing.
 
-    Far away the loss explodes, by an amount that says nothing; without the cut it would leave no
-    colours for the valley.
+    Far away the loss explodes; without the cut no colours would be left for the valley.
     """
     losses = _losses(result)
     high = max(min(losses.max(), 10 * result["guessing"]), 1e-6)
@@ -83,11 +77,11 @@ def contours(result: Mapping[str, Any]) -> Figure:
         axes.contourf(x, x, shown, levels, norm=LogNorm(low, high), cmap=COLOURS, extend="max")
         axes.contour(x, x, shown, levels[2::2], colors="white", linewidths=0.5, alpha=0.6)
         axes.plot(0, 0, "+", color="white", markersize=8)
-        axes.set(title=label, xlabel=AXES[0], aspect="equal")
+        axes.set(title=label, xlabel="along the first direction", aspect="equal")
         axes.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         axes.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
         axes.grid(False)
-    row[0].set_ylabel(AXES[1])
+    row[0].set_ylabel("along the second direction")
     _colour_bar(figure, row, result)
     return figure
 
@@ -99,29 +93,25 @@ def surfaces(result: Mapping[str, Any]) -> Figure:
     """
     losses, coarse = _losses(result), result["coordinates"]
     low, high = bounds(result)
+    marks = ticks(low, high)
     figure, row = plots.panels(len(losses), 3.6, 3.0, subplot_kw={"projection": "3d"})
     halves = [share * coarse[-1] for share in (-0.5, 0, 0.5)]
     sides = len(coarse) - 1
     fine = np.linspace(coarse[0], coarse[-1], sides * math.ceil(60 / sides) + 1)
     x, y = np.meshgrid(fine, fine)
-    for axes, label, loss in zip(row, result["labels"], losses, strict=True):
-        shown: Any = axes
+    shown: Any
+    for shown, label, loss in zip(row, result["labels"], losses, strict=True):
         height = np.log10(np.clip(loss, low, 2 * high)).T
         for axis in (0, 1):
             height = np.apply_along_axis(lambda z: np.interp(fine, coarse, z), axis, height)
         height[height > np.log10(high)] = np.nan
-        shown.plot_surface(
-            *(x, y, height),
-            facecolors=ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(10**height),
-            shade=False,
-            rcount=len(fine),
-            ccount=len(fine),
-            antialiased=False,  # or there would be seams between the faces
-            rasterized=True,  # thousands of faces
-        )
+        colours = ScalarMappable(LogNorm(low, high), COLOURS).to_rgba(10**height)
+        faces = {"facecolors": colours, "shade": False, "rcount": len(fine), "ccount": len(fine)}
+        # Thousands of faces, between which antialiasing would leave seams.
+        shown.plot_surface(x, y, height, **faces, antialiased=False, rasterized=True)
         shown.set_title(label, y=1.0)
         shown.set_zlim(np.log10(low), np.log10(high))
-        shown.set_zticks(np.log10(ticks(low, high)), labels=[f"{t:g}" for t in ticks(low, high)])
+        shown.set_zticks(np.log10(marks), labels=[f"{t:g}" for t in marks])
         shown.set(xticks=halves, yticks=halves)
         shown.tick_params(pad=0)
         shown.view_init(elev=28, azim=-58)
@@ -134,41 +124,32 @@ def ticks(low: float, high: float) -> list[float]:
     return [t for e in range(-12, 6) for t in (10**e, 2 * 10**e, 5 * 10**e) if low <= t <= high]
 
 
-def slices(result: Mapping[str, Any]) -> Figure:
-    """A line per checkpoint along one direction."""
+def lines(result: Mapping[str, Any]) -> Figure:
+    """Of ``1d`` a line per checkpoint; of ``line`` the loss between two, named at the ends."""
     figure, (axes,) = plots.panels(1, 4.6, 3.2)
-    for i, (label, loss) in enumerate(zip(result["labels"], _losses(result), strict=True)):
-        axes.plot(result["coordinates"], loss, linestyle=plots.dash(i), label=label)
-    axes.set(xlabel="along a filter-normalised direction", ylabel=_loss_of(result))
-    _limit(axes, result)
-    axes.legend()
-    return figure
-
-
-def line(result: Mapping[str, Any]) -> Figure:
-    """The loss between two checkpoints, whose names are at the ends."""
-    figure, (axes,) = plots.panels(1, 4.6, 3.2)
-    (loss,) = _losses(result)
-    axes.plot(result["coordinates"], loss, marker="o", markersize=3)
-    first, second = result["labels"]
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "1/4", "1/2", "3/4", second])
-    axes.set(xlabel="on the line between the weights", ylabel=_loss_of(result))
-    _limit(axes, result)
+    losses, x = _losses(result), result["coordinates"]
+    if result["kind"] == "1d":
+        for i, (label, loss) in enumerate(zip(result["labels"], losses, strict=True)):
+            axes.plot(x, loss, linestyle=plots.dash(i), label=label)
+        axes.set_xlabel("along a filter-normalised direction")
+        axes.legend()
+    else:
+        axes.plot(x, losses[0], marker="o", markersize=3)
+        first, second = result["labels"]
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "1/4", "1/2", "3/4", second])
+        axes.set_xlabel("on the line between the weights")
+    axes.set_ylabel(_loss_of(result))
+    low, high = bounds(result)
+    if high > 30 * low:
+        axes.set(yscale="log", ylim=(low / 1.2, 1.2 * high))
+    else:
+        axes.set_ylim(0, 1.05 * high)
     return figure
 
 
 def _losses(result: Mapping[str, Any]) -> np.ndarray:
     losses = np.array(result["loss"], dtype=float)
     return np.where(np.isfinite(losses), losses, np.inf)
-
-
-def _limit(axes: Axes, result: Mapping[str, Any]) -> None:
-    low, high = bounds(result)
-    if high > 30 * low:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.2, 1.2 * high)
-    else:
-        axes.set_ylim(0, 1.05 * high)
 
 
 def _loss_of(result: Mapping[str, Any]) -> str:
@@ -180,6 +161,6 @@ def _colour_bar(figure: Figure, row: list[Axes], result: Mapping[str, Any]) -> N
     cut = _losses(result).max() > high
     mappable = ScalarMappable(LogNorm(low, high), COLOURS)
     bar = figure.colorbar(mappable, ax=row, extend="max" if cut else "neither", shrink=0.9)
-    bar.set_ticks(ticks(low, high), labels=[f"{t:g}" for t in ticks(low, high)])
+    bar.set_ticks(shown := ticks(low, high), labels=[f"{t:g}" for t in shown])
     bar.minorticks_off()
     bar.set_label(_loss_of(result))

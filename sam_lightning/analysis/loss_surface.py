@@ -1,8 +1,7 @@
 """The loss of a network over fixed images, as a function of its weights.
 
-What curvature and pictures of it need: the loss, its gradient and the product of its Hessian with
-a vector, here or some way off. The model comes back as it was: weights bit for bit, ``.grad``,
-running statistics and the training mode of every module.
+The model comes back as it was: weights bit for bit, ``.grad``, running statistics and the training
+mode of every module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +60,7 @@ class LossSurface:
         return LossSurface(self.model, batches, self.criterion, **options)
 
     def in_batches_of(self, size: int) -> "LossSurface":
-        """The same loss, with so many examples in each batch."""
+        """The same loss, with ``size`` examples in each batch."""
         inputs, targets = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         return self.of(list(zip(inputs.split(size), targets.split(size), strict=True)))
 
@@ -93,23 +92,22 @@ class LossSurface:
     @contextmanager
     def moved(self, by: Tensor) -> Iterator[None]:
         """Hold the weights at w + ``by``, a flat vector; they come back bit for bit."""
-        saved = [w.detach().clone() for w in self.weights]
+        weights = [w.detach() for w in self.weights]  # views: autograd sees no change in place
+        saved = [w.clone() for w in weights]
         try:
-            with torch.no_grad():
-                for w, step in zip(self.weights, self.split(by), strict=True):
-                    w.add_(step)
+            for w, step in zip(weights, self.split(by), strict=True):
+                w.add_(step)
             yield
         finally:
-            with torch.no_grad():
-                for w, before in zip(self.weights, saved, strict=True):
-                    w.copy_(before)
+            for w, before in zip(weights, saved, strict=True):
+                w.copy_(before)
 
     def along(self, directions: Sequence[Tensor], coordinates: Sequence[float]) -> Tensor:
-        """L(w + a d) for every a of the coordinates, or L(w + a d + b d') for every a and b.
+        """L(w + a d) for each of P coordinates a, or L(w + a d + b d') for all pairs a, b.
 
         Args:
-            directions: one or two flat vectors.
-            coordinates: of both axes, P of them.
+            directions: one or two flat vectors, d and d'.
+            coordinates: of both axes.
 
         Returns:
             float64, P or P x P, the first direction along the first axis.
@@ -125,24 +123,22 @@ class LossSurface:
     def filter_normalised(self, generator: torch.Generator) -> Tensor:
         """A random direction in the scale of the weights (Li et al. 2018, arXiv 1712.09913, 4).
 
-        Each filter of a Gaussian direction, that is each output unit of a convolution or linear
-        layer, gets the norm of the same filter of the weights. Biases and normalisation layers do
-        not move. So networks that differ in the scale of their weights can be compared.
+        Each filter (output unit) of a Gaussian direction gets the norm of the same filter of the
+        weights; biases and normalisation layers do not move. Networks whose weights differ in scale
+        become comparable.
 
-        Args:
-            generator: on the CPU; models of the same shapes draw the same Gaussians.
+        The generator is on the CPU; models of the same shapes draw the same Gaussians.
         """
         parts = []
         for w in self.weights:
             d = torch.randn(w.shape, generator=generator).to(w)
             if w.ndim <= 1:
-                parts.append(torch.zeros_like(d).flatten())
+                parts.append(torch.zeros_like(d))
                 continue
-            rows, filters = d.flatten(1), w.detach().flatten(1)
-            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            size = torch.linalg.vector_norm(filters, dim=1, keepdim=True)
-            parts.append((rows * (size / (length + 1e-10))).flatten())
-        return torch.cat(parts)
+            rows = d.flatten(1)
+            length, size = (x.norm(dim=1, keepdim=True) for x in (rows, w.detach().flatten(1)))
+            parts.append(rows * (size / (length + 1e-10)))
+        return _flat(parts)
 
     def zeros(self) -> Tensor:
         """The flat vector 0."""
@@ -180,13 +176,8 @@ def fixed_batches(
 ) -> list[Batch]:
     """Batches for a ``LossSurface``: images of one split, normalised and not augmented.
 
-    Args:
-        data: read already.
-        split: ``train`` (with label noise where the run has it), ``val`` or ``test``.
-        images: how many to draw, stratified and in random order; all if there are fewer.
-        batch_size: images per batch; the last one may have fewer.
-        seed: the draw depends on nothing else.
-        device: where the batches go.
+    ``seed`` alone draws ``images`` of them, stratified and in random order; all if there are fewer.
+    ``train`` has label noise where the run has it.
 
     Raises:
         ConfigError: the run has no validation images.

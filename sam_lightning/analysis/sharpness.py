@@ -2,18 +2,15 @@
 
 import math
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from sam_lightning.analysis.checkpoints import (
-    SHARED_DEFAULTS,
-    SHARED_RULES,
+    SHARED_KEYS,
     LoadedCheckpoint,
     labels_of,
     load_checkpoints,
@@ -23,6 +20,7 @@ from sam_lightning.analysis.checkpoints import (
 )
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.inference.command import keys, show, table
 from sam_lightning.runs.files import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -44,30 +42,19 @@ most max_steps, of which each keeps a vector of the size of the weights; trace_s
 the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
 take half the time with images=256, and then depend more on which images are drawn.
 """
-DEFAULTS = SHARED_DEFAULTS | {
-    "labels": None,
-    "rho": 0.05,
-    "m": 128,
-    "ascent_steps": 10,
-    "top_k": 10,
-    "max_steps": 100,
-    "trace_samples": 4,
-    "density": False,
-    "density_samples": 1,
-    "density_steps": 16,
+KEYS = {
+    **SHARED_KEYS,
+    "rho": (0.05, "a number > 0"),
+    "m": (128, "a whole number >= 1"),
+    "ascent_steps": (10, "a whole number >= 1"),
+    "top_k": (10, "a whole number >= 1"),
+    "max_steps": (100, "a whole number >= 2"),
+    "trace_samples": (4, "a whole number >= 2"),
+    "density": (False, "true, false"),
+    "density_samples": (1, "a whole number >= 1"),
+    "density_steps": (16, "a whole number >= 2"),
 }
-RULES = [
-    *SHARED_RULES,
-    ("rho", "a number > 0"),
-    ("m", "a whole number >= 1"),
-    ("ascent_steps", "a whole number >= 1"),
-    ("top_k", "a whole number >= 1"),
-    ("max_steps", "a whole number >= 2"),
-    ("trace_samples", "a whole number >= 2"),
-    ("density", "true, false"),
-    ("density_samples", "a whole number >= 1"),
-    ("density_steps", "a whole number >= 2"),
-]
+DEFAULTS, RULES = keys(KEYS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,19 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     for checkpoint in loaded:
         make_folder(checkpoint.out, checkpoint.out)
 
-    results: dict[Path, list[dict[str, Any]]] = {}
+    results: dict[Path, list[dict[str, Any]]] = {checkpoint.out: [] for checkpoint in loaded}
     try:
         with progress() as bar:
             for checkpoint, label in zip(loaded, labels, strict=True):
-                measured = {"label": label, "ckpt_path": str(checkpoint.file)}
-                measured |= measure(checkpoint, label, options, bar)
-                results.setdefault(checkpoint.out, []).append(measured)
-                write_json(
-                    checkpoint.out / "sharpness.json", {"checkpoints": results[checkpoint.out]}
-                )
+                group = results[checkpoint.out]
+                group.append(measure(checkpoint, label, options, bar))
+                write_json(checkpoint.out / "sharpness.json", {"checkpoints": group})
     finally:  # what was measured is shown also where it cannot be written
-        if results:
-            print_table([measured for group in results.values() for measured in group], options)
+        if measured := [found for group in results.values() for found in group]:
+            print_table(measured, options)
     for out, group in results.items():
         files = [out / "sharpness.json"]
         if options.density:
@@ -122,6 +106,8 @@ def measure(
     with stage(bar, surface, f"{label}: trace", options.trace_samples):
         trace, trace_error = curvature.trace(surface, generator, options.trace_samples, top)
     measured = {
+        "label": label,
+        "ckpt_path": str(checkpoint.file),
         **{key: options[key] for key in ("split", "rho", "m", "ascent_steps", "seed")},
         "images": surface.examples,
         "weights": surface.size,
@@ -146,38 +132,22 @@ def measure(
 def print_table(results: list[dict[str, Any]], options: DictConfig) -> None:
     """A row per checkpoint."""
     k = min(options.top_k, 5)  # the ratio of Foret et al. 2021, 4.2
-    table = Table(title=f"rho {options.rho:g}, {results[0]['images']} images of {options.split}")
-    table.add_column("run")
-    for heading in (
-        "loss",
-        "sharpness",
-        f"in {options.ascent_steps}\nsteps",
-        f"by {options.m}\nimages",
-        "λ 1",
-        *([f"λ 1 /\nλ {k}"] if k > 1 else []),
-        "trace",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    in_steps, by_m = f"in {options.ascent_steps}\nsteps", f"by {options.m}\nimages"
+    ratio = [f"λ 1 /\nλ {k}"] if k > 1 else []
+    shown = table(
+        *("run", "loss", "sharpness", in_steps, by_m, "λ 1", *ratio, "trace"),
+        title=f"rho {options.rho:g}, {results[0]['images']} images of {options.split}",
+    )
     for r in results:
         top = r["eigenvalues"]
-        ratio = top[0] / top[k - 1] if top[k - 1] else math.nan
-        table.add_row(
-            escape(r["label"]),
-            f"{r['loss']:.4g}",
-            f"{r['worst']:.4g}",
-            f"{r['worst_by_steps']:.4g}",
-            f"{r['m_sharpness']:.4g}",
-            f"{r['lambda_max']:.4g}{_unless_known(r)}",
-            *([f"{ratio:.3g}"] if k > 1 else []),
-            f"{r['trace']:.4g} ± {r['trace_error']:.2g}",
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _unless_known(result: dict[str, Any]) -> str:
-    """How far off the largest eigenvalue may be, if ``max_steps`` were too few to know it well."""
-    error = result["eigenvalue_errors"][0]
-    return f" ± {error:.2g}" if error > 0.01 * abs(result["lambda_max"]) else ""
+        largest, error = f"{r['lambda_max']:.4g}", r["eigenvalue_errors"][0]
+        if error > 0.01 * abs(r["lambda_max"]):  # too few max_steps to know it well
+            largest += f" ± {error:.2g}"
+        ratio = [f"{top[0] / top[k - 1] if top[k - 1] else math.nan:.3g}"] if k > 1 else []
+        measures = [f"{r[key]:.4g}" for key in ("loss", "worst", "worst_by_steps", "m_sharpness")]
+        trace = f"{r['trace']:.4g} ± {r['trace_error']:.2g}"
+        shown.add_row(escape(r["label"]), *measures, largest, *ratio, trace)
+    show(shown)
 
 
 def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
@@ -187,25 +157,21 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     from sam_lightning import plotting as plots
     from sam_lightning.analysis.curvature import Spectrum
 
-    spectra = [
-        Spectrum(**{k: torch.tensor(v, dtype=torch.float64) for k, v in r["density"].items()})
-        for r in results
-    ]
+    tensor = partial(torch.tensor, dtype=torch.float64)
+    spectra = [Spectrum(**{k: tensor(v) for k, v in r["density"].items()}) for r in results]
     low = min(s.nodes.min().item() for s in spectra)
     high = max(s.nodes.max().item() for s in spectra)
-    finest = [s.resolution(len(r["eigenvalues"])) for r, s in zip(results, spectra, strict=True)]
+    pairs = list(zip(results, spectra, strict=True))
+    finest = [s.resolution(len(r["eigenvalues"])) for r, s in pairs]
     width = max(0.005 * (high - low), *finest) or 1.0
     points = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=torch.float64)
-    counts = [
-        s.density(points, width) * r["weights"] for r, s in zip(results, spectra, strict=True)
-    ]
+    counts = [s.density(points, width) * r["weights"] for r, s in pairs]
     with plots.style():
         figure, (axes,) = plots.panels(1, 5.0, 3.2)
+        foot = axes.get_xaxis_transform()
         for i, (r, count) in enumerate(zip(results, counts, strict=True)):
-            label = plots.plain(r["label"])
+            label, found = plots.plain(r["label"]), r["eigenvalues"]
             axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
-            # Those that were found one by one.
-            foot, found = axes.get_xaxis_transform(), r["eigenvalues"]
             axes.plot(found, [0.02 + 0.03 * i] * len(found), f"C{i}|", transform=foot)
         axes.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues per unit")
         # From the peak of a fortieth of an eigenvalue on.

@@ -1,7 +1,6 @@
 """Augmentation of whole batches, on the device of the batch, with one draw per image.
 
-A loader that augments image by image is what a small network on a fast device waits for. Here a
-batch is padded, cropped, flipped and normalised by a handful of tensor operations.
+A small network on a fast device would wait for a loader that augments image by image.
 """
 
 import math
@@ -13,15 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-POLICIES = ("autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment")
+# By name, the class in torchvision's v2 and the member of ``AutoAugmentPolicy`` that it takes.
+POLICIES = {
+    "autoaugment": ("AutoAugment", "CIFAR10"),
+    "autoaugment_svhn": ("AutoAugment", "SVHN"),
+    "trivialaugment": ("TrivialAugmentWide", None),
+    "randaugment": ("RandAugment", None),
+}
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255.
-
-    They come from 256-bin histograms: exact, and without a float copy of the images.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
+    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255."""
+    values = torch.arange(256, dtype=torch.float64) / 255  # of a histogram: exact, without floats
     means, stds = [], []
     for channel in images.unbind(1):
         weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
@@ -36,13 +38,12 @@ class BatchAugment:
     Args:
         mean: per channel, of pixels in 0..1.
         std: per channel, of pixels in 0..1; > 0.
-        crop_padding: black pixels on every side, of which a window of the old size is cut; 0: none.
+        crop_padding: black pixels on every side before a window of the old size is cut; 0: none.
         flip: mirror every other image, left to right, on average.
         cutout: side in pixels of a square of the mean colour around a uniformly drawn pixel, cut
             off at the borders (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
-        policy: torchvision's AutoAugment with its policy for CIFAR-10 or for SVHN, its
-            TrivialAugmentWide or RandAugment, or None. It treats one image after the other, and is
-            much slower than all the rest: best done on the CPU, by several processes.
+        policy: one of ``POLICIES`` or None. It treats one image after the other, and is much
+            slower than all the rest: best done on the CPU, by several processes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -61,12 +62,11 @@ class BatchAugment:
             raise ValueError(f"mean={list(mean)}: must be one finite number per channel")
         if len(std) != len(mean) or not all(0 < s < math.inf for s in std):
             raise ValueError(f"std={list(std)}: must be {len(mean)} numbers > 0")
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding={crop_padding}: must be an integer >= 0")
-        if cutout < 0:
-            raise ValueError(f"cutout={cutout}: must be an integer >= 0")
+        for key, value in (("crop_padding", crop_padding), ("cutout", cutout)):
+            if value < 0:
+                raise ValueError(f"{key}={value}: must be an integer >= 0")
         if policy is not None and policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: must be null or one of {list(POLICIES)}")
+            raise ValueError(f"policy={policy!r}: must be null or one of {[*POLICIES]}")
         if policy is not None and len(mean) not in (1, 3):
             raise ValueError(f"policy={policy!r}: needs images of 1 or 3 channels")
         self.crop_padding = crop_padding
@@ -79,14 +79,9 @@ class BatchAugment:
         self._affine = {torch.device("cpu"): affine.float()}
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment and normalise a batch.
+        """Augment and normalise uint8 N x C x H x W to a new float32 tensor of the same shape.
 
-        Args:
-            images: uint8, N x C x H x W.
-            generator: the only source of randomness; on the device of ``images``.
-
-        Returns:
-            float32, N x C x H x W, a new tensor.
+        The generator, on the device of ``images``, is the only source of randomness.
         """
         return self.finish(self.transform(images, generator), generator)
 
@@ -153,8 +148,5 @@ class BatchAugment:
 def _policy(name: str) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2  # slow to import, and seldom needed
 
-    if name == "autoaugment":
-        return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    if name == "autoaugment_svhn":
-        return v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
-    return v2.TrivialAugmentWide() if name == "trivialaugment" else v2.RandAugment()
+    transform, member = POLICIES[name]
+    return getattr(v2, transform)(*([v2.AutoAugmentPolicy[member]] if member else []))

@@ -1,8 +1,7 @@
 """CIFAR-10-C and CIFAR-100-C: the test images with published corruptions.
 
-Hendrycks and Dietterich 2019 (arXiv 1903.12261); the archives are at https://zenodo.org, records
-2535967 and 3555552. Each corruption is one file of all test images at severity 1, then at 2, up to
-5.
+Hendrycks and Dietterich 2019 (arXiv 1903.12261); https://zenodo.org, records 2535967 and 3555552.
+Each corruption is one file of all test images at severity 1, then at 2, up to 5.
 """
 
 from pathlib import Path
@@ -15,8 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 
 SEVERITIES = 5
-# The benchmark. The archives have four more, gaussian_blur, saturate, spatter and speckle_noise,
-# which are for choosing hyperparameters.
+# The benchmark; the four more in the archives are meant for choosing hyperparameters.
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
     *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -29,7 +27,7 @@ class CorruptedImages:
     """The files of a folder, checked when they are opened and read when they are needed.
 
     Args:
-        folder: has ``labels.npy`` and a ``.npy`` file for each of ``CORRUPTIONS``.
+        folder: has ``labels.npy`` and a ``.npy`` file of each of ``CORRUPTIONS``.
         labels: of the test set; the folder must have the same in the same order.
 
     Raises:
@@ -59,13 +57,11 @@ class CorruptedImages:
         return torch.from_numpy(np.ascontiguousarray(part.transpose(0, 3, 1, 2)))
 
     def _open(self, name: str) -> np.ndarray:
-        file = self.folder / f"{name}.npy"
+        file, said = self.folder / f"{name}.npy", f"corruptions={self.folder}:"
         if not file.is_file():
-            raise ConfigError(f"corruptions={self.folder}: there is no {name}.npy in it")
+            raise ConfigError(f"{said} there is no {name}.npy in it")
         try:
             opened: np.ndarray = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(
-                f"corruptions={self.folder}: cannot read {name}.npy ({one_line(error)})"
-            ) from error
+            raise ConfigError(f"{said} cannot read {name}.npy ({one_line(error)})") from error
         return opened

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
@@ -14,11 +13,7 @@ from sam_lightning.data.source import ImageSource
 
 
 class ImageDataModule(ImageData, LightningDataModule):
-    """``ImageData`` as a ``LightningDataModule``; arguments, attributes and errors are the same.
-
-    Attributes are set by ``setup``. ``device="cuda"`` keeps the images on the device that the
-    trainer trains on.
-    """
+    """``ImageData`` as a ``LightningDataModule``; ``setup`` sets its attributes."""
 
     _prepared: ImageSource | None = None
 
@@ -38,10 +33,9 @@ class ImageDataModule(ImageData, LightningDataModule):
         if self._augment is None:
             self.read(self._prepared)
             self._prepared = None
-        if self.device is not None and self.trainer is not None:
-            self._move(self.trainer.strategy.root_device)
-
-    def _move(self, device: torch.device) -> None:
+        if self.device is None or self.trainer is None:
+            return
+        device = self.trainer.strategy.root_device
         if device.type != self.device:
             raise ValueError(
                 f"device={self.device}: the trainer trains on {device.type}; set device to that "
@@ -75,7 +69,7 @@ class ImageDataModule(ImageData, LightningDataModule):
         return self.eval_loader(self.test, *self._world(), self._pin_memory())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment a training batch, or what is left of that, and normalise any other."""
+        """Augment a training batch, as far as its loader has not, and normalise any other."""
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
             return self.normalize(images), labels
@@ -93,16 +87,12 @@ class ImageDataModule(ImageData, LightningDataModule):
         return isinstance(accelerator, CUDAAccelerator) and self.device is None
 
     def _world(self) -> tuple[int, int]:
-        """Number of processes, and which of them this one is."""
-        if self.trainer is None:
-            return 1, 0
-        return self.trainer.world_size, self.trainer.global_rank
+        """Number of processes, and this one's rank."""
+        trainer = self.trainer
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
 
 def _epoch(trainer: Any) -> int:
-    """The running epoch, or the next one, as ``Trainer`` tells it to samplers.
-
-    ``trainer.current_epoch`` lags behind it while a checkpoint is being resumed.
-    """
+    """The running or the next epoch; ``trainer.current_epoch`` lags behind it in a resumed run."""
     epoch: int = trainer.fit_loop.epoch_progress.current.processed
     return epoch

@@ -5,14 +5,16 @@ a seed see the same batches bit for bit, whatever else they do with random numbe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from sam_lightning.config.errors import argument_errors
+from sam_lightning.config.instantiate import check_names, factory
 from sam_lightning.data.augment import BatchAugment, channel_statistics
 from sam_lightning.data.loading import (
     EpochSampler,
@@ -26,16 +28,19 @@ from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
 DEVICES = (None, "cpu", "cuda")  # where images are kept
+# Keys of the data configuration that belong to its source; the rest are fields of ImageData.
+SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
 
 
+@dataclass(eq=False, repr=False)
 class ImageData:
     """Serves an image source; batches are augmented after they are on the training device.
 
-    With a policy, which treats images one by one, crop, flip and policy are the work of the loader
-    and its processes; only normalisation and cutout are left to the training device.
+    With a policy, the loader and its processes crop, flip and apply it, image by image; only
+    normalisation and cutout are left to the training device.
 
     Args:
         source: reads the data, for instance ``partial(cifar10, root="data")``.
@@ -51,8 +56,7 @@ class ImageData:
         mean: per channel, of pixels in 0..1; None: that of the training images.
         std: likewise.
         crop_padding, flip, cutout, policy: see ``BatchAugment``.
-        num_workers: loading processes; 0 is fast, as a batch is a copy out of memory. A policy is
-            a reason for more.
+        num_workers: loading processes; 0 is fast, unless there is a policy.
         drop_last: leave out the last training batch of an epoch if it is not full.
         pin_memory: None: if the batches go to a CUDA device and the images are not there yet.
         device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
@@ -63,75 +67,58 @@ class ImageData:
         train, test (``Split``), val (``Split`` or None).
 
     Raises:
-        ValueError: an argument is out of its range, at once or, where the range depends on the
-            data or on the number of processes, later.
+        ValueError: an argument is out of its range; by ``read``, out of the range of the data.
     """
 
-    classes: list[str]
-    train: Split
-    val: Split | None
-    test: Split
+    source: Callable[[], ImageSource]
+    batch_size: int = 128
+    eval_batch_size: int = 512
+    val_size: int | float = 0
+    subset: int | float = 1.0
+    label_noise: float = 0.0
+    seed: int = 0
+    split_seed: int = 0
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+    policy: str | None = None
+    num_workers: int = 0
+    drop_last: bool = False
+    pin_memory: bool | None = None
+    device: str | None = None
 
-    def __init__(
-        self,
-        source: Callable[[], ImageSource],
-        batch_size: int = 128,
-        eval_batch_size: int = 512,
-        val_size: int | float = 0,
-        subset: int | float = 1.0,
-        label_noise: float = 0.0,
-        seed: int = 0,
-        split_seed: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        crop_padding: int = 4,
-        flip: bool = True,
-        cutout: int = 0,
-        policy: str | None = None,
-        num_workers: int = 0,
-        drop_last: bool = False,
-        pin_memory: bool | None = None,
-        device: str | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        for key, value, ok, allowed in [
-            ("batch_size", batch_size, batch_size >= 1, "an integer >= 1"),
-            ("eval_batch_size", eval_batch_size, eval_batch_size >= 1, "an integer >= 1"),
-            ("val_size", val_size, val_size >= 0, "a number of images, or a fraction in [0, 1)"),
-            ("subset", subset, subset > 0, "a fraction in (0, 1], or a number of images"),
-            ("label_noise", label_noise, 0 <= label_noise <= 1, "a fraction in [0, 1]"),
-            ("num_workers", num_workers, num_workers >= 0, "an integer >= 0"),
+        for key, ok, allowed in [
+            ("batch_size", self.batch_size >= 1, "an integer >= 1"),
+            ("eval_batch_size", self.eval_batch_size >= 1, "an integer >= 1"),
+            ("val_size", self.val_size >= 0, "a number of images, or a fraction in [0, 1)"),
+            ("subset", self.subset > 0, "a fraction in (0, 1], or a number of images"),
+            ("label_noise", 0 <= self.label_noise <= 1, "a fraction in [0, 1]"),
+            ("num_workers", self.num_workers >= 0, "an integer >= 0"),
         ]:
             if not ok:
-                raise ValueError(f"{key}={value}: must be {allowed}")
-        if device not in DEVICES:
-            raise ValueError(f"device={device!r}: must be null or one of {list(DEVICES[1:])}")
-        if device == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"{key}={getattr(self, key)}: must be {allowed}")
+        if self.device not in DEVICES:
+            raise ValueError(f"device={self.device!r}: must be null or one of {[*DEVICES[1:]]}")
+        if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: there is no CUDA device here; set it to null")
-        if device is not None and num_workers:
+        if self.device is not None and self.num_workers:
             raise ValueError(
-                f"num_workers={num_workers}: must be 0 with device={device}, as other "
+                f"num_workers={self.num_workers}: must be 0 with device={self.device}, as other "
                 "processes cannot load from there"
             )
-        self.source = source
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.subset = subset
-        self.label_noise = label_noise
-        self.seed = seed
-        self.split_seed = split_seed
-        self.mean = mean
-        self.std = std
-        self.num_workers = num_workers
-        self.drop_last = drop_last
-        self.pin_memory = pin_memory
-        self.device = device
-        self._make_augment = partial(
-            BatchAugment, crop_padding=crop_padding, flip=flip, cutout=cutout, policy=policy
-        )
         self._make_augment([0.0], [1.0])  # wrong options fail before any data is read
         self._augment: BatchAugment | None = None
+        self.classes: list[str]
+        self.train: Split
+        self.val: Split | None
+        self.test: Split
+
+    def _make_augment(self, mean: Sequence[float], std: Sequence[float]) -> BatchAugment:
+        return BatchAugment(mean, std, self.crop_padding, self.flip, self.cutout, self.policy)
 
     def read(self, source: ImageSource | None = None) -> None:
         """Read the source, unless it is given as read already, and split it."""
@@ -151,30 +138,29 @@ class ImageData:
             raise ValueError(f"mean={list(self.mean)}: must be {self.in_channels} numbers")
         self._augment = self._make_augment(self.mean, self.std)
         height, width = self.train.images.shape[-2:]
-        side = min(height, width)
         for key in ("crop_padding", "cutout"):
-            if (value := getattr(self._augment, key)) > side:  # little would be left of an image
+            if (value := getattr(self, key)) > min(height, width):  # would leave little of an image
                 raise ValueError(
-                    f"{key}={value}: must be <= {side} for images of {width} x {height} pixels"
+                    f"{key}={value}: must be <= {min(height, width)} for images of {width} x "
+                    f"{height} pixels"
                 )
 
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
         train, val = source.train, source.val
         if val is None and self.val_size:
-            count = self._count("val_size", self.val_size, len(train), len(train) - 1)
-            held_out, kept = stratified_split(train.labels, count, draw_seed(self.split_seed, _VAL))
+            held_out, kept = self._drawn("val_size", train, len(train) - 1, _VAL)
             train, val = train.take(kept), train.take(held_out)
         if self.subset != 1.0:
-            count = self._count("subset", self.subset, len(train), len(train))
-            kept, _ = stratified_split(train.labels, count, draw_seed(self.split_seed, _SUBSET))
+            kept, _ = self._drawn("subset", train, len(train), _SUBSET)
             train = train.take(kept)
         return train, val
 
-    def _count(self, key: str, size: int | float, total: int, most: int) -> int:
+    def _drawn(self, key: str, train: Split, most: int, stream: int) -> tuple[Tensor, Tensor]:
+        size, total = getattr(self, key), len(train)
         count = round(size * total) if size < 1 else int(size)
         if not 1 <= count <= most or (size >= 1 and count != size):
             raise ValueError(f"{key}={size}: must come to 1..{most} of the {total} training images")
-        return count
+        return stratified_split(train.labels, count, draw_seed(self.split_seed, stream))
 
     def _add_label_noise(self) -> None:
         noisy = round(self.label_noise * len(self.train))
@@ -204,7 +190,7 @@ class ImageData:
         """One process's share of the training set, in an order that (seed, epoch) fixes."""
         assert self._augment is not None
         dataset, make_sampler = SplitDataset(self.train), TrainSampler
-        if self._augment.policy is not None:
+        if self.policy is not None:
             seed = draw_seed(self.seed, _TRANSFORM, rank)
             dataset = TransformedDataset(self.train, self._augment, seed)
             make_sampler = EpochSampler
@@ -221,8 +207,9 @@ class ImageData:
         """One process's share of a split, in order."""
         dataset = SplitDataset(split)
         sampler = EvalShard(dataset, world_size, rank)
-        options = self._loader_options(sampler, self.eval_batch_size, pin_memory)
-        return DataLoader(dataset, **options)
+        return DataLoader(
+            dataset, **self._loader_options(sampler, self.eval_batch_size, pin_memory)
+        )
 
     def _loader_options(
         self, sampler: DistributedSampler[Any], batch_size: int, pin_memory: bool
@@ -241,11 +228,27 @@ class ImageData:
         assert self._augment is not None
         seed = draw_seed(self.seed, _AUGMENT, epoch, step, rank)
         generator = torch.Generator(images.device).manual_seed(seed)
-        in_loader = self._augment.policy is not None
-        augment = self._augment.finish if in_loader else self._augment
+        augment = self._augment if self.policy is None else self._augment.finish
         return augment(images, generator)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise uint8 images, as evaluation does."""
         assert self._augment is not None
         return self._augment.normalize(images)
+
+
+Kind = TypeVar("Kind", bound=ImageData)
+
+
+def build_data(cfg: DictConfig, kind: type[Kind]) -> Kind:
+    """The data that ``cfg.data``, ``cfg.batch_size`` and ``cfg.seed`` describe, not read yet.
+
+    Raises:
+        ConfigError: a key does not exist, or its value is out of its range.
+    """
+    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    own: dict[str, Any] = {"source": factory(cfg, "data.source")}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    check_names("data", options, kind, own)
+    with argument_errors("data"):
+        return kind(**own, **options)

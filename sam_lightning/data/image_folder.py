@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def image_folder(
         ConfigError: a folder is missing, a class is empty, the class names of the folders differ,
             a file is no image, or sizes differ without ``image_size``.
     """
+    from torchvision.datasets import ImageFolder  # slow to import
+
     if image_size is not None and image_size < 1:
         raise ConfigError(f"data.image_size={image_size}: must be >= 1, or null")
     base = Path(root).expanduser()
@@ -49,56 +52,38 @@ def image_folder(
     for missing in {"train", "test"} - set(names):
         if missing == "train" or "val" not in names:
             raise ConfigError(f"data.root={root!r}: no folder {base / missing}; need {_FOLDERS}")
-    classes: list[list[str]] = []
-    listed = []
+    folders = []
     for name in names:
-        found, samples = _list_images(base / name)
-        classes.append(found)
-        listed.append(samples)
-        for odd in sorted(set(found) ^ set(classes[0])):
+        try:
+            folders.append(ImageFolder(base / name))
+        except FileNotFoundError as error:  # a class without an image
+            raise ConfigError(f"data.root: folder {base / name}: {one_line(error)}") from error
+    classes = folders[0].classes
+    for name, folder in zip(names, folders, strict=True):
+        for odd in sorted({*folder.classes} ^ {*classes}):
             raise ConfigError(
                 f"data.root={root!r}: class {odd!r} is not in both {base / 'train'} and "
                 f"{base / name}; they must have the same classes"
             )
-    if len(classes[0]) < 2:
+    if len(classes) < 2:
         raise ConfigError(f"data.root={root!r}: needs two classes, {base / 'train'} has one")
-    paths = [[Path(path) for path, _ in samples] for samples in listed]
+    paths = [[Path(path) for path, _ in folder.samples] for folder in folders]
     images = decode_cached(base, paths, image_size, Path(cache_dir or "data/cache"))
-    labels = [torch.tensor([label for _, label in samples]) for samples in listed]
+    labels = [torch.tensor(folder.targets) for folder in folders]
     splits = dict(zip(names, map(Split, images, labels), strict=True))
     test = splits["test"] if "test" in splits else splits.pop("val")
-    return ImageSource(splits["train"], test, classes[0], splits.get("val"))
-
-
-def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, class_to_idx = find_classes(folder)
-        return classes, make_dataset(folder, class_to_idx, IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise ConfigError(f"data.root: folder {folder}: {one_line(error)}") from error
+    return ImageSource(splits["train"], test, classes, splits.get("val"))
 
 
 def decode_cached(
     base: Path, paths: list[list[Path]], image_size: int | None, cache_dir: Path
 ) -> list[Tensor]:
-    """Read lists of image files into one uint8 N x 3 x H x W tensor each.
-
-    Args:
-        base: the folder that all are in; where it lies makes no difference to the cache.
-        paths: the lists, none of them empty.
-        image_size: side of a square, or None where all images have one size.
-        cache_dir: has what was decoded in an earlier run, for files that are still the same.
-
-    Raises:
-        ConfigError: a file cannot be read, is no image, or is of another size than the others.
-    """
+    """Read lists of image files, below ``base``, into one uint8 N x 3 x H x W tensor each."""
     file = cache_dir / f"images-{_key(base, paths, image_size)}.pt"
     if file.exists():
         try:
             with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
-                if (damaged := archive.testzip()) is not None:
+                if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is not what was saved")
             images: list[Tensor] = torch.load(file, weights_only=True)
             if [len(split) for split in images] == [len(split) for split in paths]:
@@ -109,17 +94,17 @@ def decode_cached(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            torch.save(images, Path(folder) / "images.pt")
-            os.replace(Path(folder) / "images.pt", file)  # readers see all of it or nothing
+            torch.save(images, new := Path(folder, "images.pt"))
+            os.replace(new, file)  # readers see all of it or nothing
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         warnings.warn(f"cannot keep decoded images in {cache_dir}: {error}", stacklevel=2)
     return images
 
 
 def _key(base: Path, paths: list[list[Path]], image_size: int | None) -> str:
-    """A hash of the names, sizes and times of all files: another one if any is changed."""
+    """A hash of the names below ``base``, sizes and times of all files."""
     listing: list[Any] = [image_size]
-    for path in (path for split in paths for path in split):
+    for path in chain(*paths):
         try:
             status = path.stat()
         except OSError as error:
@@ -131,7 +116,6 @@ def _key(base: Path, paths: list[list[Path]], image_size: int | None) -> str:
 
 
 def _decode(paths: list[list[Path]], image_size: int | None) -> list[Tensor]:
-    """Read each list of files into one uint8 N x 3 x H x W tensor."""
     first = paths[0][0]
     height, width = _read(first, image_size).shape[:2]
     try:
@@ -139,9 +123,8 @@ def _decode(paths: list[list[Path]], image_size: int | None) -> list[Tensor]:
     except RuntimeError as error:
         count = sum(map(len, paths))
         raise ConfigError(
-            f"data.image_size={'null' if image_size is None else image_size}: {count} images of "
-            f"{width} x {height} take {3 * count * height * width / 1e9:.1f} GB, which are not "
-            "there; set a smaller one"
+            f"data.image_size={image_size or 'null'}: {count} images of {width} x {height} take "
+            f"{3 * count * height * width / 1e9:.1f} GB, which are not there; set a smaller one"
         ) from error
 
     def fill(path: Path, out: np.ndarray) -> None:

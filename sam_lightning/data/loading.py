@@ -28,19 +28,16 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: list[Any]) -> tuple[Tensor, Tensor]:
         images = self.split.images
         # Pinned, or the copy of the indices would wait until the device has done its work.
-        on_device = torch.tensor(indices, pin_memory=images.is_cuda).to(
-            images.device, non_blocking=images.is_cuda
-        )
-        batch = self.split.take(on_device)
+        given = torch.tensor(indices, pin_memory=images.is_cuda)
+        batch = self.split.take(given.to(images.device, non_blocking=images.is_cuda))
         return batch.images, batch.labels
 
 
 class TransformedDataset(SplitDataset):
-    """A ``SplitDataset`` with the slow half of an augmentation, for loading processes to do.
+    """A ``SplitDataset`` with the slow half of an augmentation, done by loading processes.
 
     It takes the keys of an ``EpochSampler``: a worker is not told when an epoch begins. What it
-    draws depends on the seed (another one for each rank), the epoch and which images make up the
-    batch, and so neither on the worker nor on what was loaded before.
+    draws depends on the seed (each rank has its own), the epoch and the images of the batch alone.
     """
 
     def __init__(self, split: Split, augment: BatchAugment, seed: int) -> None:
@@ -76,11 +73,10 @@ class EpochSampler(TrainSampler):
 class TrainLoader(DataLoader[tuple[Tensor, Tensor]]):
     """A ``DataLoader`` that continues an epoch behind the batches done before a checkpoint.
 
-    Lightning saves and restores the state of loaders that have these two methods. What has been
-    fetched in advance does not matter: ``done`` returns how many batches were trained on.
+    Lightning saves and restores the state of loaders that have these two methods.
     """
 
-    done: Callable[[], int]
+    done: Callable[[], int]  # how many batches were trained on, whatever was fetched in advance
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches done in this epoch, 0 at its end."""
@@ -97,7 +93,7 @@ class EvalShard(DistributedSampler[int]):
     """Every ``num_replicas``-th index, in order: over all ranks each one exactly once.
 
     A plain ``DistributedSampler`` repeats examples until all ranks have equally many, and metrics
-    over them would be off. It is one still, for Lightning leaves those as they are.
+    over them would be off. Lightning would put one in place of any other sampler.
     """
 
     def __iter__(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """A data set in memory: uint8 images and their labels.
 
-Every source of images is a function that returns an ``ImageSource``. A new data set is one such
-function and one YAML file in ``conf/data``; the function is here, or in a package of your own.
+A new data set is a function that returns an ``ImageSource``, here or in a package of your own, and
+a YAML file in ``conf/data``.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class ImageSource:
     """What a data set offers; ``val`` is None unless it has a validation set of its own.
 
     Raises:
-        ConfigError: images and labels are not those of a ``Split`` of these classes.
+        ConfigError: images and labels are not as ``Split`` says, or not of these classes.
     """
 
     train: Split
@@ -71,13 +71,8 @@ def _misfit(split: Split, classes: int) -> str | None:
 def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw ``count`` of N examples so that every class keeps its share, rounded either way.
 
-    Args:
-        labels: int64, N.
-        count: how many to draw, 0..N.
-        seed: the draw depends on nothing else.
-
     Returns:
-        int64 indices, sorted: those of the ``count`` drawn and those of the others.
+        sorted int64 indices, of the ``count`` that ``seed`` alone draws and of the others.
     """
     sizes = torch.bincount(labels)
     shares = sizes * count  # in units of 1 / N, so the remainders below are exact

@@ -12,9 +12,6 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
-# Arguments of torchvision's classes, in the order in which they are opened.
-TEST_AND_TRAIN = ({"train": False}, {"train": True})
-
 
 def cifar10(root: str, download: bool = True) -> ImageSource:
     """CIFAR-10: 50,000 + 10,000 colour images of 32 x 32 in 10 classes (Krizhevsky 2009).
@@ -26,16 +23,12 @@ def cifar10(root: str, download: bool = True) -> ImageSource:
     Raises:
         ConfigError: the files are missing or damaged and cannot be downloaded.
     """
-    from torchvision.datasets import CIFAR10
-
-    return _from_torchvision(CIFAR10, root, download)
+    return _from_torchvision("CIFAR10", root, download)
 
 
 def cifar100(root: str, download: bool = True) -> ImageSource:
-    """CIFAR-100 with its 100 fine labels; else as ``cifar10``, in ``cifar-100-python``."""
-    from torchvision.datasets import CIFAR100
-
-    return _from_torchvision(CIFAR100, root, download)
+    """CIFAR-100 with its 100 fine labels: as ``cifar10``, in ``cifar-100-python``."""
+    return _from_torchvision("CIFAR100", root, download)
 
 
 def fashion_mnist(root: str, download: bool = True) -> ImageSource:
@@ -43,31 +36,28 @@ def fashion_mnist(root: str, download: bool = True) -> ImageSource:
 
     Arguments and errors are those of ``cifar10``; the files are in ``FashionMNIST/raw``.
     """
-    from torchvision.datasets import FashionMNIST
-
-    return _from_torchvision(FashionMNIST, root, download)
+    return _from_torchvision("FashionMNIST", root, download)
 
 
 def svhn(root: str, extra: bool = False, download: bool = True) -> ImageSource:
     """SVHN: 73,257 + 26,032 colour crops of house numbers, 32 x 32, 10 digits (Netzer et al. 2011).
 
-    Args:
-        root: the folder that holds, or is to hold, ``train_32x32.mat`` and ``test_32x32.mat``.
-        extra: train on the 531,131 crops of ``extra_32x32.mat`` too, which are easier.
-        download: fetch files that are missing or damaged.
-
-    Raises:
-        ConfigError: the files are missing or damaged and cannot be downloaded.
+    ``extra`` adds the 531,131 easier crops of ``extra_32x32.mat`` to the training set. Other
+    arguments and errors are those of ``cifar10``; the files are ``train_32x32.mat`` and so on.
     """
-    from torchvision.datasets import SVHN
-
-    parts = [{"split": "test"}, {"split": "train"}, *([{"split": "extra"}] if extra else [])]
-    return _from_torchvision(SVHN, root, download, parts)
+    parts = [{"split": part} for part in ("test", "train", "extra")]
+    return _from_torchvision("SVHN", root, download, parts if extra else parts[:2])
 
 
 def _from_torchvision(
-    dataset: Any, root: str, download: bool, parts: Sequence[dict[str, Any]] = TEST_AND_TRAIN
+    name: str,
+    root: str,
+    download: bool,
+    parts: Sequence[dict[str, Any]] = ({"train": False}, {"train": True}),
 ) -> ImageSource:
+    from torchvision import datasets
+
+    dataset = getattr(datasets, name)
     root = os.path.expanduser(root)
     is_new = not os.path.exists(root)
     try:
@@ -79,20 +69,19 @@ def _from_torchvision(
             classes = list(getattr(opened, "classes", classes))
         if _altered_contents(dataset, root):
             raise ValueError("unzipped files are damaged")
-        test, *train = splits
-        return ImageSource(train[0] if len(train) == 1 else _joined(train), test, classes)
+        test, train, *extra = splits
+        for more in extra:
+            images = torch.cat([train.images, more.images])
+            train = Split(images, torch.cat([train.labels, more.labels]))
+        return ImageSource(train, test, classes)
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
         if is_new and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)  # torchvision makes it before it downloads
-        advice = (
-            "check the network, or put the original files there"
-            if download
-            else "set data.download=true, or put the original files there"
-        )
-        odd = [*_altered(dataset, root), *_altered_contents(dataset, root)]
-        reasons = "; ".join([*odd, one_line(error)])
+        advice = "check the network" if download else "set data.download=true"
+        odd = [*_altered(dataset, root), *_altered_contents(dataset, root), one_line(error)]
         raise ConfigError(
-            f"data.root={root!r}: cannot load {dataset.__name__} ({reasons}); {advice}"
+            f"data.root={root!r}: cannot load {name} ({'; '.join(odd)}); {advice}, or put the "
+            "original files there"
         ) from error
 
 
@@ -100,43 +89,38 @@ def _altered(dataset: Any, root: str) -> list[str]:
     """Every file that is there and is not the original one, with both checksums."""
     from torchvision.datasets.utils import calculate_md5
 
-    if hasattr(dataset, "resources"):  # the family of MNIST
-        folder = _raw_folder(dataset, root)
-        sums = {folder / name: md5 for name, md5 in dataset.resources}
+    folder = Path(root)
+    if hasattr(dataset, "resources"):  # Fashion-MNIST
+        folder, sums = Path(root, dataset.__name__, "raw"), dataset.resources
     elif hasattr(dataset, "split_list"):  # SVHN
-        sums = {Path(root, name): md5 for _, name, md5 in dataset.split_list.values()}
-    else:  # that of CIFAR
-        folder = Path(root, dataset.base_folder)
+        sums = [(name, md5) for _, name, md5 in dataset.split_list.values()]
+    else:  # CIFAR
+        folder = folder / dataset.base_folder
         meta = (dataset.meta["filename"], dataset.meta["md5"])
-        parts = [*dataset.train_list, *dataset.test_list, meta]
-        sums = {folder / name: md5 for name, md5 in parts}
-        sums[Path(root, dataset.filename)] = dataset.tgz_md5
-    found = {file: calculate_md5(file) for file in sums if file.is_file()}
+        archive = (folder.parent / dataset.filename, dataset.tgz_md5)
+        sums = [*dataset.train_list, *dataset.test_list, meta, archive]
+    found = [(folder / name, md5) for name, md5 in sums if (folder / name).is_file()]
     return [
-        f"{file} has MD5 {found[file]} and must have {sums[file]}"
-        for file in found
-        if found[file] != sums[file]
+        f"{file} has MD5 {is_now} and must have {md5}"
+        for file, md5 in found
+        if (is_now := calculate_md5(file)) != md5
     ]
 
 
 def _altered_contents(dataset: Any, root: str) -> list[str]:
-    """Of MNIST's family, unzipped files that differ from their archives, which alone are checked.
+    """Unzipped Fashion-MNIST files that differ from their archives; torchvision checks only those.
 
     An archive ends with the CRC-32 of what was compressed, and its length (RFC 1952).
     """
     odd = []
     for name, _ in getattr(dataset, "resources", ()):
-        archive = _raw_folder(dataset, root) / name
+        archive = Path(root, dataset.__name__, "raw", name)
         file = archive.with_suffix("")
         if archive.is_file() and file.is_file():
             stored = archive.read_bytes()[-8:-4]
             if zlib.crc32(file.read_bytes()).to_bytes(4, "little") != stored:
                 odd.append(f"{file} is not what {name} holds; delete it")
     return odd
-
-
-def _raw_folder(dataset: Any, root: str) -> Path:
-    return Path(root, dataset.__name__, "raw")
 
 
 def _as_split(dataset: Any) -> Split:
@@ -147,33 +131,19 @@ def _as_split(dataset: Any) -> Split:
     return Split(images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))
 
 
-def _joined(splits: list[Split]) -> Split:
-    return Split(
-        torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits])
-    )
-
-
 def digits() -> ImageSource:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8 x 8 to 32 x 32, grey, 10 classes.
 
     They come with the package, so nothing is downloaded. 359 of them, stratified and always the
     same ones, are the test set.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError(
-            "data=digits: needs scikit-learn; run 'pip install scikit-learn' or choose other data"
-        ) from error
+    from sklearn.datasets import load_digits  # slow to import
+
     bunch = load_digits()
     scans = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1) * (255 / 16)
     images = torch.nn.functional.interpolate(scans, size=(32, 32), mode="bilinear")
     labels = torch.as_tensor(bunch.target, dtype=torch.int64)
     everything = Split(images.round().to(torch.uint8), labels)
     test, train = stratified_split(labels, round(0.2 * len(labels)), seed=0)
-    return ImageSource(
-        everything.take(train), everything.take(test), [str(name) for name in bunch.target_names]
-    )
+    classes = [str(name) for name in bunch.target_names]
+    return ImageSource(everything.take(train), everything.take(test), classes)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -50,34 +47,22 @@ Computed in float32, on one device: equal to the run's own test where that was t
   out            the folder to write to; null: the run's
 """
 
-DEFAULTS = {
-    "ckpt_path": "???",
-    "split": "test",
-    "data.root": None,
-    "batch_size": None,
-    "device": "auto",
-    "corruptions": None,
-    "out": None,
+KEYS = {
+    **command.CKPT_PATH,
+    "split": ("test", "test, val, train"),
+    **command.ROOT,
+    "batch_size": (None, "a whole number >= 1, or null"),
+    **command.DEVICE,
+    "corruptions": (None, "a folder, as in CIFAR-10-C, or null"),
+    **command.OUT,
 }
+DEFAULTS, RULES = command.keys(KEYS)
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
 
-RULES: list[Rule] = [
-    ("split", "test, val, train"),
-    ("batch_size", "a whole number >= 1, or null"),
-    ("device", "auto, cpu, cuda"),
-    ("corruptions", "a folder, as in CIFAR-10-C, or null"),
-    ("out", "a folder, as in ./figures, or null"),
-]
-
 
 def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) -> dict[str, Any]:
-    """Loss, accuracies, calibration and confusion matrix of a model on a split.
-
-    Args:
-        trained: on the device to compute on.
-        split: images and labels, anywhere.
-        batch_size: images at a time.
+    """Loss, accuracies, calibration and confusion matrix of a model on a split, on its device.
 
     Returns:
         ``loss``: mean negative log-likelihood; ``acc``: fraction that is right; ``error``: the
@@ -86,21 +71,17 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
         2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
     """
     import torch
-    from torchmetrics import MeanMetric, MetricCollection
-    from torchmetrics.classification import (
-        MulticlassAccuracy,
-        MulticlassCalibrationError,
-        MulticlassConfusionMatrix,
-    )
+    from torchmetrics import MeanMetric, MetricCollection, classification
 
     device, classes = next(trained.parameters()).device, len(trained.classes)
     # Loss and accuracies as in the run's own evaluation, so that they are equal to the bit.
-    metrics: dict[str, Any] = {"acc": MulticlassAccuracy(classes, average="micro")}
+    accuracy = partial(classification.MulticlassAccuracy, classes, average="micro")
+    metrics: dict[str, Any] = {"acc": accuracy()}
     if classes >= 10:
-        metrics["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-    metrics["confusion"] = MulticlassConfusionMatrix(classes)
+        metrics["acc5"] = accuracy(top_k=5)
+    metrics["confusion"] = classification.MulticlassConfusionMatrix(classes)
     of_logits = MetricCollection(metrics, compute_groups=False).to(device)
-    calibration_error = MulticlassCalibrationError(classes, n_bins=15).to(device)
+    calibration_error = classification.MulticlassCalibrationError(classes, n_bins=15).to(device)
     loss = MeanMetric(nan_strategy="disable").to(device)
     with torch.inference_mode():
         for logits, labels in _outputs(trained, split, batch_size):
@@ -122,16 +103,14 @@ def corrupted(
     from sam_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
     from sam_lightning.data.source import Split
 
-    accuracies: dict[str, list[float]] = {}
-    for name in CORRUPTIONS:
-        accuracies[name] = []
-        for severity in range(1, SEVERITIES + 1):
-            split = Split(files.images(name, severity), labels)
-            with torch.inference_mode():
-                outputs = _outputs(trained, split, batch_size)
-                right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
-            accuracies[name].append(right / len(split))
-    return accuracies
+    def accuracy(images: Tensor) -> float:
+        outputs = _outputs(trained, Split(images, labels), batch_size)
+        with torch.inference_mode():
+            right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
+        return right / len(labels)
+
+    severities = range(1, SEVERITIES + 1)
+    return {name: [accuracy(files.images(name, s)) for s in severities] for name in CORRUPTIONS}
 
 
 def _outputs(
@@ -145,32 +124,23 @@ def _outputs(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate as the arguments say; print the result, and write it.
-
-    Raises:
-        ConfigError: an argument, the checkpoint or the data are wrong.
-    """
+    """Evaluate as the arguments say; print the result, and write it."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
-    out = Path(options.out or run_folder(file)).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out}: is not a folder")
+    out = command.out_folder(options) or run_folder(file)
     if options.corruptions is not None and options.split != "test":
         raise ConfigError(f"corruptions={options.corruptions}: needs split=test")
 
     from sam_lightning.data.corruptions import CorruptedImages
-    from sam_lightning.inference.load import data_of, load, torch_device
+    from sam_lightning.inference.load import data_of, load
 
-    device = torch_device(options.device)
-    trained = load(file).to(device)
-    root = OmegaConf.select(options, "data.root")
-    data = data_of(trained.config, root=root)
+    trained = load(file, device=options.device)
+    data = data_of(trained.config, root=OmegaConf.select(options, "data.root"))
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
-    files = None
-    if options.corruptions is not None:
-        files = CorruptedImages(Path(options.corruptions).expanduser(), split.labels)
+    folder = options.corruptions
+    files = None if folder is None else CorruptedImages(Path(folder).expanduser(), split.labels)
     batch_size = options.batch_size or data.eval_batch_size
     values = evaluate(trained, split, batch_size)
     confusion = values.pop("confusion")
@@ -182,52 +152,36 @@ def main(argv: list[str] | None = None) -> None:
         "split": options.split,
         "images": len(split),
         "metrics": {f"{options.split}/{name}": value for name, value in values.items()},
-        "classes": _by_class(trained.classes, confusion),
+        "classes": [
+            {"class": name, "images": sum(row), "acc": row[i] / sum(row) if any(row) else None}
+            for i, (name, row) in enumerate(zip(trained.classes, confusion, strict=True))
+        ],
         "corruptions": by_kind,
     }
     try:
-        _write(out, result, trained.classes, confusion)
+        from pandas import DataFrame
+
+        frame = DataFrame(confusion, trained.classes, trained.classes)
+        with replacing(out / "confusion_matrix.csv") as path:
+            frame.to_csv(path, index_label="true class", lineterminator="\r\n")
+        write_json(out / "evaluation.json", result)
     finally:  # what was computed is shown also where it cannot be written
         _print_tables(result)
 
 
-def _write(out: Path, result: dict[str, Any], classes: list[str], confusion: list[Any]) -> None:
-    rows = [[name, *counts] for name, counts in zip(classes, confusion, strict=True)]
-    with (
-        replacing(out / "confusion_matrix.csv") as path,
-        open(path, "w", newline="", encoding="utf-8") as written,
-    ):
-        csv.writer(written).writerows([["true class", *classes], *rows])
-    write_json(out / "evaluation.json", result)
-
-
-def _by_class(classes: list[str], confusion: list[list[int]]) -> list[dict[str, Any]]:
-    """Number of images and accuracy of each class; the accuracy is None without an image."""
-    totals = [sum(row) for row in confusion]
-    return [
-        {"class": name, "images": total, "acc": confusion[i][i] / total if total else None}
-        for i, (name, total) in enumerate(zip(classes, totals, strict=True))
-    ]
-
-
 def _print_tables(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table("result", Column("value", justify="right"), title=f"{result['images']:,} images")
+    table = command.table("result", "value", title=f"{result['images']:,} images")
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}" if name.endswith("/loss") else f"{value:.2%}")
-    console.print(table)
+    command.show(table)
     seen = [entry for entry in result["classes"] if entry["images"]]
     title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
-    table = Table("class", *_right("images", "accuracy"), title=title)
+    table = command.table("class", "images", "accuracy", title=title)
     for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
         table.add_row(escape(entry["class"]), f"{entry['images']:,}", f"{entry['acc']:.2%}")
-    console.print(table)
+    command.show(table)
     if result["corruptions"]:
-        table = Table("accuracy at severity", *_right("1", "2", "3", "4", "5", "mean"))
+        table = command.table("accuracy at severity", "1", "2", "3", "4", "5", "mean")
         for name, accuracies in result["corruptions"].items():
             table.add_row(name, *(f"{a:.2%}" for a in (*accuracies, mean(accuracies))))
-        console.print(table)
-
-
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+        command.show(table)

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import Rule, allows
+from sam_lightning.config.schema import allows
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sam_lightning.inference.load import TrainedClassifier
-
-Shape = tuple[int, ...]  # of one image: channels, height, width
 
 ABOUT = """
 Write a checkpoint as one file that runs without this project, and compare it with the checkpoint.
@@ -39,28 +38,19 @@ Nothing is written if the logits of random images are not those of the checkpoin
   out            the file to write to; null: beside the checkpoint
 """
 
-DEFAULTS = {
-    "ckpt_path": "???",
-    "format": "???",
-    "normalize": True,
-    "batch": "dynamic",
-    "image_size": None,
-    "out": None,
-}
-
-RULES: list[Rule] = [
-    ("format", "onnx, pt2"),
-    ("normalize", "true, false"),
-    (
-        "batch",
+KEYS = {
+    **command.CKPT_PATH,
+    "format": ("???", "onnx, pt2"),
+    "normalize": (True, "true, false"),
+    "batch": (
+        "dynamic",
         lambda v: v == "dynamic" or allows("a whole number >= 1")(v),
         "dynamic, or a whole number >= 1",
     ),
-    ("image_size", "a whole number >= 1, or null"),
-    ("out", "a file, as in ./model.onnx, or null"),
-]
-
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
+    "image_size": (None, "a whole number >= 1, or null"),
+    "out": (None, "a file, as in ./model.onnx, or null"),
+}
+DEFAULTS, RULES = command.keys(KEYS)
 
 TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order stay far below
 
@@ -96,98 +86,66 @@ def export(
     size = image_size or trained.image_size
     if size is None:
         raise ConfigError("image_size=null: the checkpoint does not say it; give image_size=32")
-    model = _portable(trained, normalize)
-    save, run = (_save_onnx, _run_onnx) if out.suffix == ".onnx" else (_save_pt2, _run_pt2)
+    model: nn.Module = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
+    if normalize:
+        # (pixel - mean) / std per channel is what BatchNorm does with given statistics. Its eps is
+        # lost in rounding; torch.export of some versions refuses 0.
+        normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30, affine=False)
+        normalization.running_mean = torch.tensor(trained.mean)
+        normalization.running_var = torch.tensor(trained.std).square()
+        model = torch.nn.Sequential(normalization, model).eval()
+    save = _onnx if out.suffix == ".onnx" else _pt2
     metadata = {
         "classes": json.dumps(trained.classes),
         "images": "pixels in 0..1" if normalize else "(pixels in 0..1 - mean) / std",
         "mean": json.dumps(trained.mean),
         "std": json.dumps(trained.std),
     }
-    shape = (trained.in_channels, *size)
+    images = torch.zeros(batch or 2, trained.in_channels, *size)
+    dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    shapes = [(n, *images.shape[1:]) for n in ([batch] if batch else [1, 2, 5])]
     with replacing(out) as path:
-        save(model, path, shape, batch, metadata)
-        difference = _largest_difference(trained, run(path), normalize, shape, batch)
-    return difference
+        run = save(model, path, images, dynamic, metadata)  # what was saved
+        return _largest_difference(trained, run, normalize, shapes)
 
 
-def _portable(trained: TrainedClassifier, normalize: bool) -> nn.Module:
-    """The model in the usual memory layout, behind its normalisation where that is asked for."""
+def _onnx(
+    model: nn.Module, path: Path, images: Tensor, dynamic: Any, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
     import torch
+    from onnxruntime import InferenceSession
 
-    model = copy.deepcopy(trained.model).to(memory_format=torch.contiguous_format)
-    if not normalize:
-        return model
-    # (pixel - mean) / std per channel is what BatchNorm does with given statistics. Its eps is lost
-    # in rounding; torch.export of some versions refuses 0.
-    normalization = torch.nn.BatchNorm2d(trained.in_channels, eps=1e-30, affine=False)
-    normalization.running_mean = torch.tensor(trained.mean)
-    normalization.running_var = torch.tensor(trained.std).square()
-    return torch.nn.Sequential(normalization, model).eval()
-
-
-def _trace_arguments(shape: Shape, batch: int | None) -> tuple[tuple[Tensor], Any]:
-    """Example images, and which of their dimensions may change."""
-    import torch
-
-    if batch is not None:
-        return (torch.zeros(batch, *shape),), None
-    return (torch.zeros(2, *shape),), ({0: torch.export.Dim("batch", min=1)},)
-
-
-def _save_onnx(
-    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
-) -> None:
-    import torch
-
-    images, dynamic = _trace_arguments(shape, batch)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(
-        model, images, dynamo=True, dynamic_shapes=dynamic, verbose=False, **names
+        model, (images,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names
     )
     assert program is not None
     program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
-
-
-def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import torch
-    from onnxruntime import InferenceSession
-
     session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _save_pt2(
-    model: nn.Module, path: Path, shape: Shape, batch: int | None, metadata: dict[str, str]
-) -> None:
+def _pt2(
+    model: nn.Module, path: Path, images: Tensor, dynamic: Any, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
     import torch
 
-    images, dynamic = _trace_arguments(shape, batch)
-    program = torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
     torch.export.save(program, path, extra_files=metadata)
-
-
-def _run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    import torch
-
     return torch.export.load(path).module()
 
 
 def _largest_difference(
-    trained: TrainedClassifier,
-    run: Callable[[Tensor], Tensor],
-    normalize: bool,
-    shape: Shape,
-    batch: int | None,
+    trained: TrainedClassifier, run: Callable[[Tensor], Tensor], normalize: bool, shapes: list[Any]
 ) -> float:
-    """Over random images, in batches of some sizes; a ``TrainingError`` if it is no rounding."""
+    """Over batches of random images; a ``TrainingError`` if it is no rounding."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     expected, written = [], []
-    for n in (1, 2, 5) if batch is None else (batch,):
-        pixels = torch.randint(256, (n, *shape), generator=generator, dtype=torch.uint8)
+    for shape in shapes:
+        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         images = trained.normalize(pixels)  # preprocess would resize them
         with torch.no_grad():
             expected.append(trained(images))
@@ -203,19 +161,15 @@ def _largest_difference(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export as the arguments say, and print the largest difference of logits.
-
-    Raises:
-        ConfigError: an argument or the checkpoint is wrong, or packages are missing.
-        TrainingError: the logits differ.
-    """
+    """Export as the arguments say, and print the largest difference of logits."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
     out = Path(options.out or file.with_suffix(suffix)).expanduser()
     if out.suffix != suffix or out.is_dir():
         raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
-    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    packages = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
+    missing = [name for name in packages if find_spec(name) is None]
     if options.format == "onnx" and missing:
         raise ConfigError(
             f"format=onnx: needs {', '.join(missing)}; run pip install {' '.join(missing)}"

@@ -17,8 +17,7 @@ from sam_lightning.config.schema import one_line
 from sam_lightning.config.trust import check_targets
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.build import SOURCE_KEYS, build_data
-from sam_lightning.data.image_data import ImageData
+from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
 
@@ -51,7 +50,8 @@ class TrainedClassifier(nn.Module):
             self.mean = tuple(map(float, config["mean"]))
             self.std = tuple(map(float, config["std"]))
             self.in_channels = int(config["model"]["in_channels"])
-            self.image_size = _image_size(config)
+            height, width = config.get("image_size") or [config["data"].get("image_size")] * 2
+            self.image_size = None if height is None else (int(height), int(width))
             outputs = int(config["model"]["num_classes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {one_line(error)}"
@@ -71,8 +71,7 @@ class TrainedClassifier(nn.Module):
 
     def _load_weights(self, state_dict: dict[str, Tensor]) -> None:
         weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        try:
-            # The stored tensors themselves, in the memory layout that they were trained in.
+        try:  # the stored tensors themselves, in the memory layout that they were trained in
             self.model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ConfigError(f"weights are not of {self.config['model']}") from error
@@ -86,8 +85,8 @@ class TrainedClassifier(nn.Module):
         if channels_last and not reaches_fault(self.model, (self.in_channels, *size)):
             self.memory_format = torch.channels_last
         else:
-            self.model.to(memory_format=torch.contiguous_format)
             self.memory_format = torch.contiguous_format
+            self.model.to(memory_format=torch.contiguous_format)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images N x in_channels x H x W -> logits N x number of classes."""
@@ -108,17 +107,15 @@ class TrainedClassifier(nn.Module):
             ValueError: no image, not such an image, or images of different size where
                 ``image_size`` is None.
         """
-        if isinstance(images, Tensor) and images.ndim == 4 and self._fits(images):
-            pixels = images
-        else:
+        if not (isinstance(images, Tensor) and images.ndim == 4 and self._fits(images)):
             single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3
             listed: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
             each = [self._pixels(image) for image in listed]
             sizes = {tuple(image.shape[-2:]) for image in each}
             if len(sizes) != 1:
                 raise ValueError(f"images: must be some, of one size, not {sorted(sizes)}")
-            pixels = torch.stack(each)
-        return self.normalize(pixels.to(next(self.parameters()).device))
+            images = torch.stack(each)
+        return self.normalize(images.to(next(self.parameters()).device))
 
     def _fits(self, pixels: Tensor) -> bool:
         """Whether C x H x W or N x C x H x W bytes are as those that were trained on."""
@@ -145,11 +142,7 @@ class TrainedClassifier(nn.Module):
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name; ``auto``: a CUDA device if there is one, and else the CPU.
-
-    Raises:
-        ConfigError: there is no CUDA device.
-    """
+    """The device of that name; ``auto``: a CUDA device if there is one, and else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: there is no CUDA device here; allowed are auto, cpu")
     if name == "auto":
@@ -157,29 +150,31 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load(ckpt_path: str | Path, *, trust: Iterable[str] = ()) -> TrainedClassifier:
+def load(
+    ckpt_path: str | Path, *, trust: Iterable[str] = (), device: str = "cpu"
+) -> TrainedClassifier:
     """The classifier of a checkpoint: ``load`` it, ``preprocess`` images, call it on them.
 
     Args:
         ckpt_path: a file such as ``RUN/checkpoints/last.ckpt``.
         trust: names of your own code that the checkpoint may use, such as ``my_project.Net``.
             Names in ``conf`` need not be given.
+        device: as ``torch_device`` takes it.
 
     Raises:
         ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
     """
     trust_names(trust)
+    where = torch_device(device)
     checkpoint = read(ckpt_path)
     try:
-        return TrainedClassifier(checkpoint)
+        return TrainedClassifier(checkpoint).to(where)
     except ConfigError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
 def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> ImageData:
-    """The data of a run, read: its split, its label noise, its normalisation.
-
-    Images are kept in host memory and loaded in this process, whatever the run did.
+    """The data of a run, read, in host memory: its split, its label noise, its normalisation.
 
     Args:
         config: of the run, as ``TrainedClassifier.config``.
@@ -190,8 +185,7 @@ def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> Image
         ConfigError: the data are not there, an override does not exist or is out of its range,
             or the classes are others than those of the run.
     """
-    keys = ("data", "batch_size", "seed", "classes", "mean", "std")
-    stored = _stored(config, *keys)
+    stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
     stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
     if root is not None:
         overrides["root"] = str(root)
@@ -226,18 +220,8 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return center_crop(resize(image, resized), [height, width])
 
 
-def _image_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """(height, width) as recorded, or that of ``data.image_size``."""
-    height, width = config.get("image_size") or [config["data"].get("image_size")] * 2
-    return None if height is None else (int(height), int(width))
-
-
 def _stored(config: dict[str, Any], *keys: str) -> DictConfig:
-    """Parts of a stored configuration, which anyone may have written, if they are safe to build.
-
-    Raises:
-        ConfigError: a key is missing, or a value is none that a run stores.
-    """
+    """Parts of a stored configuration, which anyone may have written, if they are safe to build."""
     try:
         plain = {key: config[key] for key in keys}
         stored = OmegaConf.create(plain)

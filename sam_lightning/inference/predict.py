@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule, one_line
+from sam_lightning.config.schema import one_line
+from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sam_lightning.inference.load import TrainedClassifier
 
 ABOUT = """
@@ -45,81 +43,52 @@ A file that is no image is named, gets a row with the error, and makes the exit 
   device         auto, cpu or cuda
 """
 
-DEFAULTS = {
-    "ckpt_path": "???",
-    "input": "???",
-    "top_k": 5,
-    "format": "table",
-    "out": None,
-    "batch_size": 128,
-    "device": "auto",
+KEYS = {
+    **command.CKPT_PATH,
+    "input": ("???",),
+    "top_k": (5, "a whole number >= 1"),
+    "format": ("table", "table, json, csv"),
+    "out": (None, "a file, as in ./a.csv, or null"),
+    "batch_size": (128, "a whole number >= 1"),
+    **command.DEVICE,
 }
-
-# Those of torchvision's image folders, which are what image_folder trains on.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-RULES: list[Rule] = [
-    ("top_k", "a whole number >= 1"),
-    ("format", "table, json, csv"),
-    ("batch_size", "a whole number >= 1"),
-    ("device", "auto, cpu, cuda"),
-    ("out", "a file, as in ./a.csv, or null"),
-]
+DEFAULTS, RULES = command.keys(KEYS)
 
 
 def predict(
     trained: TrainedClassifier, files: list[Path], top_k: int = 5, batch_size: int = 128
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files.
-
-    Args:
-        trained: on the device to compute on.
-        files: of any size and format that Pillow reads.
-        top_k: how many classes to name; all, if there are fewer.
-        batch_size: images at a time.
+    """Classify image files, of any size and format that Pillow reads, on the model's device.
 
     Yields:
         for each file, in their order, ``file`` and either ``predictions``, a list of ``class`` and
-        ``probability`` from the most likely class on, or ``error``, a line on why it has none.
+        ``probability`` of the ``top_k`` classes, most likely first, or ``error``, one line.
     """
-    step = batch_size if trained.image_size else 1  # of one size, or one at a time
-    for start in range(0, len(files), step):
-        batch = files[start : start + step]
-        images = [_read(trained, file) for file in batch]
-        found = iter(_classify(trained, [i for i in images if not isinstance(i, str)], top_k))
-        for file, image in zip(batch, images, strict=True):
-            if isinstance(image, str):
-                yield {"file": str(file), "error": image}
-            else:
-                yield {"file": str(file), "predictions": next(found)}
-
-
-def _classify(
-    trained: TrainedClassifier, images: list[Tensor], top_k: int
-) -> list[list[dict[str, Any]]]:
-    """The most likely classes of each image, with their probabilities."""
     import torch
-
-    if not images:
-        return []
-    with torch.inference_mode():
-        probabilities = trained(torch.cat(images)).softmax(1)
-    likely = probabilities.topk(min(top_k, len(trained.classes)))
-    return [
-        [{"class": trained.classes[i], "probability": p} for p, i in zip(*row, strict=True)]
-        for row in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
-    ]
-
-
-def _read(trained: TrainedClassifier, file: Path) -> Tensor | str:
-    """What the model takes, of one image, or why there is none."""
     from PIL import Image
 
-    try:
-        with Image.open(file) as image:
-            return trained.preprocess(image)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
-        return one_line(error)
+    step = batch_size if trained.image_size else 1  # of one size, or one at a time
+    for start in range(0, len(files), step):
+        rows: list[dict[str, Any]] = [{"file": str(file)} for file in files[start : start + step]]
+        images = []
+        for row in rows:
+            try:
+                with Image.open(row["file"]) as image:
+                    images.append(trained.preprocess(image))
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
+                row["error"] = one_line(error)
+        if images:
+            with torch.inference_mode():
+                probabilities = trained(torch.cat(images)).softmax(1)
+            likely = probabilities.topk(min(top_k, len(trained.classes)))
+            found = zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+            for row in rows:
+                if "error" not in row:
+                    row["predictions"] = [
+                        {"class": trained.classes[i], "probability": p}
+                        for p, i in zip(*next(found), strict=True)
+                    ]
+        yield from rows
 
 
 def find(given: str) -> list[Path]:
@@ -130,22 +99,19 @@ def find(given: str) -> list[Path]:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        inside = sorted(path.rglob("*"))
-        files = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+        from torchvision.datasets.folder import IMG_EXTENSIONS  # which image_folder trains on
+
+        found = [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
     else:
-        matching = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
-        files = sorted(p for p in map(Path, matching) if p.is_file())
+        found = [path] if path.is_file() else [*map(Path, glob.glob(str(path), recursive=True))]
+    files = sorted(p for p in found if p.is_file())
     if not files:
         raise ConfigError(f"input={given}: is no file, no pattern of one, no folder of images")
     return files
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Classify as the arguments say; exit with 1 if there was a file that is no image.
-
-    Raises:
-        ConfigError: an argument or the checkpoint is wrong.
-    """
+    """Classify as the arguments say; exit with 1 if there was a file that is no image."""
     options = parse(ABOUT, DEFAULTS, RULES, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))
@@ -153,10 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     if out is not None and out.is_dir():
         raise ConfigError(f"out={out}: is a folder; name a file")
 
-    from sam_lightning.inference.load import load, torch_device
+    from sam_lightning.inference.load import load
 
-    device = torch_device(options.device)
-    trained = load(checkpoint).to(device)
+    trained = load(checkpoint, device=options.device)
     if trained.in_channels not in (1, 3):
         raise ConfigError(
             f"ckpt_path={checkpoint}: takes {trained.in_channels} channels, which no image has"
@@ -166,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row)
         if "error" in row:
             print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
-    text = FORMATS[options.format](rows)
+    text = _as_text(rows, options.format)
     # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
     if out is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -179,31 +144,24 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _as_table(rows: list[dict[str, Any]]) -> str:
+def _as_text(rows: list[dict[str, Any]], form: str) -> str:
+    if form == "json":
+        return json.dumps(rows, indent=2) + "\n"
+    written = io.StringIO()
+    if form == "csv":
+        columns = ["file", "rank", "class", "probability", "error"]
+        writer = csv.DictWriter(written, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            for rank, found in enumerate(row.get("predictions", []), 1):
+                writer.writerow({"file": row["file"], "rank": rank, **found})
+            if "error" in row:
+                writer.writerow(row)
+        return written.getvalue()
     named = max(len(row.get("predictions", ["error"])) for row in rows)
     table = Table(Column("file", overflow="fold"), *(f"{i + 1}" for i in range(named)))
     for row in rows:
         cells = [f"{p['class']} {p['probability']:.1%}" for p in row.get("predictions", [])]
         table.add_row(*map(escape, [row["file"], *(cells or [row["error"]])]))
-    written = io.StringIO()
-    Console(file=written, width=None if sys.stdout.isatty() else 120).print(table)
+    command.show(table, written)
     return written.getvalue()
-
-
-def _as_json(rows: list[dict[str, Any]]) -> str:
-    return json.dumps(rows, indent=2) + "\n"
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(["file", "rank", "class", "probability", "error"])
-    for row in rows:
-        for rank, found in enumerate(row.get("predictions", []), 1):
-            writer.writerow([row["file"], rank, found["class"], found["probability"], ""])
-        if "error" in row:
-            writer.writerow([row["file"], "", "", "", row["error"]])
-    return written.getvalue()
-
-
-FORMATS = {"table": _as_table, "json": _as_json, "csv": _as_csv}

@@ -4,18 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sam_lightning.models.resnet import check_sizes
+from sam_lightning.models.resnet import check_sizes, init_convolutions
 
 
 class ShakeDrop(nn.Module):
     """Scale a residual branch at random, its gradient by another factor (Yamada et al. 2019).
 
-    With b = 1 with probability p and else 0, alpha uniform in [-1, 1] and beta uniform in [0, 1],
-    all drawn anew for each image, the branch is multiplied by b + alpha - b alpha in the forward
-    pass, its gradient by b + beta - b beta in the backward pass, and in evaluation the branch by
-    the expectation, p (arXiv 1802.02375, equation 6; per image as in google-research/sam).
-
-    The draws are those of torch's default generator of the device, in float32.
+    Each image draws b, which is 1 with probability p and else 0, alpha uniform in [-1, 1] and beta
+    uniform in [0, 1]. The branch is multiplied by b + alpha - b alpha, its gradient by
+    b + beta - b beta, and in evaluation the branch by the expectation, p (arXiv 1802.02375,
+    equation 6; per image as in google-research/sam).
 
     Args:
         p: probability that the branch of an image is left as it is, in [0, 1].
@@ -44,31 +42,19 @@ class ShakeDrop(nn.Module):
         return f"p={self.p:.4g}"
 
 
-def basic_branch(in_channels: int, planes: int, stride: int) -> list[nn.Module]:
-    """Two 3x3 convolutions: N x in_channels x H x W -> N x planes x H/stride x W/stride."""
-    return [
-        nn.BatchNorm2d(in_channels),
-        nn.Conv2d(in_channels, planes, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(planes),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(planes, planes, 3, padding=1, bias=False),
-        nn.BatchNorm2d(planes),
-    ]
-
-
-def bottleneck_branch(in_channels: int, planes: int, stride: int) -> list[nn.Module]:
-    """1x1, 3x3 and 1x1 convolutions, the last to four times as many channels."""
-    return [
-        nn.BatchNorm2d(in_channels),
-        nn.Conv2d(in_channels, planes, 1, bias=False),
-        nn.BatchNorm2d(planes),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(planes),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(planes, 4 * planes, 1, bias=False),
-        nn.BatchNorm2d(4 * planes),
-    ]
+def branch(channels: int, planes: int, stride: int, bottleneck: bool) -> nn.Sequential:
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, the last to four times as many channels."""
+    if bottleneck:
+        convolutions = [(planes, 1, 1), (planes, 3, stride), (4 * planes, 1, 1)]
+    else:
+        convolutions = [(planes, 3, stride), (planes, 3, 1)]
+    layers: list[nn.Module] = [nn.BatchNorm2d(channels)]
+    for i, (out, kernel, step) in enumerate(convolutions):
+        layers += [nn.ReLU(inplace=True)] if i else []
+        layers.append(nn.Conv2d(channels, out, kernel, step, padding=kernel // 2, bias=False))
+        layers.append(nn.BatchNorm2d(out))
+        channels = out
+    return nn.Sequential(*layers)
 
 
 class PyramidBlock(nn.Module):
@@ -77,9 +63,9 @@ class PyramidBlock(nn.Module):
     The shortcut is averaged over 2x2 pixels where the stride is 2; its new channels are zeros.
     """
 
-    def __init__(self, branch: list[nn.Module], new_channels: int, stride: int, p: float) -> None:
+    def __init__(self, branch: nn.Module, new_channels: int, stride: int, p: float) -> None:
         super().__init__()
-        self.branch = nn.Sequential(*branch)
+        self.branch = branch
         self.shakedrop = ShakeDrop(p) if p < 1 else nn.Identity()
         # An odd side is rounded up, as by a convolution of stride 2.
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
@@ -92,7 +78,7 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet-depth: channels grow by as much from each block to the next, not at three stages.
+    """PyramidNet-depth: channels grow evenly from block to block, not at three stages.
 
     Block k of L has 16 + k alpha / L channels, rounded; its branch is left as it is with
     probability 1 - (1 - p_last) k / L, ShakeDrop's linear decay.
@@ -103,8 +89,7 @@ class PyramidNet(nn.Module):
         depth: number of convolutions on the longest path and the last layer: 6 n + 2, or 9 n + 2
             with bottlenecks.
         alpha: channels within the last block above the 16 of the first convolution.
-        bottleneck: 1x1, 3x3 and 1x1 convolutions in a block, out of which four times as many
-            channels come.
+        bottleneck: 1x1, 3x3 and 1x1 convolutions in a block, with four times as many outputs.
         p_last: ShakeDrop's p_L, in [0, 1]; 1 is no ShakeDrop.
 
     Shapes: images N x in_channels x H x W -> logits N x num_classes.
@@ -130,7 +115,7 @@ class PyramidNet(nn.Module):
         check_sizes(num_classes=num_classes, in_channels=in_channels, alpha=alpha)
         if not 0 <= p_last <= 1:
             raise ValueError(f"p_last={p_last}: must be in [0, 1]")
-        make_branch, expansion = (bottleneck_branch, 4) if bottleneck else (basic_branch, 1)
+        expansion = 4 if bottleneck else 1
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -138,18 +123,17 @@ class PyramidNet(nn.Module):
         for k in range(1, 3 * blocks + 1):
             planes = round(16 + k * alpha / (3 * blocks))
             stride = 2 if k in (blocks + 1, 2 * blocks + 1) else 1
-            branch = make_branch(channels, planes, stride)
             p = 1 - (1 - p_last) * k / (3 * blocks)
-            pyramid.append(PyramidBlock(branch, expansion * planes - channels, stride, p))
-            channels = expansion * planes
+            out = expansion * planes
+            layers = branch(channels, planes, stride, bottleneck)
+            pyramid.append(PyramidBlock(layers, out - channels, stride, p))
+            channels = out
         self.blocks = nn.Sequential(*pyramid)
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits."""

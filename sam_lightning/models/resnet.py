@@ -73,6 +73,13 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{key}={size}: must be at least 1")
 
 
+def init_convolutions(model: nn.Module) -> None:
+    """Draw the weights of every convolution as in He et al. 2015, arXiv 1502.01852, by fan-out."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class ResNet(nn.Module):
     """Stem, four stages of residual blocks, global average pool, fully connected layer.
 
@@ -122,26 +129,16 @@ class ResNet(nn.Module):
         self.layer4 = self._stage(self.layers[3], 4 * width * out, 8 * width, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(8 * width * out, num_classes)
-        self._init_weights(zero_init_residual)
+        init_convolutions(self)
+        for block in self.modules():
+            if zero_init_residual and isinstance(block, BasicBlock | Bottleneck):
+                last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+                nn.init.zeros_(last.weight)
         subsample_first(self)
 
     def _stage(self, blocks: int, in_channels: int, planes: int, stride: int) -> nn.Sequential:
-        first = self.block(in_channels, planes, stride)
-        out_channels = planes * self.block.expansion
-        return nn.Sequential(
-            first, *(self.block(out_channels, planes, 1) for _ in range(blocks - 1))
-        )
-
-    def _init_weights(self, zero_init_residual: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, BasicBlock):
-                    nn.init.zeros_(module.bn2.weight)
-                elif isinstance(module, Bottleneck):
-                    nn.init.zeros_(module.bn3.weight)
+        first, out = self.block(in_channels, planes, stride), planes * self.block.expansion
+        return nn.Sequential(first, *(self.block(out, planes, 1) for _ in range(blocks - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits."""

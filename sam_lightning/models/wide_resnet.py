@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from sam_lightning.models.resnet import check_sizes
+from sam_lightning.models.resnet import check_sizes, init_convolutions
 
 
 class PreActivationBlock(nn.Module):
@@ -16,11 +16,8 @@ class PreActivationBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.shortcut = (
-            nn.Conv2d(in_channels, planes, 1, stride, bias=False)
-            if stride != 1 or in_channels != planes
-            else None
-        )
+        projects = stride != 1 or in_channels != planes
+        self.shortcut = nn.Conv2d(in_channels, planes, 1, stride, bias=False) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:
         """N x in_channels x H x W -> N x planes x H/stride x W/stride."""
@@ -64,23 +61,20 @@ class WideResNet(nn.Module):
             raise ValueError(f"dropout={dropout}: must be in [0, 1)")
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        stages = []
+        self.stages = nn.Sequential()
         for stage in range(3):
             planes = 16 * 2**stage * widen_factor
-            blocks = []
+            blocks = nn.Sequential()
             for i in range((depth - 4) // 6):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(PreActivationBlock(channels, planes, stride, dropout))
                 channels = planes
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+            self.stages.append(blocks)
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import nn
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build, check_names, factory, not_taken
 from sam_lightning.config.schema import one_line
-from sam_lightning.data.build import build_data
 from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.image_data import build_data
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read

@@ -115,13 +115,12 @@ def test_onnx_runs_in_onnxruntime_and_names_the_classes(photos, tmp_path):
 def test_a_file_with_other_logits_is_not_written(photos, tmp_path, monkeypatch, factor):
     out = tmp_path / "a.pt2"
     out.write_text("old")
-    monkeypatch.setattr(exporting, "_save_pt2", lambda model, path, *_: torch.save(model, path))
-    run = torch.load
-    monkeypatch.setattr(
-        exporting,
-        "_run_pt2",
-        lambda path: lambda images: run(path, weights_only=False)(images) * factor,
-    )
+
+    def saved(model, path, *_):
+        torch.save(model, path)
+        return lambda images: torch.load(path, weights_only=False)(images) * factor
+
+    monkeypatch.setattr(exporting, "_pt2", saved)
     with pytest.raises(TrainingError, match="logits of the exported file differ by up to"):
         main([f"ckpt_path={photos}", "format=pt2", f"out={out}"])
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.pt2", "old")]

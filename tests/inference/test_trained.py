@@ -324,6 +324,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert torch_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device=cuda: there is no CUDA device"):
         torch_device("cuda")
+    with pytest.raises(ConfigError, match="device=cuda: there is no CUDA device"):
+        sam_lightning.load("not read.ckpt", device="cuda")
 
 
 def test_importing_the_package_loads_no_torch():
