@@ -1,1 +1,1 @@
-"""What this project costs beside its peers: ``python -m benchmarks --help``."""
+"""The cost of this project, compared with its peers: ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""Measure this project beside its peers: python -m benchmarks [PART ...] [--quick] [--json FILE].
+"""Compare this project with its peers: python -m benchmarks [PART ...] [--quick] [--json FILE].
 
 Prints a Markdown table of medians and quartiles, and writes the same figures as JSON.
 """
@@ -28,7 +28,7 @@ PARTS = {
     "startup": "seconds and memory from the command line to help, an error, the first step",
     "memory": "bytes of a SAM step above one of SGD, in multiples of the weights",
 }
-# The parts that depend on the device they are run on.
+# The parts that depend on the device.
 ON_DEVICE = ("step", "loop", "layout", "input", "evaluation", "memory")
 BUSY = (
     "warning: other processes use this machine. Threads that wait for one another then take many "
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, all of them by default."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure this project beside its peers. Parts:\n"
+        description="Compare this project with its peers. Parts:\n"
         + "\n".join(f"  {name:11} {what}" for name, what in PARTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds[name] = round(time.perf_counter() - started, 1)
         print(table(new), flush=True)
         measurements += new
-        report = {  # after each part, for a later one may fail
+        report = {  # after each part, because a later one may fail
             "environment": where,
             "quick": options.quick,
             "seconds": seconds,

@@ -1,7 +1,7 @@
 """Run a command and print its exit code, seconds and peak memory: python child.py COMMAND ...
 
-A process of its own, as Linux counts the memory of the process that starts a command as that
-command's peak, and one that has loaded torch is larger than what is measured.
+It needs a process of its own: Linux counts the memory of the process that starts a command in the
+command's peak, and a process that has loaded torch is larger than the command.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What more processes gain: images a second of real runs, each process with one thread."""
+"""What more processes gain: images a second of real runs, one thread for each process."""
 
 import json
 import os
@@ -13,7 +13,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 RUN = ["data=digits", "model.width=8", "batch_size=128", "trainer=cpu", "test=false"]
 CASES = {
     "1 process": [],
-    "2 processes, each climbs by itself": ["trainer.devices=2"],
+    "2 processes, each perturbs by itself": ["trainer.devices=2"],
     "2 processes, sync_perturbation": ["trainer.devices=2", "method.sync_perturbation=true"],
 }
 
@@ -21,7 +21,7 @@ CASES = {
 def measure(quick: bool) -> list[Measurement]:
     """SAM on digits by 1 and by 2 processes, and what averaging the ascent gradient costs."""
     rounds, options = (1, ["epochs=1", "data.subset=0.2"]) if quick else (2, ["epochs=3"])
-    cases = list(CASES)[:2] if quick else list(CASES)  # most of their time is to start processes
+    cases = list(CASES)[:2] if quick else list(CASES)  # starting processes takes most of their time
     speed: dict[str, list[float]] = {name: [] for name in cases}
     for index in range(rounds):
         for name in turns(cases, index):
@@ -37,7 +37,7 @@ def measure(quick: bool) -> list[Measurement]:
 
 
 def images_per_second(arguments: list[str]) -> float:
-    """What a run says of itself; its start-up is not part of it."""
+    """A run's own images a second, without its start-up."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(TRAIN), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

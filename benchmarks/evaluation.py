@@ -1,4 +1,4 @@
-"""What Lightning's ``validate`` costs above a bare evaluation loop."""
+"""Lightning's ``validate`` compared with a bare evaluation loop."""
 
 import tempfile
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
 def lightning_validation(
     data: ImageDataModule, folder: Path, device: torch.device
 ) -> Callable[[], float]:
-    """Each call validates once; the time is that of the epoch."""
+    """Each call validates once, and times the epoch."""
     stopwatch = Stopwatch(clock_of(device))
     trainer = L.Trainer(
         accelerator=device.type,

@@ -25,7 +25,7 @@ GPU_WORKERS = (0, 8)
 
 
 class PILImages(Dataset[tuple[Any, int]]):
-    """As torchvision's CIFAR10: an array in memory, made a PIL image and transformed one by one."""
+    """Like torchvision's CIFAR10: an array in memory; each image becomes a PIL image alone."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
         self.data = split.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -81,7 +81,7 @@ def compare(
     erasing_of_peer: Sequence[Any] = (),
     **options: Any,
 ) -> list[Measurement]:
-    """Epochs over the images, ours and those of torchvision's loaders."""
+    """Epochs over the images, by our loader and by torchvision's."""
     cases: dict[str, Callable[[], Any]] = {}
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -101,7 +101,7 @@ def compare(
         )
         cases[f"torchvision, {workers} workers"] = partial(exhaust, loader, device)
     speeds = images_per_second(cases, images, rounds)
-    # With as many workers as theirs, or fewer.
+    # With at most as many workers as theirs.
     ratios = [
         (ours, theirs)
         for (i, ours), (j, theirs) in itertools.product(enumerate(cases), repeat=2)
@@ -141,7 +141,7 @@ def batched_epochs(
     clock = clock_of(on)
     after_transfer = augment if augment.policy is None else augment.finish
     loader = data.train_dataloader()
-    # An epoch without a policy is over in a moment, which is too short to time.
+    # An epoch without a policy is too short to time.
     epochs = 5 if augment.policy is None else 1
 
     def run() -> float:

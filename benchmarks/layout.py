@@ -1,4 +1,4 @@
-"""Which memory layout is fastest here, and what compiling the model gains."""
+"""Which memory layout is fastest, and what compiling the model gains."""
 
 from collections.abc import Callable
 

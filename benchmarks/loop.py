@@ -1,4 +1,4 @@
-"""What Lightning's ``fit`` costs above a bare training loop that does the same work."""
+"""Lightning's ``fit`` compared with a bare training loop that does the same work."""
 
 import logging
 import tempfile
@@ -32,7 +32,7 @@ from sam_lightning.training.module import SAMModule
 
 WIDTH, GPU_WIDTH = 8, 64
 LOG_EVERY = 50
-GPU_BATCHES = 25  # that each loop does in its turn, as the host runs ahead of a GPU
+GPU_BATCHES = 25  # in a turn of each loop, because the host runs ahead of a GPU
 CHEAPER: dict[str, dict[str, Any]] = {
     "method=sam": {},
     "method.ascent_fraction=0.25": {"ascent_fraction": 0.25},
@@ -46,10 +46,10 @@ CHEAPER: dict[str, dict[str, Any]] = {
 
 
 class TakeTurns(L.Callback):
-    """After so many batches of the fit the bare loop does as many, so both see the same machine.
+    """After each turn of the fit the bare loop takes one, so both see the same machine.
 
-    What ``fit`` does from one turn to the next is its time for the batches of a turn: fetching,
-    augmentation, both passes, the hooks, and what is logged of the batch before.
+    A turn's time is all that ``fit`` does for its batches: fetching, augmentation, both passes, the
+    hooks, and the log of the batch before.
     """
 
     def __init__(self, bare: Iterator[None], batches: int, clock: Callable[[], float]) -> None:
@@ -70,7 +70,7 @@ class TakeTurns(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """After the last batch of a turn note the time, and give the bare loop its turn."""
+        """After the last batch of a turn, note the time and let the bare loop take its turn."""
         if (batch_idx + 1) % self.batches:
             return
         paused = self.clock()
@@ -104,14 +104,14 @@ class Setting:
 
 
 def measure(quick: bool, device: torch.device) -> list[Measurement]:
-    """The same work in both loops, then what the ways to do less work cost in passes of SGD."""
+    """The same work in both loops, then the cheaper methods' cost in passes of SGD."""
     on_gpu = device.type == "cuda"
     rounds, turns = (1, 1) if quick else (3, 2) if on_gpu else (12, 8)  # turns of a round
     quieten()
     results = []
     settings = [Setting(device), Setting(device, bf16=True)] if on_gpu else [Setting(device)]
     for setting in settings:
-        # An update of SGD takes half the time, so the same seconds weigh twice as much.
+        # A step of SGD takes half the time, so the same seconds weigh twice as much.
         for method, options, more in (("SAM", {"rho": RHO}, 1), ("SGD", {"rho": 0.0}, 2)):
             fit, bare = by_round(setting, options, options["rho"], rounds * more, turns)
             what = f"Lightning fit / bare loop, {method}, {setting}"
@@ -131,8 +131,8 @@ def by_round(
 ) -> tuple[list[float], list[float]]:
     """Seconds of ``turns`` turns of ``fit`` and of the bare loop, for each round.
 
-    Each round has weights of its own, for where memory happens to lie changes what a convolution
-    takes by some per cent, and does so for all batches alike.
+    Each round has its own weights, because their place in memory changes the time of a convolution
+    by some per cent, for all batches alike.
     """
     seconds = [
         turns_of(setting, sam_module(setting.width, **options), bare_rho, turns)
@@ -185,10 +185,10 @@ def sam_module(width: int, rho: float = RHO, **options: Any) -> SAMModule:
 
 
 def bare_batches(data: ImageDataModule, setting: Setting, rho: float) -> Iterator[None]:
-    """The loop one writes without Lightning: the same work, stopping after each batch.
+    """The loop that people write without Lightning: the same work, stopping after each batch.
 
-    It lacks what the module guards against and adds for the log (non-finite gradients, the
-    gradient's norm), so what these cost is counted against Lightning's side.
+    It has no check for non-finite gradients and logs no gradient norm. The module does both, so
+    Lightning's side includes their cost.
     """
     device = setting.device
     model = resnet18(setting.width, device)

@@ -1,9 +1,8 @@
 """The bytes that SAM needs above SGD, in multiples of the bytes of the weights.
 
-On a CPU counted from torch's own report of every allocation (``torch.profiler`` with
-``profile_memory``), so temporaries inside an operator count as well; on CUDA by its allocator,
-whose blocks may be up to 1 MB larger than what was asked for. The counts do not vary: one round
-tells all.
+On a CPU torch reports every allocation (``torch.profiler`` with ``profile_memory``), so temporaries
+inside an operator count too. On CUDA the allocator counts; its blocks may be up to 1 MB larger than
+asked for. The counts do not vary, so one round is enough.
 """
 
 import gc
@@ -82,7 +81,7 @@ def peaks(
 
 
 class OnePass:
-    """Plain SGD in the place of SAM: its first step moves nothing."""
+    """Plain SGD in place of SAM: its first step moves nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.base = SGD(model.parameters(), **BASE)

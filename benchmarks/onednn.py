@@ -2,10 +2,10 @@
 
     python -m benchmarks.onednn [--isa ISA ...] [--threads N ...] [--widths N ...] [--case CASE ...]
 
-Compares gradients in channels_last with those in float64, of a single layer and of SAMResNet18,
-which ``sam_lightning.models.onednn`` keeps away from the broken kernel. Every combination has a
-process of its own, because a broken one crashes or never ends. Prints a Markdown table: for which
-widths (input channels of the layer) the gradients are wrong, and how.
+Compares gradients in channels_last with float64, of a single layer and of SAMResNet18, which
+``sam_lightning.models.onednn`` keeps away from the broken kernel. Every combination has its own
+process, because a broken one crashes or never ends. Prints a Markdown table: the widths (input
+channels of the layer) with wrong gradients, and how they are wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # relative 2-norm of the difference; 1e-4 at most is usual, 8e
 
 
 def layer(width: int) -> tuple[nn.Module, tuple[int, ...]]:
-    """The layer that is broken by itself, and the shape of its images."""
+    """The broken layer alone, and the shape of its images."""
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(nn.Conv2d(width, 10, 1, stride=2), *head), (50, width, 32, 32)
 

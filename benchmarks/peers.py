@@ -10,8 +10,7 @@ from torch.optim import SGD
 from sam_lightning.optim.sam import SAM
 
 RHO = 0.05
-# The base optimizer of every case. Its fused form is the fastest there is, so that what SAM adds
-# to it looks largest.
+# The base optimizer of every case. Its fused form is the fastest, so SAM's own cost looks largest.
 BASE: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "fused": True}
 
 
@@ -28,7 +27,8 @@ class TwoStep(Protocol):
 class PlainLoop:
     """SAM written down from its formula, tensor by tensor, as in the well-known gists.
 
-    e = rho * g / (||g||_2 + 1e-12), times w^2 for the adaptive form, whose norm is that of |w| g.
+    e = rho * g / (||g||_2 + 1e-12). The adaptive form multiplies e by w^2 and
+    divides by the norm of |w| g instead.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], adaptive: bool = False) -> None:
@@ -60,7 +60,7 @@ class PlainLoop:
 
 
 def implementations(adaptive: bool = False) -> dict[str, Callable[[nn.Module], TwoStep]]:
-    """SAM (or ASAM) by name; without ``pip install pytorch-optimizer``, that one is left out."""
+    """SAM (or ASAM) by name; pytorch-optimizer's only if it is installed."""
     found: dict[str, Callable[[nn.Module], TwoStep]] = {
         "ours": lambda model: SAM(model.parameters(), SGD, RHO, adaptive=adaptive, **BASE),
         "plain loop": lambda model: PlainLoop(model.parameters(), adaptive),

@@ -26,7 +26,7 @@ IMPORTS = "import lightning, torchvision, torchmetrics"
 
 
 def measure(quick: bool) -> list[Measurement]:
-    """Commands that need no torch over an empty Hydra app, and one that trains over its imports."""
+    """Commands without torch over an empty Hydra app, and one that trains over its imports."""
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder) / "empty_app.py"
         app.write_text(EMPTY_APP)
@@ -73,7 +73,7 @@ class Command:
 
 
 def compare(commands: dict[str, Command], rounds: int, warmup: int = 1) -> list[Measurement]:
-    """Seconds and megabytes of each command, and their ratios to those of the first."""
+    """Seconds and megabytes of each command, and their ratios to the first command's."""
     cases: dict[str, Callable[[], float]] = dict(commands)
     seconds = interleave(cases, rounds, warmup=warmup)
     memory = {name: command.megabytes[-rounds:] for name, command in commands.items()}

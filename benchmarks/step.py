@@ -1,4 +1,4 @@
-"""What a SAM step costs above two forward and backward passes and one step of SGD."""
+"""A SAM step compared with two forward and backward passes and one step of SGD."""
 
 import time
 from collections.abc import Callable
@@ -42,9 +42,9 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
 def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
     """Ratios of a SAM or ASAM step to what its two passes and its base step cost.
 
-    Two rows for each: of whole steps, and with the passes of the base in both, so that only the
-    seconds in the optimizer differ. The second is free of the noise of the passes, which is many
-    times as large as what perturbing and restoring take.
+    Each has two rows: one of whole steps, and one with the base's passes on both sides, so only the
+    seconds in the optimizer differ. The second row is free of the passes' noise, which is many
+    times as large as the cost of perturbing and restoring.
     """
     steps = steps_by_name(width, batch_size, torch.device("cpu"), bf16=False)
     seconds = interleave(steps, rounds)
@@ -62,7 +62,7 @@ def whole_steps(width: int, batch_size: int, rounds: int) -> list[Measurement]:
 def steps_on_gpu(
     width: int, batch_size: int, rounds: int, device: torch.device, bf16: bool
 ) -> list[Measurement]:
-    """The same ratios of whole steps, several as one, for the host runs ahead of the GPU."""
+    """The same ratios of whole steps, several as one, because the host runs ahead of the GPU."""
     steps = {
         name: repeated(step)
         for name, step in steps_by_name(width, batch_size, device, bf16).items()
@@ -131,7 +131,7 @@ def gradient(model: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) -> None
 
 
 def two_passes(model: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool = False) -> Step:
-    """Two gradients, of which the second is stepped with: all that SAM cannot do without."""
+    """Two gradients and a step with the second: the least that SAM needs."""
     optimizer = SGD(model.parameters(), **BASE)
 
     def run(step: Step) -> None:
@@ -146,7 +146,7 @@ def two_passes(model: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool = Fals
 def sam_step(
     model: nn.Module, optimizer: TwoStep, batch: tuple[Tensor, Tensor], bf16: bool = False
 ) -> Step:
-    """One step of an implementation of SAM, as its readers are told to write it."""
+    """One step of an implementation of SAM, as its documentation shows it."""
 
     def run(step: Step) -> None:
         model.zero_grad()
@@ -186,7 +186,7 @@ def tensors(count: int, size: int, device: torch.device) -> nn.ParameterList:
 
 
 def both_steps(optimizer: TwoStep, model: nn.Module) -> Callable[[], None]:
-    """All of SAM but the passes: the gradients stay what they are, and pass for new ones."""
+    """SAM without the passes: the old gradients count as new ones."""
     first = next(p.grad for p in model.parameters() if p.grad is not None)
 
     def run() -> None:

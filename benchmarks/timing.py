@@ -1,9 +1,8 @@
-"""Interleaved timing: cases take turns in one process, and what counts is their ratio in a round.
+"""Interleaved timing: cases take turns in one process, and their ratio in a round counts.
 
-Machines drift: another process starts, the clock throttles. Cases that are timed one after the
-other see different machines; cases that take turns see the same one, so the ratio within a round
-holds where the seconds do not. The order changes from round to round, so that no case always
-follows the same one.
+Machines drift: another process starts, the clock throttles. Cases that take turns see the same
+machine, so the ratio within a round holds when the seconds do not. The order changes from round to
+round, so no case always follows the same one.
 """
 
 import statistics
@@ -23,7 +22,7 @@ class Measurement:
 
     Attributes:
         part: which part of the benchmarks measured it.
-        what: what was measured, and for a ratio of what to what.
+        what: what was measured; a ratio names both sides.
         median, lower, upper: of the rounds, in ``unit``.
         rounds: how many.
         unit: ``x`` for a ratio, or the unit of an absolute figure.
@@ -39,7 +38,7 @@ class Measurement:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Seconds, told when the device has done its work: on CUDA calls return before that."""
+    """Seconds, read when the device is done: on CUDA, calls return earlier."""
 
     def clock() -> float:
         if device.type == "cuda":
@@ -66,8 +65,8 @@ def interleave(
     """Time every case once a round.
 
     Args:
-        cases: what to time. A case may return the seconds it wants counted, where not all that it
-            does belongs to the figure; otherwise the call is timed as a whole.
+        cases: what to time. A case may return the seconds to count; otherwise the whole call
+            counts.
         rounds: how often each case is timed.
         warmup: rounds before these that do not count.
         clock: seconds from an arbitrary start.

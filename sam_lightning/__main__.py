@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     """Run a command.
 
     Raises:
-        ConfigError: there is no such command, or it needs files that are not there.
+        ConfigError: there is no such command, or its files are missing.
     """
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def guarded(main: Callable[[], Any]) -> None:
-    """Call a Hydra main function; end with one line on stderr where the user can mend the cause.
+    """Call a Hydra main function; end with one line on stderr if the user can fix the cause.
 
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
     tracebacks instead.
@@ -60,7 +60,7 @@ def guarded(main: Callable[[], Any]) -> None:
 
 
 def _line_and_code(error: Exception) -> tuple[str, int] | None:
-    """What to say of an error that the user can mend, and the exit code; None for any other."""
+    """The line and exit code for an error that the user can fix; None for any other."""
     if isinstance(error, ConfigError | TrainingError):
         return one_line(error), 1 if isinstance(error, TrainingError) else 2
     composing = isinstance(error, COMPOSING)
@@ -80,7 +80,7 @@ def _line_and_code(error: Exception) -> tuple[str, int] | None:
 
 
 def _cannot_log(error: Exception) -> str | None:
-    """What to say where Python's logging does not take what Hydra hands on to it."""
+    """The message if Python's logging refuses Hydra's settings."""
     text = one_line(error)
     if not text.startswith("Unable to configure "):
         return None
@@ -91,14 +91,14 @@ def _cannot_log(error: Exception) -> str | None:
 
 
 def _cannot_store() -> str | None:
-    """What to say where the database of a search cannot be opened."""
+    """The message if the database of a search cannot be opened."""
     if (url := SweepFolder.storage) is None:
         return None
     from optuna.storages import get_storage
 
     try:
         get_storage(url)
-    except Exception as error:  # those of SQLAlchemy, of Optuna and of drivers
+    except Exception as error:  # errors of SQLAlchemy, Optuna and drivers
         reason = str(error).partition("\n")[0]
         return (
             f"hydra.sweeper.storage={url}: cannot be opened ({reason}); allowed is null, or a URL "
@@ -115,8 +115,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def run(cfg: DictConfig) -> float | None:
     """Check a configuration, train, and return ``cfg.optimized_metric`` of the results.
 
-    A single run that is refused leaves no folder. In a sweep the job keeps its folder, whose log
-    says why, and the others go on.
+    A refused single run leaves no folder. A refused job of a sweep keeps its folder, whose log says
+    why, and the other jobs continue.
     """
     hydra = HydraConfig.get()
     try:
@@ -143,14 +143,14 @@ def run(cfg: DictConfig) -> float | None:
             log.error("%s", one_line(error))
             fail(cfg, hydra, error)
             return None
-        if hydra.output_subdir is not None:  # else the folder is that of an earlier run
-            os.chdir(hydra.runtime.cwd)  # out of that folder, with hydra.job.chdir=true
+        if hydra.output_subdir is not None:  # otherwise the folder is an earlier run's
+            os.chdir(hydra.runtime.cwd)  # leave that folder: hydra.job.chdir=true
             _discard(Path(hydra.runtime.output_dir))
         if cfg.get("debug") is True:
             raise
         _fail(one_line(error), 1 if isinstance(error, TrainingError) else 2)
     except Exception as error:
-        log.exception("the run failed")  # Hydra itself leaves the log of a failed job empty
+        log.exception("the run failed")  # Hydra leaves the log of a failed job empty
         if hydra.mode == RunMode.MULTIRUN:
             fail(cfg, hydra, error)
             return None
@@ -158,7 +158,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _check_job(folder: Path) -> None:
-    """Refuse to train over what an earlier sweep has left in the folder of a job."""
+    """Refuse to train over an earlier sweep's run in the folder of a job."""
     summary = read_summary(folder / "metrics.json") or {}
     if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
         raise ConfigError(
@@ -168,10 +168,10 @@ def _check_job(folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder that holds nothing but what Hydra wrote at the start."""
+    """Remove a folder that holds only what Hydra wrote at the start."""
     found = list(folder.iterdir())
     written = [e for e in found if e.name in (".hydra", "train.log", "multirun.yaml")]
-    if (folder / "multirun.yaml").is_file():  # of a sweep, and so are the empty folders of jobs
+    if (folder / "multirun.yaml").is_file():  # a sweep's, and so are the empty folders of jobs
         written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
     if not {*found} <= {*written}:
         return
@@ -187,7 +187,7 @@ def _discard(folder: Path) -> None:
 
 
 def settings_first(arguments: list[str]) -> list[str]:
-    """Put settings in front of Hydra's flags: its parser does not take them on both sides of one.
+    """Put settings before Hydra's flags, because its parser refuses them on both sides of a flag.
 
     A flag that must have a value keeps the next argument.
     """
@@ -199,13 +199,13 @@ def settings_first(arguments: list[str]) -> list[str]:
 
 
 def sqlite(path: str) -> str:
-    """The URL of a database that Optuna may make at ``path``, in a folder that is there."""
+    """The URL of Optuna's database at ``path``; makes its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}"
 
 
 def as_launched(arguments: list[str]) -> list[str]:
-    """Under torchrun or SLURM, take the numbers of devices and nodes from there unless given."""
+    """Under torchrun or SLURM, take the numbers of devices and nodes from them unless given."""
     found = launched()
     if found is None or found.per_node is None:
         return arguments
@@ -216,9 +216,10 @@ def as_launched(arguments: list[str]) -> list[str]:
 
 
 def without_ghosts(arguments: list[str]) -> list[str]:
-    """Under torchrun or SLURM, where every process composes for itself, rank 0 alone has a folder.
+    """Under torchrun or SLURM, let only rank 0 have a folder.
 
-    What the others are told to write goes nowhere: loggers and checkpoints are rank 0's.
+    There every process composes its own configuration. The other ranks write nothing: loggers and
+    checkpoints are rank 0's.
     """
     if number("RANK", number("SLURM_PROCID", 0)) == 0:
         return arguments

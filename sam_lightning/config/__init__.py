@@ -1,1 +1,1 @@
-"""What may be said in a configuration: names, types, ranges; and how errors are told."""
+"""What a configuration may contain: names, types, ranges; and its error messages."""

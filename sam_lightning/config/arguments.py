@@ -20,8 +20,8 @@ def parse(
 ) -> DictConfig:
     """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
 
-    A command with ``ckpt_path`` takes ``trust`` as well: code of the person's own that the
-    checkpoint may name.
+    A command with ``ckpt_path`` also takes ``trust``: the user's own code that the checkpoint may
+    name.
 
     Args:
         about: what the command does, with an example.
@@ -30,7 +30,7 @@ def parse(
         argv: ``sys.argv[1:]`` if None.
 
     Raises:
-        ConfigError: an argument is not of that form, or its key or value is not allowed.
+        ConfigError: an argument is not ``key=value``, or its key or value is not allowed.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "ckpt_path" in defaults:
@@ -52,7 +52,7 @@ def parse(
         try:
             options.merge_with_dotlist([argument])
             OmegaConf.to_container(options, resolve=True)
-        except Exception as error:  # those of YAML and of OmegaConf
+        except Exception as error:  # an error of YAML or OmegaConf
             raise ConfigError(f"{argument}: {one_line(error)}") from error
     for key in defaults:
         if OmegaConf.is_missing(options, key):

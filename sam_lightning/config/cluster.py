@@ -1,4 +1,4 @@
-"""What torchrun or SLURM says of the processes that it has started, read without torch."""
+"""What torchrun or SLURM says about the processes it started, read without torch."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def launched() -> Launched | None:
     is a shell that the user starts processes from.
 
     Raises:
-        ConfigError: SLURM was not told the number of tasks per node, or what is told is no number.
+        ConfigError: SLURM has no number of tasks per node, or a value is not a number.
     """
     env = os.environ
     if "WORLD_SIZE" in env:

@@ -1,4 +1,4 @@
-"""The files in ``conf``: groups, choices, keys; and the help that they make."""
+"""The files in ``conf``: groups, choices, keys, and the help made from them."""
 
 import re
 from pathlib import Path

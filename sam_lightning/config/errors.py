@@ -15,7 +15,7 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, for instance because every gradient is non-finite (exit code 1)."""
+    """Training cannot continue, as when every gradient is non-finite (exit code 1)."""
 
 
 class Interrupted(SystemExit):

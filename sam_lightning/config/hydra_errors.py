@@ -1,4 +1,4 @@
-"""What Hydra says of a command line that it cannot compose, in one line with a remedy."""
+"""Hydra's errors about a command line, in one line with a remedy."""
 
 import re
 from contextlib import nullcontext
@@ -17,9 +17,9 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described
 
-# What is raised while a configuration is composed from files and arguments.
+# Errors raised while Hydra composes a configuration from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
-# What Hydra says in a ValueError of arguments that it cannot use.
+# Texts of Hydra's ValueErrors about arguments that it cannot use.
 OF_ARGUMENTS = ("Config group override must be", "The --resolve flag", "Only one of --run")
 
 
@@ -50,7 +50,7 @@ def check_flags(arguments: list[str]) -> None:
 
 
 def unreadable(arguments: list[str]) -> str | None:
-    """What keeps the first YAML file of the configuration that is no text from being read."""
+    """Why the first unreadable YAML file of the configuration cannot be read."""
     for folder in (CONF, *folders_given(arguments)):
         for file in sorted(folder.rglob("*.yaml")):
             try:
@@ -98,13 +98,13 @@ def explain(error: Exception, arguments: list[str]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """On one line, without where Hydra searched and where its documentation is."""
+    """The text on one line, without Hydra's search path and links."""
     text = re.sub(r"See https?://\S+ for details\.?", "", text.partition("Config search path:")[0])
     return " ".join(text.split())
 
 
 def _known_keys(arguments: list[str], key: str) -> list[str]:
-    """What may be meant by ``key``: the keys of the configuration with the groups as chosen."""
+    """The keys of the configuration with the chosen groups, one of which ``key`` may mean."""
     if key.endswith("._target_"):
         return []
     chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]

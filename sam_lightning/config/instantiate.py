@@ -1,8 +1,8 @@
 """From names in a configuration to objects.
 
-Code outside of our packages gets here only if it is the person's own: ``trust.check_targets`` has
-refused all other code. A name in our packages may come out of a stranger's checkpoint, so what it
-stands for must be defined there and be of the kind that its key describes before it is called.
+Code outside our packages gets here only if it is the user's own: ``trust.check_targets`` refuses
+other code. A name in our packages may come from a stranger's checkpoint. So before a call, its
+object must be defined there and be of the kind that its key describes.
 """
 
 import inspect
@@ -30,7 +30,7 @@ KINDS = {
     "callbacks.*": "lightning.pytorch.Callback",
     "logger.*": "lightning.pytorch.loggers.Logger",
 }
-# What a model is given of the data, as far as it takes it.
+# What a model gets from the data, if it takes it.
 SHAPE = ("num_classes", "in_channels")
 
 
@@ -43,7 +43,7 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
         kwargs: further arguments, which the configuration cannot set.
 
     Raises:
-        ConfigError: what is named is not there or not allowed, or does not take its arguments.
+        ConfigError: the target is missing or not allowed, or does not take its arguments.
     """
     make = factory(cfg, key, **kwargs)
     try:
@@ -60,7 +60,7 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
 
 
 def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
-    """As ``build``, but a function that makes the object when it is called."""
+    """Like ``build``, but return a function that makes the object."""
     node = OmegaConf.select(cfg, key)
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise ConfigError(f"{key}._target_: must be given, as in {key}._target_=...")
@@ -78,7 +78,7 @@ def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
 
 
 def not_taken(cfg: DictConfig, shape: Mapping[str, int]) -> str:
-    """What the model is not told of the shape of the data, or nothing."""
+    """A sentence on what the model does not take of the data's shape, or nothing."""
     made, _ = _locate("model", cfg.model._target_)
     names = [f"{name}={value}" for name, value in shape.items() if not _takes(made, name)]
     return f"model: {cfg.model._target_} has no parameter for {', '.join(names)}" if names else ""
@@ -112,13 +112,13 @@ def _takes(made: Callable[..., Any], name: str) -> bool:
 
 
 def _without_other_keys(key: str, text: str) -> str:
-    """A hint where a model of one's own was given the keys of the default model."""
+    """A hint if a custom model got the keys of the default model."""
     unknown = key == "model" and re.search(r"\.(width|stem|zero_init_residual)=|'width'", text)
     return "; model=custom has no keys of other models" if unknown else ""
 
 
 def _locate(key: str, target: Any) -> tuple[Callable[..., Any], bool]:
-    """What a target stands for, and whether it is certain to make an object of the right kind."""
+    """The object that a target names, and whether it surely makes the right kind of object."""
     module_name, _, name = str(target).rpartition(".")
     said = f"{key}._target_={target}"
     try:
@@ -127,7 +127,7 @@ def _locate(key: str, target: Any) -> tuple[Callable[..., Any], bool]:
     except AttributeError as error:
         near = did_you_mean(name, vars(module))
         raise ConfigError(f"{said}: there is no {name} in {module_name}{near}") from error
-    except Exception as error:  # an ImportError, or whatever a module of the user's own raises
+    except Exception as error:  # an ImportError, or any error of the user's own module
         raise ConfigError(f"{said}: cannot import {module_name} ({one_line(error)})") from error
     kind, packages = KINDS[described(key)], TARGETS[described(key)]
     if is_in(packages, target):
@@ -164,7 +164,7 @@ def _is_kind(made: type, kind: str) -> bool:
 
 
 def _call(key: str, said: str, made: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """What a function of the user's own returns, if it is of the kind that its key describes."""
+    """The result of the user's own function, if it is of the kind that its key describes."""
     result = made(*args, **kwargs)
     kind = KINDS[described(key)]
     if not _is_kind(type(result), kind):

@@ -1,4 +1,4 @@
-"""What a configuration may say: names, types and ranges, checked before torch is loaded."""
+"""Names, types and ranges of a configuration, checked before torch is loaded."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ METRICS = (
     *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
     *("train/acc", "train/loss"),
 )
-# Top-level keys that a configuration can do without, and others that it cannot.
+# Top-level keys that are optional, and other keys that are required.
 OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
 REQUIRED = """
 data.source._target_ data.label_noise model._target_ optimizer._target_ scheduler._target_
@@ -30,13 +30,13 @@ method.name method.rho method.perturbation._target_ trainer.accelerator trainer.
 trainer.num_nodes trainer.log_every_n_steps trainer.gradient_clip_val
 trainer.accumulate_grad_batches
 """
-# What loggers and callbacks call a folder that they write to.
+# Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 
 Holds = Callable[[Any], bool]
-# A key, what is allowed in words, and between them the test of it where ``allows`` has none.
+# A key, and the allowed values in words; between them a test if ``allows`` has none.
 Rule = tuple[str, Holds, str] | tuple[str, str]
-# What is allowed, in words that ``allows`` reads, and the keys that it is for.
+# The allowed values, in words that ``allows`` reads, and their keys.
 TABLE = f"""
 true, false: compile test debug model.bottleneck model.zero_init_residual data.flip data.download
   data.drop_last optimizer.nesterov trainer.sync_batchnorm method.perturbation.normalize_bias
@@ -165,7 +165,7 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key, value in plain.items():
         try:
             OmegaConf.select(cfg, key)
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        except OmegaConfBaseException as error:  # an interpolation of a missing key
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     OmegaConf.resolve(copy := cfg.copy())
     check_values(copy, [rule for rule in RULES if not _is_of_others(copy, rule[0])])
@@ -191,14 +191,14 @@ def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
 
 
 def _is_of_others(cfg: DictConfig, key: str) -> bool:
-    """Whether it is an argument of code that is not ours, which may mean something else by it."""
+    """Whether the key is an argument of foreign code, where it may mean something else."""
     owner = key.rpartition(".")[0]
     target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
     return target is not None and not is_in(TARGETS[owner], str(target))
 
 
 def _check_names(plain: dict[str, Any]) -> None:
-    """Refuse a ``_target_`` that can be no class or function, or where nothing is built."""
+    """Refuse a ``_target_`` that cannot be a class or function, or that nothing builds."""
     for key, value in plain.items():
         owner, _, last = key.rpartition(".")
         if last != "_target_":
@@ -215,7 +215,7 @@ def _check_names(plain: dict[str, Any]) -> None:
 
 
 def _check_folders(plain: dict[str, Any]) -> None:
-    """Refuse a folder that a run is to write to if it cannot be made and written."""
+    """Refuse a folder of the run that cannot be made and written."""
     for key, path in plain.items():
         of_others = key.startswith(("logger.", "callbacks.")) and path is not None
         if key != "output_dir" and not (of_others and key.rpartition(".")[2] in FOLDERS):
@@ -223,14 +223,14 @@ def _check_folders(plain: dict[str, Any]) -> None:
         if not _text(path):
             raise ConfigError(f"{key}={path}: allowed is the path of a folder")
         folder = Path(path).absolute()
-        try:  # to make it is the one sure test
+        try:  # making it is the only sure test
             missing = [part for part in (folder, *folder.parents) if not part.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise ConfigError(f"{key}={path}: cannot be written ({error.strerror})") from error
-        with suppress(OSError):  # the run may be refused yet, and then leaves none of it
+        with suppress(OSError):  # a run that is refused later must leave no folder
             for part in missing:
                 part.rmdir()
 
@@ -265,5 +265,5 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line; its type where it says nothing."""
+    """An error's text on one line, or its type if the text is empty."""
     return " ".join(str(error).split()) or type(error).__name__

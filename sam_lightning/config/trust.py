@@ -1,8 +1,8 @@
 """Whose code a configuration may run.
 
-What a person types or keeps in ``conf`` is their own code. A checkpoint and a run's folder may be
-somebody else's: a ``_target_`` in one of them must be in the packages below, or be named in
-``conf`` below the same key, or be typed by the person.
+The user's command line and ``conf`` may name any code. A checkpoint and a run's folder may be
+somebody else's: a ``_target_`` there must be in the packages below, or be named in ``conf`` below
+the same key, or on the command line.
 """
 
 import re
@@ -30,17 +30,17 @@ TARGETS = {
     "logger.*": ("sam_lightning", "lightning.pytorch.loggers"),
 }
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-_typed: set[str] = set()  # by the person who started this process
+_typed: set[str] = set()  # on the command line of this process
 
 
 def trust(names: Any) -> None:
-    """Let checkpoints name these classes and functions, as long as this process lives.
+    """Let checkpoints name these classes and functions, until this process ends.
 
     Args:
         names: as in ``my_project.Net``; a list, or one text with commas; None: nothing.
 
     Raises:
-        ConfigError: one of them is no such name.
+        ConfigError: one of them is not a full name.
     """
     if names is None or isinstance(names, str):
         names = [] if names is None else names.split(",")
@@ -62,12 +62,12 @@ def trust_arguments(arguments: list[str]) -> None:
 
 
 def check_targets(node: Any, key: str = "", remedy: str = "add trust={target}") -> None:
-    """Refuse a stored configuration, or a part of one, that names code of strangers.
+    """Refuse a stored configuration, or a part of one, that names strangers' code.
 
     Args:
-        node: what is stored.
-        key: where it stands in the configuration.
-        remedy: what the person can type if the code is theirs.
+        node: the stored configuration.
+        key: its place in the whole configuration.
+        remedy: what the user can type if the code is theirs.
 
     Raises:
         ConfigError: names the first such target.
@@ -96,7 +96,7 @@ def _check_target(key: str, target: Any, remedy: str) -> None:
 
 @cache
 def _named_in(folder: Path) -> set[tuple[str, str]]:
-    """The targets in the YAML files of a folder, each with the entry of ``TARGETS`` it is for."""
+    """The targets in the YAML files of a folder, each with its entry of ``TARGETS``."""
     found = set()
     for file in folder.rglob("*.yaml"):
         try:
@@ -114,7 +114,7 @@ def _named_in(folder: Path) -> set[tuple[str, str]]:
 
 
 def is_in(packages: Iterable[str], name: str) -> bool:
-    """Whether a dotted name is that of one of the packages or of something in it."""
+    """Whether a dotted name is one of the packages or inside one."""
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 

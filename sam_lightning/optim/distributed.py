@@ -1,4 +1,4 @@
-"""What SAM checks and makes where several devices train together."""
+"""What SAM checks and makes when several ranks (processes) train together."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from sam_lightning.optim.step_state import StepState
 
 
 def check_not_divided(group: dict[str, Any]) -> None:
-    """Refuse a parameter group of which each device has a part, unless FSDP2 made it.
+    """Refuse a parameter group that is divided over ranks, unless FSDP2 divided it.
 
     Raises:
         ValueError: FullyShardedDataParallel or ZeroRedundancyOptimizer has divided the parameters.
@@ -33,7 +33,7 @@ def check_not_divided(group: dict[str, Any]) -> None:
 
 
 def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
-    """Refuse to combine two gradients where devices would end with different weights.
+    """Refuse to combine two gradients if ranks would end with different weights.
 
     The model of the step may be DistributedDataParallel, contain it, or have a Lightning trainer.
 
@@ -42,7 +42,7 @@ def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
         weights: the parameters with a gradient.
 
     Raises:
-        RuntimeError: the last pass was inside ``no_sync``; or there are several devices, their
+        RuntimeError: the last pass was inside ``no_sync``; or there are several ranks, their
             weights are not sharded, and SAM sees nothing that averages their gradients.
     """
     if step.local or not dist.is_available() or not dist.is_initialized():
@@ -56,7 +56,7 @@ def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
     averaging = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
     if not averaging:
         raise RuntimeError(
-            "a method that combines two gradients has to see what averages them over devices: "
+            "a method that combines two gradients has to see what averages them over ranks: "
             "pass the model that DistributedDataParallel has wrapped, not the one inside, or the "
             "LightningModule, as perturbed(model), first_step(model=model) or step(closure, model);"
             " or pass local=True, call combine(), and average the gradients after it"
@@ -64,7 +64,7 @@ def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
     # A pass notes there whether it averages.
     if not all(ddp.require_forward_param_sync for ddp in averaging):
         raise RuntimeError(
-            "a method that combines two gradients needs both averaged over devices: run both "
+            "a method that combines two gradients needs both averaged over ranks: run both "
             "passes outside of no_sync(); or both inside of it, with perturbed(local=True) or "
             "first_step(local=True), call combine(), and average the gradients after it"
         )
@@ -72,10 +72,10 @@ def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def make_method_state(sam: Any) -> None:
-    """Make the state of SAM's method, of zeros, in a step that moves nothing.
+    """Make the state of SAM's method, all zeros, in a step that moves nothing.
 
-    ``torch.distributed.checkpoint`` takes a step with a learning rate of 0, to make all state that
-    it loads a checkpoint into.
+    ``torch.distributed.checkpoint`` takes a step with a learning rate of 0, to make the state into
+    which it loads a checkpoint.
 
     Raises:
         RuntimeError: a learning rate is not 0, so the step should have perturbed.

@@ -82,7 +82,7 @@ def _whole(t: Tensor) -> Tensor:
 
 
 def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """This device's shards, in the same memory; tensors that are not sharded as they are."""
+    """This rank's shards, in the same memory; other tensors as they are."""
     if not any_sharded(tensors):
         return tensors
     return [t.to_local() if any_sharded([t]) else t for t in tensors]  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sam_lightning.optim.foreach import global_norm
 
 # What a method remembers of one weight between steps, by name. The optimizer saves it with its own
-# state, for each device.
+# state, on each rank.
 State = dict[str, Tensor]
 Tensors = list[Tensor]
 Names = Sequence[str | None]

@@ -66,7 +66,7 @@ class SAM(OptimizerAround):
     Raises:
         TypeError: ``base_optimizer`` is an optimizer instead of its class.
         ValueError: an argument is out of range, two do not go together, or SAM does not support the
-            base optimizer or how the parameters are divided over devices.
+            base optimizer or how the parameters are divided over ranks.
     """
 
     grad_scale: Tensor | None  # set by GradScaler, which multiplies one that is there already
@@ -180,12 +180,12 @@ class SAM(OptimizerAround):
             scaler: scales the loss. Only methods that remember gradients need it.
             rho_scale: factor on every rho.
             further: move on from where the weights are, if they are perturbed already.
-            local: no pass averages gradients over devices. Call ``combine()``, and average the
+            local: no pass averages gradients over ranks. Call ``combine()``, and average the
                 gradients after it. Only a gradient transform needs this.
 
         Raises:
             RuntimeError: the weights are perturbed already; there is no new gradient, or a sparse
-                one; or the gradient transform needs gradients that are averaged over devices.
+                one; or the gradient transform needs gradients that are averaged over ranks.
         """
         step = self._step_state
         first = not step.held

@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole when they are there, checked when they are read, and only data."""
+"""Checkpoints as files: written whole, checked when read, and only data."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write beside the file and rename, so that ``path`` is the old checkpoint or the new one.
 
     Raises:
-        TrainingError: an error, such as a full disk; the file that was there stays.
+        TrainingError: an error, such as a full disk; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -69,7 +69,7 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 def newest(folder: Path) -> Path | None:
     """The whole checkpoint in ``folder`` with the most steps, or None.
 
-    Steps decide and not times, since clocks may go backwards. The log names damaged ones.
+    Steps decide, not times, because clocks may go backwards. The log names damaged ones.
 
     Raises:
         ConfigError: there are checkpoints, and all are damaged.

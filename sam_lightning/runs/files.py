@@ -45,7 +45,7 @@ def replacing(path: Path, key: str = "out") -> Iterator[Path]:
     """A name beside ``path`` to write to; it becomes ``path`` if the block ends without an error.
 
     Raises:
-        ConfigError: it cannot be written, to where ``key`` says; what was there stays.
+        ConfigError: it cannot be written; names ``key``. An old file stays.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -79,11 +79,11 @@ def _finite(value: Any) -> Any:
 
 
 def make_folder(folder: Path, given: Path) -> Path:
-    """Make the folder of results before the work for them is done, and return it.
+    """Make the folder of results before the work starts, and return it.
 
     Args:
         folder: the folder to make.
-        given: what ``out`` said, for the error.
+        given: the value of ``out``, shown in an error.
 
     Raises:
         ConfigError: it cannot be written.
@@ -98,9 +98,9 @@ def make_folder(folder: Path, given: Path) -> Path:
 
 
 def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> None:
-    """Name the first cause in ``metrics.json``: rank 0 may have written a later one, or nothing.
+    """Write the first cause to ``metrics.json``: rank 0 may have written a later one, or nothing.
 
-    A run that was complete stays so where it was ``refused`` to be continued.
+    A complete run stays complete if continuing it was ``refused``.
     """
     path = Path(cfg.output_dir) / "metrics.json"
     summary = read_summary(path) or {"metrics": {}, "config": _plain(cfg)}
@@ -111,7 +111,7 @@ def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> No
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """What a run has left in ``metrics.json``; None if there is none that is whole."""
+    """The content of ``metrics.json``; None if it is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
@@ -186,5 +186,5 @@ def now() -> str:
 def _plain(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:  # that may be what the run was refused for
+    except OmegaConfBaseException:  # this may be why the run was refused
         return OmegaConf.to_container(cfg)

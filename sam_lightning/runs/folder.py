@@ -1,4 +1,4 @@
-"""The folder of a run: one that can be written, and that no other run has."""
+"""The folder of a run: writable, and not another run's."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import check_values
 
-# Folders of that name are made below logs, so it must not lead out of there.
+# A folder of this name is made below logs, so the name must not lead out of it.
 TASK_NAME = (
     "task_name",
     lambda v: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", str(v))) and v is not None,
@@ -22,16 +22,16 @@ TASK_NAME = (
 
 
 class RunFolder(Callback):
-    """Makes the folder before Hydra does, whose errors say neither key nor remedy."""
+    """Makes the folder before Hydra does, because Hydra's errors name no key and no remedy."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
         part = config.hydra.output_subdir
-        if part is None:  # the run goes on in the folder of an earlier one
+        if part is None:  # the run continues in its old folder
             return
         folder = _made(config, "hydra.run.dir")
         try:
-            # Of two runs that start at once, one succeeds; one that is started over and over with
+            # Of two runs that start at once, one succeeds. A run that restarts again and again with
             # ckpt_path=last may find what was killed before it had written anything.
             (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
         except FileExistsError:
@@ -67,8 +67,8 @@ def _made(config: DictConfig, key: str) -> Path:
 def refuse(message: str) -> NoReturn:
     """End the process with one line and exit code 2, from a callback of Hydra.
 
-    By SystemExit: Hydra turns other errors of its callbacks into warnings. Of the processes of
-    torchrun or SLURM, the first one says it for all.
+    It raises SystemExit, because Hydra turns other errors of its callbacks into warnings. Under
+    torchrun or SLURM only the first process prints the line.
     """
     if (found := launched()) is None or found.rank == 0:
         print(f"error: {message}", file=sys.stderr)

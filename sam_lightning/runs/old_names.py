@@ -1,4 +1,4 @@
-"""Names that earlier versions wrote into checkpoints and run folders, and what they are now."""
+"""Names that earlier versions wrote into checkpoints and run folders, and their new names."""
 
 import re
 from typing import Any

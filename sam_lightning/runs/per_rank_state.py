@@ -1,7 +1,7 @@
-"""What differs between devices, in a checkpoint: for each part a tensor with a row per device.
+"""What differs between ranks, in a checkpoint: for each part a tensor with a row per rank.
 
-Weights and the base optimizer's state are the same on all devices. Running statistics of BatchNorm,
-sums since the last log and what a method remembers of its own gradients are not.
+Weights and the base optimizer's state are the same on all ranks. Running statistics of BatchNorm,
+sums since the last log and a method's state differ.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,11 @@ Parts = Mapping[str, Sequence[Tensor]]
 
 
 def gather_rows(parts: Parts, all_gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
-    """The values of each part's tensors as one row per device; all devices must call this.
+    """The values of each part's tensors as one row per rank; all ranks must call this.
 
     Args:
         parts: tensors by name; parts without tensors are left out.
-        all_gather: stacks the tensors of all devices, or returns a single device's as it is.
+        all_gather: stacks the tensors of all ranks, or returns a single rank's as it is.
     """
     rows = {}
     for name, tensors in parts.items():
@@ -30,7 +30,7 @@ def gather_rows(parts: Parts, all_gather: Callable[[Tensor], Any]) -> dict[str, 
 
 
 def fill(parts: Parts, rows: Mapping[str, Tensor]) -> None:
-    """Copy a device's row of each part into its tensors; skip parts that have no row."""
+    """Copy a rank's row of each part into its tensors; skip parts that have no row."""
     for name, tensors in parts.items():
         if tensors and name in rows:
             values = rows[name].split([tensor.numel() for tensor in tensors])
@@ -39,7 +39,7 @@ def fill(parts: Parts, rows: Mapping[str, Tensor]) -> None:
 
 
 def store_means(state_dict: dict[str, Tensor], buffers: Mapping[str, Tensor], rows: Tensor) -> None:
-    """Let a state dict have the buffers' means over devices, which evaluation uses."""
+    """Write the buffers' means over ranks, which evaluation uses, into a state dict."""
     means = rows.mean(0).split([buffer.numel() for buffer in buffers.values()])
     for (name, buffer), mean in zip(buffers.items(), means, strict=True):
         if name in state_dict:  # not if it is not persistent

@@ -1,4 +1,4 @@
-"""``metrics.json``: what came out of a run, how long it took, and what it was run with."""
+"""``metrics.json``: a run's results, time and settings."""
 
 import logging
 import os
@@ -41,10 +41,10 @@ class Throughput(Protocol):
 
 
 class Record:
-    """Collects the metrics of a run; on leaving the ``with`` block, also by an error, writes them.
+    """Collects the metrics of a run and writes them at the end of the block, also after an error.
 
-    Rank 0 writes ``metrics.json`` under a temporary name and renames it, so that it is whole
-    whenever it is there; it adds the HParams of TensorBoard and prints the final table.
+    Rank 0 writes ``metrics.json`` under a temporary name and renames it, so the file is always
+    whole. It also adds the HParams of TensorBoard and prints the final table.
     """
 
     def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Throughput) -> None:
@@ -54,7 +54,7 @@ class Record:
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Take up metrics by name; later values replace earlier ones."""
+        """Add metrics by name; later values replace earlier ones."""
         self.metrics.update({k: float(v) for k, v in metrics.items() if "/" in k})
 
     def __enter__(self) -> "Record":
@@ -79,7 +79,7 @@ class Record:
         except ConfigError as unwritten:
             if error is None:
                 raise
-            log.error("%s", unwritten)  # why the run has ended matters more
+            log.error("%s", unwritten)  # the error that ended the run matters more
         if error is None:
             self._log_hparams()
             self._print_table(summary)
@@ -126,8 +126,8 @@ class Record:
             known = key.rpartition(".")[2] in {*settings, "name", "_target_"}
             if isinstance(value, int | float | str) and not known and ".source." not in key:
                 settings[key] = value
-        # Without a summary of the experiment, which would describe one run, TensorBoard finds
-        # columns in all runs, and shows those first that differ.
+        # An experiment summary describes one run. Without it TensorBoard finds columns in all runs,
+        # and shows those first that differ.
         _, start, end = hparams(settings, {})
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -155,7 +155,7 @@ class Record:
 
 
 def _peak_memory() -> int:
-    """Bytes at most allocated on this process's GPU, or held by the process on a CPU."""
+    """The most bytes allocated on this process's GPU, or held by the process on a CPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

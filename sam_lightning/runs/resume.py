@@ -1,8 +1,8 @@
-"""``ckpt_path=...``: the run that goes on, and what of its stored command line is taken up.
+"""``ckpt_path=...``: which run continues, and which of its stored overrides it takes.
 
-Whoever resumes a run may have been given its folder. Its overrides are arguments of Hydra, which
-could name launchers, other configuration folders or a pickle to load; so only settings of a run
-are taken, parsed as Hydra parses them, and no code of strangers.
+A run's folder may come from a stranger. Its overrides are arguments of Hydra, which could name
+launchers, other configuration folders or a pickle to load. So resuming takes only settings of a
+run, parsed as Hydra parses them, and no strangers' code.
 """
 
 import re
@@ -23,15 +23,15 @@ from sam_lightning.runs.old_names import with_current_names
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """Complete ``ckpt_path=...`` with what the run of that checkpoint was started with.
+    """Add the stored overrides of the run that ``ckpt_path=...`` names.
 
-    It is a checkpoint, a run's folder, or ``last``: the folder of ``hydra.run.dir`` if that is
-    given, whether there is a run in it yet or not, else that of the newest run. The run's stored
-    overrides come first, then those given now, which win; the output goes on in the run's own
-    folder, and its stored configuration is not written again.
+    ``ckpt_path`` is a checkpoint, a run's folder, or ``last``. ``last`` is the folder
+    ``hydra.run.dir`` if given, with or without a run in it, else the newest run. The stored
+    overrides come first, and the ones given now win. The run writes to its own folder, and does
+    not write its stored configuration again.
 
     Raises:
-        ConfigError: there is no run to continue, or it was started with code of strangers.
+        ConfigError: there is no run to continue, or its overrides name strangers' code.
     """
     given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
     sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
@@ -58,14 +58,14 @@ def resumed(arguments: list[str]) -> list[str]:
         arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
     if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
         arguments = [*arguments, "hydra.output_subdir=null"]
-    # One run, also where the checkpoint is of a sweep that its configuration asked for.
+    # One run, also if the stored configuration asked for a sweep.
     return [*kept, *arguments, "hydra.mode=RUN"]
 
 
 def _newest_run(given: dict[str, str]) -> Path:
-    """The last run of the task that the arguments name, or of any, by the time in its name.
+    """The newest run of the task that the arguments name, or of any task.
 
-    Copying a folder changes the times of its files.
+    Uses the time in the folder's name, since copying changes the times of files.
     """
     if "task_name" in given:
         check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
@@ -81,18 +81,18 @@ def _newest_run(given: dict[str, str]) -> Path:
 
 
 def _quoted(path: Path) -> str:
-    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
+    # A backslash is literal, except before a quote or at the end, where it escapes.
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
     return f"'{escaped}'"
 
 
 def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ()) -> list[str]:
-    """What ``.hydra/overrides.yaml`` of a run says, without the keys that are ``given`` now.
+    """The overrides in a run's ``.hydra/overrides.yaml``, without the keys that are ``given`` now.
 
     Args:
         file: the list of overrides as Hydra stored it.
         settings: the keys that may stand at the top of a configuration.
-        given: keys whose stored values are not wanted, so they may be anything.
+        given: keys whose stored values are ignored, so they may be anything.
 
     Raises:
         ConfigError: the file cannot be read, or an override is none of the run's own settings: one
@@ -132,7 +132,7 @@ def _is_setting(override: Override, allowed: set[str]) -> bool:
 
 
 def _check_code(file: Path, override: Override) -> None:
-    """Refuse an override that names code of strangers, in the key or anywhere in the value."""
+    """Refuse an override that names strangers' code, in the key or anywhere in the value."""
     node = OmegaConf.create({})
     OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
     try:

@@ -75,7 +75,7 @@ def prepare_data(cfg: DictConfig) -> ImageDataModule:
 
 
 def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
-    """The data module, set up: one process downloads and decodes, all load."""
+    """The data module, set up: one process downloads and decodes, all processes load."""
     first = trainer.local_rank == 0
     data = prepare_data(cfg) if first else build_data(cfg, ImageDataModule)
     data.trainer = trainer
@@ -96,7 +96,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
     layout = memory_format(cfg, model, (data.in_channels, *image_size))
     if cfg.compile:
-        # By default it arranges images in channels_last, on CPUs.
+        # On CPUs it would arrange images in channels_last.
         model.compile(options={"layout_optimization": layout != "contiguous"})
     base_optimizer = factory(cfg, "optimizer")
     perturbation = build(cfg, "method.perturbation")
@@ -144,7 +144,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
-    """Try a model on black images, and say in the log what it was not told of the data.
+    """Try a model on black images, and log which of the data's numbers it does not take.
 
     Raises:
         ConfigError: it does not take them, or does not return a logit for each class.
@@ -182,14 +182,14 @@ def _steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
 
 
 def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
-    """The memory layout of weights and images; for ``auto`` what is fastest of what is right.
+    """The memory layout of weights and images; ``auto``: the fastest that is right.
 
-    On CPUs channels_last is what ``benchmarks/layout.py`` measures as faster, on CUDA what
-    PyTorch's documentation recommends for its tensor cores.
+    That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
+    documentation recommends it for CUDA's tensor cores.
 
     Args:
         cfg: of the run.
-        model: as it was built.
+        model: the model as built.
         shape: channels, height and width of an image.
 
     Raises:
@@ -223,7 +223,7 @@ def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> 
     checkpoint = read(path, mmap=True)
     saved, now = checkpoint["hyper_parameters"], hparams
     keys = [("model", key) for key in sorted({*saved["model"], *now["model"]})]
-    # Other settings may change; another optimizer could do nothing with the state of this one.
+    # Other settings may change; another optimizer could not use this one's state.
     for group, key in [*keys, ("optimizer", "_target_")]:
         of_run, given = saved.get(group, {}).get(key), now[group].get(key)
         if of_run != given:

@@ -18,16 +18,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save on local disk; on an error, such as a full disk, the file that was there stays."""
+        """Save on local disk; an error, such as a full disk, leaves the old file as it is."""
         file = Path(path)
         write(file, checkpoint)
         self._folders.add(file.parent.resolve())
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint beside those that were saved, and nothing else.
+        """Remove a checkpoint only from a folder that this run has saved to.
 
-        The resumed checkpoint names the file that a new best one replaces, and so anyone may have
-        named it.
+        The path may come from a resumed checkpoint, and so from a stranger.
         """
         file = Path(path)
         if file.suffix == ".ckpt" and file.parent.resolve() in self._folders:

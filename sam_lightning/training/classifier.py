@@ -14,7 +14,7 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 
 
 class Classifier(L.LightningModule):
-    """Evaluates a model on all devices together, each image once.
+    """Evaluates a model on all ranks together, each image once.
 
     Args:
         model: images N x C x H x W -> logits N x num_classes. Changed in place: its memory format,
@@ -52,7 +52,7 @@ class Classifier(L.LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
-        """Forget earlier evaluations; evaluate with the running statistics of all devices."""
+        """Forget earlier evaluations; evaluate with the mean running statistics of all ranks."""
         # Not at their end: sums made in inference mode cannot be updated in a later fit.
         self.eval_metrics.reset()
         self.average_running_stats()
@@ -60,7 +60,7 @@ class Classifier(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def average_running_stats(self) -> None:
-        """Average BatchNorm's statistics over devices, as the official JAX code does."""
+        """Average BatchNorm's statistics over ranks, as the official JAX code does."""
         if self.trainer.world_size > 1:
             for buffer in self.model.buffers():
                 if buffer.is_floating_point():

@@ -1,9 +1,9 @@
-"""Processes of a run on several devices.
+"""The processes (ranks) of a run on several devices.
 
-Lightning starts them by repeating the command line, which under a sweep repeats the sweep. Here
-they are started with the finished configuration instead, so that a process is always part of the
-run it was started for, and the end of one ends all. They find each other through files in a private
-folder and talk over the loopback interface, so that no other host can reach them.
+Lightning repeats the command line to start processes, which repeats a whole sweep. Here every
+process starts with the finished configuration, so it always belongs to its run, and the end of one
+ends all. They find each other through files in a private folder and talk over the loopback
+interface, so no other host can reach them.
 """
 
 import logging
@@ -40,7 +40,7 @@ Work = Callable[[DictConfig], dict[str, float]]  # a function that other process
 STRATEGIES = ("auto", "ddp")
 # What gloo says, and the store before gloo is connected.
 TIMEOUTS = ("Timed out waiting", "Wait timeout", "Timeout waiting for key")
-NOTICED_WITHIN = 5.0  # seconds in which all that live notice that one does not answer
+NOTICED_WITHIN = 5.0  # seconds until every living rank has noticed that one does not answer
 
 
 def externally_launched() -> bool:
@@ -102,7 +102,7 @@ def _devices_here(trainer: DictConfig) -> int:
 def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
     """Connect the processes before Lightning does, because one of them prepares the data.
 
-    Whatever they wait for each other later on, ``trainer.timeout`` seconds are the limit.
+    Later they wait for each other at most ``trainer.timeout`` seconds.
 
     Args:
         trainer: what the configuration says of devices.
@@ -136,9 +136,9 @@ def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> 
 def end_process_group() -> None:
     """Disconnect the processes, if they are connected; for a process that is about to end.
 
-    Otherwise gloo's threads may let go of a tensor while Python is being taken apart, which aborts
-    a process that has done all its work (pytorch issue 190489). Not after an error: it could wait
-    for a process that has ended.
+    Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
+    that has done all its work (pytorch issue 190489). Do not call it after an error: it could
+    wait for a process that has ended.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,7 +164,7 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
     except SignalException as error:  # the processes have been told, and have saved
         raise Interrupted(int(error.sigval)) from error
     if result.is_failed():
-        # The first that was noticed: the others have been told to end.
+        # The first that was noticed; the others were then told to end.
         rank, failure = next(iter(result.failures.items()))
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
@@ -178,7 +178,7 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
 
 
 def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> RunProcsResult:
-    """Start the processes, wait for them, and terminate all if one fails or a signal comes."""
+    """Start the processes and wait for them; terminate all if one fails or a signal comes."""
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -188,7 +188,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         _worker,
         args=dict.fromkeys(ranks, (work, config, threads, folder)),
         envs={rank: _environment(rank, processes, run_id) for rank in ranks},
-        logs_specs=DefaultLogsSpecs(folder),  # what a process fails with is in a file there
+        logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
     try:
         result = context.wait(period=0.1)
@@ -202,7 +202,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
 
 
 def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
-    """The variables of one process: what torchrun would say, and the network to use."""
+    """The environment of one process: torchrun's variables, and the network to use."""
     loopback = _loopback()
     return {
         "RANK": str(rank),
@@ -210,12 +210,12 @@ def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        # Lightning needs an id to believe the ranks, or SLURM's own would win inside of a job.
+        # Without an id Lightning would take SLURM's ranks inside a job.
         "TORCHELASTIC_RUN_ID": run_id,
-        # Gloo would listen on the address of the host's name, NCCL on any interface but this. The
-        # run is on one machine, so this holds whatever the user has set.
+        # By default gloo listens on the address of the host's name, NCCL on any other interface.
+        # The run is on one machine, so this overrides what the user has set.
         "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not how it begins
+        "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not a prefix
     }
 
 
@@ -232,13 +232,13 @@ def _loopback() -> str:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether to show a process's traceback: not of an error that is said in one line."""
+    """Whether to show a process's traceback; an error of one line needs none."""
     error = record.exc_info[1] if record.exc_info else None
     return f"{ConfigError.__module__}." not in str(error)
 
 
 def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
-    # Back from the way that this process was started in, by which each of its loading processes
+    # Undo the start method of this process, with which each of its loading processes
     # would import everything again, to the platform's own.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)

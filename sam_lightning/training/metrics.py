@@ -1,4 +1,4 @@
-"""Metrics of training and of evaluation: sums on the device that nothing waits for until a log."""
+"""Metrics of training and evaluation: sums on the device, read only at a log."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ class TrainMetrics:
     def __init__(self) -> None:
         self.window = torch.zeros(SUMS)
         self.skipped = torch.zeros(3)
-        # Of the present step: its gradient's norm, and 1 if that is finite, each 1-dim of 1.
+        # The present step's gradient norm, and 1 if it is finite, each 1-dim of 1.
         self._gradient: tuple[Tensor, Tensor] | None = None
         self.to(torch.device("cpu"))
 
@@ -32,7 +32,7 @@ class TrainMetrics:
         """Move the sums."""
         self.window = self.window.to(device)
         self.skipped = self.skipped.to(device)
-        # What a step, perturbed or not, adds to the counts and, none, to the geometry.
+        # What a step adds, perturbed or not: to the counts, and zeros to the geometry.
         self._counts = {
             perturbed: torch.tensor([1.0, perturbed, 0, 0, 0], device=device)
             for perturbed in (True, False)
@@ -66,7 +66,7 @@ class TrainMetrics:
         return skip
 
     def means(self, strategy: Any, world_size: int) -> tuple[dict[str, float], float]:
-        """The means over steps and devices by metric, and the longest row of skipped steps.
+        """The means over steps and ranks by metric, and the longest row of skipped steps.
 
         Sets the sums to 0. This waits for the device, once.
         """
@@ -85,14 +85,14 @@ class TrainMetrics:
         }
         if perturbed:
             values["train/sharpness"] = sharpness / perturbed
-        if measured and math.isfinite(cosine):  # not so where a gradient is 0 or not finite
+        if measured and math.isfinite(cosine):  # not if a gradient is 0 or not finite
             values["train/perturbation_norm"] = norm / measured
             values["train/cosine"] = cosine / measured
         return values, longest
 
 
 class EvalMetrics(nn.Module):
-    """Mean loss, accuracy and, from 10 classes on, top-5 accuracy over all devices."""
+    """Mean loss, accuracy and, from 10 classes on, top-5 accuracy over all ranks."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

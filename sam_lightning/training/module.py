@@ -1,8 +1,8 @@
 """The training step: two passes, perturb and restore around the second, one optimizer step.
 
-Lightning's automatic optimization calls the closure of an optimizer once, scales, clips and counts
-by that; SAM needs two gradients a step. So this module optimizes by hand and owns what Lightning
-then leaves to it: accumulation, clipping, skipping of non-finite steps, the schedule and the log.
+Lightning's automatic optimization assumes that an optimizer calls its closure once. SAM needs two
+gradients a step. So this module uses manual optimization, and does what Lightning then leaves out:
+accumulation, clipping, skipping of non-finite steps, the schedule and the log.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ class SAMModule(Classifier):
             )
         self.train_metrics = TrainMetrics()
         self._batches: list[MicroBatch] = []
-        self._own_state: dict[str, Tensor] | None = None  # this device's part of a checkpoint
+        self._own_state: dict[str, Tensor] | None = None  # this rank's part of a checkpoint
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
 
@@ -159,7 +159,7 @@ class SAMModule(Classifier):
         return float(self.sam.param_groups[0]["lr"])
 
     def on_train_start(self) -> None:
-        """Take up what a checkpoint has of this device, and put the running sums on it."""
+        """Load this rank's part of a checkpoint, and move the running sums to the device."""
         self._apply_settings()
         self._batches.clear()
         self.train_metrics.to(self.device)
@@ -168,7 +168,7 @@ class SAMModule(Classifier):
             self._own_state = None
 
     def _apply_settings(self) -> None:
-        """Let the settings of this run count, also where its checkpoint has others."""
+        """Use the settings of this run where its checkpoint has others."""
         given = self.sam.base_optimizer.defaults
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
@@ -185,8 +185,8 @@ class SAMModule(Classifier):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step.
 
-        Collecting first makes a step the exact mean over its samples, also where the last batch
-        is smaller, and perturbs along the gradient of the whole accumulated batch.
+        So a step is the exact mean over its samples, also if the last batch is smaller, and
+        perturbs along the gradient of the whole accumulated batch.
         """
         seed = draw_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self._batches.append(MicroBatch(*batch, seed))
@@ -200,7 +200,7 @@ class SAMModule(Classifier):
         sam, passes = self.sam, self.passes
         sam.zero_grad()
         perturbs = sam.perturbs and self.global_step % self.every == 0
-        # Each device combines its own gradients, and then all average the result.
+        # Each rank combines its own gradients, then all ranks average the result.
         combines = sam.perturbs and sam.gradient_transform is not None
         sync, geometry = not combines or passes.sync_perturbation, None
         if not perturbs:
@@ -224,7 +224,7 @@ class SAMModule(Classifier):
     def _two_passes(self, batches: list[MicroBatch], last: bool, sync: bool) -> tuple[Any, ...]:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         logs_before_next = self.global_step // every != (self.global_step + self.every) // every
-        # A perturbation draws the same on all devices where their gradient is the same.
+        # With the same gradient, a perturbation draws the same on all ranks.
         rank = 0 if self.passes.sync_perturbation else self.global_rank
         numbers = range(1, 1 + self.passes.ascent_steps)
         return self.passes.two(
@@ -278,8 +278,8 @@ class SAMModule(Classifier):
         """Log the means since the last log, before callbacks save them.
 
         Raises:
-            TrainingError: too many steps in a row were skipped. A checkpoint of this epoch has
-                not been written then, and the last good one is still there.
+            TrainingError: too many steps in a row were skipped. This happens before this epoch's
+                checkpoint is written, so the last good one stays.
         """
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         ends = last or self.global_step == self.trainer.max_steps
@@ -298,11 +298,11 @@ class SAMModule(Classifier):
             )
 
     def on_train_end(self) -> None:
-        """Keep the mean of all devices' running statistics, which is what a checkpoint has."""
-        self.average_running_stats()  # Lightning copies those of rank 0 to all before a test
+        """Compute the mean running statistics of all ranks, for the checkpoint."""
+        self.average_running_stats()  # Lightning copies rank 0's to all before a test
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what differs between devices, to continue exactly."""
+        """Save what differs between ranks, to continue exactly."""
         parts = self._per_rank_state()
         if self.trainer.world_size == 1:
             parts["memory"] = []  # the optimizer's own state has it
@@ -312,7 +312,7 @@ class SAMModule(Classifier):
         checkpoint["skipped"] = self.train_metrics.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the running sums, and this device's part of what differs between devices."""
+        """Take up the running sums, and this rank's part of what differs between ranks."""
         if "skipped" in checkpoint:
             self.train_metrics.skipped = checkpoint["skipped"]
         stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1

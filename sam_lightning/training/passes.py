@@ -37,14 +37,14 @@ class Passes:
 
     Args:
         forward: images -> logits.
-        backward: takes a loss and whether devices average its gradient, and adds to ``.grad``.
+        backward: takes a loss and whether ranks average its gradient, and adds to ``.grad``.
         label_smoothing: of the loss, in [0, 1).
         same_randomness: the second pass uses the dropout masks of the first.
-        sync_perturbation: average the gradient to perturb along over devices. Otherwise each device
+        sync_perturbation: average the gradient to perturb along over ranks. Otherwise each rank
             uses its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
         ascent_per_micro_batch: under accumulation, perturb for each micro-batch by itself.
         ascent_fraction: part of each batch, in (0, 1], for the first pass. Loss, accuracy and
-            running statistics are of that part, and ``train/sharpness`` has its noise too.
+            running statistics come from this part, and so does the noise of ``train/sharpness``.
         ascent_steps: go from w to w + e in steps of rho / ascent_steps, with a pass for each.
         descent_fraction: part of each batch, in (0, 1], for the second pass: the images whose loss
             rises most (Du et al. 2022, sharpness-sensitive data selection).
@@ -84,7 +84,7 @@ class Passes:
 
     @property
     def two_are_plain(self) -> bool:
-        """Whether the two passes have no option that a single pass cannot have."""
+        """Whether no option needs two passes."""
         whole = self.ascent_fraction == self.descent_fraction == self.ascent_steps == 1
         return whole and not (self.ascent_per_micro_batch or self.sync_perturbation)
 
@@ -103,8 +103,8 @@ class Passes:
         Args:
             sam: the optimizer, with cleared gradients.
             batches: one or more.
-            sync: devices average the gradient at w + e.
-            seeds: of what a perturbation draws, one for each of ``ascent_steps``.
+            sync: ranks average the gradient at w + e.
+            seeds: for the draws of a perturbation, one for each of ``ascent_steps``.
             measure: measure the perturbation. It keeps the first gradient during the second pass.
             **perturb: for ``sam.perturbed``.
 
@@ -170,7 +170,7 @@ class Passes:
         if self.descent_fraction == 1:
             return self.gradient(batches, sync=sync, second=True, total=total)
         chosen, loss = self._most_sensitive(batches)
-        # The images that are left out of a batch weigh as those that are in.
+        # The images left out of a batch weigh as much as the chosen ones.
         total = total * sum(map(len, chosen)) / sum(map(len, batches))
         accuracy = self.gradient(chosen, sync=sync, second=True, total=total)[1]
         return torch.stack([loss, accuracy])
@@ -188,7 +188,7 @@ class Passes:
 
         Args:
             batches: one or more.
-            sync: devices average the gradient.
+            sync: ranks average the gradient.
             second: it is not the first pass over these batches.
             total: the number of images that the gradient is a mean over, if not these alone.
             losses: filled with the loss of each image, 1-dim for each batch.
@@ -241,8 +241,8 @@ class Passes:
 
 def seed_draws(seed: int, device: torch.device) -> None:
     """Seed what torch draws from now on, on the CPU and on this device."""
-    # torch.manual_seed would take a millisecond and some memory at every call, to note a stack
-    # trace for each kind of device that is not there.
+    # torch.manual_seed takes a millisecond and some memory at every call: it notes a stack trace
+    # for each kind of device that is missing.
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
@@ -264,12 +264,12 @@ def cosine(ones: list[Tensor | None], others: list[Tensor | None]) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module, devices: int) -> None:
-    """Average over devices the gradients that no backward pass has averaged."""
+    """Average over ranks the gradients that no backward pass has averaged."""
     if devices == 1:
         return
     params = [p for p in model.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([g.flatten() for g in grads])  # one message for all
-    dist.all_reduce(flat.div_(devices))  # the strategy's would wait for it
+    dist.all_reduce(flat.div_(devices))  # the strategy's own reduction would wait for it
     for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p

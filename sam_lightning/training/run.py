@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> dict[str, float]:
     """Fit, test and record one run.
 
-    Several devices without a launcher around (torchrun, SLURM): starts a process for each.
+    Without a launcher (torchrun, SLURM) it starts a process for each device.
 
     Args:
         cfg: a configuration as composed from ``conf/train.yaml``.
@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         init_process_group(cfg.trainer)
     resume(cfg)
     if world_size > 1 and not external:
-        prepare_data(cfg)  # by this process alone, however long it takes
+        prepare_data(cfg)  # only in this process, so that no other waits
         return launch(cfg, processes, train)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
@@ -112,7 +112,7 @@ def execute(
     module: SAMModule,
     throughput: Throughput,
 ) -> dict[str, float]:
-    """Fit and test, and leave ``metrics.json`` behind however that ends."""
+    """Fit and test; write ``metrics.json`` however that ends."""
     if data.val is None:  # nothing to choose the best by
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [c for c in callbacks if not _chooses_by_validation(c)]
@@ -136,7 +136,7 @@ def _chooses_by_validation(callback: L.Callback) -> bool:
 
 
 def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
-    """Drop from the logs in the run's folder what is behind the checkpoint: lost work."""
+    """Drop the rows after the checkpoint's step, which are lost work, from the run's logs."""
     step = -1
     if cfg.ckpt_path is not None:
         step = torch.load(cfg.ckpt_path, weights_only=True, mmap=True)["global_step"]
@@ -183,7 +183,7 @@ def _check_validation(cfg: DictConfig, data: ImageDataModule) -> None:
 
 
 def _quieten() -> None:
-    """Leave out what Lightning says of every run; what matters is said by the run itself."""
+    """Hide messages that Lightning prints for every run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",

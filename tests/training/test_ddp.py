@@ -217,7 +217,7 @@ def mean(dicts):
 
 
 def m_sharpness(case, groups_of):
-    """Every group of samples climbs by itself; the step uses the mean of their gradients."""
+    """Every group of samples perturbs by itself; the step uses the mean of their gradients."""
     net = model()
     optimizer = reference.sgd(net.parameters())
     adaptive, clip = case == "asam", CASES[case].get("gradient_clip_val")

@@ -11,7 +11,7 @@ class SurrogateGap:
 
     With g at w and g' at w + e, the step is g' - alpha * g_o, where g_o = g - <g, g'> g' / ||g'||^2
     is the part of g orthogonal to g' (algorithm 1). The algorithm's falling radius is
-    ``method.rho_min``. Each device decomposes its own gradients, and training averages the results.
+    ``method.rho_min``. Each rank decomposes its own gradients, and training averages the results.
 
     Args:
         alpha: >= 0; 0 is SAM. The authors' code has 0.6 for ViT-B/32 on ImageNet.

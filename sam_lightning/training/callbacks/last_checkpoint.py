@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Takes SIGINT, SIGTERM and, under SLURM, SIGUSR1 for a request to save and stop.
+    """Saves and stops at SIGINT, SIGTERM and, under SLURM, SIGUSR1.
 
-    Training goes on to the end of the present step, so that a checkpoint never has perturbed
-    weights; elsewhere, and on a second request, the process stops at once.
+    Training first finishes the present step, so a checkpoint never has perturbed weights. Outside
+    of training, and on a second signal, the process stops at once.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.deferred = False  # whether someone looks at ``received`` soon
+        self.deferred = False  # whether training will look at ``received`` soon
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
@@ -36,7 +36,7 @@ class StopSignal:
         return self
 
     def listen(self) -> None:
-        """Handle the signals here, also where someone else has asked for them since."""
+        """Handle the signals here, also if other code has set a handler since."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only
         signals = [signal.SIGINT, signal.SIGTERM]
@@ -57,7 +57,7 @@ class StopSignal:
         self._before.clear()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # A terminal and a launcher may both pass on one and the same request.
+        # A terminal and a launcher may both pass on the same request.
         again = self.received is not None and time.monotonic() - self._at > 1
         if self.received is None:
             self.received, self._at = signum, time.monotonic()
@@ -85,15 +85,15 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics, which a run needs that was stopped before its test."""
+        """The metrics: a run that stopped before its test needs them."""
         return {"metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up those of the checkpoint."""
+        """Load the metrics of the checkpoint."""
         self.metrics = state_dict["metrics"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen again: Lightning has set handlers that would end the run between two passes."""
+        """Listen again: Lightning's handlers would end the run between two passes."""
         self.stop.listen()
         self.stop.deferred = True
         self._saved = trainer.global_step
@@ -106,7 +106,7 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save if it is time, or time to stop; after an epoch's last step the epoch's end does."""
+        """Save if due, or told to stop; after an epoch's last step ``on_train_epoch_end`` does."""
         if trainer.is_last_batch or trainer.global_step == self._saved:
             return
         stop = self._stop_agreed(trainer)
@@ -116,14 +116,14 @@ class LastCheckpoint(Checkpoint):
             self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after the validation, and stop if asked to meanwhile."""
+        """Save after the validation; stop if told to."""
         self._save(trainer)
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if self._stop_agreed(trainer) and not last:
             self._leave(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights are final: only the last checkpoint is of use."""
+        """Remove ``previous.ckpt``: the weights are final."""
         self.stop.deferred = False
         if trainer.is_global_zero:
             (self.dirpath / "previous.ckpt").unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Nothing is left to wait for."""
+        """Stop at once from now on."""
         self.stop.deferred = False
 
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
@@ -153,7 +153,7 @@ class LastCheckpoint(Checkpoint):
         new, last = self.dirpath / "new.ckpt", self.dirpath / "last.ckpt"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
-            # Killed between the two, a run still has both, and continues from the newer.
+            # A run killed between the two still has both, and continues from the newer.
             if last.exists():
                 os.replace(last, self.dirpath / "previous.ckpt")
             os.replace(new, last)

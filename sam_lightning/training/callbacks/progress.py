@@ -24,7 +24,7 @@ class EpochLines(Callback):
     """One plain line per epoch: logged losses and accuracies, and seconds."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: a run resumed within an epoch has no start of that epoch."""
+        """Start the clock: a run resumed within an epoch never starts this epoch."""
         self.started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,8 +45,8 @@ class EpochLines(Callback):
 class Throughput(Callback):
     """Counts training images and the seconds spent on training batches, evaluation left out.
 
-    ``images`` are those of all devices. A run that is resumed goes on with the sums of its
-    checkpoint, so lost work does not count.
+    ``images`` counts all ranks. A resumed run continues with the sums of its checkpoint, so lost
+    work does not count.
     """
 
     def __init__(self) -> None:
@@ -73,12 +73,12 @@ class Throughput(Callback):
         return {"seconds": seconds, "images": self.images, "elapsed": self.elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the sums of a checkpoint."""
+        """Continue with the sums of a checkpoint."""
         self.seconds, self.images = state_dict["seconds"], state_dict["images"]
         self._earlier = state_dict["elapsed"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: a run resumed within an epoch has no start of that epoch."""
+        """Start the clock: a run resumed within an epoch never starts this epoch."""
         self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -135,9 +135,9 @@ def _since(start: float | None) -> float:
 class MetricsCSV(CSVLogger):
     """``metrics.csv`` in the run folder: a row per logged step, kept when a run is resumed.
 
-    Lightning's logger overwrites an existing file. On resume, the rows up to the checkpoint's
-    step are written again before the new ones. Those after it, of lost work, are dropped, and so
-    is a test's row: the test follows the training, and is done again.
+    Lightning's logger overwrites an existing file. On resume this one first writes the rows up to
+    the checkpoint's step again. It drops later rows, which are lost work, and a test's row,
+    because the test runs again.
     """
 
     def __init__(self, root_dir: str) -> None:
@@ -169,5 +169,5 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     text = path.read_text()
-    # The last line may be a torn one, where the run was killed as it wrote.
+    # The last line may be incomplete, if the run was killed while writing.
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

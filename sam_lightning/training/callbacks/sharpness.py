@@ -1,4 +1,4 @@
-"""Sharpness and curvature in the course of a run, beside its losses in every logger."""
+"""Sharpness and curvature during a run, in every logger."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,9 +16,9 @@ from sam_lightning.data.datamodule import ImageDataModule
 class SharpnessMonitor(Callback):
     """Logs ``sharpness/worst``, ``sharpness/lambda_max`` and ``sharpness/trace``.
 
-    They are those of ``curvature.py``, on always the same training images, without augmentation
-    and label smoothing, normalised by running statistics. Training is not changed by a bit, only
-    slower. Rank 0 computes, with the running statistics of all devices, while the others wait.
+    ``curvature.py`` computes them, always on the same training images, without augmentation and
+    label smoothing, normalised by running statistics. Training is slower, but bit for bit the same.
+    Rank 0 computes, with the mean running statistics of all ranks; the others wait.
 
     Args:
         every_n_epochs: measure after every n epochs, and after the last one.
@@ -26,7 +26,7 @@ class SharpnessMonitor(Callback):
         batch_size: images at a time.
         rho: radius of ``sharpness/worst``.
         trace_samples: random vectors for the trace.
-        max_steps: products with the Hessian at most for the largest eigenvalue.
+        max_steps: at most this many products with the Hessian for the largest eigenvalue.
         seed: of the images and of random vectors.
 
     Raises:
@@ -67,7 +67,7 @@ class SharpnessMonitor(Callback):
         self.seed = seed
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse data that one cannot take fixed images of."""
+        """Refuse data without fixed images."""
         if not isinstance(getattr(trainer, "datamodule", None), ImageDataModule):
             raise ConfigError("callbacks.sharpness: needs the data of an ImageDataModule")
 

@@ -52,14 +52,14 @@ WRONG_IMAGES = 25
 
 
 class Dashboard(Callback):
-    """Adds to what ``TensorBoardLogger``s get; a run without one is not touched.
+    """Adds pages for every ``TensorBoardLogger``; does nothing without one.
 
     - a layout of charts, and the training images per second of each epoch;
     - images of the first training batch, augmented as the model sees them, and the model's graph;
-    - after the test, the confusion matrix over all devices, and the wrong predictions of largest
+    - after the test, the confusion matrix over all ranks, and the wrong predictions of largest
       loss among the images of rank 0.
 
-    All of it is written by rank 0, outside the time to the first step, and changes no run by a bit.
+    Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
 
     Raises:
         ConfigError: the run has other data than an ``ImageDataModule``.
@@ -78,7 +78,7 @@ class Dashboard(Callback):
     # -------------------------------------------------------------------------------- training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay out the charts; a resumed run writes the same once more."""
+        """Lay out the charts; a resumed run writes the same again."""
         monitored = any(isinstance(c, SharpnessMonitor) for c in _callbacks(trainer))
         layout = {
             page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
@@ -108,7 +108,7 @@ class Dashboard(Callback):
         images, seconds = images - self._seen[0], seconds - self._seen[1]
         self._seen = _throughput(trainer)
         for writer in _writers(trainer):
-            if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short runs still
+            if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short still runs
                 writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
             if trainer.current_epoch == 0:
                 add_graph(writer, pl_module.model, _data(trainer).train.images.shape[1:])
@@ -133,7 +133,7 @@ class Dashboard(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take up a batch and its logits, without waiting for the device."""
+        """Count a batch and its logits, without waiting for the device."""
         if self._confusion is None:
             return
         (images, labels), logits = batch, outputs.float()
@@ -239,7 +239,7 @@ def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
         ):
             warnings.simplefilter("ignore")
             model.eval()
-            # Unchecked: to trace it once more, and compare, would take half of the time.
+            # Unchecked: a second trace, to compare, would take half of the time.
             writer.add_graph(torch.jit.trace(model, image, check_trace=False), image)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -272,7 +272,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
     with plots.style():
         figure = Figure(figsize=(side + 0.6, side), dpi=120, layout="constrained")
         axes = figure.subplots()
-        # By their roots: a good model's errors are a few percent in few places.
+        # Colour by the root: a good model's errors are a few percent in few places.
         shown = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         if number <= 100:
             size = 9 if number <= 20 else 5
