@@ -22,8 +22,8 @@ Compute and draw one step of SAM beside one of SGD, and where 200 of them lead, 
 """
 
 
-def update(options: DictConfig) -> list[Path]:
-    """One update of SAM beside one of SGD, and where many of them lead, on a loss of two weights.
+def draw(options: DictConfig) -> list[Path]:
+    """Draw one step of SAM beside one of SGD, and where many steps lead, on a loss of two weights.
 
     The loss, of ``two_weights`` on 569 tumours, depends on the product of the weights. So its
     minima are a curve, a valley, which is widest where the two are equal.
@@ -32,7 +32,7 @@ def update(options: DictConfig) -> list[Path]:
 
     with plots.style():
         figure, (near, far) = plots.panels(2, 3.8, 3.4)
-        draw_update(near, options)
+        draw_step(near, options)
         draw_paths(far, options)
         return plots.save(figure, Path(str(options.out)).expanduser())
 
@@ -60,7 +60,7 @@ def two_weights(options: DictConfig) -> tuple["nn.Sequential", "Callable[[], Ten
 
 
 def walk(options: DictConfig, rho: float, steps: int) -> list[Point]:
-    """Weights at the start and, after each update of ``SAM``, those climbed to and stepped to."""
+    """The weights at the start and, for each step of ``SAM``, at w + e and after the step."""
     import torch
 
     from sam_lightning.optim.sam import SAM
@@ -84,19 +84,19 @@ def point(model: "nn.Module") -> Point:
     return first, second
 
 
-def draw_update(axes: "Axes", options: DictConfig) -> None:
+def draw_step(axes: "Axes", options: DictConfig) -> None:
     """w, w + e, and the step along the gradient there, beside the step of SGD."""
-    start, climbed, sam = walk(options, options.rho, 1)
+    start, perturbed, sam = walk(options, options.rho, 1)
     sgd = walk(options, 0.0, 1)[-1]
-    points = [start, climbed, sam, sgd]
+    points = [start, perturbed, sam, sgd]
     reach = 0.6 * max(max(values) - min(values) for values in zip(*points, strict=True))
     middle = [(max(values) + min(values)) / 2 for values in zip(*points, strict=True)]
     draw_loss(axes, options, [(c - 1.2 * reach, c + 1.2 * reach) for c in middle])
     # The gradient at w + e, as long as the step that it makes from w.
-    there = (climbed[0] + sam[0] - start[0], climbed[1] + sam[1] - start[1])
+    there = (perturbed[0] + sam[0] - start[0], perturbed[1] + sam[1] - start[1])
     for begin, end, style in (
-        (start, climbed, "-C1"),
-        (climbed, there, ":C1"),
+        (start, perturbed, "-C1"),
+        (perturbed, there, ":C1"),
         (start, sam, "-C1"),
         (start, sgd, "-C0"),
     ):
@@ -106,17 +106,17 @@ def draw_update(axes: "Axes", options: DictConfig) -> None:
     axes.plot(*zip(*points, strict=True), "ko", markersize=4)
     for at, name, offset in (
         (start, "$w$", (-6, 7)),
-        (climbed, "$w + e$", (-10, 8)),
+        (perturbed, "$w + e$", (-10, 8)),
         (there, "$-\\eta\\, g(w + e)$", (-18, -15)),
         (sam, "SAM", (6, -4)),
         (sgd, "SGD", (6, 2)),
     ):
         axes.annotate(name, at, offset, textcoords="offset points")
-    axes.set_title("one update")
+    axes.set_title("one step")
 
 
 def draw_paths(axes: "Axes", options: DictConfig) -> None:
-    """Where the updates lead: SAM goes on along the valley, to where it is wide."""
+    """Where the steps lead: SAM goes on along the valley, to where it is wide."""
     paths = {
         "SGD": walk(options, 0.0, options.steps)[::2],
         f"SAM, rho {options.rho:g}": walk(options, options.rho, options.steps)[::2],
@@ -128,7 +128,7 @@ def draw_paths(axes: "Axes", options: DictConfig) -> None:
     axes.plot(*options.start, "ko", markersize=4)
     axes.axline((0, 0), slope=1, color="k", linestyle=":", linewidth=0.8, label="equal weights")
     axes.legend(loc="lower right", frameon=True)
-    axes.set_title(f"{options.steps} updates")
+    axes.set_title(f"{options.steps} steps")
 
 
 def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, float]]) -> None:
@@ -165,7 +165,7 @@ RULES = [
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the figure that the arguments describe."""
-    print(*map(os.path.relpath, update(parse(ABOUT, DEFAULTS, RULES, argv))))
+    print(*map(os.path.relpath, draw(parse(ABOUT, DEFAULTS, RULES, argv))))
 
 
 if __name__ == "__main__":

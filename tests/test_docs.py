@@ -128,9 +128,9 @@ def test_every_example_trains(clone, my_project, tmp_path, arguments):
 @pytest.mark.slow
 def test_the_commands_as_they_stand(clone):
     # Of those that train and start alike only the first: the test above has all of them.
-    shown = {" ".join(line.split()[:3]): line for line in reversed(shell(EXTENDING))}
-    shown = {line for line in shown.values() if not ELSEWHERE & {*line.split()}}
-    script = [line for line in shell(EXTENDING) if line in shown]
+    lines_here = [line for line in shell(EXTENDING) if not ELSEWHERE & {*line.split()}]
+    first = {" ".join(line.split()[:4]): line for line in reversed(lines_here)}
+    script = [line for line in lines_here if line in first.values()]
     trained = [line for line in script if "train.py" in line]
     assert len(trained) >= 3
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
