@@ -132,11 +132,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
-    """Try a model on black images, and log which of the data's numbers it does not take.
-
-    Raises:
-        ConfigError: it does not take them, or does not return a logit for each class.
-    """
+    """Try a model on black images, and log which of the data's numbers it does not take."""
     untold = not_taken(cfg, {"num_classes": num_classes, "in_channels": shape[0]})
     said, why = f"model._target_={cfg.model._target_}", untold.replace("model: ", "; ")
     training = {module: module.training for module in model.modules()}
@@ -170,18 +166,11 @@ def _steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
 
 
 def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
-    """The memory layout of weights and images; ``auto``: the fastest that is right.
+    """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
     That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
-    documentation recommends it for CUDA's tensor cores.
-
-    Args:
-        cfg: of the run.
-        model: the model as built.
-        shape: channels, height and width of an image.
-
-    Raises:
-        ConfigError: channels_last was asked for, and its gradients are wrong on this CPU.
+    documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
+    asked for and its gradients are wrong on this CPU.
     """
     asked, accelerator = cfg.memory_format, _accelerator(cfg)
     wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)

@@ -125,11 +125,10 @@ def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> 
 
 
 def end_process_group() -> None:
-    """Disconnect the processes, if they are connected; for a process that is about to end.
+    """Disconnect the processes before they end; not after an error: it could wait for a dead one.
 
     Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
-    that has done all its work (pytorch issue 190489). Do not call it after an error: it could
-    wait for a process that has ended.
+    that has done all its work (pytorch issue 190489).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -239,10 +238,8 @@ def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> di
 
 def _silent(folder: Path) -> str:
     """Which ranks do not answer: those that do not wait for others themselves."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    (folder / f"waits_{rank}").touch()
+    (folder / f"waits_{os.environ['RANK']}").touch()
     time.sleep(NOTICED_WITHIN)
-    silent = [str(r) for r in range(ranks) if not (folder / f"waits_{r}").exists()]
-    if not silent:
-        return "the ranks have not reached each other"
-    return f"rank {' and '.join(silent)} has not answered"
+    ranks = map(str, range(int(os.environ["WORLD_SIZE"])))
+    silent = " and ".join(rank for rank in ranks if not (folder / f"waits_{rank}").exists())
+    return f"rank {silent} has not answered" if silent else "the ranks have not reached each other"

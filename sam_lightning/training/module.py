@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, argument_errors
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
@@ -86,10 +86,8 @@ class SAMModule(Classifier):
             raise ConfigError(
                 f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
             )
-        try:
+        with argument_errors("method"):
             param_names = normalization_parameters(model) if perturbed_layers != "all" else None
-        except ValueError as error:
-            raise ConfigError(f"method.{error}") from error
         if rho_min is not None and 0 < rho < rho_min:
             raise ConfigError(
                 f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
@@ -140,8 +138,6 @@ class SAMModule(Classifier):
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
 
-    # ------------------------------------------------------------------ optimizer and schedule
-
     def configure_optimizers(self) -> Any:
         """SAM around the base optimizer, and the schedule that is stepped once per step."""
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -170,8 +166,6 @@ class SAMModule(Classifier):
         if self._own_state is not None:
             fill(self._per_rank_state(), self._own_state)
             self._own_state = None
-
-    # --------------------------------------------------------------------------------- one step
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step."""
@@ -255,8 +249,6 @@ class SAMModule(Classifier):
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, factor)
 
-    # ------------------------------------------------------------------- logging and checkpoint
-
     def _log_training(self, last: bool) -> None:
         """Log the means since the last log; a TrainingError leaves the last good checkpoint."""
         ends = last or self.global_step == self.trainer.max_steps
@@ -273,9 +265,8 @@ class SAMModule(Classifier):
                 "trainer.gradient_clip_val, or check the data"
             )
 
-    def on_train_end(self) -> None:
-        """Compute the mean running statistics of all ranks, for the checkpoint."""
-        self.average_running_stats()  # Lightning copies rank 0's to all before a test
+    # For the checkpoint: Lightning copies rank 0's to all before a test.
+    on_train_end = Classifier.average_running_stats
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what differs between ranks, to continue exactly."""

@@ -95,16 +95,15 @@ class Passes:
         """Leave the gradient at w + e in ``.grad``, and the weights at w.
 
         Args:
-            sam: the optimizer, with cleared gradients.
+            sam: the optimizer, with cleared gradients; ``perturb`` is for its ``perturbed``.
             batches: one or more.
             sync: ranks average the gradient at w + e.
             seeds: for the draws of a perturbation, one for each of ``ascent_steps``.
-            measure: measure the perturbation. It keeps the first gradient during the second pass.
-            **perturb: for ``sam.perturbed``.
+            measure: return the norm of e and the cosine of the two gradients too; this keeps the
+                first gradient during the second pass.
 
         Returns:
-            mean loss and accuracy at w and at w + e, each 1-dim of 2; and the norm of e with the
-            cosine of the two gradients, where they were measured.
+            mean loss and accuracy at w and at w + e, each 1-dim of 2; and what was measured.
         """
         params = sam.params
         parts = [[batch] for batch in batches] if self.ascent_per_micro_batch else [batches]
@@ -182,8 +181,7 @@ class Passes:
 
         Args:
             batches: one or more.
-            sync: ranks average the gradient.
-            second: it is not the first pass over these batches.
+            sync, second: ranks average the gradient; it is not the first pass over these batches.
             total: the number of images that the gradient is a mean over, if not these alone.
             losses: filled with the loss of each image, 1-dim for each batch.
         """

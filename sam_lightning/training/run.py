@@ -144,10 +144,10 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ConfigError(one_line(error)) from error
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            batches = f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}"
             raise TrainingError(
                 f"out of memory: lower batch_size={cfg.batch_size}, or divide it and raise "
-                "trainer.accumulate_grad_batches="
-                f"{cfg.trainer.accumulate_grad_batches} by as much ({one_line(error)})"
+                f"{batches} by as much ({one_line(error)})"
             ) from error
         raise
 
@@ -171,14 +171,11 @@ def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*`srun` command is available.*",  # a login node; the launchers are told apart by us
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
-        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
-        ".*broadcast_buffers.* is deprecated.*",
-        ".*all_gather.* is deprecated.*",
+        ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

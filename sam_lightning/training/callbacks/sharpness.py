@@ -91,6 +91,5 @@ class SharpnessMonitor(Callback):
 
 def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
     """Run a compiled model as written: compiled code cannot be differentiated twice."""
-    if getattr(model, "_compiled_call_impl", None) is None:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    compiled = model._compiled_call_impl is not None
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
