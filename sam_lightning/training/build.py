@@ -29,7 +29,10 @@ from sam_lightning.training.module import SAMModule
 log = logging.getLogger(__name__)
 
 # Keys of the trainer configuration that the module acts on; Lightning would refuse them.
-MODULE_KEYS = {"gradient_clip_val", "accumulate_grad_batches"}
+MODULE_KEYS = ("gradient_clip_val", "accumulate_grad_batches")
+# Keys of the configuration that checkpoints keep.
+SAVED_PARTS = ("model", "data", "method", "optimizer")
+SAVED_NUMBERS = ("seed", "epochs", "batch_size", "label_smoothing")
 # Keys of the method's configuration that are not passed on as they are.
 OWN_KEYS = {"name", "perturbation", "descent", "passes"}
 
@@ -37,15 +40,13 @@ OWN_KEYS = {"name", "perturbation", "descent", "passes"}
 def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
     """The trainer, with the loggers and callbacks that the configuration names."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    for key in MODULE_KEYS:
-        options.pop(key)
-    options.pop("strategy", None)  # one of launch.STRATEGIES: this one
-    options.pop("timeout", None)  # launch.init_process_group has it
+    # The strategy is one of launch.STRATEGIES: this one. launch.init_process_group has the timeout.
+    for key in (*MODULE_KEYS, "strategy", "timeout"):
+        options.pop(key, None)
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
-    if options["accelerator"] == "auto" and not torch.cuda.is_available():
-        options["accelerator"] = "mps" if torch.backends.mps.is_available() else "cpu"
+    options["accelerator"] = _accelerator(cfg)
     callbacks = _build_all(cfg, "callbacks")
     own = {
         "max_epochs": cfg.epochs,
@@ -106,23 +107,13 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
     per_epoch, total = _steps(cfg, data.steps_per_epoch)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
-    assert data.mean is not None
-    assert data.std is not None
-    model_config = {**_plain(cfg.model), **shape}
-    hparams = {
-        "model": model_config,
-        "data": _plain(cfg.data),
-        "method": _plain(cfg.method),
-        "optimizer": _plain(cfg.optimizer),
-        "seed": cfg.seed,
-        "epochs": cfg.epochs,
-        "batch_size": cfg.batch_size,
-        "label_smoothing": cfg.label_smoothing,
+    hparams: dict[str, Any] = {
+        **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
+        **{name: cfg[name] for name in SAVED_NUMBERS},
         "image_size": image_size,
-        "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
+    hparams["model"] |= shape
     _check_checkpoint(cfg.ckpt_path, hparams, model)
     own = {
         "model": model,
@@ -131,24 +122,17 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "perturbation": perturbation,
         "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
-        "label_smoothing": cfg.label_smoothing,
-        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
-        "gradient_clip_val": cfg.trainer.gradient_clip_val,
-        "max_skipped_steps": cfg.max_skipped_steps,
         "memory_format": layout,
-        "seed": cfg.seed,
         "hparams": hparams,
+        **{key: cfg[key] for key in ("label_smoothing", "max_skipped_steps", "seed")},
+        **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)
     return SAMModule(**own, **method)
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
-    """Try a model on black images, and log which of the data's numbers it does not take.
-
-    Raises:
-        ConfigError: it does not take them, or does not return a logit for each class.
-    """
+    """Try a model on black images, and log which of the data's numbers it does not take."""
     untold = not_taken(cfg, {"num_classes": num_classes, "in_channels": shape[0]})
     said, why = f"model._target_={cfg.model._target_}", untold.replace("model: ", "; ")
     training = {module: module.training for module in model.modules()}
@@ -182,22 +166,13 @@ def _steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
 
 
 def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
-    """The memory layout of weights and images; ``auto``: the fastest that is right.
+    """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
     That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
-    documentation recommends it for CUDA's tensor cores.
-
-    Args:
-        cfg: of the run.
-        model: the model as built.
-        shape: channels, height and width of an image.
-
-    Raises:
-        ConfigError: channels_last was asked for, and its gradients are wrong on this CPU.
+    documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
+    asked for and its gradients are wrong on this CPU.
     """
-    asked, accelerator = cfg.memory_format, cfg.trainer.accelerator
-    if accelerator == "auto" and not torch.cuda.is_available():
-        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    asked, accelerator = cfg.memory_format, _accelerator(cfg)
     wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
     if wrong and asked == "channels_last":
         raise ConfigError(
@@ -210,6 +185,12 @@ def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> st
     if wrong:
         log.info("memory_format=auto: contiguous, as channels_last trains this model wrongly here")
     return "contiguous" if wrong or accelerator == "mps" else "channels_last"
+
+
+def _accelerator(cfg: DictConfig) -> str:
+    if cfg.trainer.accelerator != "auto" or torch.cuda.is_available():
+        return cfg.trainer.accelerator
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _build_all(cfg: DictConfig, group: str) -> list[Any]:
@@ -234,7 +215,3 @@ def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> 
     stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
     if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
         raise ConfigError(f"ckpt_path={path}: its weights are not those of {now['model']}")
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

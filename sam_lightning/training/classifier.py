@@ -67,20 +67,16 @@ class Classifier(L.LightningModule):
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/acc, val/error and, from 10 classes on, val/acc5."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/acc, test/error and, from 10 classes on, test/acc5."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
+        """Log val/loss, val/acc, val/error and, from 10 classes on, val/acc5; or test/..."""
+        split = "test" if self.trainer.testing else "val"
         logged = {f"{split}/{name}": v for name, v in self.eval_metrics.compute().items()}
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log_dict(logged, prog_bar=True, logger=False)
             self.log_at_step({name: float(value) for name, value in logged.items()})
         else:  # the trainer returns what goes to its loggers, and takes the step from there
             self.log_dict({**logged, "step": float(self.global_step)})
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def log_at_step(self, values: dict[str, float]) -> None:
         """Send values to the loggers, at the number of steps done; ``self.log`` counts batches."""

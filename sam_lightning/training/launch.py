@@ -43,11 +43,6 @@ TIMEOUTS = ("Timed out waiting", "Wait timeout", "Timeout waiting for key")
 NOTICED_WITHIN = 5.0  # seconds until every living rank has noticed that one does not answer
 
 
-def externally_launched() -> bool:
-    """Whether torchrun, SLURM or ``launch`` has started this process as one of several."""
-    return launched() is not None
-
-
 def local_processes(trainer: DictConfig) -> int:
     """Number of processes on this machine.
 
@@ -73,15 +68,14 @@ def local_processes(trainer: DictConfig) -> int:
 
 def _devices_here(trainer: DictConfig) -> int:
     accelerator, devices = trainer.accelerator, trainer.devices
-    gpus = torch.cuda.device_count()
-    if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("trainer.accelerator=mps: there is no Apple GPU here; use cpu or auto")
-    if accelerator in ("cuda", "gpu") and gpus == 0:
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    missing = {"mps": not mps and "Apple", "cuda": not gpus and "CUDA", "gpu": not gpus and "CUDA"}
+    if kind := missing.get(accelerator):
         raise ConfigError(
-            f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use cpu or auto"
+            f"trainer.accelerator={accelerator}: there is no {kind} GPU here; use cpu or auto"
         )
     on_gpus = accelerator in ("cuda", "gpu") or (accelerator == "auto" and gpus > 0)
-    apple = accelerator != "cpu" and torch.backends.mps.is_available()
+    apple = accelerator != "cpu" and mps
     if trainer.get("precision") == "16-mixed" and not (on_gpus or apple):
         raise ConfigError("trainer.precision=16-mixed: is for GPUs; use bf16-mixed or 32-true")
     if trainer.get("sync_batchnorm") and not on_gpus:
@@ -102,11 +96,8 @@ def _devices_here(trainer: DictConfig) -> int:
 def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
     """Connect the processes before Lightning does, because one of them prepares the data.
 
-    Later they wait for each other at most ``trainer.timeout`` seconds.
-
-    Args:
-        trainer: what the configuration says of devices.
-        store: where the processes find each other; None: where torchrun or SLURM says.
+    Later they wait for each other at most ``trainer.timeout`` seconds. They find each other in
+    ``store``; None: where torchrun or SLURM says.
     """
     if dist.is_initialized():
         return
@@ -134,11 +125,10 @@ def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> 
 
 
 def end_process_group() -> None:
-    """Disconnect the processes, if they are connected; for a process that is about to end.
+    """Disconnect the processes before they end; not after an error: it could wait for a dead one.
 
     Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
-    that has done all its work (pytorch issue 190489). Do not call it after an error: it could
-    wait for a process that has ended.
+    that has done all its work (pytorch issue 190489).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -168,9 +158,8 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
         rank, failure = next(iter(result.failures.items()))
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
-        refusal = f"{ConfigError.__name__}: "
-        if reason.startswith(refusal):
-            raise ConfigError(reason.removeprefix(refusal))
+        if reason.startswith("ConfigError: "):
+            raise ConfigError(reason.removeprefix("ConfigError: "))
         message = f"rank {rank} of {processes} failed: {reason}"
         record_failure(cfg, message)
         raise TrainingError(message)
@@ -203,7 +192,10 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
 
 def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
     """The environment of one process: torchrun's variables, and the network to use."""
-    loopback = _loopback()
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
+    if not names:
+        raise ConfigError("trainer.devices: several processes need the interface lo, or lo0")
+    loopback = names[0]  # no other host can reach it
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -217,18 +209,6 @@ def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not a prefix
     }
-
-
-def _loopback() -> str:
-    """The name of the interface that no other host can reach: lo on Linux, lo0 on macOS.
-
-    Raises:
-        ConfigError: there is none of these names.
-    """
-    for _, name in socket.if_nameindex():
-        if name in ("lo", "lo0"):
-            return name
-    raise ConfigError("trainer.devices: several processes need the interface lo, or lo0")
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -258,10 +238,8 @@ def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> di
 
 def _silent(folder: Path) -> str:
     """Which ranks do not answer: those that do not wait for others themselves."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    (folder / f"waits_{rank}").touch()
+    (folder / f"waits_{os.environ['RANK']}").touch()
     time.sleep(NOTICED_WITHIN)
-    silent = [str(r) for r in range(ranks) if not (folder / f"waits_{r}").exists()]
-    if not silent:
-        return "the ranks have not reached each other"
-    return f"rank {' and '.join(silent)} has not answered"
+    ranks = map(str, range(int(os.environ["WORLD_SIZE"])))
+    silent = " and ".join(rank for rank in ranks if not (folder / f"waits_{rank}").exists())
+    return f"rank {silent} has not answered" if silent else "the ranks have not reached each other"

@@ -39,10 +39,9 @@ class TrainMetrics:
         }
 
     def add_step(self, clean: Tensor, perturbed: Tensor, has_sharpness: bool) -> None:
-        """Add a step with these losses and accuracies at w and at w + e, each 1-dim of 2.
+        """Add a step, after ``add_gradient``: losses and accuracies at w and w + e, 1-dim of 2.
 
-        Call ``add_gradient`` before it. One operation adds everything: a GPU's host takes longer
-        to start an operation than the GPU takes to do it.
+        One operation adds all: a GPU's host takes longer to start one than the GPU to do it.
         """
         counts = self._counts[has_sharpness]
         rise = (perturbed - clean)[:1] if has_sharpness else counts[1:2]
@@ -66,14 +65,11 @@ class TrainMetrics:
         return skip
 
     def means(self, strategy: Any, world_size: int) -> tuple[dict[str, float], float]:
-        """The means over steps and ranks by metric, and the longest row of skipped steps.
-
-        Sets the sums to 0. This waits for the device, once.
-        """
+        """Means over steps and ranks, and the longest row of skipped steps; sets the sums to 0."""
         window = self.window
         if world_size > 1:
             window = strategy.reduce(window.clone(), reduce_op="mean")
-        sums = torch.cat([window, self.skipped]).tolist()
+        sums = torch.cat([window, self.skipped]).tolist()  # waits for the device, once
         self.window.zero_()
         loss, acc, sharpness, grad_norm, count, perturbed = sums[:6]
         norm, cosine, measured, finite, skipped, _, longest = sums[6:]

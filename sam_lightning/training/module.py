@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, argument_errors
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
@@ -86,10 +86,8 @@ class SAMModule(Classifier):
             raise ConfigError(
                 f"method.perturbed_layers={perturbed_layers}: allowed are all, normalization"
             )
-        try:
+        with argument_errors("method"):
             param_names = normalization_parameters(model) if perturbed_layers != "all" else None
-        except ValueError as error:
-            raise ConfigError(f"method.{error}") from error
         if rho_min is not None and 0 < rho < rho_min:
             raise ConfigError(
                 f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
@@ -140,8 +138,6 @@ class SAMModule(Classifier):
         if hparams is not None:
             self.save_hyperparameters(hparams, logger=False)
 
-    # ------------------------------------------------------------------ optimizer and schedule
-
     def configure_optimizers(self) -> Any:
         """SAM around the base optimizer, and the schedule that is stepped once per step."""
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -153,22 +149,8 @@ class SAMModule(Classifier):
         """The optimizer itself, without Lightning's wrapper around ``step``."""
         return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the present step."""
-        return float(self.sam.param_groups[0]["lr"])
-
     def on_train_start(self) -> None:
-        """Load this rank's part of a checkpoint, and move the running sums to the device."""
-        self._apply_settings()
-        self._batches.clear()
-        self.train_metrics.to(self.device)
-        if self._own_state is not None:
-            fill(self._per_rank_state(), self._own_state)
-            self._own_state = None
-
-    def _apply_settings(self) -> None:
-        """Use the settings of this run where its checkpoint has others."""
+        """Load this rank's part of a checkpoint; this run's settings replace the checkpoint's."""
         given = self.sam.base_optimizer.defaults
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
@@ -179,15 +161,14 @@ class SAMModule(Classifier):
                 group["base_rho"] = given["rho"]
             group.update(rho=self.rho, initial_lr=given["lr"])
             group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
-
-    # --------------------------------------------------------------------------------- one step
+        self._batches.clear()
+        self.train_metrics.to(self.device)
+        if self._own_state is not None:
+            fill(self._per_rank_state(), self._own_state)
+            self._own_state = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step.
-
-        So a step is the exact mean over its samples, also if the last batch is smaller, and
-        perturbs along the gradient of the whole accumulated batch.
-        """
+        """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step."""
         seed = draw_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self._batches.append(MicroBatch(*batch, seed))
         last = batch_idx + 1 == self.trainer.num_training_batches or self.trainer.is_last_batch
@@ -214,7 +195,7 @@ class SAMModule(Classifier):
         sam.combine()  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
-        self._logged_lr = self.lr  # before the schedule sets the next one
+        self._logged_lr = float(sam.param_groups[0]["lr"])  # before the schedule sets the next one
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.train_metrics.add_step(clean, perturbed, perturbs and sam.needs_gradient)
@@ -222,20 +203,20 @@ class SAMModule(Classifier):
             self.train_metrics.add_geometry(*geometry)
 
     def _two_passes(self, batches: list[MicroBatch], last: bool, sync: bool) -> tuple[Any, ...]:
+        passes, step = self.passes, self.global_step
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        logs_before_next = self.global_step // every != (self.global_step + self.every) // every
+        logs_before_next = step // every != (step + self.every) // every
         # With the same gradient, a perturbation draws the same on all ranks.
-        rank = 0 if self.passes.sync_perturbation else self.global_rank
-        numbers = range(1, 1 + self.passes.ascent_steps)
-        return self.passes.two(
+        rank = 0 if passes.sync_perturbation else self.global_rank
+        return passes.two(
             self.sam,
             batches,
             sync=sync,
-            seeds=[draw_seed(self.seed, self.global_step, number, rank) for number in numbers],
-            measure=(last or logs_before_next) and not self.passes.ascent_per_micro_batch,
+            seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
+            measure=(last or logs_before_next) and not passes.ascent_per_micro_batch,
             model=self,
-            local=not self.passes.sync_perturbation,
-            scaler=self.scaler,
+            local=not passes.sync_perturbation,
+            scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
             rho_scale=self._rho_scale(),
         )
 
@@ -243,7 +224,8 @@ class SAMModule(Classifier):
         """The length of a step of ascent now, in units of rho."""
         if self.rho_min == self.rho:
             return 1 / self.passes.ascent_steps
-        fraction = self.lr / self.sam.param_groups[0]["initial_lr"]
+        group = self.sam.param_groups[0]
+        fraction = float(group["lr"]) / group["initial_lr"]
         rho = self.rho_min + (self.rho - self.rho_min) * fraction
         return rho / self.rho / self.passes.ascent_steps
 
@@ -256,11 +238,6 @@ class SAMModule(Classifier):
                 stack.enter_context(self.trainer.strategy.block_backward_sync())
             self.manual_backward(loss)
 
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss under ``trainer.precision=16-mixed``."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the (unscaled) gradient, or skip the step if it is not finite; all on the device."""
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -272,34 +249,24 @@ class SAMModule(Classifier):
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, factor)
 
-    # ------------------------------------------------------------------- logging and checkpoint
-
     def _log_training(self, last: bool) -> None:
-        """Log the means since the last log, before callbacks save them.
-
-        Raises:
-            TrainingError: too many steps in a row were skipped. This happens before this epoch's
-                checkpoint is written, so the last good one stays.
-        """
-        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        """Log the means since the last log; a TrainingError leaves the last good checkpoint."""
         ends = last or self.global_step == self.trainer.max_steps
-        if not ends and self.global_step % every:
+        if not ends and self.global_step % (self.trainer.log_every_n_steps or 1):  # type: ignore[attr-defined]
             return
-        metrics = self.train_metrics
-        values, skipped_in_a_row = metrics.means(self.trainer.strategy, self.trainer.world_size)
+        values, skipped = self.train_metrics.means(self.trainer.strategy, self.trainer.world_size)
         self.log_at_step({**values, "train/lr": self._logged_lr})
         shown = {name: values[name] for name in ("train/loss", "train/acc")}
         self.log_dict(shown, prog_bar=True, logger=False)
-        if skipped_in_a_row >= self.max_skipped_steps:
+        if skipped >= self.max_skipped_steps:
             raise TrainingError(
-                f"{skipped_in_a_row:.0f} steps in a row had a gradient that is not finite "
+                f"{skipped:.0f} steps in a row had a gradient that is not finite "
                 f"(max_skipped_steps={self.max_skipped_steps}): lower lr or rho, clip with "
                 "trainer.gradient_clip_val, or check the data"
             )
 
-    def on_train_end(self) -> None:
-        """Compute the mean running statistics of all ranks, for the checkpoint."""
-        self.average_running_stats()  # Lightning copies rank 0's to all before a test
+    # For the checkpoint: Lightning copies rank 0's to all before a test.
+    on_train_end = Classifier.average_running_stats
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what differs between ranks, to continue exactly."""
@@ -313,19 +280,17 @@ class SAMModule(Classifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this rank's part of what differs between ranks."""
-        if "skipped" in checkpoint:
-            self.train_metrics.skipped = checkpoint["skipped"]
+        self.train_metrics.skipped = checkpoint.get("skipped", self.train_metrics.skipped)
         stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1
         if stored is not None and len(stored["window"]) == self.trainer.world_size:
             self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
 
     def _per_rank_state(self) -> dict[str, list[Tensor]]:
-        remembered = self.sam.method_state
-        kept = [remembered[p] for p in self.sam.params if remembered.get(p)]
+        memories = [self.sam.method_state.get(p, {}) for p in self.sam.params]
         return {
             "window": [self.train_metrics.window],
             "running_stats": list(self._running_stats().values()),
-            "memory": [memory[name] for memory in kept for name in sorted(memory)],
+            "memory": [memory[name] for memory in memories for name in sorted(memory)],
         }
 
     def _running_stats(self) -> dict[str, Tensor]:

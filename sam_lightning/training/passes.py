@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.seeding import draw_seed
@@ -32,6 +34,7 @@ class MicroBatch:
         return MicroBatch(self.images[part], self.labels[part], self.seed)
 
 
+@dataclass
 class Passes:
     """The passes of SAM over the batches of a step.
 
@@ -53,33 +56,24 @@ class Passes:
         ConfigError: both fractions are below 1.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        backward: Callable[[Tensor, bool], None],
-        *,
-        label_smoothing: float = 0.0,
-        same_randomness: bool = True,
-        sync_perturbation: bool = False,
-        ascent_per_micro_batch: bool = False,
-        ascent_fraction: float = 1.0,
-        ascent_steps: int = 1,
-        descent_fraction: float = 1.0,
-    ) -> None:
-        if ascent_fraction < 1 and descent_fraction < 1:
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, bool], None]
+    label_smoothing: float = 0.0
+    same_randomness: bool = True
+    sync_perturbation: bool = False
+    ascent_per_micro_batch: bool = False
+    ascent_fraction: float = 1.0
+    ascent_steps: int = 1
+    descent_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.ascent_fraction < 1 and self.descent_fraction < 1:
             raise ConfigError(
-                f"method.descent_fraction={descent_fraction}: needs the loss of every image before "
-                f"the ascent, so not with method.ascent_fraction={ascent_fraction}"
+                f"method.descent_fraction={self.descent_fraction}: needs the loss of every image "
+                f"before the ascent, so not with method.ascent_fraction={self.ascent_fraction}"
             )
-        self.forward = forward
-        self.backward = backward
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.same_randomness = same_randomness
-        self.sync_perturbation = sync_perturbation
-        self.ascent_per_micro_batch = ascent_per_micro_batch
-        self.ascent_fraction = ascent_fraction
-        self.ascent_steps = ascent_steps
-        self.descent_fraction = descent_fraction
+        self._loss = partial(cross_entropy, label_smoothing=self.label_smoothing)
+        self._losses = partial(self._loss, reduction="none")
         self._losses_at_w: list[Tensor] = []  # of each image, where the second pass selects
 
     @property
@@ -101,16 +95,15 @@ class Passes:
         """Leave the gradient at w + e in ``.grad``, and the weights at w.
 
         Args:
-            sam: the optimizer, with cleared gradients.
+            sam: the optimizer, with cleared gradients; ``perturb`` is for its ``perturbed``.
             batches: one or more.
             sync: ranks average the gradient at w + e.
             seeds: for the draws of a perturbation, one for each of ``ascent_steps``.
-            measure: measure the perturbation. It keeps the first gradient during the second pass.
-            **perturb: for ``sam.perturbed``.
+            measure: return the norm of e and the cosine of the two gradients too; this keeps the
+                first gradient during the second pass.
 
         Returns:
-            mean loss and accuracy at w and at w + e, each 1-dim of 2; and the norm of e with the
-            cosine of the two gradients, where they were measured.
+            mean loss and accuracy at w and at w + e, each 1-dim of 2; and what was measured.
         """
         params = sam.params
         parts = [[batch] for batch in batches] if self.ascent_per_micro_batch else [batches]
@@ -188,8 +181,7 @@ class Passes:
 
         Args:
             batches: one or more.
-            sync: ranks average the gradient.
-            second: it is not the first pass over these batches.
+            sync, second: ranks average the gradient; it is not the first pass over these batches.
             total: the number of images that the gradient is a mean over, if not these alone.
             losses: filled with the loss of each image, 1-dim for each batch.
         """
@@ -198,7 +190,7 @@ class Passes:
         for i, batch in enumerate(batches):
             self._seed_masks(batch, second)
             logits = self.forward(batch.images)
-            loss = self.criterion(logits, batch.labels)
+            loss = self._loss(logits, batch.labels)
             share = len(batch) / (total or count)
             last = i + 1 == len(batches)
             self.backward(loss if share == 1 else loss * share, sync and last)
@@ -226,12 +218,6 @@ class Passes:
             chosen.append(batch.take((after - before).topk(size).indices.sort().values))
             mean += after.sum() / count
         return chosen, mean
-
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.criterion.label_smoothing
-        return nn.functional.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=smoothing
-        )
 
     def _seed_masks(self, batch: MicroBatch, second: bool) -> None:
         # Seeding each pass repeats its masks, and lets a resumed run continue exactly.

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
@@ -22,19 +24,13 @@ from sam_lightning.runs.record import Record
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
-from sam_lightning.training.launch import (
-    externally_launched,
-    init_process_group,
-    launch,
-    local_processes,
-)
-from sam_lightning.training.module import SAMModule
+from sam_lightning.training.launch import init_process_group, launch, local_processes
 
 log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Fit, test and record one run.
+    """Fit, test and record one run; write ``metrics.json`` however that ends.
 
     Without a launcher (torchrun, SLURM) it starts a process for each device.
 
@@ -56,20 +52,33 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"multiple of their number, {world_size}"
         )
     _quieten()
-    external = externally_launched()
-    if world_size > 1 and external:
+    started = launched() is not None  # by torchrun, SLURM or ``launch``, as one of several
+    if world_size > 1 and started:
         init_process_group(cfg.trainer)
     resume(cfg)
-    if world_size > 1 and not external:
+    if world_size > 1 and not started:
         prepare_data(cfg)  # only in this process, so that no other waits
         return launch(cfg, processes, train)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
-    trainer = make_trainer(cfg, processes, throughput)
+    trainer: Any = make_trainer(cfg, processes, throughput)
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
     _check_validation(cfg, data)
-    return execute(cfg, trainer, data, module, throughput)
+    if data.val is None:  # nothing to choose the best by
+        trainer.callbacks[:] = [c for c in trainer.callbacks if not _chooses_by_validation(c)]
+    savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
+    stop = savers[0].stop if savers else StopSignal()
+    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
+        _continue_logs(cfg, trainer)
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        for saver in savers:
+            record.add(saver.metrics)
+        record.add(trainer.callback_metrics)
+        if cfg.test:
+            trainer.test(module, datamodule=data, verbose=False)
+            record.add(trainer.callback_metrics)
+    return record.metrics
 
 
 def resume(cfg: DictConfig) -> None:
@@ -105,31 +114,6 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
     return None if path is None else str(path)
 
 
-def execute(
-    cfg: DictConfig,
-    trainer: L.Trainer,
-    data: ImageDataModule,
-    module: SAMModule,
-    throughput: Throughput,
-) -> dict[str, float]:
-    """Fit and test; write ``metrics.json`` however that ends."""
-    if data.val is None:  # nothing to choose the best by
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks[:] = [c for c in callbacks if not _chooses_by_validation(c)]
-    savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]  # type: ignore[attr-defined]
-    stop = savers[0].stop if savers else StopSignal()
-    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
-        _continue_logs(cfg, trainer)
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        for saver in savers:
-            record.add(saver.metrics)
-        record.add(trainer.callback_metrics)
-        if cfg.test:
-            trainer.test(module, datamodule=data, verbose=False)
-            record.add(trainer.callback_metrics)
-    return record.metrics
-
-
 def _chooses_by_validation(callback: L.Callback) -> bool:
     monitor = str(getattr(callback, "monitor", ""))
     return isinstance(callback, Checkpoint) and monitor.startswith("val/")
@@ -137,11 +121,10 @@ def _chooses_by_validation(callback: L.Callback) -> bool:
 
 def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
     """Drop the rows after the checkpoint's step, which are lost work, from the run's logs."""
-    step = -1
-    if cfg.ckpt_path is not None:
-        step = torch.load(cfg.ckpt_path, weights_only=True, mmap=True)["global_step"]
+    path = cfg.ckpt_path
+    step = torch.load(path, weights_only=True, mmap=True)["global_step"] if path else -1
     for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV) and cfg.ckpt_path is not None:
+        if isinstance(logger, MetricsCSV) and path:
             logger.continue_from(step)
         elif isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = step + 1
@@ -161,10 +144,10 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ConfigError(one_line(error)) from error
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            batches = f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}"
             raise TrainingError(
                 f"out of memory: lower batch_size={cfg.batch_size}, or divide it and raise "
-                "trainer.accumulate_grad_batches="
-                f"{cfg.trainer.accumulate_grad_batches} by as much ({one_line(error)})"
+                f"{batches} by as much ({one_line(error)})"
             ) from error
         raise
 
@@ -188,14 +171,11 @@ def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*`srun` command is available.*",  # a login node; the launchers are told apart by us
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
-        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
-        ".*broadcast_buffers.* is deprecated.*",
-        ".*all_gather.* is deprecated.*",
+        ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -39,19 +39,11 @@ class StopSignal:
         """Handle the signals here, also if other code has set a handler since."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if "SLURM_JOB_ID" in os.environ:
-            signals.append(signal.SIGUSR1)
-        for signum in signals:
-            before = signal.signal(signum, self._handle)
-            self._before.setdefault(signum, before)
+        slurm = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+        for signum in (signal.SIGINT, signal.SIGTERM, *slurm):
+            self._before.setdefault(signum, signal.signal(signum, self._handle))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before.clear()
@@ -99,12 +91,7 @@ class LastCheckpoint(Checkpoint):
         self._saved = trainer.global_step
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if due, or told to stop; after an epoch's last step ``on_train_epoch_end`` does."""
         if trainer.is_last_batch or trainer.global_step == self._saved:
@@ -134,18 +121,18 @@ class LastCheckpoint(Checkpoint):
         """Listen again, as at the start of training."""
         self.stop.listen()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Stop at once from now on."""
         self.stop.deferred = False
 
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
         """Whether any process was told to stop; all processes agree after each step."""
         told = self.stop.received is not None
-        if trainer.world_size == 1:
-            return told
-        return trainer.strategy.reduce_boolean_decision(told, all=False)
+        return (
+            told
+            if trainer.world_size == 1
+            else trainer.strategy.reduce_boolean_decision(told, all=False)
+        )
 
     def _save(self, trainer: L.Trainer) -> None:
         self._saved = trainer.global_step
@@ -160,11 +147,8 @@ class LastCheckpoint(Checkpoint):
 
     def _leave(self, trainer: L.Trainer) -> None:
         signum = self.stop.received or signal.SIGTERM
-        log.warning(
-            "stopped by %s after step %d; ckpt_path=last continues",
-            signal.Signals(signum).name,
-            trainer.global_step,
-        )
+        name, step = signal.Signals(signum).name, trainer.global_step
+        log.warning("stopped by %s after step %d; ckpt_path=last continues", name, step)
         if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1:
             _requeue()
         raise Interrupted(signum)

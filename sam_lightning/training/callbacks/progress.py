@@ -27,9 +27,7 @@ class EpochLines(Callback):
         """Start the clock: a run resumed within an epoch never starts this epoch."""
         self.started = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
+    on_train_epoch_start = on_train_start
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,17 +79,10 @@ class Throughput(Callback):
         """Start the clock: a run resumed within an epoch never starts this epoch."""
         self._started = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+    on_train_epoch_start = on_train_start
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count; after the epoch's last batch wait for the device and stop the clock."""
         self.images += len(batch[1]) * trainer.world_size
@@ -112,9 +103,7 @@ class Throughput(Callback):
         """Stop the clock of an epoch that ``max_steps`` or ``max_time`` cut short."""
         self._stop(pl_module)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Stop the clock, without waiting for a device that may be the cause."""
         self._stop()
 
@@ -141,33 +130,21 @@ class MetricsCSV(CSVLogger):
     """
 
     def __init__(self, root_dir: str) -> None:
-        self._previous = _read_rows(Path(root_dir, "metrics.csv"))
-        super().__init__(
-            os.path.dirname(root_dir) or ".",
-            os.path.basename(root_dir),
-            version="",
-            # Rows must be on disk when a run is killed: the next one keeps them.
-            flush_logs_every_n_steps=1,
-        )
+        path = Path(root_dir, "metrics.csv")
+        text = path.read_text() if path.is_file() else ""
+        # The last line may be incomplete, if the run was killed while writing.
+        self._previous = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        # Rows must be on disk when a run is killed: the next one keeps them.
+        folder, name = os.path.split(root_dir)
+        super().__init__(folder or ".", name, version="", flush_logs_every_n_steps=1)
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
         """Keep the rows up to ``step``, as they are; called before the resumed run logs."""
-        kept = [row for row in self._previous if int(row["step"]) <= step and not _is_test(row)]
+        rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if v} for row in self._previous]
+        test_rows = [row for row in rows if any(name.startswith("test/") for name in row)]
+        kept = [row for row in rows if int(row["step"]) <= step and row not in test_rows]
         for row in kept:
-            values: dict[str, Any] = {name: value for name, value in row.items() if value}
-            self.experiment.log_metrics(values, step=int(row["step"]))
+            self.experiment.log_metrics(row, step=int(row["step"]))
         self.save()
         rank_zero_info(f"metrics.csv: kept {len(kept)} rows up to step {step}")
-
-
-def _is_test(row: dict[str, str]) -> bool:
-    return any(value for name, value in row.items() if name.startswith("test/"))
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    # The last line may be incomplete, if the run was killed while writing.
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

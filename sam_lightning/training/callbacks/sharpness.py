@@ -1,6 +1,7 @@
 """Sharpness and curvature during a run, in every logger."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.datamodule import ImageDataModule
 
 
+@dataclass(eq=False)
 class SharpnessMonitor(Callback):
     """Logs ``sharpness/worst``, ``sharpness/lambda_max`` and ``sharpness/trace``.
 
@@ -34,37 +36,22 @@ class SharpnessMonitor(Callback):
             ``ImageDataModule``.
     """
 
-    def __init__(
-        self,
-        every_n_epochs: int = 1,
-        images: int = 512,
-        batch_size: int = 128,
-        rho: float = 0.05,
-        trace_samples: int = 8,
-        max_steps: int = 30,
-        seed: int = 0,
-    ) -> None:
-        counts = {
-            "every_n_epochs": every_n_epochs,
-            "images": images,
-            "batch_size": batch_size,
-            "trace_samples": trace_samples,
-            "max_steps": max_steps,
-        }
-        for name, count in counts.items():
-            if not isinstance(count, int) or count < 1:
-                raise ConfigError(f"callbacks.sharpness.{name}={count}: must be an integer >= 1")
-        if not isinstance(rho, int | float) or not 0 < rho < float("inf"):
-            raise ConfigError(f"callbacks.sharpness.rho={rho}: must be a number > 0")
-        if not isinstance(seed, int) or seed < 0:
-            raise ConfigError(f"callbacks.sharpness.seed={seed}: must be an integer >= 0")
-        self.every_n_epochs = every_n_epochs
-        self.images = images
-        self.batch_size = batch_size
-        self.rho = float(rho)
-        self.trace_samples = trace_samples
-        self.max_steps = max_steps
-        self.seed = seed
+    every_n_epochs: int = 1
+    images: int = 512
+    batch_size: int = 128
+    rho: float = 0.05
+    trace_samples: int = 8
+    max_steps: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "seed" else 1
+            if name != "rho" and (not isinstance(value, int) or value < least):
+                text = f"callbacks.sharpness.{name}={value}: must be an integer >= {least}"
+                raise ConfigError(text)
+        if not isinstance(self.rho, int | float) or not 0 < self.rho < float("inf"):
+            raise ConfigError(f"callbacks.sharpness.rho={self.rho}: must be a number > 0")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse data without fixed images."""
@@ -96,7 +83,7 @@ class SharpnessMonitor(Callback):
         generator = torch.Generator().manual_seed(self.seed)
         top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
         return {
-            "sharpness/worst": worst_case(surface, self.rho),
+            "sharpness/worst": worst_case(surface, float(self.rho)),
             "sharpness/lambda_max": top.values[0].item(),
             "sharpness/trace": trace(surface, generator, self.trace_samples, top)[0],
         }
@@ -104,6 +91,5 @@ class SharpnessMonitor(Callback):
 
 def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
     """Run a compiled model as written: compiled code cannot be differentiated twice."""
-    if getattr(model, "_compiled_call_impl", None) is None:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    compiled = model._compiled_call_impl is not None
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

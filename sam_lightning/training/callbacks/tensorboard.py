@@ -44,9 +44,7 @@ CHARTS = {
         "largest eigenvalue of the Hessian": ["sharpness/lambda_max"],
         "trace of the Hessian": ["sharpness/trace"],
     },
-    "Speed": {
-        "training images per second": ["train/images_per_second"],
-    },
+    "Speed": {"training images per second": ["train/images_per_second"]},
 }
 WRONG_IMAGES = 25
 
@@ -54,10 +52,9 @@ WRONG_IMAGES = 25
 class Dashboard(Callback):
     """Adds pages for every ``TensorBoardLogger``; does nothing without one.
 
-    - a layout of charts, and the training images per second of each epoch;
-    - images of the first training batch, augmented as the model sees them, and the model's graph;
-    - after the test, the confusion matrix over all ranks, and the wrong predictions of largest
-      loss among the images of rank 0.
+    - charts in pages, the training images per second of each epoch, and the model's graph;
+    - images of the first training batch, augmented as the model sees them;
+    - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions.
 
     Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
 
@@ -70,16 +67,14 @@ class Dashboard(Callback):
         self._confusion: Tensor | None = None  # counts, label x prediction
         self._wrong: list[Tensor] = []  # losses, labels, predictions, their probabilities, images
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse data whose images cannot be shown."""
-        if _loggers(trainer) and not isinstance(_data(trainer), ImageDataModule):
+        if _loggers(trainer) and not isinstance(trainer.datamodule, ImageDataModule):
             raise ConfigError("callbacks.dashboard: needs the data of an ImageDataModule")
 
-    # -------------------------------------------------------------------------------- training
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Lay out the charts; a resumed run writes the same again."""
-        monitored = any(isinstance(c, SharpnessMonitor) for c in _callbacks(trainer))
+        monitored = any(isinstance(c, SharpnessMonitor) for c in trainer.callbacks)
         layout = {
             page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
             for page, of in CHARTS.items()
@@ -90,48 +85,33 @@ class Dashboard(Callback):
         self._seen = _throughput(trainer)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the first batch, once it has been trained on."""
         if trainer.current_epoch == 0 and batch_idx == 0:
             for writer in _writers(trainer):
-                writer.add_image("train/first_batch", grid(_pixels(batch[0], _data(trainer))), 0)
+                pixels = _pixels(batch[0], trainer.datamodule)
+                writer.add_image("train/first_batch", grid(pixels), 0)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log images per second, which never repeat, to TensorBoard only; add the model's graph."""
-        images, seconds = _throughput(trainer)
-        images, seconds = images - self._seen[0], seconds - self._seen[1]
-        self._seen = _throughput(trainer)
+        before, self._seen = self._seen, _throughput(trainer)
+        images, seconds = (now - then for now, then in zip(self._seen, before, strict=True))
         for writer in _writers(trainer):
             if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short still runs
                 writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
             if trainer.current_epoch == 0:
-                add_graph(writer, pl_module.model, _data(trainer).train.images.shape[1:])
+                add_graph(writer, pl_module.model, trainer.datamodule.train.images.shape[1:])
 
-    # ------------------------------------------------------------------------------------ test
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Count from zero."""
         if _loggers(trainer):
-            classes = _data(trainer).num_classes
-            self._confusion = torch.zeros(
-                classes, classes, dtype=torch.long, device=pl_module.device
-            )
+            size = [trainer.datamodule.num_classes] * 2
+            self._confusion = torch.zeros(size, dtype=torch.long, device=pl_module.device)
             self._wrong = []
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Count a batch and its logits, without waiting for the device."""
         if self._confusion is None:
@@ -146,12 +126,12 @@ class Dashboard(Callback):
             found = _first([torch.cat(both) for both in zip(self._wrong, found, strict=True)])
         self._wrong = found
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Draw the confusion matrix and the wrong predictions."""
         if self._confusion is None:
             return
         confusion = trainer.strategy.reduce(self._confusion, reduce_op="sum").cpu()
-        data, step = _data(trainer), trainer.global_step
+        data, step = trainer.datamodule, trainer.global_step
         for writer in _writers(trainer):
             writer.add_figure("test/confusion", draw_confusion(confusion, data.classes), step)
             losses, *wrong = self._wrong
@@ -174,18 +154,10 @@ def _writers(trainer: L.Trainer) -> list[Any]:
     return [logger.experiment for logger in _loggers(trainer) if trainer.is_global_zero]
 
 
-def _data(trainer: Any) -> Any:
-    return trainer.datamodule
-
-
-def _callbacks(trainer: Any) -> list[Callback]:
-    return trainer.callbacks
-
-
 def _throughput(trainer: Any) -> tuple[int, float]:
     """Images and seconds up to now."""
-    counters = [c for c in _callbacks(trainer) if isinstance(c, Throughput)]
-    return (counters[0].images, counters[0].seconds) if counters else (0, 0.0)
+    counters = (c for c in trainer.callbacks if isinstance(c, Throughput))
+    return next(((c.images, c.seconds) for c in counters), (0, 0.0))
 
 
 def _first(values: list[Tensor]) -> list[Tensor]:
@@ -201,8 +173,6 @@ def _short(name: str, length: int = 18) -> str:
 
 def _pixels(images: Tensor, data: ImageDataModule) -> Tensor:
     """Undo the normalisation of at most 64 images: uint8 N x C x H x W, C = 1 or 3, on the CPU."""
-    assert data.mean is not None
-    assert data.std is not None
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     pixels = (images[:64].float().cpu() * std + mean).mul(255).round().clamp(0, 255)
     if pixels.shape[1] not in (1, 3):
@@ -219,18 +189,13 @@ def grid(pixels: Tensor) -> Tensor:
     return make_grid(pixels[: rows * per_row], nrow=per_row, pad_value=255)
 
 
-# --------------------------------------------------------------------------------------- the model
-
-
 def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
     """Trace the model with one image, C x H x W; where it cannot be traced, only say so."""
     first = next(model.parameters())
     image = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
     modes = {module: module.training for module in model.modules()}
-    compiled = getattr(model, "_compiled_call_impl", None)
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None  # as it was written
     try:
-        if compiled is not None:
-            model._compiled_call_impl = None  # its code as it was written
         with (
             torch.no_grad(),
             torch.random.fork_rng([first.device] if first.is_cuda else []),
@@ -245,22 +210,13 @@ def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
         reason = str(error).strip().partition("\n")[0]
         log.warning("TensorBoard gets no graph of the model: %s: %s", type(error).__name__, reason)
     finally:
-        if compiled is not None:
-            model._compiled_call_impl = compiled
+        model._compiled_call_impl = compiled
         for module, training in modes.items():
             module.training = training
 
 
-# ------------------------------------------------------------------------------------- the figures
-
-
 def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
-    """How often each label (rows) was predicted as each class (columns), in percent of the label.
-
-    Args:
-        counts: label x prediction, integers.
-        classes: their names.
-    """
+    """The counts, label x prediction, in percent of each label (rows), with the classes' names."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -282,8 +238,8 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
             axes.set_yticks(range(number), names, fontsize=size)
         for i, j in counts.nonzero().tolist() if number <= 10 else []:
             share = shares[i, j].item()
-            at: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
-            axes.text(j, i, f"{share:.1f}", c="white" if share > 40 else "black", **at)
+            colour = "white" if share > 40 else "black"
+            axes.text(j, i, f"{share:.1f}", c=colour, ha="center", va="center", fontsize=8)
         right = 100 * counts.diagonal().sum() / counts.sum()
         axes.set(xlabel="prediction", ylabel="label", title=f"test accuracy {right:.2f} %")
         axes.grid(False)
@@ -302,12 +258,11 @@ def draw_images(pixels: Tensor, titles: Sequence[str]) -> "Figure":
     with plots.style():
         figure = Figure(figsize=(7, 7 / 5.8 * (rows * step + 0.1)), dpi=120)
         axes = figure.add_axes((0, 0, 1, 1))
-        for i, (image, title) in enumerate(
-            zip(pixels.permute(0, 2, 3, 1).numpy(), titles, strict=True)
-        ):
+        images = pixels.permute(0, 2, 3, 1).numpy()
+        for i, (image, title) in enumerate(zip(images, titles, strict=True)):
             left, bottom = i % 5 * 1.15, (i // 5 + 1) * step
-            colours: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255}
-            axes.imshow(image, extent=(left, left + 1, bottom, bottom - ratio), **colours)
+            extent = (left, left + 1, bottom, bottom - ratio)
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.text(left, bottom - ratio - 0.05, title, fontsize=8)
         axes.set(xlim=(-0.1, 5.7), ylim=(rows * step + 0.1, 0))
         axes.axis("off")
