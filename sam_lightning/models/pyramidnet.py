@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sam_lightning.models.resnet import check_sizes, init_convolutions
+from sam_lightning.models.resnet import check_sizes, convolutions, init_convolutions
 
 
 class ShakeDrop(nn.Module):
@@ -43,17 +43,11 @@ class ShakeDrop(nn.Module):
 
 
 def branch(channels: int, planes: int, stride: int, bottleneck: bool) -> nn.Sequential:
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, the last to four times as many channels."""
-    if bottleneck:
-        convolutions = [(planes, 1, 1), (planes, 3, stride), (4 * planes, 1, 1)]
-    else:
-        convolutions = [(planes, 3, stride), (planes, 3, 1)]
+    """A block's convolutions between BatchNorms, with a ReLU before each but the first."""
     layers: list[nn.Module] = [nn.BatchNorm2d(channels)]
-    for i, (out, kernel, step) in enumerate(convolutions):
+    for i, conv in enumerate(convolutions(channels, planes, stride, bottleneck)):
         layers += [nn.ReLU(inplace=True)] if i else []
-        layers.append(nn.Conv2d(channels, out, kernel, step, padding=kernel // 2, bias=False))
-        layers.append(nn.BatchNorm2d(out))
-        channels = out
+        layers += [conv, nn.BatchNorm2d(conv.out_channels)]
     return nn.Sequential(*layers)
 
 
