@@ -10,10 +10,9 @@ from sam_lightning.models.resnet import check_sizes, convolutions, init_convolut
 class ShakeDrop(nn.Module):
     """Scale a residual branch at random, its gradient by another factor (Yamada et al. 2019).
 
-    Each image draws b, which is 1 with probability p and else 0, alpha uniform in [-1, 1] and beta
-    uniform in [0, 1]. The branch is multiplied by b + alpha - b alpha, its gradient by
-    b + beta - b beta, and in evaluation the branch by the expectation, p (arXiv 1802.02375,
-    equation 6; per image as in google-research/sam).
+    Each image draws b, which is 1 with probability p and else 0, alpha in [-1, 1] and beta in
+    [0, 1]. The branch is multiplied by b + alpha - b alpha, its gradient by b + beta - b beta, and
+    in evaluation the branch by p (arXiv 1802.02375, equation 6; per image as google-research/sam).
 
     Args:
         p: probability that the branch of an image is left as it is, in [0, 1].

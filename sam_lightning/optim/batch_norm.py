@@ -17,8 +17,7 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
     The statistics belong to the weights that are kept, so SAM's second pass must not update them;
     the official JAX code, too, keeps the first pass's. Works on every layer in training mode with
     ``track_running_stats``: BatchNorm, SyncBatchNorm, InstanceNorm, and lazy ones that have a
-    shape. Modules of ``torch.jit.script`` and ``torch.jit.trace`` update copies, which take as much
-    memory.
+    shape. Modules of ``torch.jit.script`` and ``torch.jit.trace`` update copies.
 
     Args:
         model: whose statistics; by default every layer's that the block calls, at the cost of one

@@ -136,9 +136,8 @@ def add_scaled_(
 ) -> None:
     """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
 
-    torch's fused SGD does this step of ascent in one pass over the memory. Its ``found_inf`` is a
-    tensor, so the host does not wait for the device. A direction that is not a list is asked for
-    part by part.
+    torch's fused SGD does this in one pass over the memory. Its ``found_inf`` is a tensor, so the
+    host does not wait for the device. A direction that is no list is asked for part by part.
     """
     if len(direction) != len(weights):
         raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")

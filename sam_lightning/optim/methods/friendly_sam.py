@@ -10,8 +10,7 @@ class FriendlyAscent:
     """Perturb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (2403.12350).
 
     e = rho * d / ||d|| with d = g - sigma * m and then m <- decay * m + (1 - decay) * g. So d uses
-    the m of earlier steps, as in the authors' code; with sigma = 1 the new m would give the same
-    direction. In the first step d = m = g.
+    the mean of earlier steps, as in the authors' code. In the first step d = m = g.
 
     Args:
         sigma: >= 0, else a ValueError; 0 is SAM, 1 the authors' choice.

@@ -14,8 +14,7 @@ class SurrogateGap:
     gradients, and training averages the results.
 
     Args:
-        alpha: >= 0, else a ValueError; 0 is SAM. The authors' code has 0.6 for ViT-B/32 on
-            ImageNet.
+        alpha: >= 0, else a ValueError; 0 is SAM; the authors' 0.6 is for ViT-B/32 on ImageNet.
     """
 
     def __init__(self, alpha: float = 0.4) -> None:
