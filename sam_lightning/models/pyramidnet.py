@@ -4,16 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sam_lightning.models.resnet import check_sizes, init_convolutions
+from sam_lightning.models.resnet import check_sizes, convolutions, init_convolutions
 
 
 class ShakeDrop(nn.Module):
     """Scale a residual branch at random, its gradient by another factor (Yamada et al. 2019).
 
-    Each image draws b, which is 1 with probability p and else 0, alpha uniform in [-1, 1] and beta
-    uniform in [0, 1]. The branch is multiplied by b + alpha - b alpha, its gradient by
-    b + beta - b beta, and in evaluation the branch by the expectation, p (arXiv 1802.02375,
-    equation 6; per image as in google-research/sam).
+    Each image draws b, which is 1 with probability p and else 0, alpha in [-1, 1] and beta in
+    [0, 1]. The branch is multiplied by b + alpha - b alpha, its gradient by b + beta - b beta, and
+    in evaluation the branch by p (arXiv 1802.02375, equation 6; per image as google-research/sam).
 
     Args:
         p: probability that the branch of an image is left as it is, in [0, 1].
@@ -43,17 +42,11 @@ class ShakeDrop(nn.Module):
 
 
 def branch(channels: int, planes: int, stride: int, bottleneck: bool) -> nn.Sequential:
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, the last to four times as many channels."""
-    if bottleneck:
-        convolutions = [(planes, 1, 1), (planes, 3, stride), (4 * planes, 1, 1)]
-    else:
-        convolutions = [(planes, 3, stride), (planes, 3, 1)]
+    """A block's convolutions between BatchNorms, with a ReLU before each but the first."""
     layers: list[nn.Module] = [nn.BatchNorm2d(channels)]
-    for i, (out, kernel, step) in enumerate(convolutions):
+    for i, conv in enumerate(convolutions(channels, planes, stride, bottleneck)):
         layers += [nn.ReLU(inplace=True)] if i else []
-        layers.append(nn.Conv2d(channels, out, kernel, step, padding=kernel // 2, bias=False))
-        layers.append(nn.BatchNorm2d(out))
-        channels = out
+        layers += [conv, nn.BatchNorm2d(conv.out_channels)]
     return nn.Sequential(*layers)
 
 

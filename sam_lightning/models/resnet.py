@@ -4,7 +4,7 @@ Module and parameter names are those of torchvision's ``resnet``, so its state d
 are where ``stem="imagenet"`` and ``width=64``.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -13,57 +13,53 @@ from sam_lightning.models.onednn import subsample_first
 Stem = Literal["cifar", "imagenet"]
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
+def convolutions(channels: int, planes: int, stride: int, bottleneck: bool) -> list[nn.Conv2d]:
+    """Two 3x3, or 1x1, 3x3 (with the stride, as in torchvision) and 1x1 to ``4 * planes``."""
+    shapes = [(planes, 3, stride), (planes, 3, 1)]
+    if bottleneck:
+        shapes = [(planes, 1, 1), (planes, 3, stride), (4 * planes, 1, 1)]
+    made = []
+    for out, kernel, step in shapes:
+        made.append(nn.Conv2d(channels, out, kernel, step, padding=kernel // 2, bias=False))
+        channels = out
+    return made
+
+
+class Block(nn.Module):
+    """Convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    expansion: ClassVar[int]
+
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        made = convolutions(in_channels, planes, stride, bottleneck=self.expansion > 1)
+        for i, conv in enumerate(made, 1):
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(conv.out_channels))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample, out = None, planes * self.expansion
+        if stride != 1 or in_channels != out:
+            conv = nn.Conv2d(in_channels, out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x in_channels x H x W -> N x expansion planes x H/stride x W/stride."""
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))  # type: ignore[operator]
+        if hasattr(self, "conv3"):
+            out = self.bn3(self.conv3(self.relu(out)))  # type: ignore[operator]
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions: ResNet-18 and 34."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = projection(in_channels, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """N x in_channels x H x W -> N x planes x H/stride x W/stride."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as in torchvision) and 1x1 convolutions: ResNet-50 and deeper."""
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions: ResNet-50 and deeper."""
 
     expansion = 4
-
-    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = projection(in_channels, planes * self.expansion, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N x in_channels x H x W -> N x 4 planes x H/stride x W/stride."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The 1x1 shortcut where a block changes shape, else None for the identity."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 def check_sizes(**sizes: int) -> None:
@@ -99,7 +95,7 @@ class ResNet(nn.Module):
         ValueError: unknown stem, or a size below 1.
     """
 
-    block: ClassVar[type[BasicBlock] | type[Bottleneck]]
+    block: ClassVar[type[Block]]
     layers: ClassVar[tuple[int, int, int, int]]
 
     def __init__(
@@ -131,8 +127,8 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(8 * width * out, num_classes)
         init_convolutions(self)
         for block in self.modules():
-            if zero_init_residual and isinstance(block, BasicBlock | Bottleneck):
-                last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            if zero_init_residual and isinstance(block, Block):
+                last: Any = block.bn2 if block.expansion == 1 else block.bn3
                 nn.init.zeros_(last.weight)
         subsample_first(self)
 

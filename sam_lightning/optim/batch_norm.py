@@ -14,12 +14,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
     """Normalise by the batch and do not change running statistics, however the block ends.
 
-    The statistics belong to the weights that are kept, so SAM's second pass must not update them.
-    The official JAX code, too, keeps the first pass's. Works on every layer with
+    The statistics belong to the weights that are kept, so SAM's second pass must not update them;
+    the official JAX code, too, keeps the first pass's. Works on every layer in training mode with
     ``track_running_stats``: BatchNorm, SyncBatchNorm, InstanceNorm, and lazy ones that have a
-    shape. Means, variances and ``num_batches_tracked`` all stay. A layer in evaluation mode does
-    not change, since it normalises by its running statistics. Modules of ``torch.jit.script`` and
-    ``torch.jit.trace`` update copies, which take as much memory.
+    shape. Modules of ``torch.jit.script`` and ``torch.jit.trace`` update copies.
 
     Args:
         model: whose statistics; by default every layer's that the block calls, at the cost of one

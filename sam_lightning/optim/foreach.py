@@ -15,6 +15,10 @@ FUSED = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
+PLAIN: dict[str, Any] = {
+    **{"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0},
+    **{"nesterov": False, "is_first_step": False},
+}
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -115,14 +119,11 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Split a list into parts of whole tensors, so that temporary results take little memory.
-
-    On a CPU a part has 2^18 elements or more, to stay in the cache; elsewhere 2^22, since each part
-    starts its own kernels.
-    """
+    """Split a list into parts of whole tensors, so that temporary results take little memory."""
     start, size = 0, 0
     for i, t in enumerate(tensors):
         size += t.numel()
+        # On a CPU a part stays in the cache; elsewhere each starts its own kernels.
         if size >= (2**18 if t.is_cpu else 2**22):
             yield slice(start, i + 1)
             start, size = i + 1, 0
@@ -135,9 +136,8 @@ def add_scaled_(
 ) -> None:
     """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
 
-    torch's fused SGD does this step of ascent in one pass over the memory. Its ``found_inf`` is a
-    tensor, so the host does not wait for the device. A direction that is not a list is asked for
-    part by part.
+    torch's fused SGD does this in one pass over the memory. Its ``found_inf`` is a tensor, so the
+    host does not wait for the device. A direction that is no list is asked for part by part.
     """
     if len(direction) != len(weights):
         raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")
@@ -155,47 +155,26 @@ def _add_scaled(
     inv_norm: Tensor,
     found_inf: Tensor,
 ) -> None:
-    # Most models have one kind of weight and need no sorting by kind.
-    kinds = list({(w.device, w.dtype, rho) for w, rho in zip(weights, rhos, strict=True)})
-    for kind in kinds:
-        device, dtype, rho = kind
-        if rho == 0:
-            continue
-        ws, ds = list(weights), list(direction)
-        if len(kinds) > 1:
-            rows = zip(weights, direction, rhos, strict=True)
-            chosen = [(w, d) for w, d, r in rows if (w.device, w.dtype, r) == kind]
-            ws, ds = [w for w, _ in chosen], [d for _, d in chosen]
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for w, d, rho in zip(weights, direction, rhos, strict=True):
+        if rho != 0:
+            ws, ds = kinds[w.device, w.dtype, rho]
+            ws.append(w)
+            ds.append(d)
+    for (device, dtype, rho), (ws, ds) in kinds.items():
         step_size = (inv_norm * rho).to(device)
         if dtype in FUSED.get(device.type, ()) and all(map(_same_memory_order, ws, ds)):
             step_size = step_size.float() if device.type == "cuda" else step_size
-            _ascend(ws, ds, step_size, found_inf.to(device))
+            inf = found_inf.to(device)
+            # torch.optim.SGD would call this after sorting the tensors again.
+            torch._fused_sgd_(ws, ds, [], lr=step_size, found_inf=inf, maximize=True, **PLAIN)
+            # Fused kernels leave this out; by it autograd refuses a graph from before the move.
+            torch.autograd.graph.increment_version(ws)
         else:
             moved = found_inf.to(device) == 0
             for w, d in zip(ws, ds, strict=True):
                 # where() and not a product: 0 * inf would carry a NaN into the weights
                 w.add_(torch.where(moved, d * step_size, 0).to(w.dtype))
-
-
-def _ascend(
-    weights: list[Tensor], direction: list[Tensor], step_size: Tensor, found_inf: Tensor
-) -> None:
-    # torch.optim.SGD would call this after sorting the tensors again.
-    torch._fused_sgd_(
-        weights,
-        direction,
-        [],
-        lr=step_size,
-        found_inf=found_inf,
-        maximize=True,
-        weight_decay=0.0,
-        momentum=0.0,
-        dampening=0.0,
-        nesterov=False,
-        is_first_step=False,
-    )
-    # torch's fused kernels leave this out. By it autograd refuses a graph from before the move.
-    torch.autograd.graph.increment_version(weights)
 
 
 def _same_memory_order(w: Tensor, d: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sam_lightning.config.schema import (
     no_such_key,
     one_line,
 )
-from sam_lightning.studies.report.runs import settings
+from sam_lightning.studies.report.runs import passes_per_step, settings
 from sam_lightning.studies.sweep import LONGEST_NAME
 
 FOLDER = Path("logs") / "studies"
@@ -57,7 +57,7 @@ class RunSpec:
     """A run of a study.
 
     ``choice`` has the values of the arm's grid and of the settings, which tell the run from others
-    of its arm; ``overrides`` the arguments of ``train.py``, value by key.
+    of its arm; ``overrides`` the arguments of ``train.py``, value by key; ``passes`` is its cost.
     """
 
     arm: str
@@ -65,6 +65,7 @@ class RunSpec:
     seed: int
     overrides: Mapping[str, str]
     folder: Path
+    passes: float = 0
 
     @property
     def arguments(self) -> list[str]:
@@ -86,8 +87,7 @@ class Plan:
 def read(path: Path, given: Sequence[str] = ()) -> Plan:
     """Expand a study's file and check every run; overrides that are ``given`` win over the file's.
 
-    All arms of a seed come before the next seed, so that a study that is stopped early has
-    something of each.
+    All arms of a seed come before the next seed: a study that stops early has some of each.
     """
     extra = {key: value for key, _, value in (argument.partition("=") for argument in given)}
     for key, value in extra.items():
@@ -97,8 +97,7 @@ def read(path: Path, given: Sequence[str] = ()) -> Plan:
     try:
         _check_name(path.stem)
         content = _content(path)
-        runs = list(_expanded({**PARTS, **content}, extra, FOLDER / path.stem))
-        _check(runs)
+        runs = list(_checked(_expanded({**PARTS, **content}, extra, FOLDER / path.stem)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return Plan(path.stem, content, given, runs)
@@ -162,17 +161,15 @@ def _expanded(
     arms = {str(arm): _overrides(f"arms.{arm}", own) for arm, own in content["arms"].items()}
     for arm, own in arms.items():  # names of folders must tell what the runs are
         _check_name(arm)
-        in_settings = {*map(key_of, crossed)}
-        lists = {key_of(key) for key, value in own.items() if isinstance(value, list)}
+        parts = {key_of(key): "settings" for key in crossed}
         for key in own:
-            if key_of(key) in in_settings:
+            if key_of(key) in parts:
                 raise ConfigError(f"arms.{arm}.{key}: is in settings too")
+        parts |= {key_of(key): f"arms.{arm}" for key, v in own.items() if isinstance(v, list)}
         for key, value in given.items():
-            if (bare := key_of(key)) in in_settings | lists:
-                part = "settings" if bare in in_settings else f"arms.{arm}"
-                raise ConfigError(
-                    f"{part}.{bare}: has values already, so not {key}={value} for all"
-                )
+            if part := parts.get(bare := key_of(key)):
+                has = "has values already, so not"
+                raise ConfigError(f"{part}.{bare}: {has} {key}={value} for all")
     for seed, setting, (arm, own) in product(content["seeds"], list(_grid(crossed)), arms.items()):
         for values in _grid(own):
             choice = {k: v for k, v in values.items() if isinstance(own[k], list)} | setting
@@ -214,10 +211,11 @@ def _grid(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(values, combination, strict=True))
 
 
-def _check(runs: Sequence[RunSpec]) -> None:
-    """Refuse a run that train.py would, or whose name or result is that of another."""
+def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
+    """Refuse a run that train.py would, or whose name or result is that of another; add passes."""
     names: set[str] = set()
     known: dict[str, tuple[str, dict[str, Any]]] = {}
+    passes: dict[str, float] = {}
     for run in runs:
         name = run.folder.name
         try:
@@ -226,16 +224,17 @@ def _check(runs: Sequence[RunSpec]) -> None:
             if name in names:
                 raise ConfigError(f"two runs would be called {name}")
             names.add(name)
-            if (name := name.rpartition(",")[0]) in known:  # another seed of it is checked
-                continue
-            overrides = [f"{key}={value}" for key, value in run.overrides.items()]
-            cfg = configuration(overrides, str(run.folder.parent))
-            config: Any = OmegaConf.to_container(cfg, resolve=True)
-            # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
-            effective = run.arm, settings(config)
-            for other, found in known.items():
-                if found == effective:
-                    raise ConfigError(f"{name} and {other} are identical runs; remove one")
-            known[name] = effective
+            if (name := name.rpartition(",")[0]) not in known:  # another seed of it is checked
+                overrides = [f"{key}={value}" for key, value in run.overrides.items()]
+                cfg = configuration(overrides, str(run.folder.parent))
+                config: Any = OmegaConf.to_container(cfg, resolve=True)
+                # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
+                effective = run.arm, settings(config)
+                for other, found in known.items():
+                    if found == effective:
+                        raise ConfigError(f"{name} and {other} are identical runs; remove one")
+                known[name] = effective
+                passes[name] = (passes_per_step(config["method"]) or 2) * config["epochs"]
         except ConfigError as error:
             raise ConfigError(f"arms.{run.arm}: {error}") from error
+        yield replace(run, passes=passes[name])

@@ -59,15 +59,15 @@ class Runner:
     processes: int
     pending: list[RunSpec] = field(default_factory=list)
     running: list[tuple[RunSpec, "subprocess.Popen[bytes]", float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each run completed here
+    seconds: float = 0  # of the runs completed here, and their passes
+    passes: float = 0
     stopped: int | None = None  # by this signal
 
     def run(self) -> None:
         """Run to the end, whatever fails; after a signal, once the runs have saved and ended."""
-        before = {}
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # which nohup asks for
-                before[signum] = signal.signal(signum, self._handle)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # nohup ignores one
+        heeded = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]
+        before = {signum: signal.signal(signum, self._handle) for signum in heeded}
         try:
             self._run()
         except OSError as error:
@@ -99,9 +99,9 @@ class Runner:
                 raise Interrupted(self.stopped)
             for run in list(self.pending):
                 name = run.folder.name
-                if len(self.running) < self.processes and not self._start(run):
-                    if name not in waiting:
-                        print(f"{name}: already running elsewhere; waiting")
+                free = len(self.running) < self.processes
+                if free and not self._start(run) and name not in waiting:
+                    print(f"{name}: already running elsewhere; waiting")
                     waiting.add(name)
             time.sleep(POLL)
             self._collect()
@@ -150,7 +150,8 @@ class Runner:
             self.running.remove(job)
             seconds = time.monotonic() - started
             if status(run).completed:
-                self.seconds.append(seconds)
+                self.seconds += seconds
+                self.passes += run.passes
             elif code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
                 _note_failure(run, code)
             self._say(run, f"{seconds:.0f} s")
@@ -162,10 +163,11 @@ class Runner:
         for name in ("val/acc", "test/acc"):
             if found.completed and name in found.metrics:
                 result = f"{name} {found.metrics[name]:.4f}"
-        left = len(self.pending) + len(self.running)
-        line = f"[{len(self.runs) - left}/{len(self.runs)}] {run.folder.name}: {result}, {how}"
-        if self.seconds and left:
-            seconds = left * sum(self.seconds) / len(self.seconds) / self.processes
+        left = [*self.pending, *(run for run, _, _ in self.running)]
+        done = len(self.runs) - len(left)
+        line = f"[{done}/{len(self.runs)}] {run.folder.name}: {result}, {how}"
+        if self.passes and left:
+            seconds = sum(run.passes for run in left) * self.seconds / self.passes / self.processes
             line += f"; about {timedelta(seconds=round(seconds))} left"
         print(line)
 

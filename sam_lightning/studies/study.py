@@ -109,13 +109,11 @@ def selected(plan: Plan, options: DictConfig) -> list[RunSpec]:
 
 def refuse_changed(plan: Plan) -> None:
     """Never mix results: what is there must be of the overrides that the study has now."""
-    if changed := [(run, how) for run in plan.runs if (how := _difference(run))]:
-        run, how = changed[0]
+    changed = [f"{r.folder}: is of a run with {how}" for r in plan.runs if (how := _difference(r))]
+    if changed:
         more = f" (and {len(changed) - 1} more folders)" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"{run.folder}: is of a run with {how}{more}; undo the change, or remove what is to "
-            "run again"
-        )
+        advice = "undo the change, or remove what is to run again"
+        raise ConfigError(f"{changed[0]}{more}; {advice}")
 
 
 def _difference(run: RunSpec) -> str | None:
@@ -151,25 +149,22 @@ def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None
     file, runs = out / "runs.json", FOLDER / plan.name
     try:
         lines = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        names = [
-            folder_name(line["arm"], line["settings"], line["seed"])
-            for line in lines
-            if line["state"] == "completed"
-        ]
+        done = [line for line in lines if line["state"] == "completed"]
+        names = [folder_name(line["arm"], line["settings"], line["seed"]) for line in done]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # there is none, or none of a study
     here = {run.folder.name for run in expected}
     if lost := [n for n in names if n not in here and not read_status(runs / n).completed]:
-        raise ConfigError(
-            f"{file}: has results of {len(lost)} runs that are not in {runs}, the first is "
-            f"{lost[0]}; give out=FOLDER for a report without them"
-        )
+        which = f"{len(lost)} runs that are not in {runs}, the first is {lost[0]}"
+        advice = "give out=FOLDER for a report without them"
+        raise ConfigError(f"{file}: has results of {which}; {advice}")
 
 
 def report(plan: Plan, out: Path) -> None:
     """Write and show what all completed runs of the file say, also of those not selected now."""
     from sam_lightning.studies.report import files  # pandas and scipy, only now
     from sam_lightning.studies.report.archive import write_runs
+    from sam_lightning.studies.report.comparison import analyse
     from sam_lightning.studies.report.runs import read_runs
 
     statuses = [status(run) for run in plan.runs]
@@ -184,12 +179,12 @@ def report(plan: Plan, out: Path) -> None:
     # Folders that the file once had, or that someone has put there.
     folder = FOLDER / plan.name
     if others := sorted({*folder.iterdir()} - {found.folder for found in statuses}):
-        warnings.append(
-            f"{len(others)} in {folder} are not of the file and not counted: the first is "
-            f"{others[0].name}"
-        )
+        uncounted = f"{len(others)} in {folder} are not of the file and not counted"
+        warnings.append(f"{uncounted}: the first is {others[0].name}")
     if missing := len(plan.runs) - len(runs):
         warnings.append(f"{missing} of the file's {len(plan.runs)} runs have no result yet")
     left_out = [found for found in statuses if found.state not in ("completed", "missing")]
     parts = {**PARTS, **plan.content}
-    files.report(runs, left_out, warnings, parts["metric"], parts["baseline"], out, ["png"])
+    files.report(
+        analyse(runs, parts["metric"], parts["baseline"]), left_out, warnings, out, ["png"]
+    )

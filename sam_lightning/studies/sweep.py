@@ -127,18 +127,14 @@ def _check_processes(config: DictConfig) -> None:
             f"a sweep is started by one process, and {found.launcher} has started "
             f"{found.processes}: leave it out, and give each job trainer.devices=N"
         )
-    launcher = config.hydra.launcher
+    launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
     if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
-        raise ConfigError(
-            "hydra/launcher=submitit_slurm: there is no srun here; start it where SLURM is, or "
-            "take basic, joblib or submitit_local"
-        )
+        advice = "start it where SLURM is, or take basic, joblib or submitit_local"
+        raise ConfigError(f"{key}_slurm: there is no srun here; {advice}")
     tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
     if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
-        raise ConfigError(
-            f"hydra/launcher=submitit_local: would train each job {tasks} times; leave "
-            "tasks_per_node and nodes at 1 and give trainer.devices=N"
-        )
+        advice = "leave tasks_per_node and nodes at 1 and give trainer.devices=N"
+        raise ConfigError(f"{key}_local: would train each job {tasks} times; {advice}")
 
 
 def _check_overrides(config: DictConfig) -> None:
@@ -194,13 +190,12 @@ def _summarize() -> Exception | None:
     if (sweep := SweepFolder.path) is None:
         return None
     started = _started(sweep)
-    jobs = [_job(sweep, file) for file in started]
-    is_new = [written != SweepFolder.earlier.get(file) for file, written in started.items()]
-    new = [job for job, counts in zip(jobs, is_new, strict=True) if counts]
+    jobs = {file: _job(sweep, file) for file in started}
+    new = [jobs[file] for file in jobs if started[file] != SweepFolder.earlier.get(file)]
     if not new:
         return None
-    write_json(sweep / "sweep.json", {"jobs": jobs}, "hydra.sweep.dir")
-    _print_table(sweep, jobs)
+    write_json(sweep / "sweep.json", {"jobs": [*jobs.values()]}, "hydra.sweep.dir")
+    _print_table(sweep, [*jobs.values()])
     failed = [job for job in new if job["status"] != "completed"]
     if not failed:
         return None

@@ -406,6 +406,12 @@ def test_a_folder_of_other_overrides_is_not_mixed_in(stand_in, end):
     assert len(starts("a,seed=0")) == len(starts("b,seed=0")) == 1
 
 
+def test_what_is_left_is_weighed_by_passes(stand_in, capsys):
+    sgd, sam = plan.read(Path(write(QUICK + "{a: {method: sgd}, b: {}}"))).runs
+    runner.Runner([sgd, sam], 1, pending=[sam], seconds=60, passes=sgd.passes)._say(sgd, "60 s")
+    assert capsys.readouterr().out.endswith("; about 0:02:00 left\n")
+
+
 # What ``python -m sam_lightning study`` does, with the stand-in.
 COMMAND = """
 import sys

@@ -14,13 +14,12 @@ from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 class AdaptiveAscent:
     """Scale the ascent by each weight's size: ASAM, Kwon et al. 2021 (arXiv 2102.11600).
 
-    Equation 7: e = rho * T^2 g / ||T g||_2 with T = |w| + eta. The authors' code applies T to
-    parameters with ``weight`` in their name, those of normalisation layers included. All others,
-    the biases, have T = 1. This is also the default here. Published values of rho belong to it.
+    Equation 7: e = rho * T^2 g / ||T g||_2, where T = |w| + eta for parameters with ``weight`` in
+    their name, as in the authors' code, and 1 for the rest. Published values of rho belong to it.
 
     Args:
-        eta: keeps weights near zero moving; >= 0.
-        normalize_bias: apply T to every parameter, as the usual PyTorch port of SAM does.
+        eta: >= 0, else a ValueError.
+        normalize_bias: T = |w| + eta for every parameter, as the usual PyTorch port of SAM has it.
     """
 
     def __init__(self, eta: float = 0.01, normalize_bias: bool = False) -> None:
@@ -43,7 +42,7 @@ class AdaptiveAscent:
 def normalized_ascent(
     weights: Tensors, grads: Tensors, chosen: list[bool], eta: float
 ) -> Direction:
-    """Return T^2 g and ||T g||_2, where T = |w| + eta for the chosen weights and 1 for the rest."""
+    """Return T^2 g and ||T g||_2; T is |w| + eta for the chosen weights, else 1."""
     direction = _Normalized(weights, grads, chosen, eta)
     norms = [n for part in parts(weights) for n in norms_of(direction.scaled(part, twice=False))]
     return direction, norm_of_norms(norms)

@@ -9,17 +9,13 @@ from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 class RandomSubsetAscent:
     """Perturb a random part of the weights: stochastic weight perturbation of ESAM.
 
-    Du et al. 2022 (arXiv 2110.03141): e = rho / beta * mask * g / ||g||, each tensor chosen with
-    probability beta, so that the mean of e is SAM's. The draws come from torch's CPU generator,
-    which a training step seeds. The authors also skip the gradients of tensors that are not chosen;
-    here all are computed. ``method.descent_fraction`` is the paper's gamma.
+    Du et al. 2022 (arXiv 2110.03141): e = rho / beta * mask * g / ||g||, whose mean is SAM's. The
+    draws come from torch's CPU generator, which a training step seeds. The authors compute no
+    gradients of tensors that are not chosen. ``method.descent_fraction`` is the paper's gamma.
 
     Args:
-        beta: probability that a tensor is perturbed, in (0, 1]. The authors use 0.6 with ResNet-18
-            and 0.5 with wider networks.
-
-    Raises:
-        ValueError: beta is outside (0, 1].
+        beta: probability that a tensor is perturbed, in (0, 1], else a ValueError. The authors use
+            0.6 with ResNet-18 and 0.5 with wider networks.
     """
 
     def __init__(self, beta: float = 0.6) -> None:

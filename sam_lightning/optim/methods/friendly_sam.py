@@ -9,17 +9,12 @@ from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 class FriendlyAscent:
     """Perturb along the batch's own part of the gradient: F-SAM, Li et al. 2024 (2403.12350).
 
-    e = rho * d / ||d|| with d = g - sigma * m. The mean m of earlier gradients stands for the
-    gradient of all data: m <- decay * m + (1 - decay) * g. As in the authors' code, d uses the m of
-    earlier steps; an m that contains g gives the same direction if sigma = 1. The first step
-    perturbs along g and sets m = g.
+    e = rho * d / ||d|| with d = g - sigma * m and then m <- decay * m + (1 - decay) * g. So d uses
+    the mean of earlier steps, as in the authors' code. In the first step d = m = g.
 
     Args:
-        sigma: how much of the mean to subtract; 0 is SAM, 1 the authors' choice.
-        decay: the paper's lambda, in [0, 1); the authors use 0.6 to 0.95.
-
-    Raises:
-        ValueError: sigma is negative, or decay is outside [0, 1).
+        sigma: >= 0, else a ValueError; 0 is SAM, 1 the authors' choice.
+        decay: the paper's lambda, in [0, 1), else a ValueError; the authors use 0.6 to 0.95.
     """
 
     euclidean = True

@@ -10,14 +10,11 @@ class SurrogateGap:
     """Remove from the step what lowers only the loss at w: GSAM, Zhuang et al. 2022 (2203.08065).
 
     With g at w and g' at w + e, the step is g' - alpha * g_o, where g_o = g - <g, g'> g' / ||g'||^2
-    is the part of g orthogonal to g' (algorithm 1). The algorithm's falling radius is
-    ``method.rho_min``. Each rank decomposes its own gradients, and training averages the results.
+    (algorithm 1, whose falling radius is ``method.rho_min``). Each rank decomposes its own
+    gradients, and training averages the results.
 
     Args:
-        alpha: >= 0; 0 is SAM. The authors' code has 0.6 for ViT-B/32 on ImageNet.
-
-    Raises:
-        ValueError: alpha is negative.
+        alpha: >= 0, else a ValueError; 0 is SAM; the authors' 0.6 is for ViT-B/32 on ImageNet.
     """
 
     def __init__(self, alpha: float = 0.4) -> None:

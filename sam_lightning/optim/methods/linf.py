@@ -7,10 +7,9 @@ from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 
 
 class SignAscent:
-    """Move every weight by rho in the direction that raises the loss.
+    """e = rho * sign(g): Foret et al. 2021 (arXiv 2010.01412), equation 2 with p = infinity.
 
-    e = rho * sign(g): Foret et al. 2021 (arXiv 2010.01412), equation 2 with p = infinity. Choose a
-    rho smaller than SAM's by about the root of the number of weights.
+    Choose a rho smaller than SAM's by about the root of the number of weights.
     """
 
     def __call__(self, weights: Tensors, grads: Tensors, names: Names, states: States) -> Direction:

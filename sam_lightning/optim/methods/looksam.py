@@ -9,16 +9,13 @@ from sam_lightning.optim.perturbation import States, Tensors
 class LookSAM:
     """Add the last ascent's direction to plain gradients: Liu et al. 2022 (arXiv 2203.02714).
 
-    A step that perturbs uses g', and keeps g_v = g' - <g', g> g / ||g||^2, its part orthogonal to
-    the gradient g at w. The other steps use g + alpha * ||g|| * g_v / ||g_v|| (algorithm 1) and
-    cost one pass. Norms and products are over all weights. ``method.every`` is the paper's k.
+    A step that perturbs uses g', and keeps g_v = g' - <g', g> g / ||g||^2, with g at w. The others
+    use g + alpha * ||g|| * g_v / ||g_v|| (algorithm 1) and cost one pass. Norms and products are
+    over all weights. ``method.every`` is the paper's k.
 
     Args:
-        alpha: >= 0, the correction as a part of the gradient, whatever rho is; 0 has none. The
-            authors use 0.7 for vision transformers.
-
-    Raises:
-        ValueError: alpha is negative.
+        alpha: >= 0, else a ValueError; the correction as a part of the gradient, whatever rho is.
+            The authors use 0.7 for vision transformers.
     """
 
     def __init__(self, alpha: float = 0.2) -> None:

@@ -9,10 +9,9 @@ from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 class MomentumAscent:
     """Step away against the momentum v: MSAM, Becker et al. 2024 (arXiv 2401.12033), algorithm 1.
 
-    The gradient is taken at w - rho * v / ||v||, where v <- momentum * v + gradient is the base
-    optimizer's momentum, or Adam's first moment. The weights are at w between steps. The authors
-    keep them perturbed, and so decay the perturbed weights. The published rho is larger than SAM's,
-    up to 3.
+    e = -rho * v / ||v||, where v is the base optimizer's momentum, or Adam's first moment. The
+    weights are at w between steps; the authors keep, and so decay, the perturbed ones. The
+    published rho is larger than SAM's, up to 3.
     """
 
     needs_gradient = False

@@ -4,18 +4,15 @@ from torch import nn
 
 LAYERS = (
     nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
 )
 
 
 def normalization_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of normalisation layers: SAM-ON, Mueller et al. 2023 (2306.04226).
 
-    SAM-ON is SAM's perturbation (equation 2 of Foret et al. 2021) of these parameters only. The
-    norm is taken over them, as in the authors' code. They are selected by the type of their layer.
-    The authors look for "bn" or "norm" in the name, which misses a torchvision ResNet's shortcuts.
+    SAM's perturbation of these parameters only, and their norm, as in the authors' code. That looks
+    for "bn" or "norm" in names, which misses a torchvision ResNet's shortcuts; here types count.
 
     Raises:
         ValueError: the model has none.

@@ -34,20 +34,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
     argv = sys.argv[1:] if argv is None else argv
     # Names of folders may have "=" in them, as those of a sweep's jobs do.
-    given = [
-        a
-        for a in argv
-        if a not in ("-h", "--help")
-        and (Path(a).exists() or "=" not in a or "/" in a.partition("=")[0])
-    ]
-    options = parse(ABOUT, DEFAULTS, RULES, [a for a in argv if a not in given])
-    folders = [Path(folder) for folder in given]
+    own = [a for a in argv if "=" in a and "/" not in a.partition("=")[0] and not Path(a).exists()]
+    own += [a for a in argv if a in ("-h", "--help")]
+    options = parse(ABOUT, DEFAULTS, RULES, own)
+    folders = [Path(a) for a in argv if a not in own]
     if not folders:
         raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
-    from sam_lightning.studies.report.files import report  # pandas and scipy, only now
+    from sam_lightning.studies.report.comparison import analyse  # pandas and scipy, only now
+    from sam_lightning.studies.report.files import report
     from sam_lightning.studies.report.runs import counts, read_runs
 
     runs, left_out, warnings = read_runs(folders)
@@ -64,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = folders[0] / "report" if options.out is None else Path(options.out)
     formats = options.formats.split(",") if options.formats else []
     try:
-        report(runs, left_out, warnings, options.metric, options.baseline, out, formats)
+        study = analyse(runs, options.metric, options.baseline)
+        report(study, left_out, warnings, out, formats)
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error

@@ -25,9 +25,9 @@ SELECTION = "val/acc"
 class Study:
     """Runs in groups that differ in the seed only, and what follows from them.
 
-    ``settings`` has a row per group, and a column for each setting that tells groups apart.
-    ``runs`` has a row per run, with the number of its group as index: folder, seed, device, costs
-    and metrics. ``common`` are the settings that all runs share.
+    ``settings`` has a row per group, and a column for each setting that tells groups apart;
+    ``common`` are those that all runs share. ``runs`` has folder, seed, device, costs and metrics
+    of a run in a row, with the number of its group as index.
     """
 
     metric: str
@@ -48,11 +48,8 @@ class Study:
 
     @cached_property
     def choices(self) -> dict[tuple[int, ...], int | None]:
-        """The best of all groups that differ in rho only, by mean validation accuracy.
-
-        It is None where some group has none, or where there is only one group.
-        """
-        others = [column for column in self.settings if column != "rho"]
+        """Of all groups that differ in rho only, the best on validation data; None if unknown."""
+        others = self.settings.columns.drop("rho").tolist()
         choices: dict[tuple[int, ...], int | None] = {}
         for _, variants in self.settings.groupby(others, sort=False, dropna=False):
             means = self.estimates[SELECTION]["mean"][variants.index]
@@ -67,10 +64,7 @@ class Study:
 
     @cached_property
     def comparisons(self) -> pd.DataFrame:
-        """The leading groups against every baseline of the same settings and ``equal`` cost.
-
-        The other columns are from ``paired``, and ``holm``, the adjusted p value.
-        """
+        """Leading groups against baselines of ``equal`` cost, by ``paired`` and ``holm``."""
         values = self.runs[["seed", self.metric]].dropna()
         rows = []
         for group, baseline in product(self.leading, repeat=2):
@@ -99,13 +93,11 @@ class Study:
     @cached_property
     def warnings(self) -> list[str]:
         """Seeds that were run twice, and what makes groups hard to compare."""
-        warnings = [
-            f"{self.describe(group)}: seconds are a mean over different devices "
-            f"({', '.join(sorted({*devices}))})"
-            for group, devices in self.runs["device"].groupby(level=0)
-            if devices.nunique() > 1
-        ]
-        warnings = [*self.repeats, *warnings]
+        warnings = [*self.repeats]
+        for group, devices in self.runs["device"].groupby(level=0):
+            if len(found := sorted({*devices})) > 1:
+                mean = f"seconds are a mean over different devices ({', '.join(found)})"
+                warnings.append(f"{self.describe(group)}: {mean}")
         for groups, best in self.choices.items():
             seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
@@ -150,7 +142,7 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     """Group completed runs; of two with the same settings and seed, the later one counts."""
     columns, common = _columns([run.settings for run in runs])
     counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
-    repeats = []
+    repeats, own = [], ("folder", "seed", "device")
     for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
         seed = run.folder if run.seed is None else run.seed  # an unknown seed is no repeat
         key = tuple(run.settings.get(c, ABSENT) for c in columns), seed
@@ -169,13 +161,11 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
 
     keys = sorted(counted, key=order)
     used = [counted[key] for key in keys]
-    groups = {values: group for group, values in enumerate(dict.fromkeys(v for v, _ in keys))}
-    index = [groups[values] for values, _ in keys]
-    frame = pd.DataFrame([run.results for run in used], index=index)
-    for name in ("folder", "seed", "device"):
-        frame[name] = pd.Series([getattr(run, name) for run in used], index, object)
+    groups = list(dict.fromkeys(values for values, _ in keys))
+    rows = [{**run.results, **{name: getattr(run, name) for name in own}} for run in used]
+    frame = pd.DataFrame(rows, [groups.index(values) for values, _ in keys], dtype=object)
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
-    settings = pd.DataFrame([*groups], columns=columns, dtype=object)
+    settings = pd.DataFrame(groups, columns=columns, dtype=object)
     return Study(metric, baseline, settings, frame, common, repeats)
 
 
@@ -195,8 +185,7 @@ def title(column: str, columns: Iterable[str]) -> str:
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """The keys that differ between runs, and the settings that are common to all.
 
-    A key that some runs do not have, because they are of another method, data set or version,
-    differs only if those that have it disagree, or if ``_added``.
+    A key that some runs do not have differs only if those that have it disagree, or if ``_added``.
     """
     values = {
         key: {run.get(key, ABSENT) for run in settings if key in run or _added(key, run)}
@@ -210,10 +199,7 @@ def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
 
 
 def _added(key: str, run: Mapping[str, Any]) -> bool:
-    """Whether a run without this key differs from one that has it; else the key may be younger.
-
-    It does without a callback, or an argument of trainer or optimizer that no file of ``conf`` has.
-    """
+    """Whether a run without this key differs from one that has it; else the key may be younger."""
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
         return len(names) == 1 or f"{part}.{names[0]}" in run
@@ -222,10 +208,10 @@ def _added(key: str, run: Mapping[str, Any]) -> bool:
 
 @cache
 def _defaults(part: str) -> set[str]:
-    """The keys of ``conf/part``, in dotted form; some of its files name the part, some do not."""
+    """The keys of ``conf/part``, in dotted form."""
     files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
     keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
-    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}
+    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}  # some files name the part
 
 
 def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:

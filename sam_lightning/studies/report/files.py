@@ -9,8 +9,8 @@ from typing import Any
 from sam_lightning.runs.files import RunStatus, replacing
 from sam_lightning.studies import table
 from sam_lightning.studies.report import tables
-from sam_lightning.studies.report.comparison import SELECTION, Study, analyse, show, title
-from sam_lightning.studies.report.runs import Run, counts
+from sam_lightning.studies.report.comparison import SELECTION, Study, show, title
+from sam_lightning.studies.report.runs import counts
 from sam_lightning.studies.report.tables import interval, metric_name
 
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
@@ -34,16 +34,9 @@ TESTING = (
 
 
 def report(
-    runs: Sequence[Run],
-    left_out: Sequence[RunStatus],
-    warnings: Sequence[str],
-    metric: str,
-    baseline: str,
-    out: Path,
-    formats: Sequence[str],
+    study: Study, left_out: Sequence[RunStatus], warnings: list[str], out: Path, formats: list[str]
 ) -> None:
-    """Compare the runs; write every file, whole or not at all, into ``out``; print the tables."""
-    study = analyse(runs, metric, baseline)
+    """Write every file, whole or not at all, into ``out``; print the tables."""
     warnings = [*warnings, *study.warnings]
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, str] = {}
@@ -52,7 +45,7 @@ def report(
 
         figures = draw(study, out, formats)
     common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
-    against = f"{metric_name(metric)} against {baseline}"
+    against = f"{metric_name(study.metric)} against {study.baseline}"
     heading = f"{against[0].upper()}{against[1:]}"
     results, comparisons = tables.results(study), tables.comparisons(study)
     choices, alone = choices_of_rho(study), without_baseline(study)
@@ -90,7 +83,8 @@ def report(
     table.show(*shown, *alone)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{len(runs)} runs{counts(left_out)}; see {os.path.relpath(out / 'report.md')}")
+    runs = len(study.runs) + len(study.repeats)
+    print(f"{runs} runs{counts(left_out)}; see {os.path.relpath(out / 'report.md')}")
 
 
 def choices_of_rho(study: Study) -> list[str]:
@@ -102,10 +96,8 @@ def choices_of_rho(study: Study) -> list[str]:
         name = study.describe(groups[0], without=["rho"])
         rhos = [show(rho) for rho in study.settings["rho"][[*groups]]]
         if best is None:
-            lines.append(
-                f"{name}: no validation data ({SELECTION}), so no rho is chosen of "
-                f"{', '.join(rhos)}; the test set is not for choosing"
-            )
+            line = f"{name}: no validation data ({SELECTION}), so no rho is chosen of "
+            lines.append(f"{line}{', '.join(rhos)}; the test set is not for choosing")
             continue
         rho = show(study.settings.at[best, "rho"])
         text = interval(study.estimates[SELECTION].loc[best], SELECTION)
@@ -122,12 +114,9 @@ def without_baseline(study: Study) -> list[str]:
     if study.baseline not in {*methods}:
         return [f"No runs of baseline={study.baseline}, so nothing is compared."]
     compared = {*study.comparisons.get("group", [])}
-    return [
-        f"{study.describe(group)}: no {study.baseline} with the same settings and as many epochs "
-        "or passes"
-        for group in study.leading
-        if methods[group] != study.baseline and group not in compared
-    ]
+    other = [g for g in study.leading if methods[g] != study.baseline and g not in compared]
+    lacks = f"no {study.baseline} with the same settings and as many epochs or passes"
+    return [f"{study.describe(group)}: {lacks}" for group in other]
 
 
 def _list(heading: str, lines: Sequence[str]) -> list[str]:

@@ -36,9 +36,8 @@ COSTS = ("passes", "total_passes", "train_seconds", "images_per_second")
 class Run:
     """A completed run.
 
-    ``settings`` are the keys of the configuration that may change the result, without the seed.
-    ``results`` are final metrics and ``COSTS``: ``passes`` per step (a pass is one forward and
-    backward of a batch), ``total_passes`` over the training images, and the time of training.
+    ``settings`` are the keys that may change the result, without the seed; ``results`` final
+    metrics and ``COSTS``: ``passes`` per step, ``total_passes`` over the images, and times.
     """
 
     folder: Path
@@ -65,8 +64,8 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[RunStatus], list
 
 def counts(left_out: Sequence[RunStatus]) -> str:
     """How many were left out of each state, as the end of a sentence."""
-    states = Counter(run.state for run in left_out)
-    listed = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+    states = sorted(Counter(run.state for run in left_out).items())
+    listed = ", ".join(f"{n} {state}" for state, n in states)
     return f"; left out: {listed}" if left_out else ""
 
 
@@ -122,8 +121,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "method": "sgd" if alone else method.get("name"),
         "rho": 0.0 if alone else method.get("rho"),
         "epochs": config.get("epochs"),
-        "optimizer": _name(config.get("optimizer")),
-        "scheduler": _name(config.get("scheduler")),
+        **{part: _name(config.get(part)) for part in ("optimizer", "scheduler")},
         **{f"callbacks.{name}": _name(callback) for name, callback in callbacks.items()},
     }
     if named["data"] == "image_folder":  # a data set of its own; elsewhere root is only a place
@@ -134,8 +132,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ignored = key in IGNORED or key in named or key.startswith("logger.")
         ignored |= name == "_target_" and part in (*named, "data.source")
         ignored |= alone and key.startswith("method.")
-        if part == "data.source":  # some of its arguments are keys of data
-            ignored |= name in data or f"data.{name}" in IGNORED
+        # Some arguments of the source are keys of data.
+        ignored |= part == "data.source" and (name in data or f"data.{name}" in IGNORED)
         if not ignored and not isinstance(value, dict):
             found[key] = value
     return {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in found.items()}
@@ -168,9 +166,9 @@ def curve(folder: Path, name: str) -> "pd.Series[float]":
     import pandas as pd
 
     path, empty = folder / "metrics.csv", pd.Series(dtype=float)
+    columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
     if not path.is_file():
         return empty
-    columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
     try:
         log = pd.read_csv(path, dtype=str, keep_default_na=False)
         log = log.loc[(log[columns].fillna("") != "").all(axis=1), columns].astype(float)
