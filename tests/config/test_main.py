@@ -53,9 +53,7 @@ def test_help_is_light(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_wrong_arguments_are_refused_before_anything_heavy_is_loaded(name):
-    assert_one_line(
-        run(name, "ckpt_pth=x"), "FILE: give one" if name == "study" else "ckpt_pth=x: "
-    )
+    assert_one_line(run(name, "ckpt_pth=x"), "ckpt_pth=x: ")
 
 
 @pytest.mark.parametrize(
