@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 from sam_lightning.config.arguments import one_line_errors
+from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import CONF
 from sam_lightning.config.schema import did_you_mean
 
 # The module in the package, and what the command does. A module has main(argv).
@@ -25,16 +25,10 @@ NEEDS_CONF = ("study", "cost")
 def main() -> None:
     """Run the command that the first argument names; without one, list the commands."""
     with one_line_errors():
-        run(sys.argv[1:])
+        _run(*sys.argv[1:] or ["--help"])
 
 
-def run(arguments: list[str]) -> None:
-    """Run a command.
-
-    Raises:
-        ConfigError: there is no such command, or its files are missing.
-    """
-    name, *rest = arguments or ["--help"]
+def _run(name: str, *rest: str) -> None:
     if name in ("-h", "--help"):
         print("python -m sam_lightning COMMAND [key=value ...]", "", "Commands:", sep="\n")
         for known, (_, about) in COMMANDS.items():
@@ -47,7 +41,7 @@ def run(arguments: list[str]) -> None:
         raise ConfigError(f"{name}: no such command{hint}")
     if name in NEEDS_CONF and not CONF.is_dir() and not {"-h", "--help"} & {*rest}:
         raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
-    import_module(f"sam_lightning.{COMMANDS[name][0]}").main(rest)
+    import_module(f"sam_lightning.{COMMANDS[name][0]}").main([*rest])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError
@@ -53,41 +54,33 @@ def guarded(main: Callable[[], Any]) -> None:
         with summarized():
             main()
     except Exception as error:
-        said = None if debug else _line_and_code(error)
-        if said is None:
+        if debug:
             raise
-        _fail(*said)
+        with one_line_errors():
+            if (said := _explained(error)) is not error:
+                raise said from error
+            raise
 
 
-def _line_and_code(error: Exception) -> tuple[str, int] | None:
-    """The line and exit code for an error that the user can fix; None for any other."""
+def _explained(error: Exception) -> Exception:
+    """An error that the user can fix as a ConfigError of one line; any other as it is."""
     if isinstance(error, ConfigError | TrainingError):
-        return one_line(error), 1 if isinstance(error, TrainingError) else 2
+        return error
     composing = isinstance(error, COMPOSING)
-    said = _cannot_log(error)
-    if said is None and (not composing or "hydra.sweeper.storage" in str(error)):
+    said = None
+    if str(error).startswith("Unable to configure "):  # Python's logging refuses Hydra's settings
+        said = f"hydra.job_logging: {one_line(error)} ({one_line(error.__cause__ or error)})"
+    elif not composing or "hydra.sweeper.storage" in str(error):
         said = _cannot_store()
     if composing or said:
         for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
             _discard(folder)
-    if said:
-        return said, 2
-    if composing or any(text in str(error) for text in OF_ARGUMENTS):
-        return explain(error, sys.argv[1:]), 2
-    if isinstance(error, OSError | UnicodeDecodeError) and (said := unreadable(sys.argv[1:])):
-        return said, 2  # Hydra's error would not name the file
-    return None
-
-
-def _cannot_log(error: Exception) -> str | None:
-    """The message if Python's logging refuses Hydra's settings."""
-    text = one_line(error)
-    if not text.startswith("Unable to configure "):
-        return None
-    given = [a for a in sys.argv[1:] if re.match(r"hydra\.\w+_logging", key_of(a))]
-    cause = error.__cause__ or error
-    reason = "cannot be written" if isinstance(cause, OSError) else text
-    return f"{given[0] if given else 'hydra.job_logging'}: {reason} ({one_line(cause)})"
+        said = said or explain(error, sys.argv[1:])
+    elif any(text in str(error) for text in OF_ARGUMENTS):
+        said = explain(error, sys.argv[1:])
+    elif isinstance(error, OSError | UnicodeDecodeError):
+        said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
+    return ConfigError(said) if said else error
 
 
 def _cannot_store() -> str | None:
@@ -105,11 +98,6 @@ def _cannot_store() -> str | None:
             "such as sqlite:////home/me/optuna.db"
         )
     return None
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -148,7 +136,8 @@ def run(cfg: DictConfig) -> float | None:
             _discard(Path(hydra.runtime.output_dir))
         if cfg.get("debug") is True:
             raise
-        _fail(one_line(error), 1 if isinstance(error, TrainingError) else 2)
+        print(f"error: {one_line(error)}", file=sys.stderr)  # Hydra would print another line
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty
         if hydra.mode == RunMode.MULTIRUN:
@@ -187,15 +176,15 @@ def _discard(folder: Path) -> None:
 
 
 def settings_first(arguments: list[str]) -> list[str]:
-    """Put settings before Hydra's flags, because its parser refuses them on both sides of a flag.
-
-    A flag that must have a value keeps the next argument.
-    """
+    """Put settings before Hydra's flags and their values: its parser wants them on one side."""
     actions = get_args_parser()._option_string_actions
-    takes = [False, *(a in actions and actions[a].nargs is None for a in arguments)]
-    is_flag = [a.startswith("-") or taken for a, taken in zip(arguments, takes, strict=False)]
-    flags = [a for a, flag in zip(arguments, is_flag, strict=True) if flag]
-    return [*(a for a, flag in zip(arguments, is_flag, strict=True) if not flag), *flags]
+    settings: list[str] = []
+    flags: list[str] = []
+    takes = False
+    for argument in arguments:
+        (flags if takes or argument.startswith("-") else settings).append(argument)
+        takes = argument in actions and actions[argument].nargs is None
+    return settings + flags
 
 
 def sqlite(path: str) -> str:
@@ -216,11 +205,7 @@ def as_launched(arguments: list[str]) -> list[str]:
 
 
 def without_ghosts(arguments: list[str]) -> list[str]:
-    """Under torchrun or SLURM, let only rank 0 have a folder.
-
-    There every process composes its own configuration. The other ranks write nothing: loggers and
-    checkpoints are rank 0's.
-    """
+    """Under torchrun or SLURM every process starts a run; let only rank 0 have a folder."""
     if number("RANK", number("SLURM_PROCID", 0)) == 0:
         return arguments
     nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]

@@ -29,11 +29,7 @@ def key_of(override: str) -> str:
 
 
 def check_flags(arguments: list[str]) -> None:
-    """Refuse what Hydra's own parser would refuse by listing all its flags.
-
-    Raises:
-        ConfigError: names the flag, and the nearest one.
-    """
+    """Refuse what Hydra's own parser would refuse by listing all its flags."""
     parser = get_args_parser()
     known = parser._option_string_actions
     for argument in arguments:
@@ -63,8 +59,14 @@ def unreadable(arguments: list[str]) -> str | None:
 def explain(error: Exception, arguments: list[str]) -> str:
     """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
     text = str(error)
-    if nameless := [a for a in arguments if not key_of(a).strip()]:
-        return f"{nameless[0]!r}: not of the form key=value"
+    of_group = "Config group override must be" in text or "force-add of config groups" in text
+    for argument in arguments:
+        key, choice = key_of(argument), argument.partition("=")[2]
+        if not key.strip():
+            return f"{argument!r}: not of the form key=value"
+        if of_group and is_group(key) and (argument[0] == "+" or choice not in choices(key)):
+            without = ", without +" if argument[0] == "+" else ""
+            return f"{argument}: allowed are {', '.join(choices(key))}{without}"
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
         return f"{error.override}: not of the form key=value ({_shortened(reason)})"
@@ -73,23 +75,23 @@ def explain(error: Exception, arguments: list[str]) -> str:
         argument = next((a for a in arguments if key_of(a) == key), key)
         if is_group(key):
             return f"{argument}: allowed are {', '.join(choices(key))}"
-        said = no_such_key(key, _known_keys(arguments, key))
+        known: list[str] = []
+        if not key.endswith("._target_"):  # those of the configuration with the chosen groups
+            chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
+            ready = GlobalHydra.instance().is_initialized()
+            with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
+                cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
+            known = [k for k in flat(cfg) if k != key]
+        said = no_such_key(key, known)
         is_open = described(key.rpartition(".")[0]) in TARGETS and "did you mean" not in said
         return f"{argument}: {said}" + (f"; to add it, type +{argument}" if is_open else "")
-    if "Config group override must be" in text or "force-add of config groups" in text:
-        for argument in arguments:
-            key, choice = key_of(argument), argument.partition("=")[2]
-            if is_group(key) and (argument.startswith("+") or choice not in choices(key)):
-                without = ", without +" if argument.startswith("+") else ""
-                return f"{argument}: allowed are {', '.join(choices(key))}{without}"
     if "Could not find 'hydra/sweeper/optuna'" in text:
         return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):
         group, choice = found.groups()
         listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or choices(group)
         allowed = [option for option in listed if option != "base"]
-        hint = did_you_mean(choice, allowed)
-        return f"{group}={choice}: allowed are {', '.join(allowed)}{hint}"
+        return f"{group}={choice}: allowed are {', '.join(allowed)}{did_you_mean(choice, allowed)}"
     if error.__cause__ is not None:
         text = f"{text}: {error.__cause__}"
     text = re.split(r"\n *full_key: ", text)[0]
@@ -97,18 +99,14 @@ def explain(error: Exception, arguments: list[str]) -> str:
     return _shortened(": ".join([*at_fault[:1], text]))
 
 
+def quoted(text: str) -> str:
+    """The text in quotes, as Hydra reads it on a command line."""
+    # A backslash is literal, except before a quote or at the end, where it escapes.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), text)
+    return f"'{escaped}'"
+
+
 def _shortened(text: str) -> str:
     """The text on one line, without Hydra's search path and links."""
     text = re.sub(r"See https?://\S+ for details\.?", "", text.partition("Config search path:")[0])
     return " ".join(text.split())
-
-
-def _known_keys(arguments: list[str], key: str) -> list[str]:
-    """The keys of the configuration with the chosen groups, one of which ``key`` may mean."""
-    if key.endswith("._target_"):
-        return []
-    chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
-    ready = GlobalHydra.instance().is_initialized()
-    with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
-    return [known for known in flat(cfg) if known != key]

@@ -1,8 +1,8 @@
 """From names in a configuration to objects.
 
-Code outside our packages gets here only if it is the user's own: ``trust.check_targets`` refuses
-other code. A name in our packages may come from a stranger's checkpoint. So before a call, its
-object must be defined there and be of the kind that its key describes.
+``trust.check_targets`` lets only the user's own code and our packages get here. A name in our
+packages may come from a stranger's checkpoint, so its object must be defined there and be of the
+kind that its key describes.
 """
 
 import inspect
@@ -56,7 +56,7 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
             text = f"{key}.{text}"
         elif not text.startswith(key):
             text = f"{key}: {text}"
-        raise ConfigError(text + _without_other_keys(key, text)) from error
+        raise ConfigError(text) from error
 
 
 def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
@@ -93,8 +93,7 @@ def check_names(
     known = [name for name in parameters if name not in own]
     for name, value in options.items():
         if name in own or (name not in known and not takes_any):
-            text = f"{key}.{name}={value}: {no_such_key(str(name), known)}"
-            raise ConfigError(text + _without_other_keys(key, text))
+            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
 
 
 def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -107,14 +106,8 @@ def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 def _takes(made: Callable[..., Any], name: str) -> bool:
     """Whether it has this parameter. ``**kwargs`` counts for num_classes, as torchvision's do."""
     parameters = _parameters(made)
-    kinds = [p.kind for p in parameters.values()]
-    return name in parameters or (name == "num_classes" and inspect.Parameter.VAR_KEYWORD in kinds)
-
-
-def _without_other_keys(key: str, text: str) -> str:
-    """A hint if a custom model got the keys of the default model."""
-    unknown = key == "model" and re.search(r"\.(width|stem|zero_init_residual)=|'width'", text)
-    return "; model=custom has no keys of other models" if unknown else ""
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (name == "num_classes" and takes_any)
 
 
 def _locate(key: str, target: Any) -> tuple[Callable[..., Any], bool]:
@@ -157,10 +150,8 @@ def _is_annotated(made: Any, kind: str) -> bool:
 def _is_kind(made: type, kind: str) -> bool:
     if kind.startswith("Callable"):
         return issubclass(made, Callable)  # type: ignore[arg-type]
-    package, _, name = kind.partition(".")[0], "", kind.rpartition(".")[2]
-    return any(
-        (c.__module__.partition(".")[0], c.__name__) == (package, name) for c in made.__mro__
-    )
+    package, *_, name = kind.split(".")
+    return any(c.__module__.split(".")[0] == package and c.__name__ == name for c in made.__mro__)
 
 
 def _call(key: str, said: str, made: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.trust import NAME, TARGETS, is_in
+from sam_lightning.config.trust import TARGETS, check_name, is_in
 
 METRICS = (
     *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
@@ -206,12 +206,7 @@ def _check_names(plain: dict[str, Any]) -> None:
         within = [t for t in TARGETS if f"{owner}.".startswith(f"{t.rstrip('.*')}.")]
         if not within or f"{owner}.*" in within:
             raise ConfigError(f"{key}={value}: allowed is one in {', '.join(TARGETS)}")
-        if not isinstance(value, str) or not NAME.fullmatch(value):
-            shown = "null" if value is None else value
-            raise ConfigError(
-                f"{key}={shown}: allowed is the full name of a class or function, as in "
-                "torchvision.models.resnet18"
-            )
+        check_name(key, value)
 
 
 def _check_folders(plain: dict[str, Any]) -> None:

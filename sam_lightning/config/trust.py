@@ -33,6 +33,15 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _typed: set[str] = set()  # on the command line of this process
 
 
+def check_name(key: str, name: Any) -> None:
+    """Refuse what cannot be the full name of a class or function."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{key}={'null' if name is None else name}: allowed is the full name of a class or "
+            "function, as in my_project.Net"
+        )
+
+
 def trust(names: Any) -> None:
     """Let checkpoints name these classes and functions, until this process ends.
 
@@ -45,11 +54,7 @@ def trust(names: Any) -> None:
     if names is None or isinstance(names, str):
         names = [] if names is None else names.split(",")
     for name in names if isinstance(names, Iterable) else [names]:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ConfigError(
-                f"trust={name}: must be the full name of a class or function, as in "
-                "trust=my_project.Net; commas separate several"
-            )
+        check_name("trust", name)
         _typed.add(name)
 
 
@@ -84,14 +89,12 @@ def check_targets(node: Any, key: str = "", remedy: str = "add trust={target}") 
 
 
 def _check_target(key: str, target: Any, remedy: str) -> None:
-    said = f"{key}._target_={target}"
-    if not isinstance(target, str) or not NAME.fullmatch(target):
-        raise ConfigError(f"{said}: must be the full name of a class or function")
+    check_name(f"{key}._target_", target)
     kind = described(key)
     ours = is_in(TARGETS.get(kind, ()), target) and not re.search(r"\b_", target)
     if not ours and target not in _typed and (kind, target) not in _named_in(CONF):
         told = remedy.format(key=key, target=target)
-        raise ConfigError(f"{said}: is not trusted; if this code is yours, {told}")
+        raise ConfigError(f"{key}._target_={target}: is not trusted; if this code is yours, {told}")
 
 
 @cache

@@ -67,23 +67,18 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The whole checkpoint in ``folder`` with the most steps, or None.
-
-    Steps decide, not times, because clocks may go backwards. The log names damaged ones.
+    """The whole checkpoint in ``folder`` with the most steps, or None; the log names damaged ones.
 
     Raises:
         ConfigError: there are checkpoints, and all are damaged.
     """
-    found: list[tuple[int, bool, Path]] = []
-    damaged = []
+    found, damaged = [], []
     for path in folder.glob("*.ckpt"):
         try:
-            step = read(path, mmap=True)["global_step"]
+            found.append((read(path, mmap=True)["global_step"], path.name == "last.ckpt", path))
         except ConfigError as error:
             log.warning("%s", error)
             damaged.append(path.name)
-        else:
-            found.append((step, path.name == "last.ckpt", path))
     if damaged and not found:
         raise ConfigError(f"ckpt_path={folder}: damaged are {', '.join(sorted(damaged))}")
     return max(found)[2] if found else None

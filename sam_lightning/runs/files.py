@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
+from sam_lightning.runs.old_names import mapped
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -65,25 +66,22 @@ def write_json(path: Path, content: dict[str, Any], key: str = "out") -> None:
     Raises:
         ConfigError: as ``replacing``.
     """
-    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+
+    def number(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(mapped(number, content), indent=2, allow_nan=False)
     with replacing(path, key) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(child) for name, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def make_folder(folder: Path, given: Path) -> Path:
+def make_folder(folder: Path, given: Path, key: str = "out") -> Path:
     """Make the folder of results before the work starts, and return it.
 
     Args:
         folder: the folder to make.
-        given: the value of ``out``, shown in an error.
+        given: the value of ``key``, shown in an error.
+        key: the setting that names the folder.
 
     Raises:
         ConfigError: it cannot be written.
@@ -91,9 +89,9 @@ def make_folder(folder: Path, given: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out={given}: cannot be made ({error.strerror})") from error
+        raise ConfigError(f"{key}={given}: cannot be made ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"out={given}: cannot be written")
+        raise ConfigError(f"{key}={given}: cannot be written")
     return folder
 
 
@@ -146,7 +144,7 @@ def read_status(folder: Path) -> RunStatus:
         if path.exists() or (folder / ".hydra").is_dir():
             return RunStatus(folder, "unfinished", "no metrics.json: running still, or killed")
         return RunStatus(folder, "missing")
-    summary = _printable(read_summary(path))
+    summary = mapped(_printable, read_summary(path))
     if summary is None:
         return RunStatus(folder, "damaged", "metrics.json is not a run's")
     found = summary.get("metrics")
@@ -168,11 +166,7 @@ def finite(value: Any) -> float | None:
 
 
 def _printable(value: Any) -> Any:
-    """JSON with a space for every character that could command a terminal or break a file."""
-    if isinstance(value, dict):
-        return {_printable(name): _printable(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_printable(child) for child in value]
+    """A text with a space for every character that could command a terminal or break a file."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else " " for c in value)
     return value

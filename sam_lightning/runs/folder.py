@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import check_values
+from sam_lightning.runs.files import make_folder
 
 # A folder of this name is made below logs, so the name must not lead out of it.
 TASK_NAME = (
@@ -48,20 +49,16 @@ class RunFolder(Callback):
 
 
 def _made(config: DictConfig, key: str) -> Path:
-    path = ""
     try:
         check_values(config, [TASK_NAME])
         path = str(OmegaConf.select(config, key) or "")
         if not path:
             raise ConfigError(f"{key}=: must be the path of a folder")
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"{key}={path}: cannot be made ({error.strerror})")
+        return make_folder(Path(path), Path(path), key)
     except ConfigError as error:
         refuse(str(error))
     except OmegaConfBaseException as error:
         refuse(f"{key}: {str(error).splitlines()[0]}")
-    return Path(path)
 
 
 def refuse(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Names that earlier versions wrote into checkpoints and run folders, and their new names."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 OLD_NAMES = {
@@ -18,18 +19,26 @@ OLD_NAMES = {
     "sam_lightning.schedules": "sam_lightning.optim",
     "sam_lightning.sharpness_monitor": "sam_lightning.training.callbacks.sharpness",
 }
-OLD_CLASSES = {"sam_lightning.optim.Reuse": "sam_lightning.optim.LookSAM"}
 _OLD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, OLD_NAMES))})(?=\.\w+$)")
-_OLD_CLASS = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, OLD_CLASSES))})$")
+_REUSE = re.compile(r"(?<![\w.])sam_lightning\.optim\.Reuse$")  # its older name
 
 
 def with_current_names(stored: Any) -> Any:
     """A stored configuration, or an override of one, with the names of this version."""
-    if isinstance(stored, dict):
-        return {key: with_current_names(value) for key, value in stored.items()}
-    if isinstance(stored, list):
-        return [with_current_names(value) for value in stored]
-    if isinstance(stored, str):
-        moved = _OLD.sub(lambda match: OLD_NAMES[match[1]], stored)
-        return _OLD_CLASS.sub(lambda match: OLD_CLASSES[match[1]], moved)
-    return stored
+
+    def current(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        moved = _OLD.sub(lambda match: OLD_NAMES[match[1]], value)
+        return _REUSE.sub("sam_lightning.optim.LookSAM", moved)
+
+    return mapped(current, stored)
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested dictionaries and lists with every key and value changed."""
+    if isinstance(value, dict):
+        return {change(key): mapped(change, child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(change, child) for child in value]
+    return change(value)

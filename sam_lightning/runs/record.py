@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,19 +25,11 @@ from sam_lightning.runs.files import now, write_json
 
 log = logging.getLogger(__name__)
 
+SHOWN = {"test accuracy": "test/acc", "test error": "test/error", "validation accuracy": "val/acc"}
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
+OWN = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
 # Groups of the configuration whose settings tell runs apart.
 DETAILS = ("data", "model", "method", "optimizer", "scheduler", "trainer")
-
-
-class Throughput(Protocol):
-    """What was trained: images, seconds of training alone, seconds of the whole run."""
-
-    images: int
-    seconds: float
-
-    @property
-    def elapsed(self) -> float: ...  # noqa: D102
 
 
 class Record:
@@ -45,9 +37,14 @@ class Record:
 
     Rank 0 writes ``metrics.json`` under a temporary name and renames it, so the file is always
     whole. It also adds the HParams of TensorBoard and prints the final table.
+
+    Args:
+        cfg: the run's configuration.
+        trainer: what trains.
+        throughput: counts the images, the seconds of training, and those elapsed in all.
     """
 
-    def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Throughput) -> None:
+    def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Any) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.throughput = throughput
@@ -85,7 +82,7 @@ class Record:
             self._print_table(summary)
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
-        trained = self.throughput.seconds
+        trained, root = self.throughput.seconds, self.trainer.strategy.root_device
         return {
             "status": status,
             "exit_reason": reason,
@@ -98,7 +95,7 @@ class Record:
             "epochs": self.trainer.current_epoch,
             "updates": self.trainer.global_step,
             "devices": self.trainer.world_size,
-            "device": _device_name(self.trainer),
+            "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": _git_commit(),
             "config": OmegaConf.to_container(self.cfg, resolve=True),
@@ -117,9 +114,7 @@ class Record:
             "data": str(cfg.data.source._target_).rpartition(".")[2],
             "optimizer": str(cfg.optimizer._target_).rpartition(".")[2],
             "label_noise": cfg.data.label_noise,
-            **{
-                k: cfg[k] for k in ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
-            },
+            **{k: cfg[k] for k in OWN},
         }
         groups = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in DETAILS}
         for key, value in flat(groups).items():
@@ -139,14 +134,9 @@ class Record:
         table = Table(title=f"{self.cfg.method.name}, rho {self.cfg.method.rho:g}")
         table.add_column("result")
         table.add_column("value", justify="right")
-        rows = [
-            ("test accuracy", "test/acc", "{:.2%}"),
-            ("test error", "test/error", "{:.2%}"),
-            ("validation accuracy", "val/acc", "{:.2%}"),
-        ]
-        for label, name, form in rows:
+        for label, name in SHOWN.items():
             if name in self.metrics:
-                table.add_row(label, form.format(self.metrics[name]))
+                table.add_row(label, f"{self.metrics[name]:.2%}")
         table.add_row("seconds", f"{summary['seconds']:.1f}")
         if summary["images_per_second"]:
             table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
@@ -160,11 +150,6 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _device_name(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _git_commit() -> str | None:

@@ -1,8 +1,7 @@
 """``ckpt_path=...``: which run continues, and which of its stored overrides it takes.
 
-A run's folder may come from a stranger. Its overrides are arguments of Hydra, which could name
-launchers, other configuration folders or a pickle to load. So resuming takes only settings of a
-run, parsed as Hydra parses them, and no strangers' code.
+A run's folder may come from a stranger, and Hydra's arguments can name launchers or other
+configurations. So resuming takes only settings of a run, and no strangers' code.
 """
 
 import re
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import explain, key_of
+from sam_lightning.config.hydra_errors import explain, key_of, quoted
 from sam_lightning.config.schema import check_values
 from sam_lightning.config.trust import check_targets, trust_arguments
 from sam_lightning.runs.folder import TASK_NAME
@@ -42,8 +41,8 @@ def resumed(arguments: list[str]) -> list[str]:
         folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
     elif given["ckpt_path"] and path.exists():
         # Quoted, because the name of a sweep's folder contains "=" and ",".
-        quoted = f"ckpt_path={_quoted(path)}"
-        arguments = [quoted if key_of(a) == "ckpt_path" else a for a in arguments]
+        named = f"ckpt_path={quoted(str(path))}"
+        arguments = [named if key_of(a) == "ckpt_path" else a for a in arguments]
         folder = path if path.is_dir() else path.parent
         folder = folder.parent if folder.name == "checkpoints" else folder
     else:
@@ -55,7 +54,7 @@ def resumed(arguments: list[str]) -> list[str]:
     trust_arguments(arguments)
     kept = replayable(stored, top_level(), given)
     if "hydra.run.dir" not in given:
-        arguments = [*arguments, f"hydra.run.dir={_quoted(folder)}"]
+        arguments = [*arguments, f"hydra.run.dir={quoted(str(folder))}"]
     if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
         arguments = [*arguments, "hydra.output_subdir=null"]
     # One run, also if the stored configuration asked for a sweep.
@@ -63,10 +62,7 @@ def resumed(arguments: list[str]) -> list[str]:
 
 
 def _newest_run(given: dict[str, str]) -> Path:
-    """The newest run of the task that the arguments name, or of any task.
-
-    Uses the time in the folder's name, since copying changes the times of files.
-    """
+    """The newest run of the task that is given, or of any, by the time in the folder's name."""
     if "task_name" in given:
         check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
     task = given.get("task_name", "**")
@@ -78,12 +74,6 @@ def _newest_run(given: dict[str, str]) -> Path:
         folder = "logs" if task == "**" else f"logs/{task}/runs"
         raise ConfigError(f"ckpt_path=last: there is no run with a checkpoint in {folder}")
     return max(runs, key=lambda run: run.name)
-
-
-def _quoted(path: Path) -> str:
-    # A backslash is literal, except before a quote or at the end, where it escapes.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), str(path))
-    return f"'{escaped}'"
 
 
 def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ()) -> list[str]:
@@ -114,29 +104,24 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
                 f"{file}: {override.input_line}: may not come out of a run folder; take it out "
                 "there, or give that key yourself"
             )
-        if not override.is_delete():
-            _check_code(file, override)
+        if override.is_delete():
+            continue
+        node = OmegaConf.create({})
+        OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+        plain = OmegaConf.to_container(node, resolve=False)
+        try:  # strangers' code, in the key or anywhere in the value
+            check_targets(plain, remedy="type {key}._target_={target} too")
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
     return [str(override.input_line) for override in kept]
 
 
 def _is_setting(override: Override, allowed: set[str]) -> bool:
     key = override.key_or_group
-    if override.package is not None or "/" in key or key.partition(".")[0] not in allowed:
-        return False
-    if override.is_sweep_override():
+    named = override.package is None and "/" not in key and key.partition(".")[0] in allowed
+    if not named or override.is_sweep_override():
         return False
     value = str(override.value())
     if is_group(key):
         return bool(re.fullmatch(r"[\w\[\], ']+", value))  # names, else it could be a path
     return "${" not in re.sub(r"\$\{[\w.]+\}", "", value)
-
-
-def _check_code(file: Path, override: Override) -> None:
-    """Refuse an override that names strangers' code, in the key or anywhere in the value."""
-    node = OmegaConf.create({})
-    OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
-    try:
-        remedy = "type {key}._target_={target} too"
-        check_targets(OmegaConf.to_container(node, resolve=False), remedy=remedy)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of
+from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
 from sam_lightning.config.schema import (
     METRICS,
     RULES,
@@ -126,9 +126,7 @@ def text(value: Any) -> str:
     reserved = ("null", "true", "false", "inf", "nan")
     if re.fullmatch(r"[A-Za-z_/.][\w./-]*", value) and value.lower() not in reserved:
         return value
-    # A backslash counts as one, but in front of a quote or at the end, where it escapes.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', r"\""), value)
-    return f'"{escaped}"'
+    return quoted(value)
 
 
 def folder_name(arm: str, choice: Mapping[str, Any], seed: int) -> str:

@@ -65,7 +65,7 @@ LIGHT = [
     ),
     ("model=3", "model=3: allowed are ", ", resnet18, "),
     ("model={a:1}", "model={a:1}: allowed are ", ", resnet18, "),
-    ("++model=resnet34", "++model=resnet34: allowed are ", ", resnet18, ", ", without +"),
+    ("++model=resnet34", "++model=resnet34: allowed are ", ", resnet18, ", " without +"),
     ("data=base", "data.source._target_: must be given, as in data.source._target_=..."),
     ("RHO=1", "RHO=1: no such key; allowed are seed, rho, "),
     ("model.width.x=3", "model.width.x=3: no such key; did you mean model.width?"),
@@ -114,13 +114,13 @@ LIGHT = [
     ("hydra.job.chdir=true rho=-1", "rho=-1: allowed is a number >= 0"),
     (
         "hydra.job_logging.handlers.file.filename=/proc/x",
-        "hydra.job_logging.handlers.file.filename=/proc/x: cannot be written ([Errno 2] No such f",
+        "hydra.job_logging: Unable to configure handler 'file' ([Errno 2] No such file or directo",
     ),
     (
         "hydra.job_logging.root.level=LOUD",
-        "hydra.job_logging.root.level=LOUD: Unable to configure root logger (Unknown level: ",
+        "hydra.job_logging: Unable to configure root logger (Unknown level: 'LOUD')",
     ),
-    ("hydra.job.name=a/b", "hydra.job_logging: cannot be written ([Errno 2] No such file or "),
+    ("hydra.job.name=a/b", "hydra.job_logging: Unable to configure handler 'file' ([Errno 2] "),
     # the form of an argument
     ("rho=[", "rho=[: not of the form key=value"),
     ("rho='0.1", "rho='0.1: not of the form key=value"),
@@ -375,7 +375,7 @@ HEAVY = [
     (
         "model._target_=torchvision.models.resnet18",
         "model: ",
-        "unexpected keyword argument 'width'; model=custom has no keys of other models",
+        "unexpected keyword argument 'width'",
     ),
     (
         "model=custom model._target_=torch.nn.Flatten",
