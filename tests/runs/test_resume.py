@@ -184,8 +184,11 @@ def killed(tmp_path_factory):
 
 @pytest.fixture
 def with_previous(killed, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(killed, tmp_path / "run")
+    """That run. It stays in its folder: elsewhere Lightning would forget which was the best."""
+    kept = shutil.copytree(killed, tmp_path / "kept")
+    yield killed
+    shutil.rmtree(killed)
+    shutil.copytree(kept, killed)
 
 
 def truncate(path):
