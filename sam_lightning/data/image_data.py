@@ -53,7 +53,7 @@ class ImageData:
             uniformly drawn: symmetric noise as in Foret et al. 2021, section 3.3.
         seed: of the order, the augmentation and the label noise.
         split_seed: of ``val_size`` and ``subset``, so that runs of different ``seed`` share them.
-        mean: per channel, of pixels in 0..1; None: that of the training images.
+        mean: per channel, of pixels in 0..1; None: computed from the training images.
         std: likewise.
         crop_padding, flip, cutout, policy: see ``BatchAugment``.
         num_workers: loading processes; 0 is fast, unless there is a policy.

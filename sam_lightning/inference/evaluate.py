@@ -41,7 +41,7 @@ Computed in float32, on one device: equal to the run's own test where that was t
   ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
   split          test, val or train: as the run had them, wrong labels included
   data.root      where the data are now; null: where the run found them
-  batch_size     null: that of the run's evaluation
+  batch_size     null: as in the run's evaluation
   device         auto, cpu or cuda
   corruptions    the folder with labels.npy and gaussian_noise.npy to jpeg_compression.npy
   out            the folder to write to; null: the run's

@@ -92,7 +92,7 @@ def predict(
 
 
 def find(given: str) -> list[Path]:
-    """The files that ``input`` names: one, those of a folder, or those that match a pattern.
+    """The files that ``input`` names: a file, all in a folder, or all that match a pattern.
 
     Raises:
         ConfigError: there is none.

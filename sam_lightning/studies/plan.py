@@ -112,7 +112,7 @@ def configuration(overrides: Sequence[str], output_dir: str | None = None) -> Di
         if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
             raise ConfigError(explain(error, list(overrides))) from error
         raise
-    cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra's own is that of a run
+    cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra sets it only for a run
     check(cfg, top_level())
     return cfg
 
@@ -210,7 +210,7 @@ def _grid(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
-    """Refuse a run that train.py would, or whose name or result is that of another; add passes."""
+    """Refuse what train.py refuses, and runs with equal names or results; add the passes."""
     names: set[str] = set()
     known: dict[str, tuple[str, dict[str, Any]]] = {}
     passes: dict[str, float] = {}

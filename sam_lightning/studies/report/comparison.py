@@ -26,8 +26,8 @@ class Study:
     """Runs in groups that differ in the seed only, and what follows from them.
 
     ``settings`` has a row per group, and a column for each setting that tells groups apart;
-    ``common`` are those that all runs share. ``runs`` has folder, seed, device, costs and metrics
-    of a run in a row, with the number of its group as index.
+    ``common`` has the settings that all runs share. ``runs`` has folder, seed, device, costs and
+    metrics of a run in a row, with the number of its group as index.
     """
 
     metric: str
