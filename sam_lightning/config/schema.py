@@ -23,7 +23,7 @@ METRICS = (
     *("train/acc", "train/loss"),
 )
 # Top-level keys that are optional, and other keys that are required.
-OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
+OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
 REQUIRED = """
 data.source._target_ data.label_noise model._target_ optimizer._target_ scheduler._target_
 method.name method.rho method.perturbation._target_ trainer.accelerator trainer.devices
@@ -38,10 +38,10 @@ Holds = Callable[[Any], bool]
 Rule = tuple[str, Holds, str] | tuple[str, str]
 # The allowed values, in words that ``allows`` reads, and their keys.
 TABLE = f"""
-true, false: compile test debug model.bottleneck model.zero_init_residual data.flip data.download
-  data.drop_last optimizer.nesterov trainer.sync_batchnorm method.perturbation.normalize_bias
-  method.sync_perturbation method.decay_in_ascent method.ascent_per_micro_batch
-  method.same_randomness
+true, false: compile test traceback model.bottleneck model.zero_init_residual data.flip
+  data.download data.drop_last optimizer.nesterov trainer.sync_batchnorm
+  method.perturbation.normalize_bias method.sync_perturbation method.decay_in_ascent
+  method.ascent_per_micro_batch method.same_randomness
 true, false, null: optimizer.fused trainer.benchmark trainer.inference_mode trainer.detect_anomaly
   trainer.barebones trainer.enable_autolog_hparams
 true, false, warn: trainer.deterministic

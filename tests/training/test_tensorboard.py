@@ -130,13 +130,13 @@ def test_the_layout_has_each_chart_with_its_curves(server):
         for page in server.get("custom_scalars/layout")["category"]
     }
     wanted = {
-        page: {title: [f"^{tag}$" for tag in tags] for title, tags in charts.items()}
+        page: {title: [f"^{tag}$"] for title, tag in charts.items()}
         for page, charts in CHARTS.items()
         if page != MONITORED
     }
     assert found == wanted
     for page in wanted:
-        for tag in (tag for tags in CHARTS[page].values() for tag in tags):
+        for tag in CHARTS[page].values():
             query = {"run": "2_rho=0.2,seed=0/tensorboard", "tag": f"^{tag}$"}
             matches = server.get("custom_scalars/scalars", **query)["tag_to_events"]
             assert list(matches) == [tag]

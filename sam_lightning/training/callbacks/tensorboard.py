@@ -27,24 +27,28 @@ log = logging.getLogger(__name__)
 
 # What only a run with callbacks=sharpness has.
 MONITORED = "Sharpness on fixed training images"
-# The charts of the page "Custom scalars" and the metrics in each.
+# The charts of the page "Custom scalars" and the metric in each. TensorBoard's colours tell runs
+# apart; two metrics of a run would have one colour, and symbols that no legend explains.
 CHARTS = {
     "Learning": {
-        "loss": ["train/loss", "val/loss"],
-        "accuracy": ["train/acc", "val/acc"],
-        "learning rate": ["train/lr"],
+        "training loss": "train/loss",
+        "validation loss": "val/loss",
+        "training accuracy": "train/acc",
+        "validation accuracy": "val/acc",
+        "learning rate": "train/lr",
     },
     "Sharpness": {
-        "loss at the perturbed weights minus loss": ["train/sharpness"],
-        "cosine of the two passes' gradients": ["train/cosine"],
-        "norms of gradient and perturbation": ["train/grad_norm", "train/perturbation_norm"],
+        "loss at the perturbed weights minus loss": "train/sharpness",
+        "cosine of the two passes' gradients": "train/cosine",
+        "norm of the gradient": "train/grad_norm",
+        "norm of the perturbation": "train/perturbation_norm",
     },
     MONITORED: {
-        "rise of the loss within rho": ["sharpness/worst"],
-        "largest eigenvalue of the Hessian": ["sharpness/lambda_max"],
-        "trace of the Hessian": ["sharpness/trace"],
+        "rise of the loss within rho": "sharpness/worst",
+        "largest eigenvalue of the Hessian": "sharpness/lambda_max",
+        "trace of the Hessian": "sharpness/trace",
     },
-    "Speed": {"training images per second": ["train/images_per_second"]},
+    "Speed": {"training images per second": "train/images_per_second"},
 }
 WRONG_IMAGES = 25
 
@@ -76,7 +80,7 @@ class Dashboard(Callback):
         """Lay out the charts; a resumed run writes the same again."""
         monitored = any(isinstance(c, SharpnessMonitor) for c in trainer.callbacks)
         layout = {
-            page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
+            page: {title: ["Multiline", [f"^{tag}$"]] for title, tag in of.items()}
             for page, of in CHARTS.items()
             if monitored or page != MONITORED
         }
