@@ -169,6 +169,8 @@ def _quieten() -> None:
     """Hide messages that Lightning prints for every run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their tables
+    if logging.getLogger().handlers:  # else Lightning's own handler would say all of it again
+        logging.getLogger("lightning").handlers.clear()
     for message in (
         ".*does not have many workers.*",
         ".*`srun` command is available.*",  # a login node; the launchers are told apart by us

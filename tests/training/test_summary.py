@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from runs import configuration, run, summary
+from runs import SMALL, command, configuration, run, summary
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import Split
 from sam_lightning.training.callbacks.summary import images
@@ -108,3 +108,10 @@ def test_overfit_ends_once_all_images_are_learned(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "train   32 images" in said
     assert re.search("stopped after epoch .*train/acc", said)
+
+
+def test_profile_prints_one_table(tmp_path):
+    done = command(tmp_path, *SMALL, "debug=profile", "data.subset=50", "hydra.run.dir=run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Profiler Report") == 1
+    assert re.search(r"\|  run_training_batch +\s\|  [\d.e-]+ +\s\|  1 ", done.stdout)

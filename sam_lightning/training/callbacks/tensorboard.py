@@ -33,9 +33,10 @@ CHARTS = {
     "Learning": {
         "training loss": "train/loss",
         "validation loss": "val/loss",
+        "learning rate": "train/lr",
         "training accuracy": "train/acc",
         "validation accuracy": "val/acc",
-        "learning rate": "train/lr",
+        "training images per second": "train/images_per_second",
     },
     "Sharpness": {
         "loss at the perturbed weights minus loss": "train/sharpness",
@@ -48,7 +49,6 @@ CHARTS = {
         "largest eigenvalue of the Hessian": "sharpness/lambda_max",
         "trace of the Hessian": "sharpness/trace",
     },
-    "Speed": {"training images per second": "train/images_per_second"},
 }
 WRONG_IMAGES = 25
 
@@ -58,7 +58,9 @@ class Dashboard(Callback):
 
     - charts in pages, the training images per second of each epoch, and the model's graph;
     - images of the first training batch, augmented as the model sees them;
-    - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions.
+    - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions;
+    - the test accuracy as ``accuracy/test``, the first of the metrics in the table of HParams, where
+      TensorBoard sorts them by name.
 
     Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
 
@@ -138,6 +140,7 @@ class Dashboard(Callback):
         data, step = trainer.datamodule, trainer.global_step
         for writer in _writers(trainer):
             writer.add_figure("test/confusion", draw_confusion(confusion, data.classes), step)
+            writer.add_scalar("accuracy/test", confusion.diagonal().sum() / confusion.sum(), step)
             losses, *wrong = self._wrong
             labels, predicted, probabilities, images = (v[losses != -math.inf] for v in wrong)
             if len(images):
