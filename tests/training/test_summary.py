@@ -114,4 +114,4 @@ def test_profile_prints_one_table(tmp_path):
     done = command(tmp_path, *SMALL, "debug=profile", "data.subset=50", "hydra.run.dir=run")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("Profiler Report") == 1
-    assert re.search(r"\|  run_training_batch +\s\|  [\d.e-]+ +\s\|  1 ", done.stdout)
+    assert re.search(r"\|  run_training_batch +\s\|  [\d.e-]+ +\s\|  2 ", done.stdout)

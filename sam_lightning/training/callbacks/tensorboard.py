@@ -59,7 +59,7 @@ class Dashboard(Callback):
     - charts in pages, the training images per second of each epoch, and the model's graph;
     - images of the first training batch, augmented as the model sees them;
     - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions;
-    - the test accuracy as ``accuracy/test``, the first of the metrics in the table of HParams, where
+    - the test accuracy as ``accuracy/test``, the first of the metrics in the table of HParams, as
       TensorBoard sorts them by name.
 
     Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
