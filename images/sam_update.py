@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import DictConfig
 
-from sam_lightning.config.arguments import one_line_errors, parse
+from sam_lightning.config.arguments import Keys, one_line_errors, parse
+from sam_lightning.config.values import Count, Positive, within
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,18 +155,19 @@ def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, f
     axes.grid(False)
 
 
-DEFAULTS = {"out": "images/sam_update", "start": [0.6, 1.8], "rho": 0.4, "lr": 1.5, "steps": 200}
-RULES = [
-    ("start", "two numbers from -1000 to 1000"),
-    ("rho", "a number > 0"),
-    ("lr", "a number > 0"),
-    ("steps", "a whole number >= 1"),
-]
+Coordinate = Annotated[float, within(-1000, 1000)]
+KEYS: Keys = {
+    "out": ("images/sam_update", str),
+    "start": ([0.6, 1.8], tuple[Coordinate, Coordinate]),
+    "rho": (0.4, Positive),
+    "lr": (1.5, Positive),
+    "steps": (200, Count),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the figure that the arguments describe."""
-    print(*map(os.path.relpath, draw(parse(ABOUT, DEFAULTS, RULES, argv))))
+    print(*map(os.path.relpath, draw(parse(ABOUT, KEYS, argv))))
 
 
 if __name__ == "__main__":

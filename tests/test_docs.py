@@ -12,6 +12,7 @@ import sys
 import textwrap
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,11 @@ from runs import summary
 from sam_lightning import SAM
 from sam_lightning.__main__ import COMMANDS
 from sam_lightning.config.arguments import parse
-from sam_lightning.config.conf import CONF, top_level
+from sam_lightning.config.conf import CONF, flat, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import RULES, check, check_values, flat
+from sam_lightning.config.schema import HINTS, check
 from sam_lightning.config.trust import TARGETS
+from sam_lightning.config.values import check_value
 from sam_lightning.data import digits
 
 ROOT = CONF.parent
@@ -284,7 +286,7 @@ def test_other_commands_take_their_arguments(page):
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 compose("train", settings)
         elif settings:
-            parse("", module.DEFAULTS, module.RULES, settings)
+            parse("", module.KEYS, settings)
 
 
 def configured():
@@ -306,7 +308,8 @@ def test_settings_in_running_text_exist(page):
             if (CONF / key).is_dir():
                 assert (CONF / key / f"{one}.yaml").exists(), f"{key}={one}"
             else:
-                check_values(OmegaConf.from_dotlist([f"{key}={one}"]), RULES)
+                typed = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={one}"]), key)
+                check_value(key, typed, HINTS.get(key, Any))
 
 
 def test_the_loop_of_the_readme():

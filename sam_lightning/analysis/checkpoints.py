@@ -5,30 +5,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
+from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
+from sam_lightning.config.values import Count, Seed
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, run_folder
 
 if TYPE_CHECKING:
     from sam_lightning.analysis.loss_surface import LossSurface
     from sam_lightning.inference.load import TrainedClassifier
-
-# With their default and what is allowed.
-SHARED_KEYS: dict[str, tuple[Any, ...]] = {
+SHARED_KEYS: Keys = {
     **command.CKPT_PATH,
-    "split": ("train", "train, val, test"),
-    "images": (512, "a whole number >= 1"),
-    "batch_size": (128, "a whole number >= 1"),
-    "seed": (0, "a whole number from 0 to 4294967295"),
+    "split": ("train", Literal["train", "val", "test"]),
+    "images": (512, Count),
+    "batch_size": (128, Count),
+    "seed": (0, Seed),
     **command.DEVICE,
     **command.ROOT,
     **command.OUT,
-    "labels": (None,),
+    "labels": (None, Any),
 }
 
 
@@ -81,7 +81,7 @@ def surface_of(
     from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
     from sam_lightning.inference.load import data_of
 
-    data = data_of(checkpoint.model.config, root=OmegaConf.select(options, "data.root"))
+    data = data_of(checkpoint.model.config, root=options.data.root)
     device = next(checkpoint.model.parameters()).device
     drawn = (options.split, options.images, options.batch_size, options.seed)
     batches = fixed_batches(data, *drawn, device)

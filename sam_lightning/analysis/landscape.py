@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig
 
@@ -14,9 +14,9 @@ from sam_lightning.analysis.checkpoints import (
     stage,
     surface_of,
 )
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.inference.command import keys
+from sam_lightning.config.values import Positive, Rule
 from sam_lightning.runs.files import make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -40,19 +40,19 @@ takes those of each batch. PNG, SVG and the numbers, landscape.json, go into the
 of the first run, or into out; each run's TensorBoard shows the pictures too, at the update of its
 checkpoint. A 2d picture takes points x points passes over the images.
 """
-KEYS = {
+ODD = Rule("an odd number >= 3", lambda v: v >= 3 and v % 2 == 1)
+KEYS: Keys = {
     **SHARED_KEYS,
-    "kind": ("2d", "2d, 1d, line"),
-    "span": (1.0, "a number > 0"),
-    "points": (21, "an odd number >= 3"),
-    "batch_norm": ("stored", "stored, batch"),
+    "kind": ("2d", Literal["2d", "1d", "line"]),
+    "span": (1.0, Positive),
+    "points": (21, Annotated[int, ODD]),
+    "batch_norm": ("stored", Literal["stored", "batch"]),
 }
-DEFAULTS, RULES = keys(KEYS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compute the losses, write them, and draw them."""
-    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    options = parse(ABOUT, KEYS, argv)
     loaded = load_checkpoints(options)
     labels = labels_of(options.labels, loaded)
     line = options.kind == "line"

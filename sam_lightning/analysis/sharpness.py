@@ -4,7 +4,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 from rich.markup import escape
@@ -17,9 +17,10 @@ from sam_lightning.analysis.checkpoints import (
     stage,
     surface_of,
 )
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.inference.command import keys, show, table
+from sam_lightning.config.values import Count, Positive, within
+from sam_lightning.inference.command import show, table
 from sam_lightning.runs.files import make_folder, write_json
 
 ABOUT = """
@@ -38,24 +39,24 @@ most max_steps, of which each keeps a vector of the size of the weights; trace_s
 the trace of the rest; and density_samples x density_steps for the distribution of the rest. They
 take half the time with images=256, and then depend more on which images are drawn.
 """
-KEYS = {
+Several = Annotated[int, within(2)]
+KEYS: Keys = {
     **SHARED_KEYS,
-    "rho": (0.05, "a number > 0"),
-    "m": (128, "a whole number >= 1"),
-    "ascent_steps": (10, "a whole number >= 1"),
-    "top_k": (10, "a whole number >= 1"),
-    "max_steps": (100, "a whole number >= 2"),
-    "trace_samples": (4, "a whole number >= 2"),
-    "density": (False, "true, false"),
-    "density_samples": (1, "a whole number >= 1"),
-    "density_steps": (16, "a whole number >= 2"),
+    "rho": (0.05, Positive),
+    "m": (128, Count),
+    "ascent_steps": (10, Count),
+    "top_k": (10, Count),
+    "max_steps": (100, Several),
+    "trace_samples": (4, Several),
+    "density": (False, bool),
+    "density_samples": (1, Count),
+    "density_steps": (16, Several),
 }
-DEFAULTS, RULES = keys(KEYS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write ``sharpness.json``."""
-    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    options = parse(ABOUT, KEYS, argv)
     if options.max_steps < options.top_k:
         raise ConfigError(f"max_steps={options.max_steps}: must be >= top_k={options.top_k}")
     loaded = load_checkpoints(options)
@@ -89,7 +90,7 @@ def measure(checkpoint: LoadedCheckpoint, label: str, options: DictConfig) -> di
     surface = surface_of(checkpoint, options)
     with stage(surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
         worst = curvature.worst_case(surface, options.rho)
-        climbed = curvature.worst_case(surface, options.rho, options.ascent_steps)
+        by_steps = curvature.worst_case(surface, options.rho, options.ascent_steps)
     by_m = surface.in_batches_of(options.m)
     with stage(by_m, f"{label}: m-sharpness", 2):
         m_sharpness = curvature.m_sharpness(by_m, options.rho)
@@ -106,7 +107,7 @@ def measure(checkpoint: LoadedCheckpoint, label: str, options: DictConfig) -> di
         "weights": surface.size,
         "loss": surface.value(),
         "worst": worst,
-        "worst_by_steps": climbed,
+        "worst_by_steps": by_steps,
         "m_sharpness": m_sharpness,
         "eigenvalues": top.values.tolist(),
         "eigenvalue_errors": top.errors.tolist(),

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described, is_in
+from sam_lightning.config.values import check_value
 
 # What each key of ``trust.TARGETS`` describes, by name: to import it would load Lightning. A
 # class counts if its package and its own name are these.
@@ -87,13 +88,28 @@ def not_taken(cfg: DictConfig, shape: Mapping[str, int]) -> str:
 def check_names(
     key: str, options: Mapping[Any, Any], made: Callable[..., Any], own: Mapping[str, Any]
 ) -> None:
-    """Refuse options that ``made`` does not take, or that are ``own``: those the run sets."""
+    """Refuse options that ``made`` does not take, or that are ``own``: those the run sets.
+
+    The values of our packages' classes are compared with their annotations too.
+    """
     parameters = _parameters(made)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = [name for name in parameters if name not in own]
+    hints = _annotations(made)
     for name, value in options.items():
         if name in own or (name not in known and not takes_any):
             raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
+        if name in hints and value != parameters[name].default:
+            check_value(f"{key}.{name}", value, hints[name])
+
+
+def _annotations(made: Callable[..., Any]) -> Mapping[str, Any]:
+    if not is_in(("sam_lightning", "torch", "lightning"), str(getattr(made, "__module__", ""))):
+        return {}  # others may be careless about them
+    try:
+        return get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except (NameError, TypeError):
+        return {}
 
 
 def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -1,14 +1,16 @@
-"""Names, types and ranges of a configuration, checked before torch is loaded."""
+"""Names, types and ranges of a configuration, checked before torch is loaded.
+
+The arguments of ``_target_``s are checked by the signatures of their classes, in ``instantiate``.
+"""
 
 import errno
 import os
-import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,131 +19,167 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.trust import TARGETS, check_name, is_in
-
-METRICS = (
-    *(f"{split}/{name}" for split in ("val", "test") for name in ("acc", "acc5", "error", "loss")),
-    *("train/acc", "train/loss"),
+from sam_lightning.config.values import (
+    ABSENT,
+    BelowOne,
+    Count,
+    Folder,
+    Fraction,
+    Index,
+    NonNegative,
+    Positive,
+    Rule,
+    Seed,
+    Text,
+    check_values,
+    distinct,
+    keys,
+    within,
 )
-# Top-level keys that are optional, and other keys that are required.
+
+# Top-level keys that are optional.
 OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
-REQUIRED = """
-data.source._target_ data.label_noise model._target_ optimizer._target_ scheduler._target_
-method.name method.rho method.perturbation._target_ trainer.accelerator trainer.devices
-trainer.num_nodes trainer.log_every_n_steps trainer.gradient_clip_val
-trainer.accumulate_grad_batches
-"""
 # Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
-
-Holds = Callable[[Any], bool]
-# A key, and the allowed values in words; between them a test if ``allows`` has none.
-Rule = tuple[str, Holds, str] | tuple[str, str]
-# The allowed values, in words that ``allows`` reads, and their keys.
-TABLE = f"""
-true, false: compile test traceback model.bottleneck model.zero_init_residual data.flip
-  data.download data.drop_last optimizer.nesterov trainer.sync_batchnorm
-  method.perturbation.normalize_bias method.sync_perturbation method.decay_in_ascent
-  method.ascent_per_micro_batch method.same_randomness
-true, false, null: optimizer.fused trainer.benchmark trainer.inference_mode trainer.detect_anomaly
-  trainer.barebones trainer.enable_autolog_hparams
-true, false, warn: trainer.deterministic
-a whole number >= 1: epochs max_skipped_steps model.width model.depth model.widen_factor model.alpha
-  method.ascent_steps method.every trainer.num_nodes trainer.accumulate_grad_batches
-  trainer.log_every_n_steps
-a whole number >= 1, or null: checkpoint_every_n_steps trainer.check_val_every_n_epoch
-  data.image_size
-a whole number >= 0: data.crop_padding data.cutout data.split_seed
-a whole number >= 0, or null: trainer.min_epochs trainer.min_steps
-a whole number >= -1; -1 is no limit: trainer.max_steps
-a whole number from 0 to {2**32 - 1}: seed
-a whole number from 1 to {10**9}: batch_size data.eval_batch_size
-a whole number from 0 to {16 * (os.cpu_count() or 1)}, 16 for each processor: data.num_workers
-a number >= 0: rho weight_decay method.rho method.perturbation.eta method.perturbation.sigma
-  method.descent.alpha optimizer.weight_decay optimizer.momentum scheduler.warmup_epochs
-  trainer.overfit_batches
-a number >= 0, or null: method.rho_min trainer.limit_train_batches trainer.limit_val_batches
-  trainer.limit_test_batches
-a number >= 0, below 1 a fraction of the images: data.val_size
-a number > 0: lr optimizer.lr scheduler.gamma
-a number > 0, or null: method.passes trainer.gradient_clip_val trainer.val_check_interval
-a number > 0, up to 1 a fraction of the images: data.subset
-a number from 0 to below 1: label_smoothing model.dropout method.perturbation.decay
-a number from 0 to 1: model.p_last
-a number from above 0 to 1: method.perturbation.beta method.ascent_fraction method.descent_fraction
-a fraction from 0 to 1: scheduler.final data.label_noise
-a number of seconds from 1 to {10**7}: trainer.timeout
-two numbers from 0 to below 1: optimizer.betas
-a list of fractions of the run, from 0 to 1: scheduler.milestones
-a list of numbers from 0 to 1, or null: data.mean
-a list of numbers from above 0 to 1, or null: data.std
-auto, contiguous, channels_last: memory_format
-null, {", ".join(METRICS)}: optimized_metric
-all, normalization: method.perturbed_layers
-auto, cpu, cuda, gpu, mps: trainer.accelerator
-32-true, 16-mixed, bf16-mixed, 64-true, 32, 64: trainer.precision
-norm: trainer.gradient_clip_algorithm
-null, simple, advanced, pytorch: trainer.profiler
-null, autoaugment, autoaugment_svhn, trivialaugment, randaugment: data.policy
-null, cpu, cuda: data.device
-the path of a folder: output_dir data.root
-a text: method.name
-a text, or null: trainer.model_registry
-"""
+Metric = Literal[
+    "val/acc", "val/acc5", "val/error", "val/loss", "test/acc", "test/acc5", "test/error",
+    "test/loss", "train/acc", "train/loss",
+]  # fmt: skip
+MethodName = Annotated[str, Rule("the name of a method", bool)]
+METRICS: tuple[str, ...] = get_args(Metric)
+BatchSize = Annotated[int, within(1, 10**9)]
+Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
+PROCESSORS = os.cpu_count() or 1
 
 
-def allows(text: str) -> Holds:
-    """The test that ``a whole number >= 1, or null`` describes; see ``TABLE`` for other words."""
-    words = text.removesuffix(", or null")
-    if found := re.match(
-        r"(a list of|two|an odd|a) (whole )?(?:number|fraction)s?\b.*?"
-        r"(?:(>=?)|from( above)?) (-?\d+)(?: to (below )?(\d+))?",
-        words,
-    ):
-        many, whole, sign, above, least, below, most = found.groups()
-        low, high = int(least), float(most or sys.float_info.max)
-        excluded = {low} if sign == ">" or above else {high} if below else set()
-        kinds = (int,) if whole or many == "an odd" else (int, float)
+@dataclass
+class Described:
+    """An object to build; the signature of its class says which other keys there are."""
 
-        def one(v: Any) -> bool:
-            inside = type(v) in kinds and low <= v <= high and v not in excluded
-            return inside and (many != "an odd" or v % 2 == 1)
-
-        def some(v: Any) -> bool:
-            return OmegaConf.is_list(v) and all(map(one, v)) and (many != "two" or len(v) == 2)
-
-        holds: Holds = some if many in ("a list of", "two") else one
-    elif words.startswith(("a text", "a fi", "a fo", "the ")):
-        holds = _text
-    else:
-        known = {"true": True, "false": False, "null": None, "32": 32, "64": 64}
-        values = [known.get(word, word) for word in words.split(", ")]
-        holds = lambda v: any(type(v) is type(a) and v == a for a in values)  # noqa: E731
-    return holds if words == text else lambda v: v is None or holds(v)
+    _target_: Any
 
 
-def _text(v: Any) -> bool:
-    return isinstance(v, str) and v != ""
+@dataclass
+class Data:
+    """The keys of ``data``."""
+
+    source: Described
+    label_noise: Annotated[float, within(0, 1, ", a fraction of the labels")]
+    val_size: Annotated[float, within(0, None, ", below 1 a fraction of the images")] = ABSENT
+    subset: Annotated[float, within(0, None, ", up to 1 a fraction of the images", above=True)] = (
+        ABSENT
+    )
+    split_seed: Index = ABSENT
+    mean: list[Fraction] | None = ABSENT
+    std: list[Annotated[float, within(0, 1, above=True)]] | None = ABSENT
+    crop_padding: Index = ABSENT
+    flip: bool = ABSENT
+    cutout: Index = ABSENT
+    policy: Literal["autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"] | None = (
+        ABSENT
+    )
+    eval_batch_size: BatchSize = ABSENT
+    num_workers: Annotated[int, within(0, 16 * PROCESSORS, ", 16 for each processor")] = ABSENT
+    device: Literal["cpu", "cuda"] | None = ABSENT
+    drop_last: bool = ABSENT
+    root: Folder = ABSENT
+    download: bool = ABSENT
+    image_size: Count | None = ABSENT
 
 
-def _devices(v: Any) -> bool:
-    listed = allows("a list of whole numbers >= 0")(v) and 0 < len(v) == len({*v})
-    return v == "auto" or listed or allows("a whole number >= 1")(v)
+@dataclass
+class Method:
+    """The keys of ``method``; ``SAMModule`` explains them."""
+
+    name: Text
+    perturbation: Described
+    rho: NonNegative
+    rho_min: NonNegative | None = ABSENT
+    passes: Positive | None = ABSENT
+    perturbed_layers: Literal["all", "normalization"] = ABSENT
+    decay_in_ascent: bool = ABSENT
+    ascent_steps: Count = ABSENT
+    every: Count = ABSENT
+    ascent_fraction: Annotated[float, within(0, 1, above=True)] = ABSENT
+    descent_fraction: Annotated[float, within(0, 1, above=True)] = ABSENT
+    same_randomness: bool = ABSENT
+    sync_perturbation: bool = ABSENT
+    ascent_per_micro_batch: bool = ABSENT
 
 
-RULES: list[Rule] = [
-    *(
-        (key, text)
-        for text, keys in re.findall(r"^(\S.*?): ((?:.|\n )*)", TABLE, re.M)
-        for key in keys.split()
-    ),
-    ("trainer.devices", _devices, "a whole number >= 1, a list of device indices, or auto"),
-    ("logger.tensorboard.name", lambda v: v is None or isinstance(v, str), "a text, or null"),
-    (
-        "optimizer._target_",
-        lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),
-        "an optimizer that takes dense gradients and no closure",
-    ),
-]
+@dataclass
+class Optimizer:
+    """The keys of ``optimizer`` that PyTorch's optimizers share."""
+
+    _target_: Annotated[
+        Any,
+        Rule(
+            "an optimizer that takes dense gradients and no closure",
+            lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),
+        ),
+    ]
+    lr: Positive = ABSENT
+    momentum: NonNegative = ABSENT
+    nesterov: bool = ABSENT
+    betas: tuple[BelowOne, BelowOne] = ABSENT
+    weight_decay: NonNegative = ABSENT
+    fused: bool | None = ABSENT
+
+
+@dataclass
+class Trainer:
+    """The keys of ``trainer`` in conf; the signature of ``lightning.Trainer`` has others."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"]
+    devices: (
+        Count | Annotated[list[Index], Rule("a list of device indices", distinct)] | Literal["auto"]
+    )
+    num_nodes: Count
+    log_every_n_steps: Count
+    gradient_clip_val: Positive | None
+    accumulate_grad_batches: Count
+    timeout: Annotated[float, within(1, 10**7, ", in seconds")] = ABSENT
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "64", 32, 64] = ABSENT
+    sync_batchnorm: bool = ABSENT
+    deterministic: bool | Literal["warn"] = ABSENT
+    check_val_every_n_epoch: Count | None = ABSENT
+    val_check_interval: Positive | None = ABSENT
+    min_epochs: Index | None = ABSENT
+    min_steps: Index | None = ABSENT
+    gradient_clip_algorithm: Literal["norm"] = ABSENT
+
+
+@dataclass
+class Train:
+    """The configuration of a run; conf/train.yaml explains the keys."""
+
+    seed: Seed
+    rho: NonNegative
+    epochs: Count
+    batch_size: BatchSize
+    lr: Positive
+    weight_decay: NonNegative
+    label_smoothing: BelowOne
+    compile: bool
+    memory_format: Literal["auto", "contiguous", "channels_last"]
+    max_skipped_steps: Count
+    test: bool
+    ckpt_path: Any
+    checkpoint_every_n_steps: Count | None
+    traceback: bool
+    task_name: Any
+    output_dir: Folder
+    optimized_metric: Metric | None
+    data: Data
+    model: Described
+    method: Method
+    optimizer: Optimizer
+    scheduler: Described
+    trainer: Trainer
+
+
+HINTS = {key: hint for key, hint, _ in keys(Train)}
+REQUIRED = [key for key, _, required in keys(Train) if required]
 
 
 def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
@@ -159,7 +197,7 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         if key not in known:
             raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, known)}")
     plain = flat(OmegaConf.to_container(cfg, resolve=False))
-    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED.split(), *plain):
+    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *plain):
         if plain.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
     for key, value in plain.items():
@@ -168,33 +206,16 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         except OmegaConfBaseException as error:  # an interpolation of a missing key
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     OmegaConf.resolve(copy := cfg.copy())
-    check_values(copy, [rule for rule in RULES if not _is_of_others(copy, rule[0])])
+    plain = flat(OmegaConf.to_container(copy))
+    if not is_in(TARGETS["optimizer"], str(target := copy.optimizer._target_)):
+        copy.optimizer = {"_target_": target}  # its other keys may mean something else
+    check_values(copy, HINTS)
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
-    plain = flat(OmegaConf.to_container(copy))
     _check_names(plain)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
         _check_folders(plain)
     _check_files(copy)
-
-
-def check_values(cfg: DictConfig, rules: Iterable[Rule]) -> None:
-    """Refuse the first value that breaks its rule; a key that is not there breaks none."""
-    for key, *test, allowed in rules:
-        value = OmegaConf.select(cfg, key, default=(absent := object()))
-        if value is absent:
-            continue
-        holds = test[0] if test else allows(allowed)
-        if not holds(value):
-            shown = "null" if value is None else value
-            raise ConfigError(f"{key}={shown}: allowed is {allowed}")
-
-
-def _is_of_others(cfg: DictConfig, key: str) -> bool:
-    """Whether the key is an argument of foreign code, where it may mean something else."""
-    owner = key.rpartition(".")[0]
-    target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
-    return target is not None and not is_in(TARGETS[owner], str(target))
 
 
 def _check_names(plain: dict[str, Any]) -> None:
@@ -215,7 +236,7 @@ def _check_folders(plain: dict[str, Any]) -> None:
         of_others = key.startswith(("logger.", "callbacks.")) and path is not None
         if key != "output_dir" and not (of_others and key.rpartition(".")[2] in FOLDERS):
             continue
-        if not _text(path):
+        if not isinstance(path, str) or not path:
             raise ConfigError(f"{key}={path}: allowed is the path of a folder")
         folder = Path(path).absolute()
         try:  # making it is the only sure test

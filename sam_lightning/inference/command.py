@@ -4,27 +4,20 @@ Nothing here loads torch: a wrong argument is refused at once.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
 
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule
+from sam_lightning.config.values import Rule
 
-CKPT_PATH = {"ckpt_path": ("???",)}
-ROOT = {"data.root": (None,)}
-DEVICE = {"device": ("auto", "auto, cpu, cuda")}
-OUT = {"out": (None, "a folder, as in ./figures, or null")}
-
-
-def keys(given: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Any], list[Rule]]:
-    """What ``parse`` takes, of keys with their default and, as in a ``Rule``, what is allowed."""
-    rules: list[Any] = [(key, *rule) for key, (_, *rule) in given.items() if rule]
-    return {key: default for key, (default, *_) in given.items()}, rules
+CKPT_PATH = {"ckpt_path": ("???", Any)}
+ROOT = {"data.root": (None, Any)}
+DEVICE = {"device": ("auto", Literal["auto", "cpu", "cuda"])}
+OUT = {"out": (None, Annotated[str, Rule("a folder, as in ./figures", bool)] | None)}
 
 
 def out_folder(options: DictConfig) -> Path | None:

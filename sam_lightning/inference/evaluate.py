@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from omegaconf import OmegaConf
 from rich.markup import escape
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
+from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
 
@@ -53,16 +53,16 @@ Computed in float32, on one device: equal to the run's own test where that was t
   out            the folder to write to; null: the run's
 """
 
-KEYS = {
+KEYS: Keys = {
     **command.CKPT_PATH,
-    "split": ("test", "test, val, train"),
+    "split": ("test", Literal["test", "val", "train"]),
     **command.ROOT,
-    "batch_size": (None, "a whole number >= 1, or null"),
+    "batch_size": (None, Count | None),
     **command.DEVICE,
-    "corruptions": (None, "a folder, as in CIFAR-10-C, or null"),
+    "corruptions": (None, Annotated[str, Rule("a folder, as in CIFAR-10-C", bool)] | None),
     **command.OUT,
 }
-DEFAULTS, RULES = command.keys(KEYS)
+
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
 EACH = 20  # with more classes, predictions.csv has only the most likely
@@ -159,7 +159,7 @@ def _outputs(
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate as the arguments say; print the result, and write it."""
-    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     out = command.out_folder(options) or run_folder(file)
     if options.corruptions is not None and options.split != "test":
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     from sam_lightning.inference.load import data_of, load
 
     trained = load(file, device=options.device)
-    data = data_of(trained.config, root=OmegaConf.select(options, "data.root"))
+    data = data_of(trained.config, root=options.data.root)
     split: Split | None = getattr(data, options.split)
     if split is None:
         raise ConfigError("split=val: the run held out no validation data; allowed are test, train")

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import allows
+from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
 
@@ -38,19 +38,15 @@ Nothing is written if the logits of random images are not those of the checkpoin
   out            the file to write to; null: beside the checkpoint
 """
 
-KEYS = {
+KEYS: Keys = {
     **command.CKPT_PATH,
-    "format": ("???", "onnx, pt2"),
-    "normalize": (True, "true, false"),
-    "batch": (
-        "dynamic",
-        lambda v: v == "dynamic" or allows("a whole number >= 1")(v),
-        "dynamic, or a whole number >= 1",
-    ),
-    "image_size": (None, "a whole number >= 1, or null"),
-    "out": (None, "a file, as in ./model.onnx, or null"),
+    "format": ("???", Literal["onnx", "pt2"]),
+    "normalize": (True, bool),
+    "batch": ("dynamic", Literal["dynamic"] | Count),
+    "image_size": (None, Count | None),
+    "out": (None, Annotated[str, Rule("a file, as in ./model.onnx", bool)] | None),
 }
-DEFAULTS, RULES = command.keys(KEYS)
+
 
 TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order stay far below
 
@@ -162,7 +158,7 @@ def _largest_difference(
 
 def main(argv: list[str] | None = None) -> None:
     """Export as the arguments say, and print the largest difference of logits."""
-    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
     out = Path(options.out or file.with_suffix(suffix)).expanduser()

@@ -9,15 +9,16 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
 from sam_lightning.config.schema import one_line
+from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
 
@@ -44,16 +45,15 @@ A file that is no image is named, gets a row with the error, and makes the exit 
   device         auto, cpu or cuda
 """
 
-KEYS = {
+KEYS: Keys = {
     **command.CKPT_PATH,
-    "input": ("???",),
-    "top_k": (5, "a whole number >= 1"),
-    "format": ("table", "table, json, csv"),
-    "out": (None, "a file, as in ./a.csv, or null"),
-    "batch_size": (128, "a whole number >= 1"),
+    "input": ("???", Any),
+    "top_k": (5, Count),
+    "format": ("table", Literal["table", "json", "csv"]),
+    "out": (None, Annotated[str, Rule("a file, as in ./a.csv", bool)] | None),
+    "batch_size": (128, Count),
     **command.DEVICE,
 }
-DEFAULTS, RULES = command.keys(KEYS)
 
 
 def predict(
@@ -113,7 +113,7 @@ def find(given: str) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Classify as the arguments say; exit with 1 if there was a file that is no image."""
-    options = parse(ABOUT, DEFAULTS, RULES, argv)
+    options = parse(ABOUT, KEYS, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))
     out = None if options.out is None else Path(options.out).expanduser()

@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -11,15 +11,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import check_values
+from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
 
 # A folder of this name is made below logs, so the name must not lead out of it.
-TASK_NAME = (
-    "task_name",
-    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", str(v))) and v is not None,
-    "a name of letters, digits, -, _ and .",
-)
+TaskName = Annotated[
+    str | int,
+    Rule(
+        "a name of letters, digits, -, _ and .",
+        lambda v: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", str(v))),
+    ),
+]
 
 
 class RunFolder(Callback):
@@ -50,7 +52,7 @@ class RunFolder(Callback):
 
 def _made(config: DictConfig, key: str) -> Path:
     try:
-        check_values(config, [TASK_NAME])
+        check_value("task_name", config.get("task_name"), TaskName)
         path = str(OmegaConf.select(config, key) or "")
         if not path:
             raise ConfigError(f"{key}=: must be the path of a folder")

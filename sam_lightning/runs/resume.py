@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import explain, key_of, quoted
-from sam_lightning.config.schema import check_values
 from sam_lightning.config.trust import check_targets, trust_arguments
-from sam_lightning.runs.folder import TASK_NAME
+from sam_lightning.config.values import check_value
+from sam_lightning.runs.folder import TaskName
 from sam_lightning.runs.old_names import with_current_names
 
 
@@ -64,7 +64,7 @@ def resumed(arguments: list[str]) -> list[str]:
 def _newest_run(given: dict[str, str]) -> Path:
     """The newest run of the task that is given, or of any, by the time in the folder's name."""
     if "task_name" in given:
-        check_values(OmegaConf.create({"task_name": given["task_name"]}), [TASK_NAME])
+        check_value("task_name", given["task_name"], TaskName)
     task = given.get("task_name", "**")
     file = CONF / "experiment" / f"{given.get('experiment')}.yaml"
     if "task_name" not in given and file.is_file():

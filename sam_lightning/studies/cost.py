@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import Rule
+from sam_lightning.config.values import Positive
 from sam_lightning.studies.plan import configuration
 from sam_lightning.studies.report.runs import passes_per_step
 
@@ -25,8 +25,8 @@ All other arguments are those of train.py, for one run. The rate is what a devic
 its maker promises: the default is a guess. A short run shows yours: 3 times the FLOPs of a forward
 pass, times the passes, times images_per_second of its metrics.json.
 """
-DEFAULTS = {"flops_per_second": 2e13}
-RULES: list[Rule] = [("flops_per_second", "a number > 0")]
+KEYS: Keys = {"flops_per_second": (2e13, Positive)}
+
 
 # Of each source: training images, and their channels, side and classes.
 SHAPES = {
@@ -51,8 +51,8 @@ class Cost(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the cost of the run that the arguments describe."""
     argv = sys.argv[1:] if argv is None else argv
-    own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
-    rate = float(parse(ABOUT, DEFAULTS, RULES, own).flops_per_second)
+    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
+    rate = float(parse(ABOUT, KEYS, own).flops_per_second)
     overrides = [a for a in argv if a not in own]
     if flags := [a for a in overrides if a.startswith("-")]:
         raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")

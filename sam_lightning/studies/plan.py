@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -14,34 +14,28 @@ from omegaconf import DictConfig, OmegaConf
 from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
-from sam_lightning.config.schema import (
-    METRICS,
-    RULES,
-    Rule,
-    check,
-    check_values,
-    no_such_key,
-    one_line,
-)
+from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
+from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
 from sam_lightning.studies.report.runs import passes_per_step, settings
 from sam_lightning.studies.sweep import LONGEST_NAME
 
 FOLDER = Path("logs") / "studies"
-# The parts of a file, what they are if they are not given, and what they may be.
+# The parts of a file, and what they are if they are not given.
 PARTS: dict[str, Any] = {
     **{"common": {}, "seeds": None, "settings": {}, "arms": None},
     **{"metric": "test/acc", "baseline": "sgd"},
 }
-CONTENT: list[Rule] = [
-    (
-        "seeds",
-        lambda v: OmegaConf.is_list(v) and 0 < len(v) == len({*map(str, v)}),
-        "a list, each seed once, as in [0, 1, 2]",
-    ),
-    ("arms", lambda v: OmegaConf.is_dict(v) and len(v) > 0, "a mapping from names to overrides"),
-    ("metric", ", ".join(METRICS)),
-    ("baseline", "the name of a method"),
-]
+CONTENT = {
+    "seeds": Annotated[list[Any], Rule("a list, each seed once, as in [0, 1, 2]", distinct)],
+    "arms": Annotated[
+        Any,
+        Rule("a mapping from names to overrides", lambda v: OmegaConf.is_dict(v) and len(v) > 0),
+    ],
+    "metric": Metric,
+    "baseline": MethodName,
+}
+
+
 # Keys of train.py that the study sets for each run, and what to give instead.
 OWN = {
     "seed": "list them in seeds",
@@ -148,7 +142,7 @@ def _content(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{key}: {no_such_key(str(key), PARTS)}")
     check_values(OmegaConf.create({**PARTS, **content}), CONTENT)
     for seed in content["seeds"]:
-        check_values(OmegaConf.create({"seed": seed}), RULES)
+        check_value("seed", seed, Seed)
     return content
 
 

@@ -7,16 +7,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
-from sam_lightning.config.schema import Rule, did_you_mean, no_such_key, one_line
+from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
@@ -34,14 +35,16 @@ A study: methods, settings and seeds in one YAML file. Runs what is missing, the
 Runs are in logs/studies/NAME; the same command goes on where it was stopped. What the
 report makes of them, and runs.json with every run's results, goes to OUT/NAME.
 """
-DEFAULTS = {"jobs": 1, "out": "results", "only": None, "seed": None, "dry": False}
-RULES: list[Rule] = [
-    ("jobs", "a whole number >= 1, of runs at a time"),
-    ("out", "the path of a folder"),
-    ("only", lambda v: v is None or isinstance(v, str | int), "names of arms, as in sgd,sam"),
-    ("seed", lambda v: v is None or isinstance(v, str | int), "seeds of the file, as in 0,1"),
-    ("dry", "true, false"),
-]
+KEYS: Keys = {
+    "jobs": (1, Annotated[int, within(1, None, ", of runs at a time")]),
+    "out": ("results", Folder),
+    "only": (None, Annotated[str | int, Rule("names of arms, as in sgd,sam", bool)] | None),
+    "seed": (
+        None,
+        Annotated[str | int, Rule("seeds of the file, as in 0,1", lambda v: v != "")] | None,
+    ),
+    "dry": (False, bool),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     """The file, the study's own options, and overrides of every run."""
-    own = [a for a in argv if a.partition("=")[0] in DEFAULTS or a in ("-h", "--help")]
-    options = parse(ABOUT, DEFAULTS, RULES, own)
+    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
+    options = parse(ABOUT, KEYS, own)
     files = [a for a in argv if "=" not in a]
     overrides = [a for a in argv if "=" in a and a not in own]
-    known = [*DEFAULTS, *top_level()]
+    known = [*KEYS, *top_level()]
     for a in argv:
         if a.startswith("-"):
             raise ConfigError(f"{a}: no such flag; a setting is given as key=value")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,30 +22,39 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import COMPOSING
-from sam_lightning.config.schema import Rule, check_values, one_line
+from sam_lightning.config.schema import one_line
+from sam_lightning.config.values import (
+    Count,
+    Fraction,
+    Rule,
+    check_values,
+)
 from sam_lightning.runs.files import read_status, record_failure, write_json
 from sam_lightning.runs.folder import refuse
 
 log = logging.getLogger(__name__)
 
-RULES: list[Rule] = [
-    ("hydra.sweeper.n_trials", "a whole number >= 1"),
-    (
-        "hydra.sweeper.direction",
-        lambda v: getattr(v, "name", v) in ("minimize", "maximize"),
-        "minimize, maximize",
-    ),
-    ("hydra.sweeper.n_jobs", "a whole number >= 1"),
-    ("hydra.sweeper.max_failure_rate", "a number from 0 to 1"),
-    (
-        "hydra.sweeper.storage",
-        lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
-        "the URL of a database, or null",
-    ),
-    ("hydra.sweeper.storage.path", "the path of a file"),
-    ("hydra.sweeper.max_batch_size", "a whole number >= 1, or null"),
-    ("hydra.launcher.n_jobs", lambda v: v != 0, "a whole number other than 0"),
-]
+HINTS = {
+    "hydra.sweeper.n_trials": Count,
+    "hydra.sweeper.direction": Annotated[
+        Any,
+        Rule("minimize, maximize", lambda v: getattr(v, "name", v) in ("minimize", "maximize")),
+    ],
+    "hydra.sweeper.n_jobs": Count,
+    "hydra.sweeper.max_failure_rate": Fraction,
+    "hydra.sweeper.storage": Annotated[
+        Any,
+        Rule(
+            "the URL of a database, or null",
+            lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
+        ),
+    ],
+    "hydra.sweeper.storage.path": Annotated[str, Rule("the path of a file", bool)],
+    "hydra.sweeper.max_batch_size": Count | None,
+    "hydra.launcher.n_jobs": Annotated[Any, Rule("a whole number other than 0", bool)],
+}
+
+
 LONGEST_NAME = 255  # bytes that file systems allow a folder
 
 
@@ -101,14 +110,14 @@ class SweepFolder(Callback):
         try:
             _check_processes(config)
             _check_overrides(config)
-            check_values(config, RULES)
+            check_values(config, HINTS)
+            storage = OmegaConf.select(config, "hydra.sweeper.storage")
+            if OmegaConf.is_dict(storage) and "path" in storage:
+                storage = f"sqlite:///{storage.path}"
             if "n_trials" in config.hydra.sweeper and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
         except ConfigError as error:
             refuse(str(error))
-        storage = OmegaConf.select(config, "hydra.sweeper.storage")
-        if OmegaConf.is_dict(storage) and "path" in storage:
-            storage = f"sqlite:///{storage.path}"
         SweepFolder.storage = storage if isinstance(storage, str) else None
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)

@@ -25,8 +25,8 @@ def test_the_update_is_that_of_the_formula():
     for _ in range(5):
         w = expected[-1]
         g = gradient(w)
-        climbed = w + rho * g / np.linalg.norm(g)
-        expected += [climbed, w - 1.5 * gradient(climbed)]
+        perturbed = w + rho * g / np.linalg.norm(g)
+        expected += [perturbed, w - 1.5 * gradient(perturbed)]
     assert np.array(figures.walk(options, rho, 5)) == pytest.approx(np.array(expected), rel=1e-9)
     sgd = figures.walk(options, 0.0, 1)
     assert sgd[1] == sgd[0]
@@ -35,8 +35,8 @@ def test_the_update_is_that_of_the_formula():
 
 def test_sam_goes_on_to_where_the_valley_is_wide():
     """What the right panel shows: both end on the curve of minima, SAM at equal weights."""
-    options = figures.DEFAULTS
-    ends = [figures.walk(OmegaConf.create(dict(options)), rho, 200)[-1] for rho in (0, 0.4)]
+    options = OmegaConf.create({key: default for key, (default, _) in figures.KEYS.items()})
+    ends = [figures.walk(options, rho, 200)[-1] for rho in (0, 0.4)]
     assert np.linalg.norm(gradient(ends[0])) < 1e-6
     assert [b - a for a, b in ends] == [pytest.approx(0.67, abs=0.01), pytest.approx(0, abs=0.1)]
 

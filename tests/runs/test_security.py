@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,7 @@ def test_lists_reach_a_constructor_as_lists():
 
 OWN = """
 from pathlib import Path
+from typing import Any
 from torch import nn
 from sam_lightning.data import ImageSource, digits
 Path({imported!r}).touch()
@@ -180,17 +182,19 @@ def test_what_is_no_name_cannot_be_trusted(names):
     assert one_line_error(trust.trust, names).startswith("trust=")
 
 
+ON_CHECKPOINT = {"ckpt_path": ("???", Any)}
+
+
 def test_commands_that_read_checkpoints_take_trust(monkeypatch, capsys):
     monkeypatch.setattr(trust, "_typed", set())
-    defaults = {"ckpt_path": "???"}
-    options = parse("", defaults, [], ["ckpt_path=a", "trust=a.b,c.d", "trust=[e.f]"])
+    options = parse("", ON_CHECKPOINT, ["ckpt_path=a", "trust=a.b,c.d", "trust=[e.f]"])
     assert (dict(options), trust._typed) == ({"ckpt_path": "a"}, {"e.f"})
     for names in ("x", "{a:1}", "3", "a.b c.d"):
-        message = one_line_error(parse, "", defaults, [], ["ckpt_path=a", f"trust={names}"])
+        message = one_line_error(parse, "", ON_CHECKPOINT, ["ckpt_path=a", f"trust={names}"])
         assert message.startswith("trust=")
-    assert "trust=x.y: no such key" in one_line_error(parse, "", {"out": 1}, [], ["trust=x.y"])
+    assert "trust=x.y: no such key" in one_line_error(parse, "", {"out": (1, Any)}, ["trust=x.y"])
     with pytest.raises(SystemExit):
-        parse("", defaults, [], ["--help"])
+        parse("", ON_CHECKPOINT, ["--help"])
     assert "trust=my_project.Net" in capsys.readouterr().out
 
 

@@ -103,12 +103,12 @@ def test_geometry_is_that_of_a_plain_loop_in_float64(tmp_path, options, plain):
         assert -1 < values[1] < 0.999
 
 
-def test_where_few_updates_climb_the_last_one_before_a_log_is_measured(tmp_path):
+def test_where_few_steps_perturb_the_last_one_before_a_log_is_measured(tmp_path):
     data = fit(tmp_path, [10] * 8, rho=0.2, every=2)
     found = logged(tmp_path)
-    climbed = {3: 3, 6: 5}  # updates 7 and 8 are logged at the epoch's end: 9 would be measured
-    assert found.keys() == climbed.keys()
-    for number, at in climbed.items():
+    perturbed = {3: 3, 6: 5}  # updates 7 and 8 are logged at the epoch's end: 9 would be measured
+    assert found.keys() == perturbed.keys()
+    for number, at in perturbed.items():
         expected = geometry([[b] for b in data[:at]], 0.2, every=2)
         assert found[number] == pytest.approx(expected, rel=1e-5)
 

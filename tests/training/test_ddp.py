@@ -236,7 +236,7 @@ def m_sharpness(case, groups_of):
 
 
 @pytest.mark.parametrize("case", ["local", "asam", "clipped", "accumulated", "micro"])
-def test_without_sync_each_device_climbs_by_itself(ranks, case):
+def test_without_sync_each_rank_perturbs_by_itself(ranks, case):
     parts = [[shard(batch, rank) for rank in range(RANKS)] for batch in data_of(case)]
     if case == "accumulated":
         pairs = zip(parts[::2], parts[1::2], strict=True)
@@ -388,7 +388,7 @@ def with_shared_statistics(case):
 @pytest.mark.parametrize(
     "case", ["batch norm, synced", "batch norm, uneven", "batch norm, without weights"]
 )
-def test_devices_with_synchronous_batch_norm_climb_along_the_loss_of_all(ranks, case):
+def test_ranks_with_synchronous_batch_norm_perturb_along_the_loss_of_all(ranks, case):
     found = ranks[0][case]["weights"]
     for one, expected in zip(found, with_shared_statistics(case), strict=True):
         reference.assert_close(one, expected, atol=1e-10, rtol=0)

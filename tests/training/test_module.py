@@ -71,7 +71,7 @@ def test_clipping_is_that_of_torch():
 
 
 @pytest.mark.parametrize("method", ["sam", "asam"])
-def test_each_micro_batch_can_climb_by_itself(method):
+def test_each_micro_batch_can_perturb_by_itself(method):
     data = batches([24, 24, 15] * 5 + [12, 13])
     groups = [data[i : i + 3] for i in range(0, len(data), 3)]
     ours, theirs = convnet(), convnet()

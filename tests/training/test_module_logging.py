@@ -82,7 +82,7 @@ def test_logged_values_are_means_over_the_updates_since_the_last_log():
     assert [value for _, value in recorder.values("train/lr")] == lrs[1::2]
 
 
-def test_sharpness_is_the_mean_over_the_updates_that_climbed():
+def test_sharpness_is_the_mean_over_perturbed_steps():
     data = batches([8] * 6)
     recorder = Recorder()
     fit(convnet(), data, {"logger": recorder, "log_every_n_steps": 6}, rho=0.1, every=3)

@@ -4,10 +4,12 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import METRICS, Rule
+from sam_lightning.config.schema import METRICS, MethodName, Metric
+from sam_lightning.config.values import Rule
 
 ABOUT = """
 Tables and figures of runs and sweeps: means and 95 % intervals over seeds, the best rho on
@@ -19,13 +21,12 @@ validation data, paired tests against a baseline, and what it cost.
 Writes report.md, report.tex, report.csv (a row per run), summary.csv (a row per group) and figures
 to a folder, by default report in the first of those given. Failed runs are named and left out.
 """
-DEFAULTS = {"metric": "test/acc", "baseline": "sgd", "out": None, "formats": "png,svg"}
-RULES: list[Rule] = [
-    ("metric", ", ".join(METRICS)),
-    ("baseline", lambda v: isinstance(v, str), "the name of a method"),
-    ("out", "a folder, or null"),
-    ("formats", "png,svg, png, svg, pdf, null"),
-]
+KEYS: Keys = {
+    "metric": ("test/acc", Metric),
+    "baseline": ("sgd", MethodName),
+    "out": (None, Annotated[str, Rule("a folder", bool)] | None),
+    "formats": ("png,svg", Literal["png,svg", "png", "svg", "pdf"] | None),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Names of folders may have "=" in them, as those of a sweep's jobs do.
     own = [a for a in argv if "=" in a and "/" not in a.partition("=")[0] and not Path(a).exists()]
     own += [a for a in argv if a in ("-h", "--help")]
-    options = parse(ABOUT, DEFAULTS, RULES, own)
+    options = parse(ABOUT, KEYS, own)
     folders = [Path(a) for a in argv if a not in own]
     if not folders:
         raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.metric not in known:
         raise ConfigError(f"metric={options.metric}: these runs have {', '.join(sorted(known))}")
     methods = {str(run.settings["method"]) for run in runs if "method" in run.settings}
-    if options.baseline not in (*methods, DEFAULTS["baseline"]):
+    if options.baseline not in (*methods, KEYS["baseline"][0]):
         have = ", ".join(sorted(methods))
         raise ConfigError(f"baseline={options.baseline}: these runs have {have}")
     out = folders[0] / "report" if options.out is None else Path(options.out)

@@ -152,8 +152,8 @@ def passes_per_step(method: Mapping[str, Any]) -> float | None:
     fraction, steps, descent, every = (finite(method.get(key, 1)) for key in keys)
     if "rho" not in method or not (fraction and steps and descent and every):
         return None
-    climbing = fraction * steps + (1 if descent == 1 else descent + 1 / 3)
-    return 1 + (climbing - 1) / every
+    passes = fraction * steps + (1 if descent == 1 else descent + 1 / 3)
+    return 1 + (passes - 1) / every
 
 
 def curve(folder: Path, name: str) -> "pd.Series[float]":
