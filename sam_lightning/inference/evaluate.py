@@ -14,6 +14,7 @@ from rich.markup import escape
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
+from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
@@ -214,6 +215,7 @@ def _write_predictions(
     likely: Tensor,
 ) -> None:
     """A row for each image; ``probabilities`` and ``likely`` as ``evaluate`` returns them."""
+    classes = [clean(name, "csv") for name in classes]
     head = ["index" if split.names is None else "file", "label", "prediction", "probability"]
     if each := len(classes) <= EACH:
         head += [f"p({name})" for name in classes]
@@ -232,7 +234,7 @@ def _write_predictions(
             else:
                 named = [classes[j] for j in likely[i]]
                 more = [cell for pair in zip(named, found, strict=True) for cell in pair]
-            writer.writerow([name, *told, *more])
+            writer.writerow([clean(name, "csv", undecoded=True), *told, *more])
 
 
 def _print_tables(result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from sam_lightning.inference import evaluate as command
 from sam_lightning.inference.evaluate import evaluate, main
 from sam_lightning.inference.load import data_of, load
 from sam_lightning.runs.checkpoint import read
-from trained_runs import digits_run, folder_run, hostile, last
+from trained_runs import changed, digits_run, folder_run, hostile, last
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,22 @@ def test_predictions_have_the_names_of_files(photos, tmp_path):
             (each,) = probabilities_of(model, image)
         assert row[2] == model.classes[each.argmax()]
         assert [float(p) for p in row[4:]] == pytest.approx(each, rel=1e-3, abs=1e-6)
+
+
+def test_names_are_cleaned_for_spreadsheets(photos, tmp_path):
+    def rename(checkpoint):
+        checkpoint["hyper_parameters"]["classes"] = ["=1+1", "r\x1bed", "yellow"]
+
+    (tmp_path / "photos").mkdir()
+    for split in ("train", "test"):
+        for old, new in (("blue", "=1+1"), ("red", "r\x1bed"), ("yellow", "yellow")):
+            shutil.copytree(photos / "photos" / split / old, tmp_path / "photos" / split / new)
+    changed(last(photos), tmp_path / "x.ckpt", rename)
+    main([f"ckpt_path={tmp_path / 'x.ckpt'}", f"data.root={tmp_path / 'photos'}"])
+    head, rows = predictions(tmp_path)
+    assert head[4:] == ["p('=1+1)", "p(r ed)", "p(yellow)"]
+    assert {row[1] for row in rows} == {"'=1+1", "r ed", "yellow"}
+    assert rows[5][0] == "test/r ed/0.png"
 
 
 def test_of_many_classes_predictions_have_the_most_likely(run, tmp_path, monkeypatch):

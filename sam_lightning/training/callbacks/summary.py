@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sam_lightning.config.progress import duration
+from sam_lightning.config.text import clean
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.source import Split
 from sam_lightning.training.callbacks.progress import Throughput
@@ -96,8 +97,8 @@ def images(split: Split, classes: list[str]) -> str:
     """The number of images, and of those in each class."""
     counts = torch.bincount(split.labels, minlength=len(classes)).tolist()
     if len(classes) <= NAMED:
-        named = (f"{count:,} {name}" for count, name in zip(counts, classes, strict=True))
-        each = "".join(c if c.isprintable() else " " for c in ", ".join(named))
+        named = (f"{count:,} {clean(name)}" for count, name in zip(counts, classes, strict=True))
+        each = ", ".join(named)
     else:
         least, most = min(counts), max(counts)
         each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
