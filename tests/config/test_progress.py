@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sam_lightning.analysis.checkpoints import stage
+from sam_lightning.analysis.loss_surface import LossSurface
 from sam_lightning.config import progress as shown
 from sam_lightning.config.progress import duration, progress
 from sam_lightning.data import image_folder
@@ -81,4 +84,17 @@ def test_decoding_tells_how_far_it_is(said, monkeypatch, tmp_path):
     image_folder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert [re.sub(", about.*", "", m) for m in said.messages] == [
         f"decoding: {i} of 4" for i in (1, 2, 3)
+    ]
+
+
+def test_an_analysis_tells_how_many_passes_are_done(said, monkeypatch):
+    monkeypatch.setattr(shown, "FIRST", 0)
+    batches = [(torch.randn(4, 2), torch.tensor([0, 1, 1, 0]))] * 3
+    surface = LossSurface(torch.nn.Linear(2, 2), batches)
+    with stage(surface, "loss", 2):
+        surface.value()
+        surface.value()
+    surface.value()
+    assert [re.sub(", about.*", "", m) for m in said.messages] == [
+        f"loss: {i} of 6" for i in (1, 2, 3, 4, 5)
     ]
