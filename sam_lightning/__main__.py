@@ -1,5 +1,6 @@
 """``python -m sam_lightning COMMAND``, installed as ``sam-lightning COMMAND`` too."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -17,9 +18,11 @@ COMMANDS = {
     "landscape": ("analysis.landscape", "draw the loss around checkpoints"),
     "report": ("studies.report.command", "make tables, tests and figures of runs"),
     "study": ("studies.study", "run methods x settings x seeds, then report"),
+    "rerun": ("studies.rerun", "train with the settings of a run once more"),
+    "diff": ("studies.diff", "compare the settings and metrics of two runs"),
     "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
 }
-NEEDS_CONF = ("study", "cost")
+NEEDS_CONF = ("study", "rerun", "cost")
 
 
 def main() -> None:
@@ -41,6 +44,8 @@ def _run(name: str, *rest: str) -> None:
         raise ConfigError(f"{name}: no such command{hint}")
     if name in NEEDS_CONF and not CONF.is_dir() and not {"-h", "--help"} & {*rest}:
         raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sam_lightning").setLevel(logging.INFO)
     import_module(f"sam_lightning.{COMMANDS[name][0]}").main([*rest])
 
 

@@ -39,14 +39,14 @@ log = logging.getLogger(__name__)
 def guarded(main: Callable[[], Any]) -> None:
     """Call a Hydra main function; end with one line on stderr if the user can fix the cause.
 
-    Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``debug=true`` shows
-    tracebacks instead.
+    Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``traceback=true``
+    shows tracebacks instead.
     """
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
-    debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
+    traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     try:
         arguments = settings_first(sys.argv[1:])
         check_flags(arguments)
@@ -54,7 +54,7 @@ def guarded(main: Callable[[], Any]) -> None:
         with summarized():
             main()
     except Exception as error:
-        if debug:
+        if traceback:
             raise
         with one_line_errors():
             if (said := _explained(error)) is not error:
@@ -134,7 +134,7 @@ def run(cfg: DictConfig) -> float | None:
         if hydra.output_subdir is not None:  # otherwise the folder is an earlier run's
             os.chdir(hydra.runtime.cwd)  # leave that folder: hydra.job.chdir=true
             _discard(Path(hydra.runtime.output_dir))
-        if cfg.get("debug") is True:
+        if cfg.get("traceback") is True:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)  # Hydra would print another line
         sys.exit(1 if isinstance(error, TrainingError) else 2)

@@ -281,7 +281,12 @@ def test_other_commands_take_their_arguments(page):
             file, _, _ = module.arguments(arguments)
             assert (ROOT / file).is_file()
             continue
-        parse("", module.KEYS, [a for a in arguments if "=" in a])
+        settings = [a for a in arguments if "=" in a]
+        if command == "rerun":  # takes settings of train.py
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                compose("train", settings)
+        elif settings:
+            parse("", module.KEYS, settings)
 
 
 def configured():

@@ -1,7 +1,6 @@
-"""What ``sharpness`` and ``landscape`` share: checkpoints, images, names, a progress bar."""
+"""What ``sharpness`` and ``landscape`` share: checkpoints, images, names, progress."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.progress import progress
 from sam_lightning.config.values import Count, Seed
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, run_folder
@@ -119,22 +117,11 @@ def _method(config: Any) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on stderr, where that is a terminal."""
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    silent = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
-        yield bar
-
-
-@contextmanager
-def stage(bar: Progress, surface: "LossSurface", name: str, passes: int) -> Iterator[None]:
+def stage(surface: "LossSurface", name: str, passes: int) -> Iterator[None]:
     """Show the passes of one measurement, ``passes`` over all batches at most."""
-    task = bar.add_task(name, total=passes * len(surface.batches))
-    before, surface.tick = surface.tick, lambda: bar.advance(task)
+    before = surface.tick
     try:
-        yield
+        with progress(name, passes * len(surface.batches)) as surface.tick:
+            yield
     finally:
         surface.tick = before
-        bar.remove_task(task)

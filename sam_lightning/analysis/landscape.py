@@ -11,7 +11,6 @@ from sam_lightning.analysis.checkpoints import (
     SHARED_KEYS,
     labels_of,
     load_checkpoints,
-    progress,
     stage,
     surface_of,
 )
@@ -21,7 +20,6 @@ from sam_lightning.config.values import Positive, Rule
 from sam_lightning.runs.files import make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch import Tensor
 
     from sam_lightning.analysis.loss_surface import LossSurface
@@ -76,12 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     measured = loaded[:1] if line else loaded
     surfaces = [surface_of(checkpoint, options, options.batch_norm) for checkpoint in measured]
     make_folder(out, out)
-    with progress() as bar:
-        if line:
-            end = loaded[1].model.state_dict()
-            losses = [between(surfaces[0], end, coordinates, bar)]
-        else:
-            losses = [around(surface, coordinates, options, bar) for surface in surfaces]
+    if line:
+        losses = [between(surfaces[0], loaded[1].model.state_dict(), coordinates)]
+    else:
+        losses = [around(surface, coordinates, options) for surface in surfaces]
     result = {
         "kind": options.kind,
         "labels": labels,
@@ -102,16 +98,14 @@ def main(argv: list[str] | None = None) -> None:
             show_in_tensorboard(events / "landscape", update, options.kind, pictures)
 
 
-def around(
-    surface: "LossSurface", coordinates: Sequence[float], options: DictConfig, bar: "Progress"
-) -> list[Any]:
+def around(surface: "LossSurface", coordinates: Sequence[float], options: DictConfig) -> list[Any]:
     """The loss around the weights: a list, or a list of rows, as ``LossSurface.along``."""
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)
     dimensions = 2 if options.kind == "2d" else 1
     directions = [surface.filter_normalised(generator) for _ in range(dimensions)]
-    with stage(bar, surface, "landscape", len(coordinates) ** dimensions):
+    with stage(surface, "landscape", len(coordinates) ** dimensions):
         return surface.along(directions, coordinates).tolist()
 
 
@@ -119,7 +113,6 @@ def between(
     surface: "LossSurface",
     end: "Mapping[str, Tensor]",
     coordinates: Sequence[float],
-    bar: "Progress",
 ) -> list[float]:
     """The loss at (1 - t) a + t b for each t: a surface's model a, and the state b of another.
 
@@ -130,7 +123,7 @@ def between(
     start = {name: value.clone() for name, value in surface.model.state_dict().items()}
     losses = []
     try:
-        with stage(bar, surface, "line", len(coordinates)):
+        with stage(surface, "line", len(coordinates)):
             for t in coordinates:
                 mixed = {
                     name: torch.lerp(value, end[name], t) if value.is_floating_point() else value

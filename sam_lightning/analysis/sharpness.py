@@ -4,7 +4,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 from rich.markup import escape
@@ -14,7 +14,6 @@ from sam_lightning.analysis.checkpoints import (
     LoadedCheckpoint,
     labels_of,
     load_checkpoints,
-    progress,
     stage,
     surface_of,
 )
@@ -23,9 +22,6 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Count, Positive, within
 from sam_lightning.inference.command import show, table
 from sam_lightning.runs.files import make_folder, write_json
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ABOUT = """
 Measure how sharp and how curved the loss of checkpoints is, on fixed images of their own runs
@@ -70,11 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 
     results: dict[Path, list[dict[str, Any]]] = {checkpoint.out: [] for checkpoint in loaded}
     try:
-        with progress() as bar:
-            for checkpoint, label in zip(loaded, labels, strict=True):
-                group = results[checkpoint.out]
-                group.append(measure(checkpoint, label, options, bar))
-                write_json(checkpoint.out / "sharpness.json", {"checkpoints": group})
+        for checkpoint, label in zip(loaded, labels, strict=True):
+            group = results[checkpoint.out]
+            group.append(measure(checkpoint, label, options))
+            write_json(checkpoint.out / "sharpness.json", {"checkpoints": group})
     finally:  # what was measured is shown also where it cannot be written
         if measured := [found for group in results.values() for found in group]:
             print_table(measured, options)
@@ -85,9 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         print(*map(os.path.relpath, files))
 
 
-def measure(
-    checkpoint: LoadedCheckpoint, label: str, options: DictConfig, bar: "Progress"
-) -> dict[str, Any]:
+def measure(checkpoint: LoadedCheckpoint, label: str, options: DictConfig) -> dict[str, Any]:
     """Every measure of one checkpoint, by name, as plain values."""
     import torch
 
@@ -95,16 +88,16 @@ def measure(
 
     generator = torch.Generator().manual_seed(options.seed)
     surface = surface_of(checkpoint, options)
-    with stage(bar, surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
+    with stage(surface, f"{label}: sharpness", 2 + options.ascent_steps + 1):
         worst = curvature.worst_case(surface, options.rho)
         by_steps = curvature.worst_case(surface, options.rho, options.ascent_steps)
     by_m = surface.in_batches_of(options.m)
-    with stage(bar, by_m, f"{label}: m-sharpness", 2):
+    with stage(by_m, f"{label}: m-sharpness", 2):
         m_sharpness = curvature.m_sharpness(by_m, options.rho)
-    with stage(bar, surface, f"{label}: largest eigenvalues, at most", options.max_steps):
+    with stage(surface, f"{label}: largest eigenvalues, at most", options.max_steps):
         limits = {"tolerance": 1e-3, "max_steps": options.max_steps}
         top = curvature.top_eigenpairs(surface, generator, options.top_k, **limits)
-    with stage(bar, surface, f"{label}: trace", options.trace_samples):
+    with stage(surface, f"{label}: trace", options.trace_samples):
         trace, trace_error = curvature.trace(surface, generator, options.trace_samples, top)
     measured = {
         "label": label,
@@ -124,7 +117,7 @@ def measure(
     }
     if options.density:
         samples, steps = options.density_samples, options.density_steps
-        with stage(bar, surface, f"{label}: density of eigenvalues", samples * steps):
+        with stage(surface, f"{label}: density of eigenvalues", samples * steps):
             found = curvature.spectrum(surface, generator, samples, steps, top)
         measured["density"] = {"nodes": found.nodes.tolist(), "weights": found.weights.tolist()}
     return measured

@@ -38,7 +38,7 @@ from sam_lightning.config.values import (
 )
 
 # Top-level keys that are optional.
-OPTIONAL = ("logger", "callbacks", "experiment", "sweep")
+OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
 # Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 Metric = Literal[
@@ -166,7 +166,7 @@ class Train:
     test: bool
     ckpt_path: Any
     checkpoint_every_n_steps: Count | None
-    debug: bool
+    traceback: bool
     task_name: Any
     output_dir: Folder
     optimized_metric: Metric | None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.progress import progress
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.source import ImageSource, Split
 
@@ -70,7 +71,8 @@ def image_folder(
     paths = [[Path(path) for path, _ in folder.samples] for folder in folders]
     images = decode_cached(base, paths, image_size, Path(cache_dir or "data/cache"))
     labels = [torch.tensor(folder.targets) for folder in folders]
-    splits = dict(zip(names, map(Split, images, labels), strict=True))
+    files = [[str(path.relative_to(base)) for path in split] for split in paths]
+    splits = dict(zip(names, map(Split, images, labels, files), strict=True))
     test = splits["test"] if "test" in splits else splits.pop("val")
     return ImageSource(splits["train"], test, classes, splits.get("val"))
 
@@ -138,11 +140,11 @@ def _decode(paths: list[list[Path]], image_size: int | None) -> list[Tensor]:
 
     # Threads, as PIL decodes without the GIL and all can write to one tensor. On thumbnails they
     # would rather wait for the GIL: one thread reads files of 1 kB twice as fast as two do.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, progress("decoding", sum(map(len, paths))) as advance:
         run = pool.map if first.stat().st_size > 8_000 else map
         for split, out in zip(paths, images, strict=True):
             for _ in run(fill, split, out.numpy()):
-                pass
+                advance()
     return images
 
 

@@ -17,7 +17,7 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
     """A ``Split`` that serves a whole batch as one gather, to a loader that does not collate."""
 
     def __init__(self, split: Split) -> None:
-        self.split = split
+        self.split = Split(split.images, split.labels)  # to take names would wait for the device
 
     def __len__(self) -> int:
         return len(self.split)

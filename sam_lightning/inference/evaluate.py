@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.markup import escape
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.progress import progress
+from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
@@ -30,11 +33,15 @@ python -m sam_lightning evaluate ckpt_path=RUN/checkpoints/best.ckpt
 python -m sam_lightning evaluate ckpt_path=RUN corruptions=CIFAR-10-C device=cuda
 
 Prints the loss (mean negative log-likelihood, natural logarithm), the accuracy, that among the 5
-most likely of 10 or more classes, the expected calibration error (15 bins), and the accuracy of
-each class. With corruptions=FOLDER also the accuracy under the 15 corruptions of CIFAR-10-C or
-CIFAR-100-C at 5 severities, and the mean corruption error: a plain mean over corruptions, not
-divided by another model's.
-Writes evaluation.json and confusion_matrix.csv (rows: true classes, columns: predictions).
+most likely of 10 or more classes, the balanced accuracy (mean of the classes' accuracies), the
+macro F1 score, the expected calibration error (15 bins), and the accuracy of each class. With
+corruptions=FOLDER also the accuracy under the 15 corruptions of CIFAR-10-C or CIFAR-100-C at 5
+severities, and the mean corruption error: a plain mean over corruptions, not divided by another
+model's.
+Writes evaluation.json, confusion_matrix.csv (rows: true classes, columns: predictions) and
+predictions.csv: a row for each image with its file name (or its index in the split), label,
+prediction and the probability of that; then the probability of each class, or from 21 classes on
+the 5 most likely.
 
 Computed in float32, on one device: equal to the run's own test where that was too.
 
@@ -59,14 +66,20 @@ KEYS: Keys = {
 
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
+EACH = 20  # with more classes, predictions.csv has only the most likely
+TOP = 5
 
 
 def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) -> dict[str, Any]:
     """Loss, accuracies, calibration and confusion matrix of a model on a split, on its device.
 
     Returns:
+        ``predicted``: class of each image, int64 N; ``likely``: probabilities and classes of the
+        most likely, float32 and int64, N x ``TOP``, or N x classes if they are at most ``EACH``;
         ``loss``: mean negative log-likelihood; ``acc``: fraction that is right; ``error``: the
-        rest; ``acc5``, from 10 classes on: fraction whose class is among the 5 most likely;
+        rest; ``balanced_acc``: mean of the accuracies of the classes that have images;
+        ``macro_f1``: mean of the F1 scores of the classes that are labels or predictions;
+        ``acc5``, from 10 classes on: fraction whose class is among the 5 most likely;
         ``calibration_error``: expected calibration error in 15 bins of equal width (Guo et al.
         2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
     """
@@ -83,15 +96,34 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
     of_logits = MetricCollection(metrics, compute_groups=False).to(device)
     calibration_error = classification.MulticlassCalibrationError(classes, n_bins=15).to(device)
     loss = MeanMetric(nan_strategy="disable").to(device)
-    with torch.inference_mode():
+    predicted, likely = [], []
+    count = -(-len(split) // batch_size)
+    with torch.inference_mode(), progress("batches", count) as advance:
         for logits, labels in _outputs(trained, split, batch_size):
+            probabilities = logits.softmax(1)
+            top = probabilities.topk(classes if classes <= EACH else TOP)
+            likely.append((top.values.cpu(), top.indices.cpu()))
+            predicted.append(logits.argmax(1).cpu())
             loss.update(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
             of_logits.update(logits, labels)
             # Logits that all happen to lie in 0..1 would be taken for probabilities.
-            calibration_error.update(logits.softmax(1), labels)
+            calibration_error.update(probabilities, labels)
+            advance()
     values = {"loss": loss.compute(), **of_logits.compute()}
-    values |= {"error": 1 - values["acc"], "calibration_error": calibration_error.compute()}
-    return {name: value.tolist() for name, value in values.items()}
+    values |= {"error": 1 - values["acc"], **_by_class(values["confusion"].double())}
+    values["calibration_error"] = calibration_error.compute()
+    return {
+        "predicted": torch.cat(predicted),
+        "likely": [torch.cat(parts) for parts in zip(*likely, strict=True)],
+        **{name: value.tolist() for name, value in values.items()},
+    }
+
+
+def _by_class(confusion: Tensor) -> dict[str, Tensor]:
+    """Balanced accuracy and macro F1 of counts, one row per true class."""
+    right, labels, predictions = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    f1 = 2 * right / (labels + predictions)  # NaN for a class that is neither
+    return {"balanced_acc": (right / labels).nanmean(), "macro_f1": f1.nanmean()}
 
 
 def corrupted(
@@ -103,14 +135,17 @@ def corrupted(
     from sam_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
     from sam_lightning.data.source import Split
 
-    def accuracy(images: Tensor) -> float:
-        outputs = _outputs(trained, Split(images, labels), batch_size)
-        with torch.inference_mode():
-            right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
-        return right / len(labels)
-
     severities = range(1, SEVERITIES + 1)
-    return {name: [accuracy(files.images(name, s)) for s in severities] for name in CORRUPTIONS}
+    with progress("corruptions", len(CORRUPTIONS) * SEVERITIES) as advance:
+
+        def accuracy(images: Tensor) -> float:
+            outputs = _outputs(trained, Split(images, labels), batch_size)
+            with torch.inference_mode():
+                right = sum(int((logits.argmax(1) == label).sum()) for logits, label in outputs)
+            advance()
+            return right / len(labels)
+
+        return {name: [accuracy(files.images(name, s)) for s in severities] for name in CORRUPTIONS}
 
 
 def _outputs(
@@ -143,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     files = None if folder is None else CorruptedImages(Path(folder).expanduser(), split.labels)
     batch_size = options.batch_size or data.eval_batch_size
     values = evaluate(trained, split, batch_size)
-    confusion = values.pop("confusion")
+    confusion, predicted, likely = (values.pop(k) for k in ("confusion", "predicted", "likely"))
     by_kind = corrupted(trained, files, split.labels, batch_size) if files else {}
     if by_kind:
         values["mean_corruption_error"] = mean(1 - mean(found) for found in by_kind.values())
@@ -164,9 +199,42 @@ def main(argv: list[str] | None = None) -> None:
         frame = DataFrame(confusion, trained.classes, trained.classes)
         with replacing(out / "confusion_matrix.csv") as path:
             frame.to_csv(path, index_label="true class", lineterminator="\r\n")
+        with replacing(out / "predictions.csv") as path:
+            _write_predictions(path, trained.classes, split, predicted, *likely)
         write_json(out / "evaluation.json", result)
     finally:  # what was computed is shown also where it cannot be written
         _print_tables(result)
+
+
+def _write_predictions(
+    path: Path,
+    classes: list[str],
+    split: Split,
+    predicted: Tensor,
+    probabilities: Tensor,
+    likely: Tensor,
+) -> None:
+    """A row for each image; ``probabilities`` and ``likely`` as ``evaluate`` returns them."""
+    classes = [clean(name, "csv") for name in classes]
+    head = ["index" if split.names is None else "file", "label", "prediction", "probability"]
+    if each := len(classes) <= EACH:
+        head += [f"p({name})" for name in classes]
+        order = likely.argsort(1)
+    else:
+        head += [f"{what}_{i + 1}" for i in range(TOP) for what in ("class", "probability")]
+    # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        for i, name in enumerate(split.names or range(len(split))):
+            found = [f"{p:.6g}" for p in probabilities[i].tolist()]
+            told = [classes[int(split.labels[i])], classes[int(predicted[i])], found[0]]
+            if each:
+                more = [found[j] for j in order[i]]
+            else:
+                named = [classes[j] for j in likely[i]]
+                more = [cell for pair in zip(named, found, strict=True) for cell in pair]
+            writer.writerow([clean(name, "csv", undecoded=True), *told, *more])
 
 
 def _print_tables(result: dict[str, Any]) -> None:

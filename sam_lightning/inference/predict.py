@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.progress import progress
 from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
@@ -127,10 +128,12 @@ def main(argv: list[str] | None = None) -> None:
             f"ckpt_path={checkpoint}: takes {trained.in_channels} channels, which no image has"
         )
     rows = []
-    for row in predict(trained, files, options.top_k, options.batch_size):
-        rows.append(row)
-        if "error" in row:
-            print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
+    with progress("images", len(files)) as advance:
+        for row in predict(trained, files, options.top_k, options.batch_size):
+            rows.append(row)
+            advance()
+            if "error" in row:
+                print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
     text = _as_text(rows, options.format)
     # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
     if out is None:

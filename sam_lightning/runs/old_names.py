@@ -22,6 +22,8 @@ OLD_NAMES = {
 _OLD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, OLD_NAMES))})(?=\.\w+$)")
 _REUSE = re.compile(r"(?<![\w.])sam_lightning\.optim\.Reuse$")  # its older name
 
+_DEBUG = re.compile(r"^(\+*)debug=(?=(true|false)$)", re.IGNORECASE)  # now a group of short runs
+
 
 def with_current_names(stored: Any) -> Any:
     """A stored configuration, or an override of one, with the names of this version."""
@@ -30,7 +32,7 @@ def with_current_names(stored: Any) -> Any:
         if not isinstance(value, str):
             return value
         moved = _OLD.sub(lambda match: OLD_NAMES[match[1]], value)
-        return _REUSE.sub("sam_lightning.optim.LookSAM", moved)
+        return _DEBUG.sub(r"\1traceback=", _REUSE.sub("sam_lightning.optim.LookSAM", moved))
 
     return mapped(current, stored)
 

@@ -170,7 +170,7 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     reason = f"{type(error).__name__}: {one_line(error)}"
     record_failure(cfg, reason, refused=isinstance(error, ConfigError))
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
-    if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("debug") is True:
+    if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
         if isinstance(error, ConfigError | TrainingError):
             raise error
         raise TrainingError(reason) from error

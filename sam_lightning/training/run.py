@@ -168,6 +168,9 @@ def _check_validation(cfg: DictConfig, data: ImageDataModule) -> None:
 def _quieten() -> None:
     """Hide messages that Lightning prints for every run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their tables
+    if logging.getLogger().handlers:  # else Lightning's own handler would say all of it again
+        logging.getLogger("lightning").handlers.clear()
     for message in (
         ".*does not have many workers.*",
         ".*`srun` command is available.*",  # a login node; the launchers are told apart by us

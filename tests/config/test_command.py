@@ -68,9 +68,9 @@ def test_help_needs_no_torch_and_leaves_nothing(light, tmp_path, arguments):
     assert not result.torch
 
 
-@pytest.mark.parametrize("debug", ["debug=true", "debug=True", "++debug=true"])
-def test_debug_shows_the_traceback(light, tmp_path, debug):
-    result = light(tmp_path, debug, "rho=-1")
+@pytest.mark.parametrize("given", ["traceback=true", "traceback=True", "++traceback=true"])
+def test_a_traceback_is_shown_on_demand(light, tmp_path, given):
+    result = light(tmp_path, given, "rho=-1")
     assert result.code == 1
     assert "Traceback" in result.err
     assert "ConfigError: rho=-1: allowed is a number >= 0" in result.err

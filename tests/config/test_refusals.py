@@ -72,7 +72,7 @@ LIGHT = [
     ("experiment=", "experiment=: allowed are digits_label_noise, "),
     (
         "logger=[csv,tensorbord]",
-        "logger=tensorbord: allowed are csv, ",
+        "logger=tensorbord: allowed are comet, csv, ",
         "did you mean tensorboard?",
     ),
     ("model=3", "model=3: allowed are ", ", resnet18, "),

@@ -2,22 +2,31 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    top_k_accuracy_score,
+)
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.corruptions import CORRUPTIONS
+from sam_lightning.inference import evaluate as command
 from sam_lightning.inference.evaluate import evaluate, main
 from sam_lightning.inference.load import data_of, load
 from sam_lightning.runs.checkpoint import read
-from trained_runs import digits_run, folder_run, hostile, last
+from trained_runs import changed, digits_run, folder_run, hostile, last
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +101,8 @@ def test_every_figure_is_that_of_another_implementation(run, tmp_path, split):
             "loss": log_loss(labels, probabilities, labels=range(10)),
             "acc": np.mean(predicted == labels),
             "error": np.mean(predicted != labels),
+            "balanced_acc": balanced_accuracy_score(labels, predicted),
+            "macro_f1": f1_score(labels, predicted, average="macro"),
             "acc5": top_k_accuracy_score(labels, probabilities, k=5, labels=range(10)),
             "calibration_error": calibration_error(probabilities, labels),
         },
@@ -108,6 +119,66 @@ def test_every_figure_is_that_of_another_implementation(run, tmp_path, split):
     assert [row[0] for row in rows] == list("0123456789")
     counts = np.array([row[1:] for row in rows], int)
     assert np.array_equal(counts, confusion_matrix(labels, predicted, labels=range(10)))
+    head, rows = predictions(tmp_path)
+    assert head == ["index", "label", "prediction", "probability", *(f"p({k})" for k in range(10))]
+    assert [row[:3] for row in rows] == [
+        [str(i), str(label), str(k)]
+        for i, (label, k) in enumerate(zip(labels, predicted, strict=True))
+    ]
+    found = np.array([row[3:] for row in rows], float)
+    assert found[:, 0] == pytest.approx(probabilities.max(1), rel=1e-5)
+    assert found[:, 1:] == pytest.approx(probabilities, rel=1e-4, abs=1e-9)
+
+
+def predictions(folder: Path) -> tuple[list[str], list[list[str]]]:
+    with open(folder / "predictions.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    return head, rows
+
+
+def test_predictions_have_the_names_of_files(photos, tmp_path):
+    main([f"ckpt_path={photos}", f"out={tmp_path}"])
+    head, rows = predictions(tmp_path)
+    assert head[:4] == ["file", "label", "prediction", "probability"]
+    files = sorted((photos / "photos" / "test").rglob("*.png"))
+    assert [row[0] for row in rows] == [str(f.relative_to(photos / "photos")) for f in files]
+    assert [row[1] for row in rows] == [f.parent.name for f in files]
+    model = load(last(photos))
+    for file, row in zip(files, rows, strict=True):
+        with Image.open(file) as image:
+            (each,) = probabilities_of(model, image)
+        assert row[2] == model.classes[each.argmax()]
+        assert [float(p) for p in row[4:]] == pytest.approx(each, rel=1e-3, abs=1e-6)
+
+
+def test_names_are_cleaned_for_spreadsheets(photos, tmp_path):
+    def rename(checkpoint):
+        checkpoint["hyper_parameters"]["classes"] = ["=1+1", "r\x1bed", "yellow"]
+
+    (tmp_path / "photos").mkdir()
+    for split in ("train", "test"):
+        for old, new in (("blue", "=1+1"), ("red", "r\x1bed"), ("yellow", "yellow")):
+            shutil.copytree(photos / "photos" / split / old, tmp_path / "photos" / split / new)
+    changed(last(photos), tmp_path / "x.ckpt", rename)
+    main([f"ckpt_path={tmp_path / 'x.ckpt'}", f"data.root={tmp_path / 'photos'}"])
+    head, rows = predictions(tmp_path)
+    assert head[4:] == ["p('=1+1)", "p(r ed)", "p(yellow)"]
+    assert {row[1] for row in rows} == {"'=1+1", "r ed", "yellow"}
+    assert rows[5][0] == "test/r ed/0.png"
+
+
+def test_of_many_classes_predictions_have_the_most_likely(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "EACH", 9)
+    main([f"ckpt_path={run}", f"out={tmp_path}"])
+    head, rows = predictions(tmp_path)
+    assert head[4:8] == ["class_1", "probability_1", "class_2", "probability_2"]
+    probabilities = probabilities_of(
+        load(last(run)), data_of(read(last(run))["hyper_parameters"]).test.images
+    )
+    order = (-probabilities).argsort(1)[:, :5]
+    assert [[int(k) for k in row[4::2]] for row in rows] == order.tolist()
+    found = np.array([row[5::2] for row in rows], float)
+    assert found == pytest.approx(np.take_along_axis(probabilities, order, 1), rel=1e-4)
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities(run):
@@ -124,11 +195,22 @@ def test_logits_between_0_and_1_are_not_taken_for_probabilities(run):
 def test_fewer_classes_have_no_top_5_and_one_without_images_no_accuracy(photos, tmp_path):
     main([f"ckpt_path={photos}", f"out={tmp_path}"])
     assert set(written(tmp_path)["metrics"]) == {
-        f"test/{name}" for name in ("loss", "acc", "error", "calibration_error")
+        f"test/{name}"
+        for name in ("loss", "acc", "error", "balanced_acc", "macro_f1", "calibration_error")
     }
     model, test = load(last(photos)), data_of(read(last(photos))["hyper_parameters"]).test
     kept = test.take((test.labels != 1).nonzero().squeeze(1))
-    assert evaluate(model, kept)["confusion"][1] == [0, 0, 0]
+    found = evaluate(model, kept)
+    assert found["confusion"][1] == [0, 0, 0]
+    # A class without images counts in the F1 score only if it was predicted, as in scikit-learn.
+    seen = kept.labels.numpy(), found["predicted"].numpy()
+    for predicted in (seen[1], np.where(seen[0] == 0, 1, seen[1])):
+        model.forward = lambda images, p=predicted: 9.0 * torch.eye(3)[torch.from_numpy(p)]
+        found = evaluate(model, kept)
+        with pytest.warns(UserWarning, match="not in y_true") if 1 in predicted else nullcontext():
+            expected = balanced_accuracy_score(seen[0], predicted)
+        assert found["balanced_acc"] == pytest.approx(expected)
+        assert found["macro_f1"] == pytest.approx(f1_score(seen[0], predicted, average="macro"))
 
 
 # ------------------------------------------------------------------------------- corruptions
@@ -200,10 +282,12 @@ def test_it_writes_into_the_folder_of_the_run_and_prints_tables(photos, tmp_path
     assert {p.name for p in photos.iterdir()} - before == {
         "evaluation.json",
         "confusion_matrix.csv",
+        "predictions.csv",
     }
     found = written(photos)
     (photos / "evaluation.json").unlink()
     (photos / "confusion_matrix.csv").unlink()
+    (photos / "predictions.csv").unlink()
     printed = capsys.readouterr().out
     for line in (
         f"test/acc .* {found['metrics']['test/acc']:.2%}",

@@ -350,5 +350,6 @@ assert "lightning" not in sys.modules
     command = [sys.executable, "-c", code, str(folder_ckpt), str(photos), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    written = {"confusion_matrix.csv", "evaluation.json", "model.pt2", "predictions.txt"}
+    written = {"confusion_matrix.csv", "evaluation.json", "predictions.csv"}
+    written |= {"model.pt2", "predictions.txt"}
     assert {path.name for path in tmp_path.iterdir()} == written

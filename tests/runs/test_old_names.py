@@ -10,7 +10,9 @@ import torch
 
 import sam_lightning
 from runs import command, equal, rows, run, weights
+from sam_lightning.config.conf import top_level
 from sam_lightning.runs.old_names import OLD_NAMES, with_current_names
+from sam_lightning.runs.resume import replayable
 from sam_lightning.studies.report.runs import read_runs
 
 # A run of one epoch: digits, friendly_sam, ResNet-18 of width 1.
@@ -71,6 +73,15 @@ def test_a_run_is_continued(before):
     assert metrics["epochs"] == 2
     assert metrics["config"]["method"]["name"] == "friendly_sam"
     assert rows(before)
+
+
+@pytest.mark.parametrize("value", ["true", "True", "false"])
+def test_debug_was_the_name_of_traceback(before, value):
+    (before / ".hydra" / "overrides.yaml").write_text(f"[debug={value}, lr=0.2]")
+    kept = replayable(before / ".hydra" / "overrides.yaml", top_level())
+    assert kept == [f"traceback={value}", "lr=0.2"]
+    (before / ".hydra" / "overrides.yaml").write_text("[debug=fast]")
+    assert replayable(before / ".hydra" / "overrides.yaml", top_level()) == ["debug=fast"]
 
 
 def test_a_report_names_its_classes_as_they_are_now(before):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from torch import nn
 
 from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.training.callbacks import progress as callbacks
 from sam_lightning.training.callbacks.progress import EpochLines, MetricsCSV, Throughput, progress
+from sam_lightning.training.callbacks.summary import RunSummary
 from sam_lightning.training.module import SAMModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -358,3 +359,58 @@ def test_a_resumed_run_leaves_the_table_of_an_unbroken_one(tmp_path, epoch, step
     logger.continue_from(step)
     fit(logger=logger, max_epochs=3, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
     assert rows(broken) == logged
+
+
+# ---- the time left
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"),
+    # A step takes a second. From 4 steps an epoch the first warms up and three are measured.
+    [(30, ["about 2 min of training left"]), (1, [])],
+)
+def test_the_time_left_is_measured_once(clock, capsys, epochs, said):
+    fit(RunSummary(), Throughput(), model=Ticking(clock), datamodule=data(False), max_epochs=epochs)
+    assert re.findall("about .*", capsys.readouterr().out) == said
+
+
+def test_validation_is_part_of_the_time_left(clock, capsys):
+    # 10 images in each epoch of 4 steps: two passes over 16 images are a step, with backward ones.
+    fit(RunSummary(), Throughput(), model=Ticking(clock), max_epochs=2_000, max_steps=800)
+    plain = 800 - 4
+    assert plain / 60 < 13.5 < plain * (1 + 10 / 16 / 6 / 4) / 60
+    assert "about 14 min of training left" in capsys.readouterr().out
+
+
+def test_where_the_device_is_not_waited_for_only_steps_that_log_are_timed(clock, capsys):
+    class Elsewhere(RunSummary):
+        """As on a GPU, whose steps have not ended when they return."""
+
+        def on_train_batch_end(self, trainer, pl_module, *others):
+            class Module:
+                device = torch.device("cuda")
+
+                def __getattr__(self, name):
+                    return getattr(pl_module, name)
+
+            seen.append(self._start)
+            super().on_train_batch_end(trainer, Module(), *others)
+
+    seen = []
+    fit(
+        Elsewhere(),
+        Throughput(),
+        model=Ticking(clock),
+        datamodule=data(False, drop_last=True),
+        max_epochs=10,
+        log_every_n_steps=2,
+    )
+    assert [s and s[0] for s in seen[:4]] == [None, None, 2, 2]  # of 3 steps the last one logs too
+    assert "about 27 s of training left" in capsys.readouterr().out
+
+
+def test_why_a_run_has_stopped_is_said(capsys):
+    stops = EarlyStopping("val/loss", min_delta=100, patience=2)
+    trainer = fit(RunSummary(), stops, max_epochs=9)
+    assert trainer.current_epoch == 3
+    assert re.search("stopped after epoch 3: .*val/loss did not improve", capsys.readouterr().out)

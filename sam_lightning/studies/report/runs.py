@@ -23,7 +23,7 @@ PLACES = {"data.root", "data.cache_dir", "data.download", "data.num_workers"}
 IGNORED = {
     *PLACES,
     *("seed", "rho", "lr", "weight_decay", "task_name", "output_dir", "ckpt_path", "debug"),
-    *("test", "optimized_metric", "max_skipped_steps", "checkpoint_every_n_steps"),
+    *("traceback", "test", "optimized_metric", "max_skipped_steps", "checkpoint_every_n_steps"),
     *("experiment", "sweep", "method.name", "method.rho", "method.passes"),
     *("trainer.log_every_n_steps", "trainer.timeout"),
 }

@@ -27,24 +27,28 @@ log = logging.getLogger(__name__)
 
 # What only a run with callbacks=sharpness has.
 MONITORED = "Sharpness on fixed training images"
-# The charts of the page "Custom scalars" and the metrics in each.
+# The charts of the page "Custom scalars" and the metric in each. TensorBoard's colours tell runs
+# apart; two metrics of a run would have one colour, and symbols that no legend explains.
 CHARTS = {
     "Learning": {
-        "loss": ["train/loss", "val/loss"],
-        "accuracy": ["train/acc", "val/acc"],
-        "learning rate": ["train/lr"],
+        "training loss": "train/loss",
+        "validation loss": "val/loss",
+        "learning rate": "train/lr",
+        "training accuracy": "train/acc",
+        "validation accuracy": "val/acc",
+        "training images per second": "train/images_per_second",
     },
     "Sharpness": {
-        "loss at the perturbed weights minus loss": ["train/sharpness"],
-        "cosine of the two passes' gradients": ["train/cosine"],
-        "norms of gradient and perturbation": ["train/grad_norm", "train/perturbation_norm"],
+        "loss at the perturbed weights minus loss": "train/sharpness",
+        "cosine of the two passes' gradients": "train/cosine",
+        "norm of the gradient": "train/grad_norm",
+        "norm of the perturbation": "train/perturbation_norm",
     },
     MONITORED: {
-        "rise of the loss within rho": ["sharpness/worst"],
-        "largest eigenvalue of the Hessian": ["sharpness/lambda_max"],
-        "trace of the Hessian": ["sharpness/trace"],
+        "rise of the loss within rho": "sharpness/worst",
+        "largest eigenvalue of the Hessian": "sharpness/lambda_max",
+        "trace of the Hessian": "sharpness/trace",
     },
-    "Speed": {"training images per second": ["train/images_per_second"]},
 }
 WRONG_IMAGES = 25
 
@@ -54,7 +58,9 @@ class Dashboard(Callback):
 
     - charts in pages, the training images per second of each epoch, and the model's graph;
     - images of the first training batch, augmented as the model sees them;
-    - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions.
+    - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions;
+    - the test accuracy as ``accuracy/test``, the first of the metrics in the table of HParams, as
+      TensorBoard sorts them by name.
 
     Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
 
@@ -76,7 +82,7 @@ class Dashboard(Callback):
         """Lay out the charts; a resumed run writes the same again."""
         monitored = any(isinstance(c, SharpnessMonitor) for c in trainer.callbacks)
         layout = {
-            page: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in of.items()}
+            page: {title: ["Multiline", [f"^{tag}$"]] for title, tag in of.items()}
             for page, of in CHARTS.items()
             if monitored or page != MONITORED
         }
@@ -134,6 +140,7 @@ class Dashboard(Callback):
         data, step = trainer.datamodule, trainer.global_step
         for writer in _writers(trainer):
             writer.add_figure("test/confusion", draw_confusion(confusion, data.classes), step)
+            writer.add_scalar("accuracy/test", confusion.diagonal().sum() / confusion.sum(), step)
             losses, *wrong = self._wrong
             labels, predicted, probabilities, images = (v[losses != -math.inf] for v in wrong)
             if len(images):

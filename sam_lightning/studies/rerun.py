@@ -1,0 +1,61 @@
+"""The command ``rerun``: the settings of a run once more, in a new folder."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sam_lightning.config.conf import CONF, top_level
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.hydra_errors import COMPOSING, key_of
+from sam_lightning.config.trust import trust_arguments
+from sam_lightning.runs.old_names import with_current_names
+from sam_lightning.runs.resume import replayable
+from sam_lightning.studies.diff import differing
+from sam_lightning.studies.runner import TRAIN
+
+ABOUT = """
+Train with the settings of a run once more, from the start and in a new folder.
+
+  python -m sam_lightning rerun RUN
+  python -m sam_lightning rerun RUN rho=0.1 seed=1
+  python -m sam_lightning rerun RUN -m seed=1,2,3
+
+The settings are those that were given on the command line of RUN. What stands in conf counts as it
+is now; a line names what has changed there. All other arguments are those of train.py, and replace
+the settings of RUN.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Become ``train.py`` with the stored overrides, checked as a resume does, and those given."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(ABOUT.strip())
+        return
+    run, *given = argv or [""]
+    stored = Path(run).expanduser() / ".hydra" / "overrides.yaml"
+    if not run or not stored.is_file():
+        raise ConfigError(f"{run or 'RUN'}: must be the folder of a run, with {stored.name} in it")
+    trust_arguments(given)
+    kept = replayable(stored, top_level(), {key_of(a) for a in given})
+    if changed := changed_since(stored):
+        print(f"conf has changed since: {changed}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, str(TRAIN), *kept, *given])
+
+
+def changed_since(stored: Path, most: int = 5) -> str:
+    """The settings beside a run's overrides that the same overrides do not make any more."""
+    config = stored.with_name("config.yaml")
+    try:
+        before = with_current_names(OmegaConf.to_container(OmegaConf.load(config)))
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            now = OmegaConf.to_container(compose("train", replayable(stored, top_level())))
+    except (OSError, ValueError, RecursionError, *COMPOSING):
+        return ""  # what is given replaces what cannot be composed, or train.py says what is wrong
+    changed = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing(before, now).items()]
+    more = [f"and {len(changed) - most} more"] if len(changed) > most else []
+    return "; ".join([*changed[:most], *more])
