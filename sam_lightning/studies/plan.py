@@ -23,6 +23,7 @@ from sam_lightning.config.schema import (
     no_such_key,
     one_line,
 )
+from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings
 from sam_lightning.studies.sweep import LONGEST_NAME
 
@@ -213,6 +214,7 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
     """Refuse what train.py refuses, and runs with equal names or results; add the passes."""
     names: set[str] = set()
     known: dict[str, tuple[str, dict[str, Any]]] = {}
+    configs: dict[str, Any] = {}
     passes: dict[str, float] = {}
     for run in runs:
         name = run.folder.name
@@ -230,8 +232,10 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
                 effective = run.arm, settings(config)
                 for other, found in known.items():
                     if found == effective:
-                        raise ConfigError(f"{name} and {other} are identical runs; remove one")
-                known[name] = effective
+                        why = because(config["method"], differing(configs[other], config))
+                        same = f"{name} and {other} are identical runs"
+                        raise ConfigError(f"{same}, because {why}; remove one")
+                known[name], configs[name] = effective, config
                 passes[name] = (passes_per_step(config["method"]) or 2) * config["epochs"]
         except ConfigError as error:
             raise ConfigError(f"arms.{run.arm}: {error}") from error
