@@ -48,7 +48,7 @@ class Table:
         return "\n".join(
             [
                 f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
-                f"  \\label{{{label}}}",
+                f"  \\label{{{label}}}\n  \\medskip",
                 f"  \\resizebox{{{width}}}{{!}}{{\\begin{{tabular}}{{{alignment}}}",
                 *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
                 "  \\end{tabular}}\n\\end{table}",
