@@ -32,6 +32,6 @@ def without_secrets(content: Any) -> Any:
     if not isinstance(content, str):
         return content
     for name, value in os.environ.items():
-        if KEY.search(name) and len(value) >= SHORTEST:
+        if KEY.search(name) and name != "PWD" and len(value) >= SHORTEST:  # the working folder
             content = content.replace(value, HIDDEN)
     return LOGIN.sub(rf"\1{HIDDEN}@", GIVEN.sub(rf"\1{HIDDEN}", content))

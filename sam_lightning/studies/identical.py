@@ -30,7 +30,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def because(method: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Why two runs are the same although these keys differ; ``method`` is that of either."""
     if not keys:
-        return "the same settings twice"
+        return "it is given twice"
     if "method.name" in keys:
         return "with rho=0 every method is the base optimizer alone"
     where = f"with method={method['name']}" if method.get("name") == "sgd" else "with rho=0"
@@ -71,7 +71,8 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
         acts = json.dumps([_acted_on(config), seed]) if config else str(number)
         same, known = kept.setdefault(acts, (job, config))
         if same is not job and config and known:
-            names = [" ".join(o for o in j if o not in {*of_all, *seed}) for j in (same, job)]
+            own = [[o for o in j if o not in {*of_all, *seed}] for j in (same, job)]
+            names = [" ".join(o or job) for o in own]
             why = because(config["method"], differing(known, config))
             repeats.setdefault((names[0], why), {})[names[1]] = None
     for (name, why), others in repeats.items():

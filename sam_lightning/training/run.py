@@ -69,6 +69,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     with Record(cfg, trainer, throughput, data, module) as record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        if trainer.global_step == 0:
+            raise TrainingError("the trainer stopped before the first step; nothing was trained")
         for saver in savers:
             record.add(saver.metrics)
         record.add(trainer.callback_metrics)

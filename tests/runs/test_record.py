@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from runs import run, summary
+from sam_lightning.config.errors import TrainingError
 from sam_lightning.runs.secrets import without_secrets
 
 
@@ -12,6 +13,7 @@ def test_what_was_measured_is_said_with_how_much_of_it(tmp_path, capsys, monkeyp
     token = "0123456789abcdef"
     monkeypatch.setattr(sys, "argv", ["train.py", "rho=0.1", f"+logger.wandb.api_key={token}"])
     monkeypatch.setenv("OTHER_TOKEN", "in-the-environment")
+    monkeypatch.setenv("PWD", "train.py rho")  # is no password
     limits = ["+trainer.limit_test_batches=2", "+trainer.limit_val_batches=0.5"]
     given = [*limits, "data.eval_batch_size=20", "data.val_size=80", "trainer.log_every_n_steps=3"]
     run(tmp_path, *given, "data.label_noise=0.3", "task_name=in-the-environment")
@@ -21,6 +23,7 @@ def test_what_was_measured_is_said_with_how_much_of_it(tmp_path, capsys, monkeyp
         "val": {"images": 40, "of": 80},
         "test": {"images": 40, "of": 359},
     }
+    assert (40 * found["metrics"]["test/acc"]) % 1 == pytest.approx(0, abs=1e-5)
     printed = " ".join(capsys.readouterr().out.split())
     assert "test accuracy, 40 of 359 images" in printed
     assert "validation accuracy, 40 of 80 images" in printed
@@ -46,6 +49,12 @@ def test_a_whole_split_is_not_called_a_part(tmp_path, capsys):
     assert summary(tmp_path)["computed_over"]["test"] == {"images": 359, "of": 359}
     assert "val" not in summary(tmp_path)["computed_over"]
     assert " images " not in capsys.readouterr().out.replace("images/s", "")
+
+
+def test_a_run_that_trained_nothing_is_not_completed(tmp_path):
+    with pytest.raises(TrainingError, match="before the first step"):
+        run(tmp_path, "+trainer.max_time='00:00:00:00'")
+    assert summary(tmp_path)["status"] == "failed"
 
 
 def test_a_record_has_every_part_of_the_run(tmp_path, monkeypatch):

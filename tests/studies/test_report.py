@@ -532,8 +532,8 @@ def test_baselines_have_as_many_epochs_or_passes_and_else_the_same_settings(tmp_
         (study.describe(c.group), study.describe(c.baseline), c.equal)
         for c in study.comparisons.itertuples()
     ]
-    quarter = "sam, rho 0.1, 8 epochs, ascent_fraction 0.25, lr 0.1"
-    sam = "sam, rho 0.1, 5 epochs, lr 0.1"
+    quarter = "sam, rho 0.1, 8 epochs, ascent_fraction 0.25"
+    sam = "sam, rho 0.1, 5 epochs"
     assert found == [
         (sam, "sgd, 5 epochs, lr 0.1", "epochs"),
         (sam, "sgd, 10 epochs, lr 0.1", "passes"),
@@ -763,6 +763,20 @@ def test_columns_of_choice(sweep, tmp_path, capsys):
     with pytest.raises(ConfigError, match="columns: no column rhoo; did you mean rho"):
         main([str(sweep), out, "columns=rhoo"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_labels_leave_out_what_does_not_vary(tmp_path):
+    leave(tmp_path / "a", "rho=0.1", "lr=0.2")
+    leave(tmp_path / "b", "rho=0.1", "data=svhn")
+    leave(tmp_path / "c", "method=sgd", "data=svhn")
+    leave(tmp_path / "d", "method=sgd", "data=svhn", "lr=0.3")
+    study = study_of(tmp_path)
+    assert {"data.flip", "optimizer.lr"} <= {*study.differing}
+    names = {study.describe(group) for group in study.settings.index}
+    of_data = {"svhn, sgd, lr 0.1", "svhn, sgd, lr 0.3", "svhn, sam, rho 0.1"}
+    assert {frozenset(name.split(", ")) for name in names} == {
+        frozenset(name.split(", ")) for name in {*of_data, "digits, sam, rho 0.1"}
+    }
 
 
 def test_labels_leave_out_what_the_methods_file_says(tmp_path):

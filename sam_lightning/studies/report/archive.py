@@ -21,6 +21,7 @@ DIGITS = 5  # of curves; metrics have all of theirs
 COPIED = (
     *("epochs", "updates", "seconds", "train_seconds", "images_per_second"),
     *("peak_memory_bytes", "devices", "device", "versions", "git_commit"),
+    *("parameters", "computed_over"),
 )
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         have = ", ".join(sorted(methods))
         raise ConfigError(f"baseline={options.baseline}: these runs have {have}")
     out = folders[0] / "report" if options.out is None else Path(options.out)
-    columns = options.columns.split(",") if options.columns else None
+    columns = [c.strip() for c in options.columns.split(",")] if options.columns else None
     formats = options.formats.split(",") if options.formats else []
     try:
         study = analyse(runs, options.metric, options.baseline)

@@ -92,6 +92,19 @@ class Study:
         }
         return " and ".join(cost for cost, equal in same.items() if equal)
 
+    def _varies(self, group: int, column: str) -> bool:
+        """Whether a setting tells a group from others of the same data and model.
+
+        One that says how to train, from others of the same method too.
+        """
+        if column in (*SUBJECTS, *SHOWN):
+            return True
+        same = [c for c in (*SUBJECTS, "method") if c in self.settings]
+        if column.partition(".")[0] in SUBJECTS:
+            same.remove("method")
+        others = (self.settings[same] == self.settings.loc[group, same]).all(axis=1)
+        return len({*self.settings.loc[others, column]}) > 1
+
     @property
     def kind(self) -> str:
         """Whether tables and figures speak of ``acc`` or of ``error``, as the metric does."""
@@ -144,15 +157,15 @@ class Study:
         return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
 
     def describe(self, group: int, without: Iterable[str] = ()) -> str:
-        """A group in words: method, rho and what tells it from others, except ``without``.
-
-        What the method's file in ``conf`` says is left out.
-        """
+        """A group in words: method, rho and what tells it from others, except ``without``."""
         columns = dict.fromkeys(["method", "rho", *self.differing])
         return self.words(group, [c for c in columns if c not in without])
 
     def words(self, group: int, columns: Iterable[str]) -> str:
-        """The values that a group has in these columns, in words."""
+        """The values that a group has in these columns, in words.
+
+        What does not vary and what the method's file in ``conf`` says is left out.
+        """
         values = self.settings.loc[group]
         words = []
         for column in columns:
@@ -160,6 +173,8 @@ class Study:
             if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
                 continue
             if show(_of_method(values["method"]).get(column, ABSENT)) == text:
+                continue
+            if not self._varies(group, column):
                 continue
             if column == "epochs":
                 text = f"{text} epochs"
