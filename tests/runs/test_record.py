@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from runs import run, summary
+from inject import forked
+from runs import SMALL, run, summary
 from sam_lightning.config.errors import TrainingError
 from sam_lightning.runs.secrets import without_secrets
 
@@ -68,6 +69,17 @@ def test_a_record_has_every_part_of_the_run(tmp_path, monkeypatch):
     assert commands == ["epochs=1", "epochs=2", "epochs=2"]
     assert [part["started"] for part in parts] == sorted(part["started"] for part in parts)
     assert summary(tmp_path)["computed_over"]["val"] == {"images": 20, "of": 20}
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_run_that_was_killed_join(tmp_path):
+    given = [*SMALL, "epochs=4", "checkpoint_every_n_steps=3", "ckpt_path=last"]
+    for fault in ("SIGKILL", "pass:9"), ("SIGTERM", "pass:3"), None:
+        forked(tmp_path, *given, f"hydra.run.dir={tmp_path / 'run'}", fault=fault)
+    found = summary(tmp_path / "run")
+    steps = [(part["from_step"], part["to_step"]) for part in found["parts"]]
+    assert steps == [(0, 4), (4, 6), (6, 8)]  # what was lost after a checkpoint is in none
+    assert (found["status"], found["updates"]) == ("completed", 8)
 
 
 @pytest.mark.parametrize(
