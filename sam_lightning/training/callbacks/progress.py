@@ -92,7 +92,9 @@ class Throughput(Callback):
         self.seconds, self.images = state_dict["seconds"], state_dict["images"]
         self._earlier = state_dict["elapsed"]
         # A checkpoint may come from a stranger, and these go into a file.
-        self._earlier_parts = json.loads(json.dumps(state_dict.get("parts", []), default=str))
+        parts = json.loads(json.dumps(state_dict.get("parts"), skipkeys=True, default=str))
+        found = parts if isinstance(parts, list) else []  # not in an old checkpoint
+        self._earlier_parts = [part for part in found if isinstance(part, dict)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step at which this part begins, and start the clock."""
