@@ -36,7 +36,7 @@ figures: $(BASE) ## the first result and every picture in images/: 15 minutes on
 		seed=0,1,2 hydra.sweep.dir=$(RUNS)/epochs_30 ckpt_path=last
 	$(BIN)/python -m sam_lightning report $(RUNS)/epochs_15 $(RUNS)/epochs_30 out=images/report
 	$(BIN)/python -m sam_lightning landscape labels=SGD,SAM out=images \
-		ckpt_path=$(RUNS)/epochs_15/0_$(TASK),rho=0,seed=0,$(RUNS)/epochs_15/9_$(TASK),rho=0.2,seed=0
+		ckpt_path=$(RUNS)/epochs_15/0_rho=0,seed=0,$(TASK),$(RUNS)/epochs_15/9_rho=0.2,seed=0,$(TASK)
 	$(BIN)/python images/sam_update.py out=images/sam_update
 
 bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores

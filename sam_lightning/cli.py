@@ -13,12 +13,12 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import top_level, usage
+from sam_lightning.config.conf import flat, top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
@@ -31,6 +31,8 @@ from sam_lightning.config.hydra_errors import (
 from sam_lightning.config.schema import check, one_line
 from sam_lightning.runs.files import read_summary
 from sam_lightning.runs.resume import resumed
+from sam_lightning.runs.secrets import HIDDEN
+from sam_lightning.studies.identical import unused
 from sam_lightning.studies.sweep import SweepFolder, fail, summarized
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,12 @@ def run(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
+        for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():
+            if isinstance(value, str) and HIDDEN in value:
+                raise ConfigError(f"{key}={value}: was not stored; give it again")
+        why = unused(cfg, [key_of(o) for o in hydra.overrides.task])
+        if why and number("RANK", number("SLURM_PROCID", 0)) == 0:
+            log.warning("%s", why)
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
         from sam_lightning.training.launch import end_process_group  # torch and Lightning, only now

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 from sam_lightning.runs.old_names import mapped
+from sam_lightning.runs.secrets import without_secrets
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -101,7 +102,7 @@ def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> No
     A complete run stays complete if continuing it was ``refused``.
     """
     path = Path(cfg.output_dir) / "metrics.json"
-    summary = read_summary(path) or {"metrics": {}, "config": _plain(cfg)}
+    summary = read_summary(path) or {"metrics": {}, "config": without_secrets(_plain(cfg))}
     failed = {"status": "failed", "exit_reason": reason, "finished": now()}
     if refused and summary.get("status") == "completed":
         failed = {"refused": reason}

@@ -13,6 +13,7 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
+from sam_lightning.runs.secrets import without_secrets
 
 # A folder of this name is made below logs, so the name must not lead out of it.
 TaskName = Annotated[
@@ -48,6 +49,15 @@ class RunFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job of a sweep."""
         _made(config, "hydra.sweep.dir")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Take tokens and passwords out of what Hydra has just stored."""
+        files = [*Path(config.hydra.runtime.output_dir).glob(".hydra/*.yaml")]
+        files += Path(config.hydra.sweep.dir).glob("multirun.yaml")
+        for file in files:
+            stored = OmegaConf.to_container(OmegaConf.load(file))
+            if (kept := without_secrets(stored)) != stored:
+                OmegaConf.save(OmegaConf.create(kept), file)
 
 
 def _made(config: DictConfig, key: str) -> Path:

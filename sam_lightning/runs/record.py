@@ -1,9 +1,12 @@
 """``metrics.json``: a run's results, time and settings."""
 
 import logging
+import math
 import os
 import platform
 import resource
+import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,14 +17,18 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
 from sam_lightning.runs.files import now, write_json
+from sam_lightning.runs.secrets import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +48,21 @@ class Record:
     Args:
         cfg: the run's configuration.
         trainer: what trains.
-        throughput: counts the images, the seconds of training, and those elapsed in all.
+        throughput: counts the images, the seconds of training, and those elapsed in all, and has
+            the ``parts`` of the run.
+        data: an ``ImageDataModule``, set up.
+        model: what is trained.
     """
 
-    def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Any) -> None:
+    def __init__(
+        self, cfg: DictConfig, trainer: L.Trainer, throughput: Any, data: Any, model: nn.Module
+    ) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.throughput = throughput
+        self.data = data
+        throughput.start = _start(trainer)
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -82,24 +97,61 @@ class Record:
             self._print_table(summary)
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
-        trained, root = self.throughput.seconds, self.trainer.strategy.root_device
+        trained, parts = self.throughput.seconds, self.throughput.parts
         return {
             "status": status,
             "exit_reason": reason,
             "finished": now(),
             "metrics": self.metrics,
+            "computed_over": self._computed_over(),
+            "images": self._images(),
+            "parameters": self.parameters,
             "seconds": self.throughput.elapsed,
             "train_seconds": trained,
             "images_per_second": self.throughput.images / trained if trained else None,
             "peak_memory_bytes": _peak_memory(),
             "epochs": self.trainer.current_epoch,
             "updates": self.trainer.global_step,
-            "devices": self.trainer.world_size,
-            "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
+            **{key: parts[-1][key] for key in ("devices", "device", "host", "command")},
+            "parts": parts,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": _git_commit(),
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "config": without_secrets(OmegaConf.to_container(self.cfg, resolve=True)),
         }
+
+    def _computed_over(self) -> dict[str, dict[str, int]]:
+        """Of each split with metrics, the images in them, ``of`` all; training's are an epoch's.
+
+        Training metrics are means over the ``last_steps`` of the run.
+        """
+        trainer, data, over = self.trainer, self.data, {}
+        for split in ("train", "val", "test"):
+            if not any(name.startswith(f"{split}/") for name in self.metrics):
+                continue
+            limit, total = getattr(trainer, f"limit_{split}_batches"), len(getattr(data, split))
+            found = _covered(total, data.eval_batch_size, limit, trainer.world_size)
+            if split == "train":
+                whole = total // data.batch_size * data.batch_size if data.drop_last else total
+                found = _covered(whole, data.batch_size, limit)
+            over[split] = {"images": found, "of": total}
+        if "train" in over:
+            step, every = trainer.global_step - 1, self.cfg.trainer.log_every_n_steps
+            batches = math.ceil(over["train"]["images"] / data.batch_size)
+            epoch = math.ceil(batches / self.cfg.trainer.accumulate_grad_batches)
+            logged = max(step // every * every, step // epoch * epoch)
+            over["train"]["last_steps"] = step + 1 - logged
+        return over
+
+    def _images(self) -> dict[str, dict[str, int]]:
+        """Images of each split by class; training labels as they are trained on."""
+        data = self.data
+        splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+        counts = {
+            name: torch.bincount(split.labels, minlength=data.num_classes).tolist()
+            for name, split in splits.items()
+            if split is not None
+        }
+        return {name: dict(zip(data.classes, of, strict=True)) for name, of in counts.items()}
 
     def _log_hparams(self) -> None:
         """Log the settings; TensorBoard's table has the final metrics from the curves."""
@@ -136,12 +188,40 @@ class Record:
         table.add_column("value", justify="right")
         for label, name in SHOWN.items():
             if name in self.metrics:
+                over = summary["computed_over"][name.partition("/")[0]]
+                part = f", {over['images']:,} of {over['of']:,} images"
+                label += part if over["images"] < over["of"] else ""
                 table.add_row(label, f"{self.metrics[name]:.2%}")
         table.add_row("seconds", f"{summary['seconds']:.1f}")
         if summary["images_per_second"]:
             table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
         table.add_row("folder", os.path.relpath(self.cfg.output_dir))
         Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _covered(images: int, batch_size: int, limit: int | float, ranks: int = 1) -> int:
+    """Images in the batches that a trainer's ``limit`` leaves, a number or a fraction of them."""
+    count = 0
+    for rank in range(ranks):
+        shard = len(range(rank, images, ranks))
+        batches = math.ceil(shard / batch_size)
+        most = limit if isinstance(limit, int) else int(batches * limit)
+        count += min(shard, most * batch_size)
+    return count
+
+
+def _start(trainer: L.Trainer) -> dict[str, Any]:
+    """When, by which command and where this process started."""
+    arguments, root = sys.argv, trainer.strategy.root_device
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        arguments = [arguments[0], *HydraConfig.get().overrides.task]  # those of the job
+    return {
+        "started": now(),
+        "command": shlex.join(map(without_secrets, ["python", *arguments])),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
+        "devices": trainer.world_size,
+    }
 
 
 def _peak_memory() -> int:

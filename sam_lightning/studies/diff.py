@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(
         *(f"{letter}: {run.folder}" for letter, run in zip("AB", runs, strict=True)),
         *(
-            Table(head, cells, left=1).terminal(title) if cells else f"{title}: nothing"
+            Table(head, cells, left=[0]).terminal(title) if cells else f"{title}: nothing"
             for title, (head, cells) in tables.items()
         ),
     )

@@ -16,6 +16,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
 from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
+from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings
 from sam_lightning.studies.sweep import LONGEST_NAME
 
@@ -207,6 +208,7 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
     """Refuse what train.py refuses, and runs with equal names or results; add the passes."""
     names: set[str] = set()
     known: dict[str, tuple[str, dict[str, Any]]] = {}
+    configs: dict[str, Any] = {}
     passes: dict[str, float] = {}
     for run in runs:
         name = run.folder.name
@@ -224,8 +226,10 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
                 effective = run.arm, settings(config)
                 for other, found in known.items():
                     if found == effective:
-                        raise ConfigError(f"{name} and {other} are identical runs; remove one")
-                known[name] = effective
+                        why = because(config["method"], differing(configs[other], config))
+                        same = f"{name} and {other} are identical runs"
+                        raise ConfigError(f"{same}, because {why}; remove one")
+                known[name], configs[name] = effective, config
                 passes[name] = (passes_per_step(config["method"]) or 2) * config["epochs"]
         except ConfigError as error:
             raise ConfigError(f"arms.{run.arm}: {error}") from error

@@ -18,6 +18,7 @@ from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError, Interrupted
 from sam_lightning.config.schema import one_line
 from sam_lightning.runs.files import RunStatus, read_status
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import RunSpec
 
 TRAIN = CONF.parent / "train.py"
@@ -129,7 +130,8 @@ class Runner:
                 if hasattr(os, "sched_getaffinity"):  # not on macOS
                     cores = len(os.sched_getaffinity(0))
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.processes)))
-            output.write(f"{PROMPT}{shlex.join(run.arguments)}\n".encode())
+            said = shlex.join(without_secrets(run.arguments))
+            output.write(f"{PROMPT}{said}\n".encode())
             process = subprocess.Popen(
                 [sys.executable, str(TRAIN), *run.arguments],
                 stdin=subprocess.DEVNULL,

@@ -19,6 +19,7 @@ from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
 from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
         rows = [(str(found.folder), found.state, found.reason) for found in left]
-        show(Table(("run", "state", "reason"), rows, left=3).terminal("not completed"))
+        show(Table(("run", "state", "reason"), rows, left=range(3)).terminal("not completed"))
         raise TrainingError(f"{len(left)} of {len(runs)} runs did not complete")
 
 
@@ -130,8 +131,9 @@ def _difference(run: RunSpec) -> str | None:
     except Exception as error:  # of the file system, of YAML and of OmegaConf
         raise ConfigError(f"{file}: {one_line(error)}") from error
     before.pop("ckpt_path", None)
-    for key in {**before, **run.overrides}:
-        then, now = before.get(key), run.overrides.get(key)
+    before, given = without_secrets(before), without_secrets({**run.overrides})
+    for key in {**before, **given}:
+        then, now = before.get(key), given.get(key)
         if then != now and not _moved(run, key, then, now):
             was, has = (f"{key}={v}" if v is not None else f"no {key}" for v in (then, now))
             return f"{was}, and the study has {has}"

@@ -8,29 +8,28 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.hydra_errors import COMPOSING
+from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
 from sam_lightning.config.schema import one_line
-from sam_lightning.config.values import (
-    Count,
-    Fraction,
-    Rule,
-    check_values,
-)
+from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, write_json
 from sam_lightning.runs.folder import refuse
+from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.studies.identical import distinct, unused
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,36 @@ HINTS = {
 
 
 LONGEST_NAME = 255  # bytes that file systems allow a folder
+OWN = "hydra.callbacks.sweep_folder"  # the keys of the callback below
 
 
-def job_folder(number: int, overrides: str, first: int = 0) -> str:
+def job_folder(number: int, *, _root_: DictConfig) -> str:
     """``<number>_<overrides>`` as the name of one folder: without slashes, and not too long.
 
-    The number alone tells jobs apart; all overrides are in ``.hydra/overrides.yaml``.
+    What is swept comes first, then method, rho and seed: TensorBoard and listings cut long names.
+    The number alone tells jobs apart; all overrides are in ``.hydra/overrides.yaml``. A job of a
+    sweep that an earlier version began keeps its folder, whose overrides are sorted by key.
+
+    Args:
+        number: of the job in this start of the sweep.
+        _root_: the job's configuration with that of Hydra.
     """
-    name = f"{first + number}_{overrides}".replace("/", "-").encode()
+    hydra = _root_.hydra
+    excluded = {*hydra.job.config.override_dirname.exclude_keys}
+    given: Any = OmegaConf.to_container(hydra.overrides.task)  # "${...}" as it stands
+    named = [o for o in sorted(given) if key_of(o) not in excluded and without_secrets(o) == o]
+    overrides = {key_of(o): o.lstrip("+~") for o in named}
+    swept = OmegaConf.select(_root_, f"{OWN}.swept") or []
+    order = dict.fromkeys([*swept, "method", "rho", "seed", *overrides])
+    number += OmegaConf.select(_root_, f"{OWN}.first_job") or 0
+    before = _folder_name(f"{number}_{hydra.job.override_dirname}")
+    if Path(hydra.sweep.dir, before, ".hydra").is_dir():
+        return before
+    return _folder_name(f"{number}_{','.join(overrides[k] for k in order if k in overrides)}")
+
+
+def _folder_name(text: str) -> str:
+    name = text.replace("/", "-").encode()
     if len(name) > LONGEST_NAME:
         return name[: LONGEST_NAME - 3].decode(errors="ignore") + "..."
     return name.decode()
@@ -90,8 +111,8 @@ class SweepFolder(Callback):
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
 
-    def __init__(self, first_job: int = 0) -> None:
-        self.first_job = first_job
+    def __init__(self, first_job: int = 0, swept: Sequence[str] = ()) -> None:
+        self.first_job, self.swept = first_job, swept  # read by ``job_folder``
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
@@ -109,18 +130,28 @@ class SweepFolder(Callback):
         metric = OmegaConf.select(config, "optimized_metric")
         try:
             _check_processes(config)
-            _check_overrides(config)
+            swept = _check_overrides(config)
             check_values(config, HINTS)
             storage = OmegaConf.select(config, "hydra.sweeper.storage")
             if OmegaConf.is_dict(storage) and "path" in storage:
                 storage = f"sqlite:///{storage.path}"
-            if "n_trials" in config.hydra.sweeper and metric is None:
+            searches = "n_trials" in config.hydra.sweeper
+            if searches and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+            if searches and (why := unused(config, swept)):
+                raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
         except ConfigError as error:
             refuse(str(error))
         SweepFolder.storage = storage if isinstance(storage, str) else None
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
+        with read_write(config.hydra), open_dict(config.hydra):  # for jobs in any process
+            named = ",".join(map(quoted, swept))
+            config.hydra.overrides.hydra.append(f"++{OWN}.swept=[{named}]")
+        sweeper: Any = get_class(config.hydra.sweeper._target_)
+        if split := getattr(sweeper, "split_arguments", None):  # Hydra's own, not one that searches
+            original = split.args[2] if isinstance(split, partial) else split
+            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, original))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that a job runs in."""
@@ -146,10 +177,15 @@ def _check_processes(config: DictConfig) -> None:
         raise ConfigError(f"{key}_local: would train each job {tasks} times; {advice}")
 
 
-def _check_overrides(config: DictConfig) -> None:
+def _check_overrides(config: DictConfig) -> list[str]:
+    """Refuse overrides that stand for no job; return the keys that are swept."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    of_file = [f"{key}={value}" for key, value in params.items()]
     given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # "${...}" as it stands
-    for override in parser.parse_overrides(given):
+    swept: dict[str, bool] = {}  # the last of a key counts
+    for override in parser.parse_overrides([*of_file, *given]):
+        swept[override.key_or_group] = override.is_sweep_override()
         if not override.is_discrete_sweep():
             continue
         reason = "one at a time" if override.key_or_group == "sweep" else ""
@@ -160,6 +196,15 @@ def _check_overrides(config: DictConfig) -> None:
             reason = one_line(error)
         if reason:
             raise ConfigError(f"{override.input_line}: {reason}")
+    return [key for key, of_many in swept.items() if of_many]
+
+
+def _split(
+    config: DictConfig, sweeper: Any, original: Any, overrides: list[Any], size: int | None
+) -> list[Any]:
+    """What Hydra's sweeper does, without the jobs that would repeat another."""
+    (jobs,) = original(overrides, None)
+    return [*sweeper.split_overrides_to_chunks(distinct(config, jobs), size)]
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
@@ -203,7 +248,8 @@ def _summarize() -> Exception | None:
     new = [jobs[file] for file in jobs if started[file] != SweepFolder.earlier.get(file)]
     if not new:
         return None
-    write_json(sweep / "sweep.json", {"jobs": [*jobs.values()]}, "hydra.sweep.dir")
+    found = without_secrets({"jobs": [*jobs.values()]})
+    write_json(sweep / "sweep.json", found, "hydra.sweep.dir")
     _print_table(sweep, [*jobs.values()])
     failed = [job for job in new if job["status"] != "completed"]
     if not failed:
@@ -248,17 +294,29 @@ def _reason(job: dict[str, Any]) -> str:
 
 
 def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
-    from sam_lightning.studies.table import Table, show  # not for a single run
+    """A line per job with what varies; below it the folder, and why jobs failed."""
+    from sam_lightning.studies.table import Table, show, title  # not for a single run
 
     names = (SweepFolder.metric, "test/acc", "val/acc")
     metric = next((n for n in names if n and any(n in job["metrics"] for job in jobs)), "test/acc")
-    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-    rows = []
-    for job in jobs:
-        own = " ".join(o for o in job["overrides"] if o not in shared)
-        done = job["status"] == "completed"
+    given = [{key_of(o): o.partition("=")[2] for o in job["overrides"]} for job in jobs]
+    keys = [*dict.fromkeys(key for of_job in given for key in of_job)]
+    varying = [k for k in keys if len({of_job.get(k) for of_job in given}) > 1]
+    rows: list[tuple[str, ...]] = []
+    reasons: dict[str, list[str]] = {}
+    for job, of_job in zip(jobs, given, strict=True):
         value = f"{job['metrics'][metric]:.4f}" if metric in job["metrics"] else ""
-        status = job["status"] if done else f"{job['status']}: {_reason(job)}"
-        rows.append((job["job"], own, status, value, job["folder"]))
-    table = Table(("job", "overrides", "status", metric, "folder"), rows, left=5)
-    show(table.terminal(f"{len(jobs)} jobs in {os.path.relpath(sweep)}"))
+        rows.append((job["job"], *(of_job.get(k, "") for k in varying), job["status"], value))
+        if job["status"] != "completed":
+            reasons.setdefault(f"{job['status']}: {_reason(job)}", []).append(job["job"])
+    head = ("job", *(title(k, varying) for k in varying), "status", metric)
+    show(
+        f"{len(jobs)} jobs in {os.path.relpath(sweep)}",
+        Table(head, rows, left=range(len(head) - 1)).terminal(),
+        *(f"{_numbered(numbers)} {reason}" for reason, numbers in reasons.items()),
+        width=80,
+    )
+
+
+def _numbered(jobs: Sequence[str]) -> str:
+    return f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs)}"

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,46 +20,59 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; ``left`` columns are words, the others numbers, ``strong`` rows are bold."""
+    """Cells of text; ``left`` columns are words, the others numbers; ``strong`` cells are bold.
+
+    Columns count from 0; a cell is (row, column).
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    left: int
-    strong: Collection[int] = ()
+    left: Collection[int]
+    strong: Collection[tuple[int, int]] = ()
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
-        rule = ["---" if i < self.left else "---:" for i in range(len(self.head))]
+        rule = ["---" if i in self.left else "---:" for i in range(len(self.head))]
         rows = self._rows(lambda cell: re.sub(r"([|*_`<\\])", r"\\\1", cell), "**{}**")
         return "\n".join(f"| {' | '.join(row)} |" for row in [self.head, rule, *rows])
 
     def latex(self, caption: str, label: str) -> str:
-        """The table as an environment of LaTeX with the package booktabs."""
+        """The table as an environment of LaTeX, no wider than a line.
+
+        It needs the packages booktabs and graphicx.
+        """
         cells = [map(latex, self.head), *self._rows(latex, "\\textbf{{{}}}")]
+        alignment = "".join("l" if i in self.left else "r" for i in range(len(self.head)))
         head, *rows = (f"    {' & '.join(row)} \\\\" for row in cells)
+        width = "\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi"
         return "\n".join(
             [
                 f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
-                f"  \\label{{{label}}}",
-                f"  \\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}",
+                f"  \\label{{{label}}}\n  \\medskip",
+                f"  \\resizebox{{{width}}}{{!}}{{\\begin{{tabular}}{{{alignment}}}",
                 *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
-                "  \\end{tabular}\n\\end{table}",
+                "  \\end{tabular}}\n\\end{table}",
             ]
         )
 
-    def terminal(self, title: str) -> RichTable:
+    def terminal(self, caption: str | None = None) -> RichTable:
         """The table as ``rich`` prints it."""
-        made = RichTable(title=title)
+        made = RichTable(title=caption)
         for i, name in enumerate(self.head):
-            justify: Any = "left" if i < self.left else "right"
+            justify: Any = "left" if i in self.left else "right"
             made.add_column(Text(name), justify=justify, overflow="fold")
         for i, row in enumerate(self.rows):
-            made.add_row(*map(Text, row), style="bold" if i in self.strong else None)
+            made.add_row(
+                *(Text(c, "bold" if (i, j) in self.strong else "") for j, c in enumerate(row))
+            )
         return made
 
     def _rows(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
         return [
-            [(bold if i in self.strong else "{}").format(escape(cell)) for cell in row]
+            [
+                (bold if (i, j) in self.strong else "{}").format(escape(cell))
+                for j, cell in enumerate(row)
+            ]
             for i, row in enumerate(self.rows)
         ]
 
@@ -70,7 +83,13 @@ def latex(text: str) -> str:
     return "".join(LATEX.get(c, c) for c in text)
 
 
-def show(*parts: Any) -> None:
-    """Print tables and lines."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+def title(column: str, columns: Iterable[str]) -> str:
+    """A column's name without its parents, unless another one ends the same way."""
+    name = column.rpartition(".")[2]
+    return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
+
+
+def show(*parts: Any, width: int = WIDTH) -> None:
+    """Print tables and lines, as wide as the terminal, or of ``width`` where there is none."""
+    console = Console(width=None if sys.stdout.isatty() else width)
     console.print(*parts, sep="\n", markup=False, highlight=False)

@@ -105,7 +105,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         SAM(model.parameters(), base_optimizer, perturbation=perturbation)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
-    per_epoch, total = _steps(cfg, data.steps_per_epoch)
+    per_epoch, total = steps(cfg, data.steps_per_epoch)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     hparams: dict[str, Any] = {
         **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
@@ -154,7 +154,7 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
         log.info("%s", untold)
 
 
-def _steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
+def steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
     """Optimizer steps of an epoch and of the run, under the trainer's limits."""
     limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
     if limit is not None:  # a float is a fraction

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -18,13 +17,13 @@ from omegaconf import DictConfig
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
-from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.record import Record
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
 from sam_lightning.training.launch import init_process_group, launch, local_processes
+from sam_lightning.training.watched import check_watched
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +63,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer: Any = make_trainer(cfg, processes, throughput)
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
-    _check_validation(cfg, data)
-    if data.val is None:  # nothing to choose the best by
-        trainer.callbacks[:] = [c for c in trainer.callbacks if not _chooses_by_validation(c)]
+    check_watched(cfg, trainer, data)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
-    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
+    with Record(cfg, trainer, throughput, data, module) as record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        if trainer.global_step == 0:
+            raise TrainingError("the trainer stopped before the first step; nothing was trained")
         for saver in savers:
             record.add(saver.metrics)
         record.add(trainer.callback_metrics)
@@ -114,11 +113,6 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
     return None if path is None else str(path)
 
 
-def _chooses_by_validation(callback: L.Callback) -> bool:
-    monitor = str(getattr(callback, "monitor", ""))
-    return isinstance(callback, Checkpoint) and monitor.startswith("val/")
-
-
 def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
     """Drop the rows after the checkpoint's step, which are lost work, from the run's logs."""
     path = cfg.ckpt_path
@@ -150,19 +144,6 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
                 f"{batches} by as much ({one_line(error)})"
             ) from error
         raise
-
-
-def _check_validation(cfg: DictConfig, data: ImageDataModule) -> None:
-    metric = str(cfg.optimized_metric)
-    watched = {"optimized_metric": metric}
-    for name, callback in (cfg.get("callbacks") or {}).items():
-        if str(callback and callback.get("_target_")).endswith(".EarlyStopping"):
-            watched[f"callbacks.{name}.monitor"] = str(callback.get("monitor"))
-    for key, value in watched.items():
-        if value.startswith("val/") and data.val is None:
-            raise ConfigError(f"{key}={value}: there is no validation data; set data.val_size")
-    if metric.endswith("/acc5") and data.num_classes < 10:
-        raise ConfigError(f"optimized_metric={metric}: needs at least 10 classes")
 
 
 def _quieten() -> None:

@@ -198,7 +198,31 @@ STOPPING = "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"
     ("overrides", "message"),
     [
         ([STOPPING, "+callbacks.early.monitor=val/loss"], "early.monitor=val/loss: there is no va"),
-        ([STOPPING, "+callbacks.early.monitor=val/lozz", "data.val_size=20"], "val/lozz"),
+        (
+            [STOPPING, "+callbacks.early.monitor=val/lozz", "data.val_size=20"],
+            "callbacks.early.monitor=val/lozz: this run has no such metric; did you mean val/loss?",
+        ),
+        (["callbacks.best.monitor=foo"], "callbacks.best.monitor=foo: this run has no such metric"),
+        (
+            ["callbacks.best.monitor=test/acc", "data.val_size=20"],
+            "callbacks.best.monitor=test/acc",
+        ),
+        (["optimized_metric=val/acc"], "optimized_metric=val/acc: there is no validation data"),
+        (
+            ["optimized_metric=val/acc", "data.val_size=20", "trainer.check_val_every_n_epoch=3"],
+            "optimized_metric=val/acc: the first validation is after 6 steps, and the run has 4",
+        ),
+        (
+            ["optimized_metric=val/acc", "data.val_size=20", "+trainer.max_steps=1"],
+            "the first validation is after 2 steps, and the run has 1",
+        ),
+        (
+            ["optimized_metric=val/acc", "data.val_size=20", "+trainer.limit_val_batches=0"],
+            "optimized_metric=val/acc: there is no validation with no validation batches",
+        ),
+        (["optimized_metric=test/acc", "+trainer.limit_test_batches=0"], "no test batches"),
+        (["+trainer.max_steps=0"], "trainer.max_steps=0: trains nothing"),
+        (["+trainer.limit_train_batches=0.0"], "trainer.limit_train_batches=0: trains nothing"),
         (["+optimizer.foreach=true"], "optimizer: .*foreach"),
         (["+trainer.val_check_interval=100", "data.val_size=20"], "trainer.val_check_interval: "),
     ],
@@ -206,6 +230,17 @@ STOPPING = "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"
 def test_what_the_run_has_no_use_for(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, *overrides)
+    assert not (tmp_path / "metrics.csv").exists()  # found before it trains
+
+
+def test_metrics_that_only_some_runs_have_can_be_watched(tmp_path):
+    own = "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    best = ["callbacks.best.monitor=sharpness/trace", "callbacks.best.mode=min"]
+    small = ["callbacks.sharpness.images=10", "callbacks.sharpness.max_steps=1", "epochs=1"]
+    run(tmp_path / "sharpness", "callbacks=sharpness", *small, *best, "test=false")
+    assert (tmp_path / "sharpness" / "checkpoints" / "best.ckpt").is_file()
+    named = [f"+callbacks.lr={own}", "callbacks.best.monitor=lr-SAM", "epochs=1"]
+    run(tmp_path / "rate", *named, "test=false")
 
 
 def test_without_loggers_and_callbacks(tmp_path):

@@ -454,9 +454,8 @@ def test_rho_is_chosen_on_validation_data_where_test_would_choose_another(tmp_pa
     study = study_of(tmp_path)
     assert study.choices == {(0, 1, 2): 1}
     (line,) = choices_of_rho(study)
-    assert "rho 0.1 is best on validation data (75.00 ± " in line
+    assert "rho 0.1 is best on validation data (validation accuracy 75.00 ± " in line
     assert "tried" not in line
-    assert tables.results(study).strong == [1]
     assert study.leading == [1]
 
 
@@ -466,7 +465,6 @@ def test_without_validation_data_none_is_chosen(tmp_path):
     study = study_of(tmp_path)
     assert study.choices == {(0, 1): None}
     assert "no validation data" in choices_of_rho(study)[0]
-    assert not tables.results(study).strong
     assert study.leading == [0, 1]
 
 
@@ -534,8 +532,8 @@ def test_baselines_have_as_many_epochs_or_passes_and_else_the_same_settings(tmp_
         (study.describe(c.group), study.describe(c.baseline), c.equal)
         for c in study.comparisons.itertuples()
     ]
-    quarter = "sam, rho 0.1, 8 epochs, ascent_fraction 0.25, lr 0.1"
-    sam = "sam, rho 0.1, 5 epochs, ascent_fraction 1, lr 0.1"
+    quarter = "sam, rho 0.1, 8 epochs, ascent_fraction 0.25"
+    sam = "sam, rho 0.1, 5 epochs"
     assert found == [
         (sam, "sgd, 5 epochs, lr 0.1", "epochs"),
         (sam, "sgd, 10 epochs, lr 0.1", "passes"),
@@ -596,7 +594,7 @@ def test_files_of_a_report(sweep, tmp_path, capsys):
     written = {path.name for path in out.iterdir()}
     assert written == {"report.md", "report.csv", "summary.csv", "report.tex", *images}
     printed = capsys.readouterr().out
-    assert "12 runs; left out: 1 failed" in printed
+    assert "12 runs in 4 groups; left out: 1 failed; see" in printed
     assert "rho 0.1 is best on validation data" in printed
 
     text = (out / "report.md").read_text()
@@ -605,9 +603,10 @@ def test_files_of_a_report(sweep, tmp_path, capsys):
     for text_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in text_table.splitlines()}) == 1
     # 0.80, 0.76, 0.71: mean 75.67, sd 4.51, half of the interval 4.3027 / sqrt(3) of it.
-    assert re.search(
-        r"\| \*\*0\.1\*\* \|.*\*\*75\.67 ± 11\.20\*\* \| \*\*24\.33 ± 11\.20\*\*", text
-    )
+    assert re.search(r"\| sam \| 0\.1 \|.* \| 75\.67 ± 11\.20 \|", text)
+    # The best of each metric is bold, whichever rho is chosen.
+    bold = re.findall(r"\*\*(.*?)\*\*", text)
+    assert bold == ["70.33 ± 3.79", "85.67 ± 11.20"]
     for name in names:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
@@ -673,22 +672,21 @@ def test_figures_show_the_numbers(sweep, tmp_path):
     runs, _, _ = read_runs([sweep])
     study = analyse(runs, "test/acc", "sgd")
     figure = Figure()
-    figures.error_against_rho(study, study.settings.index, figure)
+    figures.metric_against_rho(study, study.settings.index, figure)
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     (bars,) = axes.containers
     line, caps, _ = bars
     assert list(line.get_xdata()) == pytest.approx([0.05, 0.1, 0.2], rel=0.02)
-    # Errors 24.33, ... of accuracies 0.70, 0.66, 0.61 + rho.
-    means = [100 * (1 - 1.97 / 3 - rho) for rho in (0.05, 0.1, 0.2)]
+    means = [100 * (1.97 / 3 + rho) for rho in (0.05, 0.1, 0.2)]
     assert list(line.get_ydata()) == pytest.approx(means)
     half = 100 * estimate([0.70, 0.66, 0.61])["half"]
     assert list(caps[1].get_ydata()) == pytest.approx([mean + half for mean in means])
     flat = next(one for one in axes.lines if one.get_label() == "sgd")
-    assert list(flat.get_ydata()) == pytest.approx([45, 45])
+    assert list(flat.get_ydata()) == pytest.approx([55, 55])
 
     figure = Figure()
-    figures.accuracy_against_epochs(study, study.settings.index, figure)
+    figures.metric_against_epochs(study, study.settings.index, figure)
     names = [one.get_label() for one in figure.axes[0].lines]
     assert names == ["sgd", "sam, rho 0.1"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 2, 3]
@@ -708,7 +706,7 @@ def test_a_legend_covers_nothing(sweep, monkeypatch, length):
     methods = study.settings["method"]
     monkeypatch.setattr(Study, "describe", lambda self, g, without: name + methods[g] * length)
     figure = Figure(layout="constrained")
-    figures.error_against_rho(study, study.settings.index, figure)
+    figures.metric_against_rho(study, study.settings.index, figure)
     figure.draw_without_rendering()
     legend, axes = (part[0].get_tightbbox() for part in (figure.legends, figure.axes))
     assert not legend.overlaps(axes)
@@ -725,7 +723,89 @@ def test_a_figure_for_each_data_set(sweep, tmp_path):
     names = {path.stem for path in (tmp_path / "out").glob("*.p*")}
     # The noisy runs have no metrics.csv. What the first report drew is gone.
     assert names == {"rho_1", "rho_2", "epochs_1", "compute_1", "compute_2", "own"}
-    assert "label_noise 0.4: test error against rho" in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "label_noise 0.4: test accuracy against rho" in (tmp_path / "out" / "report.md").read_text()
+    )
+
+
+def test_tables_and_figures_speak_of_error_where_the_metric_does(sweep, tmp_path):
+    main([str(sweep), f"out={tmp_path / 'out'}", "metric=test/error", "formats=png"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "accuracy" not in text
+    assert "| validation error, % | test error, % |" in text
+    assert "rho 0.1 is best on validation data (validation error 29.67 ± 3.79 %)" in text
+    assert re.findall(r"\*\*(.*?)\*\*", text) == ["29.67 ± 3.79", "14.33 ± 11.20"]  # the lowest
+    study = analyse(read_runs([sweep])[0], "test/error", "sgd")
+    for kind, plot in figures.KINDS.items():
+        plot(study, study.settings.index, figure := Figure())
+        assert figure.axes[0].get_ylabel().endswith(" error, %"), kind
+    figures.metric_against_epochs(study, study.settings.index, figure := Figure())
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([90, 80, 70])
+
+
+def test_what_is_bold_is_best_for_its_data(tmp_path):
+    for noise, accs in ((0, (0.8, 0.9, 0.90001)), (0.4, (0.5, 0.4, 0.45))):
+        for rho, acc in zip((0, 0.1, 0.2), accs, strict=True):
+            leave(tmp_path / f"{noise}{rho}", f"rho={rho}", f"data.label_noise={noise}", acc=acc)
+    found = tables.results(study_of(tmp_path))
+    bold = {(found.rows[row][:3], found.head[column]) for row, column in found.strong}
+    best = [("0", "sam", "0.1"), ("0", "sam", "0.2"), ("0.4", "sgd", "0")]  # equal as printed
+    assert bold == {(settings, "test accuracy, %") for settings in best}
+
+
+def test_columns_of_choice(sweep, tmp_path, capsys):
+    out = f"out={tmp_path / 'out'}"
+    main([str(sweep), out, "formats=null", "columns=n,test/error,lr,rho,passes"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "\n| n | test error, % | optimizer.lr | rho | passes/step |\n| ---: | ---: |" in text
+    assert "\n| 3 | 24.33 ± 11.20 | 0.1 | 0.1 | 1.2 |\n" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="columns: no column rhoo; did you mean rho"):
+        main([str(sweep), out, "columns=rhoo"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_labels_leave_out_what_does_not_vary(tmp_path):
+    leave(tmp_path / "a", "rho=0.1", "lr=0.2")
+    leave(tmp_path / "b", "rho=0.1", "data=svhn")
+    leave(tmp_path / "c", "method=sgd", "data=svhn")
+    leave(tmp_path / "d", "method=sgd", "data=svhn", "lr=0.3")
+    study = study_of(tmp_path)
+    assert {"data.flip", "optimizer.lr"} <= {*study.differing}
+    names = {study.describe(group) for group in study.settings.index}
+    of_data = {"svhn, sgd, lr 0.1", "svhn, sgd, lr 0.3", "svhn, sam, rho 0.1"}
+    assert {frozenset(name.split(", ")) for name in names} == {
+        frozenset(name.split(", ")) for name in {*of_data, "digits, sam, rho 0.1"}
+    }
+
+
+def test_labels_leave_out_what_the_methods_file_says(tmp_path):
+    for method in ("sam", "gsam", "looksam", "sgd"):
+        leave(tmp_path / method, f"method={method}")
+    leave(tmp_path / "min", "method=gsam", "method.rho_min=0.01")
+    study = study_of(tmp_path)
+    names = [study.describe(group) for group in study.settings.index]
+    rho = "rho 0.05"
+    expected = ["sgd", f"gsam, {rho}", f"gsam, {rho}, rho_min 0.01", f"looksam, {rho}"]
+    assert sorted(names) == sorted([*expected, f"sam, {rho}"])
+
+
+def test_the_same_number_of_runs_everywhere(tmp_path, capsys):
+    for i, written in enumerate((1000, 2000, 3000)):
+        leave(tmp_path / str(i), seed=0, written=written)
+    leave(tmp_path / "bad", status="failed")
+    main([str(tmp_path), "formats=null"])
+    said = "1 runs in 1 groups; 2 repeated, not counted; left out: 1 failed"
+    assert f"{said}; see " in capsys.readouterr().out
+    assert f"\n{said}.\n" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_metrics_over_a_part_of_a_set_are_named(tmp_path):
+    over = {"test": {"images": 512, "of": 10000}, "val": {"images": 9, "of": 9}, "odd": [1]}
+    leave_seeds(tmp_path, accs=[0.5, 0.6], computed_over=over)
+    leave(tmp_path / "odd", computed_over={"test": {"images": "x"}})
+    _, _, warnings = read_runs([tmp_path])
+    assert warnings == ["2 runs: test metrics are over 512 of 10,000 images"]
 
 
 def test_another_metric(sweep, tmp_path):

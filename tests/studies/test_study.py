@@ -172,13 +172,18 @@ QUICK = f"common: {{experiment: quickstart}}\n{ARMS}"
             FILE,
             ["method.rho=0.3"],
             "arms.sam: sam,rho=0.1,data.label_noise=0 and sam,rho=0.05,data.label_noise=0 are "
-            "identical runs; remove one",
+            "identical runs, because rho changes nothing here; remove one",
         ),
         (f"settings: {{rho: [1]}}\n{ARMS}{{a: {{+rho: 2}}}}", [], "arms.a.+rho: is in settings"),
         (
             f"{QUICK}{{a: {{task_name: [a, b]}}}}",
             [],
-            "arms.a: a,task_name=b and a,task_name=a are identical runs",
+            "arms.a: a,task_name=b and a,task_name=a are identical runs, because task_name changes",
+        ),
+        (
+            f"{QUICK}{{a: {{method: sgd, rho: [0.1, 0.2]}}}}",
+            [],
+            "are identical runs, because rho changes nothing with method=sgd; remove one",
         ),
         (FILE, ["ckpt_path=x"], "ckpt_path=x: may not be given; a run goes on from its own"),
         (FILE, ["hydra.run.dir=x"], "hydra.run.dir=x: may not be given"),
@@ -588,7 +593,7 @@ def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
         "1 in logs/studies/noise are not of the file and not counted: the first is old," in said.err
     )
     assert "warning: 5 of the file's 8 runs have no result yet" in said.err
-    assert "3 runs; left out: 1 failed; see kept/noise/report.md" in said.out
+    assert "3 runs in 2 groups; left out: 1 failed; see kept/noise/report.md" in said.out
     assert "a,seed=0" not in Path("kept/noise/report.csv").read_text()
     assert "old,seed=0" not in Path("kept/noise/report.csv").read_text()
     before = written("kept")

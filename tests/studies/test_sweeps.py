@@ -11,15 +11,25 @@ import sys
 
 import optuna
 import pytest
+from omegaconf import OmegaConf
 
-from runs import SMALL, TRAIN, command, summary
+from runs import SMALL, TRAIN, command, configuration, summary
 from sam_lightning.cli import resumed
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.studies.identical import unused
 from sam_lightning.studies.sweep import job_folder, next_job
 
 
 def table(sweep):
     return json.loads((sweep / "sweep.json").read_text())["jobs"]
+
+
+def printed_table(out):
+    """The words of every line of a sweep's last table and of what is around it."""
+    lines = out[out.rindex(" jobs in ") - 2 :].splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [re.sub("[│┃┏━┳┓┡╇┩├─┼┤└┴┘]", " ", line).split() for line in lines]
+    return [line for line in words if line]
 
 
 def only_sweep(cwd):
@@ -30,18 +40,41 @@ def only_sweep(cwd):
 # --------------------------------------------------------------------------------- names of folders
 
 
+def job(overrides, swept=(), first=0, folder="nowhere"):
+    """The configuration that a job's folder is named by."""
+    callback = {"swept": [*swept], "first_job": first}
+    hydra = {
+        "callbacks": {"sweep_folder": callback},
+        "job": {"config": {"override_dirname": {"exclude_keys": ["data.root"]}}},
+        "overrides": {"task": overrides},
+        "sweep": {"dir": str(folder)},
+    }
+    hydra["job"]["override_dirname"] = ",".join(sorted(overrides))
+    return OmegaConf.create({"hydra": hydra})
+
+
 def test_name_of_a_folder():
-    assert job_folder(3, "rho=0.1,seed=0") == "3_rho=0.1,seed=0"
-    assert job_folder(3, "rho=0.1", 20) == "23_rho=0.1"
-    assert job_folder(0, "optimized_metric=val/acc") == "0_optimized_metric=val-acc"
+    given = ["batch_size=50", "data.root=/x", "seed=0", "+data.label_noise=0.4", "method=sam"]
+    name = job_folder(3, _root_=job(given, swept=["data.label_noise", "seed"]))
+    assert name == "3_data.label_noise=0.4,seed=0,method=sam,batch_size=50"
+    assert job_folder(3, _root_=job(["lr=1", "rho=0.1"], first=20)) == "23_rho=0.1,lr=1"
+    assert job_folder(0, _root_=job(["optimized_metric=val/acc"])) == "0_optimized_metric=val-acc"
+    assert job_folder(0, _root_=job(["+logger.wandb.api_key=1234", "lr=1"])) == "0_lr=1"
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on_in_its_folders(tmp_path):
+    given = job(["rho=0.1", "batch_size=50"], swept=["rho"], folder=tmp_path)
+    (tmp_path / "0_batch_size=50,rho=0.1" / ".hydra").mkdir(parents=True)
+    assert job_folder(0, _root_=given) == "0_batch_size=50,rho=0.1"
+    assert job_folder(1, _root_=given) == "1_rho=0.1,batch_size=50"
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "日"])
 def test_long_names_are_cut_to_what_file_systems_allow(tmp_path, letter):
-    for length in (70, 251, 252, 253, 254, 255, 1000):
-        name = job_folder(12, letter * length)
+    for length in (70, 249, 250, 251, 252, 253, 1000):
+        name = job_folder(12, _root_=job([f"k={letter * length}"]))
         (tmp_path / name).mkdir(exist_ok=True)
-        whole = f"12_{letter * length}"
+        whole = f"12_k={letter * length}"
         assert name == whole or (name.endswith("...") and whole.startswith(name[:-3]))
         assert (name == whole) == (len(whole.encode()) <= 255)
         assert len(name.encode()) > 250 or name == whole
@@ -66,9 +99,68 @@ def test_a_sweep_of_many_keys(tmp_path):
     assert {*given, *SMALL} <= {*jobs[0]["overrides"]}
     folders = [only_sweep(tmp_path) / job["folder"] for job in jobs]
     for number, folder in enumerate(folders):
-        assert folder.name.startswith(f"{number}_batch_size=50,data.crop_padding=4,")
+        assert folder.name.startswith(f"{number}_rho=-{number + 1},method=sam,batch_size=50,")
         assert len(folder.name.encode()) == 255
         assert summary(folder)["status"] == "failed"
+
+
+# ----------------------------------------------------------------------- jobs that are the same run
+
+
+def test_a_job_that_would_repeat_another_is_trained_once(tmp_path):
+    """Jobs are refused as they start, so that none trains."""
+    grid = ["method=sgd,sam", "rho=0,0.05,0.1", "seed=0,1", "data.num_workers=0,1"]
+    done = command(tmp_path, "-m", *SMALL, "epochs=0", *grid)
+    keys = ("method", "rho", "seed", "data.num_workers")
+    jobs = [dict(o.split("=", 1) for o in j["overrides"]) for j in table(only_sweep(tmp_path))]
+    found = [tuple(job[key] for key in keys) for job in jobs]
+    once = [("sgd", "0"), ("sam", "0.05"), ("sam", "0.1")]  # and sam with 0 is sgd
+    assert found == [(*job, seed, n) for job in once for seed in "01" for n in "01"]
+    lines = [line for line in done.stdout.splitlines() if "num_workers=0: the same" in line]
+    one, other = (re.sub(" data.num_workers=0|.*HYDRA. ", "", line) for line in lines)
+    assert one == (
+        "method=sgd rho=0.05, method=sgd rho=0.1: the same run as method=sgd rho=0, trained once, "
+        "because rho changes nothing with method=sgd"
+    )
+    assert other == (
+        "method=sam rho=0: the same run as method=sgd rho=0, trained once, because with rho=0 "
+        "every method is the base optimizer alone"
+    )
+
+
+def test_a_search_that_changes_nothing_is_refused(tmp_path):
+    done = command(tmp_path, "-m", "sweep=rho_optuna", *SMALL, "method=sgd", "data.val_size=20")
+    why = "rho changes nothing with method=sgd, so there is nothing to search"
+    assert (done.returncode, done.stderr) == (2, f"error: hydra.sweeper.params: {why}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["method=sgd", "rho=0.1"], "rho changes nothing with method=sgd"),
+        (["rho=0", "method.every=2"], "method.every changes nothing with rho=0"),
+        (["optimizer.lr=0.1", "lr=0.2"], "lr changes nothing here"),
+        (["method=sgd", "experiment=digits_label_noise"], None),  # whose file has a rho
+        (["rho=0.1", "lr=0.2", "method=sam", "method.every=2"], None),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_named(given, said):
+    assert unused(configuration(*given), [o.partition("=")[0] for o in given]) == said
+
+
+def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
+    given = ["+logger.wandb.api_key=0123456789abcdef", "++data.cache_dir='s3://me:hidden@host/x'"]
+    done = command(tmp_path, "-m", *SMALL, "epochs=0", *given, "rho=0.1,0.2")
+    assert done.returncode == 2
+    texts = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in texts} >= {"multirun.yaml", "overrides.yaml", "sweep.json"}
+    for path, text in texts.items():
+        assert "0123456789" not in text + str(path)
+        assert "hidden" not in text + str(path)
+    assert "+logger.wandb.api_key=***" in json.dumps(table(only_sweep(tmp_path)))
+    replayed = command(tmp_path, *SMALL, "+logger.csv.api_key='***'")  # as a resume would
+    assert replayed.stderr == "error: logger.csv.api_key=***: was not stored; give it again\n"
 
 
 # ----------------------------------------------------------------------------- jobs that do not end
@@ -89,8 +181,10 @@ def test_a_sweep_whose_jobs_are_all_refused(tmp_path):
             assert said["exit_reason"] == "ConfigError: lr=-1: allowed is a number > 0"
             assert said["metrics"] == {}
         assert "lr=-1: allowed is a number > 0" in (folder / "train.log").read_text()
-    lines = [line for line in done.stdout.splitlines() if "failed: lr=-1" in line]
-    assert [line.split()[1:4] for line in lines] == [["0", "│", "rho=0.1"], ["1", "│", "rho=0.2"]]
+    _, head, *rows, reason = printed_table(done.stdout)
+    assert head == ["job", "rho", "status", "test/acc"]
+    assert rows == [["0", "0.1", "failed"], ["1", "0.2", "failed"]]
+    assert " ".join(reason) == "jobs 0, 1 failed: lr=-1: allowed is a number > 0"
 
 
 def test_a_job_whose_configuration_cannot_be_resolved(tmp_path):
@@ -307,4 +401,4 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert [job["status"] for job in table(only_sweep(tmp_path))] == ["failed", "no result"]
-    assert "│ failed: rho=-1: allowed is a number >= 0 " in done.stdout
+    assert "job 0 failed: rho=-1: allowed is a number >= 0\n" in done.stdout

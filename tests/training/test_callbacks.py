@@ -233,6 +233,10 @@ def test_the_parts_of_a_resumed_run_add_up(tmp_path, clock):
     fit(throughput, model=Ticking(clock), **options)
     assert (throughput.images, throughput.seconds) == (2 * TRAIN, 2 * BATCHES)
     assert throughput.elapsed == 2 * (100 + BATCHES)
+    assert throughput.parts == [{"from_step": 0, "to_step": 3}, {"from_step": 3, "to_step": 8}]
+    for old in (None, 3, "x", [1, {"from_step": 0}]):  # a stranger's, or none
+        throughput.load_state_dict({**throughput.state_dict(), "parts": old})
+        assert len(throughput.parts) == (2 if isinstance(old, list) else 1)
 
 
 # ---- metrics.csv

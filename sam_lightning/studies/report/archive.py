@@ -10,6 +10,7 @@ import pandas as pd
 
 from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.runs.files import RunStatus, replacing
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.report.runs import PLACES, Run, curve
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ DIGITS = 5  # of curves; metrics have all of theirs
 COPIED = (
     *("epochs", "updates", "seconds", "train_seconds", "images_per_second"),
     *("peak_memory_bytes", "devices", "device", "versions", "git_commit"),
+    *("parameters", "computed_over"),
 )
 
 
@@ -33,7 +35,7 @@ def write_runs(
         line = {"arm": run.arm, "settings": dict(run.choice), "seed": run.seed}
         line["state"] = status.state
         lines.append(json.dumps(line | results.get(run.folder, {"reason": status.reason})))
-    given = [o for o in plan.overrides if key_of(o) not in PLACES]
+    given = without_secrets([o for o in plan.overrides if key_of(o) not in PLACES])
     head = json.dumps({"study": plan.name, "file": plan.content, "overrides": given}, indent=1)
     rows = ",\n  ".join(lines)
     with replacing(path) as temporary:

@@ -17,13 +17,18 @@ validation data, paired tests against a baseline, and what it cost.
 
   python -m sam_lightning report FOLDER... [key=value]
   python -m sam_lightning report logs/train/multiruns/2025-01-01_12-00-00 baseline=sgd
+  python -m sam_lightning report FOLDER columns=method,rho,n,test/acc metric=test/error
 
 Writes report.md, report.tex, report.csv (a row per run), summary.csv (a row per group) and figures
 to a folder, by default report in the first of those given. Failed runs are named and left out.
+Tables and figures speak of accuracy or error, as the metric does. Columns of the table of results
+are settings (rho, optimizer.lr or lr), metrics, n, passes, total_passes, train_seconds and
+images_per_second; null: what differs, the metrics and costs.
 """
 KEYS: Keys = {
     "metric": ("test/acc", Metric),
     "baseline": ("sgd", MethodName),
+    "columns": (None, Annotated[str, Rule("as in method,rho,test/acc", bool)] | None),
     "out": (None, Annotated[str, Rule("a folder", bool)] | None),
     "formats": ("png,svg", Literal["png,svg", "png", "svg", "pdf"] | None),
 }
@@ -60,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         have = ", ".join(sorted(methods))
         raise ConfigError(f"baseline={options.baseline}: these runs have {have}")
     out = folders[0] / "report" if options.out is None else Path(options.out)
+    columns = [c.strip() for c in options.columns.split(",")] if options.columns else None
     formats = options.formats.split(",") if options.formats else []
     try:
         study = analyse(runs, options.metric, options.baseline)
-        report(study, left_out, warnings, out, formats)
+        report(study, left_out, warnings, out, formats, columns)
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error

@@ -8,12 +8,14 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, flat
 from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
+from sam_lightning.studies.table import title
 
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
@@ -90,6 +92,43 @@ class Study:
         }
         return " and ".join(cost for cost, equal in same.items() if equal)
 
+    def _varies(self, group: int, column: str) -> bool:
+        """Whether a setting tells a group from others of the same data and model.
+
+        One that says how to train, from others of the same method too.
+        """
+        if column in (*SUBJECTS, *SHOWN):
+            return True
+        same = [c for c in (*SUBJECTS, "method") if c in self.settings]
+        if column.partition(".")[0] in SUBJECTS:
+            same.remove("method")
+        others = (self.settings[same] == self.settings.loc[group, same]).all(axis=1)
+        return len({*self.settings.loc[others, column]}) > 1
+
+    @property
+    def kind(self) -> str:
+        """Whether tables and figures speak of ``acc`` or of ``error``, as the metric does."""
+        return "error" if self.metric.endswith("/error") else "acc"
+
+    @cached_property
+    def by_subject(self) -> dict[str, list[int]]:
+        """The groups of the same data and model, by what these are in words."""
+        parts: dict[str, list[int]] = {}
+        for group in self.settings.index:
+            parts.setdefault(self.words(group, self.subjects), []).append(group)
+        return parts
+
+    def best(self, metric: str) -> list[int]:
+        """The groups with the best mean, as it is printed, of several with the same subject."""
+        means = self.estimates[metric]["mean"].dropna().round(4)
+        best: list[int] = []
+        for groups in self.by_subject.values():
+            found = means[means.index.isin(groups)]
+            if len(found) > 1:
+                extreme = found.min() if metric.endswith(("error", "loss")) else found.max()
+                best += [*found.index[found == extreme]]
+        return best
+
     @cached_property
     def warnings(self) -> list[str]:
         """Seeds that were run twice, and what makes groups hard to compare."""
@@ -118,17 +157,24 @@ class Study:
         return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
 
     def describe(self, group: int, without: Iterable[str] = ()) -> str:
-        """A group in words: method, rho and all that differs, except ``without``."""
+        """A group in words: method, rho and what tells it from others, except ``without``."""
         columns = dict.fromkeys(["method", "rho", *self.differing])
         return self.words(group, [c for c in columns if c not in without])
 
     def words(self, group: int, columns: Iterable[str]) -> str:
-        """The values that a group has in these columns, in words."""
+        """The values that a group has in these columns, in words.
+
+        What does not vary and what the method's file in ``conf`` says is left out.
+        """
         values = self.settings.loc[group]
         words = []
         for column in columns:
             text = show(values[column])
             if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
+                continue
+            if show(_of_method(values["method"]).get(column, ABSENT)) == text:
+                continue
+            if not self._varies(group, column):
                 continue
             if column == "epochs":
                 text = f"{text} epochs"
@@ -176,12 +222,6 @@ def show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def title(column: str, columns: Iterable[str]) -> str:
-    """A column's name without its parents, unless another one ends the same way."""
-    name = column.rpartition(".")[2]
-    return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
-
-
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """The keys that differ between runs, and the settings that are common to all.
 
@@ -212,6 +252,16 @@ def _defaults(part: str) -> set[str]:
     files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
     keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
     return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}  # some files name the part
+
+
+@cache
+def _of_method(name: str) -> dict[str, Any]:
+    """The keys of ``conf/method/name.yaml`` in dotted form; none without such a file."""
+    if not (CONF / "method" / f"{name}.yaml").is_file():
+        return {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found: Any = OmegaConf.to_container(compose(f"method/{name}"))
+    return flat(found)
 
 
 def _implied(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:

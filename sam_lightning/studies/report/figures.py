@@ -1,4 +1,4 @@
-"""The figures of a study: error against rho, accuracy against epochs, and accuracy against cost."""
+"""The figures of a study: its metric against rho, against epochs, and against cost."""
 
 import math
 import re
@@ -25,10 +25,7 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     Returns:
         the caption of each file, by its name without the ending.
     """
-    parts: dict[str, list[int]] = {}
-    for group in study.settings.index:
-        parts.setdefault(study.words(group, study.subjects), []).append(group)
-    drawn = {}
+    parts, drawn = study.by_subject, {}
     with style():
         for number, (subject, groups) in enumerate(parts.items(), 1):
             for kind, plot in KINDS.items():
@@ -49,9 +46,9 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     return drawn
 
 
-def error_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
+def metric_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """A line per method; a horizontal line with a band where rho is 0."""
-    metric = study.metric.replace("/acc", "/error") if study.metric[-4:] == "/acc" else study.metric
+    metric = study.metric
     rho = {g: v for g, v in study.settings["rho"].items() if isinstance(v, int | float)}
     lines = _lines(study, [g for g in groups if g in rho], metric, ["rho"])
     rhos = sorted({rho[group] for line in lines.values() for group in line} - {0})
@@ -81,20 +78,23 @@ def error_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> st
     )
 
 
-def accuracy_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
+def metric_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """A line per leading group; bands from the lowest to the highest seed."""
     shown = [group for group in study.leading if group in groups]
-    for metric in ("val/acc", "train/acc"):
+    kind = study.metric.partition("/")[2]
+    for metric in (f"val/{kind}", f"train/{kind}"):
+        logged = metric.replace("/error", "/acc")
         curves = [
-            [curve(folder, metric) for folder in study.runs["folder"][[group]]] for group in shown
+            [curve(folder, logged) for folder in study.runs["folder"][[group]]] for group in shown
         ]
         if all(len(values) for of_group in curves for values in of_group):
             break
     axes = figure.subplots()
     for i, (group, of_group) in enumerate(zip(shown, curves, strict=True)):
-        seeds = 100 * pd.concat(of_group, axis=1, join="inner").sort_index()
+        seeds = pd.concat(of_group, axis=1, join="inner").sort_index()
         if seeds.empty:
             continue
+        seeds = _percent(metric) * (1 - seeds if kind == "error" else seeds)
         name = plain(study.describe(group, without=study.subjects))
         (line,) = axes.plot(seeds.index, seeds.mean(axis=1), color=f"C{i}", label=name)
         line.set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
@@ -143,8 +143,8 @@ def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> 
 
 
 KINDS = {
-    "rho": error_against_rho,
-    "epochs": accuracy_against_epochs,
+    "rho": metric_against_rho,
+    "epochs": metric_against_epochs,
     "compute": metric_against_cost,
 }
 
@@ -173,7 +173,11 @@ def _aside(i: int, count: int) -> float:
 
 def _scaled(study: Study, metric: str, groups: Sequence[int]) -> pd.DataFrame:
     """The groups' estimates in percent, except for losses."""
-    return (1 if metric.endswith("loss") else 100) * study.estimates[metric].loc[groups]
+    return _percent(metric) * study.estimates[metric].loc[groups]
+
+
+def _percent(metric: str) -> int:
+    return 1 if metric.endswith("loss") else 100
 
 
 def _label(figure: Figure, x: str, metric: str) -> None:

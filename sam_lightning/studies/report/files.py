@@ -9,9 +9,10 @@ from typing import Any
 from sam_lightning.runs.files import RunStatus, replacing
 from sam_lightning.studies import table
 from sam_lightning.studies.report import tables
-from sam_lightning.studies.report.comparison import SELECTION, Study, show, title
+from sam_lightning.studies.report.comparison import Study, show
 from sam_lightning.studies.report.runs import counts
 from sam_lightning.studies.report.tables import interval, metric_name
+from sam_lightning.studies.table import title
 
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
 NOTABLE = (
@@ -24,7 +25,7 @@ NOTABLE = (
 READING = (
     "Mean ± half of the 95 % interval of the mean over n seeds (Student's t; none for one seed). "
     "A pass is one forward and backward of every training image; seconds are those of training "
-    "batches, evaluation left out. In bold: the rho with the best validation accuracy."
+    "batches, evaluation left out. In bold: the best mean of a metric on the same data and model."
 )
 TESTING = (
     "The difference is a mean over pairs of runs with the same seed, with its 95 % interval. "
@@ -34,10 +35,23 @@ TESTING = (
 
 
 def report(
-    study: Study, left_out: Sequence[RunStatus], warnings: list[str], out: Path, formats: list[str]
+    study: Study,
+    left_out: Sequence[RunStatus],
+    warnings: list[str],
+    out: Path,
+    formats: list[str],
+    columns: Sequence[str] | None = None,
 ) -> None:
-    """Write every file, whole or not at all, into ``out``; print the tables."""
+    """Write every file, whole or not at all, into ``out``; print the tables.
+
+    Raises:
+        ConfigError: there is none of the ``columns`` that the table of results shall have.
+    """
+    results, comparisons = tables.results(study, columns), tables.comparisons(study)
     warnings = [*warnings, *study.warnings]
+    runs = f"{len(study.runs)} runs in {len(study.settings)} groups"
+    runs += f"; {len(study.repeats)} repeated, not counted" if study.repeats else ""
+    runs += counts(left_out)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, str] = {}
     if formats:
@@ -47,11 +61,10 @@ def report(
     common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
     against = f"{metric_name(study.metric)} against {study.baseline}"
     heading = f"{against[0].upper()}{against[1:]}"
-    results, comparisons = tables.results(study), tables.comparisons(study)
     choices, alone = choices_of_rho(study), without_baseline(study)
     markdown = [
         "# Report",
-        f"{len(study.runs)} runs in {len(study.settings)} groups; {len(left_out)} left out.",
+        f"{runs}.",
         *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
         *_list("Warnings", warnings),
         "## Results",
@@ -68,7 +81,7 @@ def report(
         ),
         *_list("Left out", [f"{run.state}: `{run.folder}`: {run.reason}" for run in left_out]),
     ]
-    latex = ["% needs \\usepackage{booktabs}", results.latex(READING, "tab:sam-results")]
+    latex = ["% needs \\usepackage{booktabs,graphicx}", results.latex(READING, "tab:sam-results")]
     shown: list[Any] = [results.terminal("mean ± half of 95 % interval over seeds"), *choices]
     if comparisons.rows:
         latex.append(comparisons.latex(f"{heading}. {TESTING}", "tab:sam-comparisons"))
@@ -83,8 +96,7 @@ def report(
     table.show(*shown, *alone)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    runs = len(study.runs) + len(study.repeats)
-    print(f"{runs} runs{counts(left_out)}; see {os.path.relpath(out / 'report.md')}")
+    print(f"{runs}; see {os.path.relpath(out / 'report.md')}")
 
 
 def choices_of_rho(study: Study) -> list[str]:
@@ -96,12 +108,13 @@ def choices_of_rho(study: Study) -> list[str]:
         name = study.describe(groups[0], without=["rho"])
         rhos = [show(rho) for rho in study.settings["rho"][[*groups]]]
         if best is None:
-            line = f"{name}: no validation data ({SELECTION}), so no rho is chosen of "
+            line = f"{name}: no validation data, so no rho is chosen of "
             lines.append(f"{line}{', '.join(rhos)}; the test set is not for choosing")
             continue
         rho = show(study.settings.at[best, "rho"])
-        text = interval(study.estimates[SELECTION].loc[best], SELECTION)
-        line = f"{name}: rho {rho} is best on validation data ({text} %), of {', '.join(rhos)}"
+        metric = f"val/{study.kind}"
+        text = f"{metric_name(metric)} {interval(study.estimates[metric].loc[best], metric)} %"
+        line = f"{name}: rho {rho} is best on validation data ({text}), of {', '.join(rhos)}"
         if rho in (rhos[0], rhos[-1]):
             line += f"; it is the {'smallest' if rho == rhos[0] else 'largest'} tried"
         lines.append(line)

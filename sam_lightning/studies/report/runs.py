@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,17 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[RunStatus], list
         for name, value in sorted(status.summary["metrics"].items())
         if name not in status.metrics
     ]
+    parts = Counter(part for status in completed for part in _computed_over_parts(status))
+    warnings += [f"{count} runs: {part}" for part, count in parts.items()]
     return [_run(s) for s in completed], [s for s in found if not s.completed], warnings
+
+
+def _computed_over_parts(status: RunStatus) -> Iterator[str]:
+    """Which metrics are not over a whole split."""
+    for split, over in _dict(status.summary.get("computed_over")).items():
+        images, of = (finite(_dict(over).get(key)) for key in ("images", "of"))
+        if split in ("val", "test") and images is not None and of is not None and images < of:
+            yield f"{split} metrics are over {images:,.0f} of {of:,.0f} images"
 
 
 def counts(left_out: Sequence[RunStatus]) -> str:
@@ -109,7 +119,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     At ``rho=0`` every method is the base optimizer alone, and is called ``sgd``.
     """
     method, data = _dict(config.get("method")), _dict(config.get("data"))
-    source, alone = _dict(data.get("source")), _is_sgd(method)
+    source, alone = _dict(data.get("source")), is_sgd(method)
     callbacks = {
         name: callback
         for name, callback in _dict(config.get("callbacks")).items()
@@ -144,7 +154,7 @@ def passes_per_step(method: Mapping[str, Any]) -> float | None:
 
     A part of the batch in descent needs a forward pass more; None if the method is not known.
     """
-    if _is_sgd(method):
+    if is_sgd(method):
         return 1.0
     if (stored := finite(method.get("passes"))) is not None:
         return stored
@@ -182,7 +192,8 @@ def curve(folder: Path, name: str) -> "pd.Series[float]":
     return epochs.apply(lambda rows: np.average(rows[name], weights=rows["updates"]))
 
 
-def _is_sgd(method: Mapping[str, Any]) -> bool:
+def is_sgd(method: Mapping[str, Any]) -> bool:
+    """Whether a method is the base optimizer alone, so that its other keys change nothing."""
     return method.get("name") == "sgd" or method.get("rho") == 0
 
 

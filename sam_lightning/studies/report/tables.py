@@ -1,14 +1,16 @@
 """A study as tables, and as CSV for other programs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from sam_lightning.studies.report.comparison import ABSENT, SELECTION, Study, show, title
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import METRICS, did_you_mean
+from sam_lightning.studies.report.comparison import ABSENT, Study, show
 from sam_lightning.studies.report.runs import COSTS
-from sam_lightning.studies.table import Table
+from sam_lightning.studies.table import Table, title
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
@@ -21,22 +23,43 @@ FORMATS = {
 }
 
 
-def results(study: Study) -> Table:
-    """A row per group: settings, metrics and costs."""
-    sizes = study.runs.groupby(level=0).size()
-    columns: list[tuple[str, Iterable[str]]]
-    columns = [(title(c, study.settings), map(show, study.settings[c])) for c in study.settings]
-    columns.append(("n", map(str, sizes)))
-    for name in dict.fromkeys([SELECTION, "test/acc", "test/error", study.metric]):
+def results(study: Study, chosen: Sequence[str] | None = None) -> Table:
+    """A row per group: settings, metrics and costs, or the ``chosen`` columns; the best is bold.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    settings, sizes = study.settings, study.runs.groupby(level=0).size()
+    # By name: the heading, and a cell per group.
+    columns = {c: (title(c, settings), [*map(show, settings[c])]) for c in settings}
+    columns |= {c: (c, [show(v)] * len(settings)) for c, v in study.common.items()}
+    columns["n"] = ("n", [*map(str, sizes)])
+    for name in METRICS:
         if (found := study.estimates[name])["n"].any():
             cells = [interval(row, name, of=sizes[group]) for group, row in found.iterrows()]
-            columns.append((f"{metric_name(name)}{unit(name)}", cells))
+            columns[name] = (f"{metric_name(name)}{unit(name)}", cells)
     for cost, (name, form) in FORMATS.items():
         means = study.estimates[cost]["mean"]
-        columns.append((name, [ABSENT if math.isnan(m) else form.format(m) for m in means]))
-    head, by_column = zip(*columns, strict=True)
-    best = [group for group in study.choices.values() if group is not None]
-    return Table(head, [*zip(*by_column, strict=True)], study.settings.shape[1], best)
+        columns[cost] = (name, [ABSENT if math.isnan(m) else form.format(m) for m in means])
+    if chosen is None:
+        metrics = (f"val/{study.kind}", f"test/{study.kind}", study.metric)
+        names = dict.fromkeys([*settings, "n", *metrics, *FORMATS])
+    else:
+        names = dict.fromkeys(_known(name, columns) for name in chosen)
+    shown = [name for name in names if name in columns]
+    head, by_column = zip(*(columns[name] for name in shown), strict=True)
+    left = [i for i, name in enumerate(shown) if name in {*settings, *study.common}]
+    strong = {(g, i) for i, name in enumerate(shown) if name in METRICS for g in study.best(name)}
+    return Table(head, [*zip(*by_column, strict=True)], left, strong)
+
+
+def _known(name: str, columns: Iterable[str]) -> str:
+    """The column of this name, or the only one that ends in it, as ``lr`` in ``optimizer.lr``."""
+    ends = [c for c in columns if c == name] or [c for c in columns if c.endswith(f".{name}")]
+    if len(ends) != 1:
+        hint = did_you_mean(name, columns) or f"; there are {', '.join(ends or columns)}"
+        raise ConfigError(f"columns: no column {name}{hint}")
+    return ends[0]
 
 
 def comparisons(study: Study) -> Table:
@@ -51,7 +74,7 @@ def comparisons(study: Study) -> Table:
         for p in test[["p", "holm", "wilcoxon"]]:
             cells.append(ABSENT if math.isnan(p) else f"{p:.4f}" if p >= 0.0001 else "< 0.0001")
         rows.append(cells)
-    return Table(head, rows, 3)
+    return Table(head, rows, range(3))
 
 
 def interval(found: Mapping[str, Any], metric: str, sign: str = "", of: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import sys
 import time
@@ -54,6 +55,10 @@ class Throughput(Callback):
         self._validation_within_epoch = False
         self._began: float | None = None
         self._earlier = 0.0
+        self._trainer: L.Trainer | None = None
+        self._first_step: int | None = None  # None where nothing was left to train
+        self._earlier_parts: list[dict[str, Any]] = []
+        self.start: dict[str, Any] = {}  # ``Record`` says when, how and where the process started
 
     @property
     def elapsed(self) -> float:
@@ -64,22 +69,41 @@ class Throughput(Callback):
         """Note when the run begins."""
         if self._began is None:
             self._began = time.perf_counter()
+            self._trainer = trainer
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Every start of the run up to now: ``start``, and from which step to which it trained.
+
+        A checkpoint has the parts that led to it, so steps that were lost are in none.
+        """
+        step = 0 if self._trainer is None else self._trainer.global_step
+        first = step if self._first_step is None else self._first_step
+        return [*self._earlier_parts, {**self.start, "from_step": first, "to_step": step}]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums up to now, also within an epoch."""
+        """The sums up to now, also within an epoch, and the parts."""
         seconds = self.seconds + _since(self._started)
-        return {"seconds": seconds, "images": self.images, "elapsed": self.elapsed}
+        sums = {"seconds": seconds, "images": self.images, "elapsed": self.elapsed}
+        return {**sums, "parts": self.parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the sums of a checkpoint."""
+        """Continue with the sums and the parts of a checkpoint."""
         self.seconds, self.images = state_dict["seconds"], state_dict["images"]
         self._earlier = state_dict["elapsed"]
+        # A checkpoint may come from a stranger, and these go into a file.
+        parts = json.loads(json.dumps(state_dict.get("parts"), skipkeys=True, default=str))
+        found = parts if isinstance(parts, list) else []  # not in an old checkpoint
+        self._earlier_parts = [part for part in found if isinstance(part, dict)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: a run resumed within an epoch never starts this epoch."""
-        self._started = time.perf_counter()
+        """Note the step at which this part begins, and start the clock."""
+        self._first_step = trainer.global_step
+        self.on_train_epoch_start(trainer, pl_module)  # which one resumed in an epoch never starts
 
-    on_train_epoch_start = on_train_start
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -13,6 +13,8 @@ from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.datamodule import ImageDataModule
 
+MEASURED = ("sharpness/worst", "sharpness/lambda_max", "sharpness/trace")
+
 
 @dataclass(eq=False)
 class SharpnessMonitor(Callback):
@@ -82,11 +84,9 @@ class SharpnessMonitor(Callback):
         surface = LossSurface(pl_module.model, batches)
         generator = torch.Generator().manual_seed(self.seed)
         top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
-        return {
-            "sharpness/worst": worst_case(surface, float(self.rho)),
-            "sharpness/lambda_max": top.values[0].item(),
-            "sharpness/trace": trace(surface, generator, self.trace_samples, top)[0],
-        }
+        worst = worst_case(surface, float(self.rho))
+        mean_trace, _ = trace(surface, generator, self.trace_samples, top)
+        return dict(zip(MEASURED, (worst, top.values[0].item(), mean_trace), strict=True))
 
 
 def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:

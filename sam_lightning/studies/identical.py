@@ -1,0 +1,107 @@
+"""Which runs are one and the same, because nothing uses the keys in which they differ."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from sam_lightning.config.conf import flat
+from sam_lightning.config.hydra_errors import key_of
+from sam_lightning.studies.report.runs import is_sgd
+
+log = logging.getLogger(__name__)
+
+# Keys that only other keys refer to.
+COPIED = ("rho", "lr", "weight_decay")
+# Keys of the method that count where it is the base optimizer alone.
+NAMING = ("method.name", "method.rho", "method.passes")
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configurations differ, without the folder."""
+    first, second = _leaves(one), _leaves(other)
+    keys = [k for k in {**first, **second} if k != "output_dir"]
+    return [k for k in keys if first.get(k, keys) != second.get(k, keys)]
+
+
+def because(method: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Why two runs are the same although these keys differ; ``method`` is that of either."""
+    if not keys:
+        return "it is given twice"
+    if "method.name" in keys:
+        return "with rho=0 every method is the base optimizer alone"
+    where = f"with method={method['name']}" if method.get("name") == "sgd" else "with rho=0"
+    return f"{', '.join(keys)} changes nothing {where if is_sgd(method) else 'here'}"
+
+
+def unused(cfg: DictConfig, given: Sequence[str]) -> str | None:
+    """In words, which of the keys that are given change nothing; None if all do."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
+    references = [v for v in flat(plain).values() if isinstance(v, str)]
+    idle = [
+        key
+        for key in dict.fromkeys(given)
+        if (key in COPIED and not any(f"${{{key}}}" in v for v in references))
+        or (is_sgd(method) and key.startswith("method.") and key not in NAMING)
+    ]
+    return because(method, idle) if idle else None
+
+
+def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The jobs of a sweep without those that repeat another; logs which, of which, and why.
+
+    Args:
+        master: the configuration of the sweep, with that of Hydra.
+        jobs: the overrides of each job.
+    """
+    configs: dict[tuple[str, ...], dict[str, Any] | None] = {}
+    kept: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {}  # by what the job acts on
+    repeats: dict[tuple[str, str], dict[str, None]] = {}
+    of_all = set[str].intersection(*map(set, jobs))
+    for number, job in enumerate(jobs):
+        seed = [o for o in job if key_of(o) == "seed"]
+        seedless = tuple(o for o in job if o not in seed)
+        if seedless not in configs:  # seeds need no composing
+            configs[seedless] = _composed(master, seedless)
+        config = configs[seedless]
+        acts = json.dumps([_acted_on(config), seed]) if config else str(number)
+        same, known = kept.setdefault(acts, (job, config))
+        if same is not job and config and known:
+            own = [[o for o in j if o not in {*of_all, *seed}] for j in (same, job)]
+            names = [" ".join(o or job) for o in own]
+            why = because(config["method"], differing(known, config))
+            repeats.setdefault((names[0], why), {})[names[1]] = None
+    for (name, why), others in repeats.items():
+        shown = ", ".join([*others][:3]) + (f" and {len(others) - 3} more" * (len(others) > 3))
+        log.warning("%s: the same run as %s, trained once, because %s", shown, name, why)
+    return [[*job] for job, _ in kept.values()]
+
+
+def _composed(master: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """The configuration of a job; None if it has none, of which the job's own error will tell."""
+    try:
+        loader = GlobalHydra.instance().config_loader()
+        cfg = loader.load_sweep_config(master, [*overrides])
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+            cfg.output_dir = ""
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        _acted_on(config)
+    except Exception:  # whatever a user's configuration raises
+        return None
+    return config
+
+
+def _acted_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a run acts on: not those copied to others, nor those of a method at rho=0."""
+    inert = {*COPIED, "task_name", "output_dir", "debug"}
+    inert |= {k for k in _leaves(config) if is_sgd(config["method"]) and k.startswith("method.")}
+    return {k: v for k, v in sorted(_leaves(config).items()) if k not in inert}
+
+
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat(config).items() if not isinstance(v, dict)}

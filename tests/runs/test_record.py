@@ -1,0 +1,100 @@
+"""``metrics.json``: what a run did, over what, by which command, and what it may not say."""
+
+import sys
+
+import pytest
+
+from inject import forked
+from runs import SMALL, run, summary
+from sam_lightning.config.errors import TrainingError
+from sam_lightning.runs.secrets import without_secrets
+
+
+def test_what_was_measured_is_said_with_how_much_of_it(tmp_path, capsys, monkeypatch):
+    token = "0123456789abcdef"
+    monkeypatch.setattr(sys, "argv", ["train.py", "rho=0.1", f"+logger.wandb.api_key={token}"])
+    monkeypatch.setenv("OTHER_TOKEN", "in-the-environment")
+    monkeypatch.setenv("PWD", "train.py rho")  # is no password
+    limits = ["+trainer.limit_test_batches=2", "+trainer.limit_val_batches=0.5"]
+    given = [*limits, "data.eval_batch_size=20", "data.val_size=80", "trainer.log_every_n_steps=3"]
+    run(tmp_path, *given, "data.label_noise=0.3", "task_name=in-the-environment")
+    found = summary(tmp_path)
+    assert found["computed_over"] == {
+        "train": {"images": 100, "of": 100, "last_steps": 1},  # of 4, after a log at 3
+        "val": {"images": 40, "of": 80},
+        "test": {"images": 40, "of": 359},
+    }
+    assert (40 * found["metrics"]["test/acc"]) % 1 == pytest.approx(0, abs=1e-5)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "test accuracy, 40 of 359 images" in printed
+    assert "validation accuracy, 40 of 80 images" in printed
+    images = found["images"]
+    assert {split: sum(of.values()) for split, of in images.items()} == {
+        **{"train": 100, "val": 80, "test": 359},
+    }
+    assert list(images["test"]) == [str(digit) for digit in range(10)]
+    assert max(images["val"].values()) - min(images["val"].values()) <= 1  # stratified
+    assert found["parameters"] == 44_550
+    (part,) = found["parts"]
+    assert (part["from_step"], part["to_step"], part["devices"]) == (0, 4, 1)
+    hidden = "python train.py rho=0.1 '+logger.wandb.api_key=***'"
+    assert part["command"] == found["command"] == hidden
+    assert found["host"] == part["host"] != ""
+    text = (tmp_path / "metrics.json").read_text()
+    assert token not in text
+    assert "in-the-environment" not in text
+
+
+def test_a_whole_split_is_not_called_a_part(tmp_path, capsys):
+    run(tmp_path, "epochs=1")
+    assert summary(tmp_path)["computed_over"]["test"] == {"images": 359, "of": 359}
+    assert "val" not in summary(tmp_path)["computed_over"]
+    assert " images " not in capsys.readouterr().out.replace("images/s", "")
+
+
+def test_a_run_that_trained_nothing_is_not_completed(tmp_path):
+    with pytest.raises(TrainingError, match="before the first step"):
+        run(tmp_path, "+trainer.max_time='00:00:00:00'")
+    assert summary(tmp_path)["status"] == "failed"
+
+
+def test_a_record_has_every_part_of_the_run(tmp_path, monkeypatch):
+    for epochs in (1, 2, 2):  # the last has nothing left to train, and tests again
+        monkeypatch.setattr(sys, "argv", ["train.py", f"epochs={epochs}"])
+        run(tmp_path, f"epochs={epochs}", "data.val_size=20", "ckpt_path=last")
+    parts = summary(tmp_path)["parts"]
+    steps = [(part["from_step"], part["to_step"]) for part in parts]
+    assert steps == [(0, 2), (2, 4), (4, 4)]
+    commands = [part["command"].rpartition(" ")[2] for part in parts]
+    assert commands == ["epochs=1", "epochs=2", "epochs=2"]
+    assert [part["started"] for part in parts] == sorted(part["started"] for part in parts)
+    assert summary(tmp_path)["computed_over"]["val"] == {"images": 20, "of": 20}
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_run_that_was_killed_join(tmp_path):
+    given = [*SMALL, "epochs=4", "checkpoint_every_n_steps=3", "ckpt_path=last"]
+    for fault in ("SIGKILL", "pass:9"), ("SIGTERM", "pass:3"), None:
+        forked(tmp_path, *given, f"hydra.run.dir={tmp_path / 'run'}", fault=fault)
+    found = summary(tmp_path / "run")
+    steps = [(part["from_step"], part["to_step"]) for part in found["parts"]]
+    assert steps == [(0, 4), (4, 6), (6, 8)]  # what was lost after a checkpoint is in none
+    assert (found["status"], found["updates"]) == ("completed", 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("logger.wandb.api_key=abc", "logger.wandb.api_key=***"),
+        ("{api_key: 'a b', project: x}", "{api_key: ***, project: x}"),
+        ("s3://me:pass@host/a?token=abc&b=c", "s3://***@host/a?token=***&b=c"),
+        ("aws_secret_access_key=a PASSWORD=b", "aws_secret_access_key=*** PASSWORD=***"),
+        ("model.monkey=1 monitor=val/acc data.root=/a@b", None),
+        ({"a": [{"token": "x", "tokens": 3}], "use_token": True}, None),
+    ],
+    ids=str,
+)
+def test_secrets_are_taken_out(text, without):
+    if isinstance(text, dict):
+        without = {"a": [{"token": "***", "tokens": 3}], "use_token": True}
+    assert without_secrets(text) == (text if without is None else without)
