@@ -3,17 +3,18 @@
 Nothing here loads torch: a wrong argument is refused at once.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import Rule
+from sam_lightning.runs.terminal import Table, show
+
+__all__ = ["CKPT_PATH", "DEVICE", "OUT", "ROOT", "keys", "out_folder", "show", "table"]
 
 CKPT_PATH = {"ckpt_path": ("???",)}
 ROOT = {"data.root": (None,)}
@@ -40,8 +41,3 @@ def table(head: str, *numbers: str, **options: Any) -> Table:
     return Table(
         head, *(Column(name, justify="right", no_wrap=True) for name in numbers), **options
     )
-
-
-def show(made: Table, file: TextIO | None = None) -> None:
-    """Print a table as wide as the terminal, or 120 characters wide where there is none."""
-    Console(file=file, width=None if sys.stdout.isatty() else 120).print(made)

@@ -9,10 +9,10 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from rich.markup import escape
 
 from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.text import clean
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
 
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from pandas import DataFrame
 
-        frame = DataFrame(confusion, trained.classes, trained.classes)
+        names = [clean(name, "csv") for name in trained.classes]
+        frame = DataFrame(confusion, names, names)
         with replacing(out / "confusion_matrix.csv") as path:
             frame.to_csv(path, index_label="true class", lineterminator="\r\n")
         write_json(out / "evaluation.json", result)
@@ -178,7 +179,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
     table = command.table("class", "images", "accuracy", title=title)
     for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
-        table.add_row(escape(entry["class"]), f"{entry['images']:,}", f"{entry['acc']:.2%}")
+        table.add_row(entry["class"], f"{entry['images']:,}", f"{entry['acc']:.2%}")
     command.show(table)
     if result["corruptions"]:
         table = command.table("accuracy at severity", "1", "2", "3", "4", "5", "mean")

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import check_values
+from sam_lightning.config.text import clean
 from sam_lightning.runs.files import make_folder
 
 # A folder of this name is made below logs, so the name must not lead out of it.
@@ -68,5 +69,5 @@ def refuse(message: str) -> NoReturn:
     torchrun or SLURM only the first process prints the line.
     """
     if (found := launched()) is None or found.rank == 0:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {clean(message)}", file=sys.stderr)
     sys.exit(2)

@@ -16,12 +16,11 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
 from sam_lightning.runs.files import now, write_json
+from sam_lightning.runs.terminal import Table, show
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ class Record:
         if summary["images_per_second"]:
             table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
         table.add_row("folder", os.path.relpath(self.cfg.output_dir))
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        show(table)
 
 
 def _peak_memory() -> int:

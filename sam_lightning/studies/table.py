@@ -1,21 +1,13 @@
 """Tables of text: on the terminal, in Markdown and in LaTeX."""
 
-import re
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from sam_lightning.config.text import Form, clean
+from sam_lightning.runs import terminal
 
 WIDTH = 160  # where there is no terminal
-LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    **{"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "\\textbackslash{}"},
-    **{"<": "$<$", ">": "$>$", "±": "$\\pm$", "–": "--", "−": "$-$"},
-}
 
 
 @dataclass(frozen=True)
@@ -30,16 +22,16 @@ class Table:
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
         rule = ["---" if i < self.left else "---:" for i in range(len(self.head))]
-        rows = self._rows(lambda cell: re.sub(r"([|*_`<\\])", r"\\\1", cell), "**{}**")
-        return "\n".join(f"| {' | '.join(row)} |" for row in [self.head, rule, *rows])
+        head, *rows = self._rows("markdown", "**{}**")
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
     def latex(self, caption: str, label: str) -> str:
         """The table as an environment of LaTeX with the package booktabs."""
-        cells = [map(latex, self.head), *self._rows(latex, "\\textbf{{{}}}")]
+        cells = self._rows("latex", "\\textbf{{{}}}")
         head, *rows = (f"    {' & '.join(row)} \\\\" for row in cells)
         return "\n".join(
             [
-                f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
+                f"\\begin{{table}}\n  \\centering\n  \\caption{{{clean(caption, 'latex')}}}",
                 f"  \\label{{{label}}}",
                 f"  \\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}",
                 *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
@@ -47,30 +39,24 @@ class Table:
             ]
         )
 
-    def terminal(self, title: str) -> RichTable:
+    def terminal(self, title: str) -> terminal.Table:
         """The table as ``rich`` prints it."""
-        made = RichTable(title=title)
+        made = terminal.Table(title=clean(title))
         for i, name in enumerate(self.head):
             justify: Any = "left" if i < self.left else "right"
-            made.add_column(Text(name), justify=justify, overflow="fold")
+            made.add_column(clean(name), justify=justify, overflow="fold")
         for i, row in enumerate(self.rows):
-            made.add_row(*map(Text, row), style="bold" if i in self.strong else None)
+            made.add_row(*row, style="bold" if i in self.strong else None)
         return made
 
-    def _rows(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
+    def _rows(self, form: Form, bold: str) -> list[list[str]]:
+        """The head and the rows as ``form`` takes them."""
         return [
-            [(bold if i in self.strong else "{}").format(escape(cell)) for cell in row]
-            for i, row in enumerate(self.rows)
+            [(bold if i in self.strong else "{}").format(clean(cell, form)) for cell in row]
+            for i, row in enumerate([self.head, *self.rows], -1)
         ]
-
-
-def latex(text: str) -> str:
-    """Text as LaTeX sets it, not as it reads it; the hyphen of a negative number is a minus."""
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-    return "".join(LATEX.get(c, c) for c in text)
 
 
 def show(*parts: Any) -> None:
     """Print tables and lines."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(*parts, sep="\n", markup=False, highlight=False)
+    terminal.show(*parts, width=WIDTH)

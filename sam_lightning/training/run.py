@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer: Any = make_trainer(cfg, processes, throughput)
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
-    _check_validation(cfg, data)
+    _check_validation(cfg, data, world_size)
     if data.val is None:  # nothing to choose the best by
         trainer.callbacks[:] = [c for c in trainer.callbacks if not _chooses_by_validation(c)]
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
@@ -152,7 +152,13 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
         raise
 
 
-def _check_validation(cfg: DictConfig, data: ImageDataModule) -> None:
+def _check_validation(cfg: DictConfig, data: ImageDataModule, processes: int) -> None:
+    for key, split in (
+        ("data.val_size", data.val),
+        ("test=true: data.test", cfg.test and data.test),
+    ):
+        if split and len(split) < processes:  # one that has none would not wait for the others
+            raise ConfigError(f"{key}: has {len(split)} images for {processes} processes")
     metric = str(cfg.optimized_metric)
     watched = {"optimized_metric": metric}
     for name, callback in (cfg.get("callbacks") or {}).items():

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sam_lightning.config.text import clean
 from sam_lightning.studies.report.comparison import ABSENT, SELECTION, Study, show, title
 from sam_lightning.studies.report.runs import COSTS
 from sam_lightning.studies.table import Table
@@ -89,7 +91,14 @@ def csv(study: Study) -> dict[str, str]:
     of_groups = [shown.assign(n=runs.groupby(level=0).size(), chosen=chosen)]
     of_groups += [study.estimates[name]["mean"].rename(name) for name in COSTS]
     of_groups += [v.drop(columns="half").add_prefix(f"{k} ") for k, v in measured.items()]
+
+    def text(value: Any) -> Any:
+        return clean(value, "csv", undecoded=True) if isinstance(value, str | Path) else value
+
     return {
-        name: pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
+        name: pd.concat(parts, axis=1)
+        .map(text)
+        .rename(columns=text)
+        .to_csv(index=False, lineterminator="\n")
         for name, parts in (("report.csv", of_runs), ("summary.csv", of_groups))
     }
