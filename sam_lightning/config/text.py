@@ -41,7 +41,7 @@ def clean(text: object, form: Form = "terminal", *, undecoded: bool = False) -> 
     if form == "markdown":
         shown = _MARKDOWN.sub(r"\\\g<0>", shown.strip())
         start = re.match(r"\d*", shown)
-        if start and (found := _BLOCK.match(shown, start.end())):
+        if start and not _is_number(shown) and (found := _BLOCK.match(shown, start.end())):
             shown = f"{shown[: found.start()]}\\{shown[found.start() :]}"
     elif form == "latex":
         shown = re.sub(r"(?<![\w.])-(?=\d)", "−", shown)

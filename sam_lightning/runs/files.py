@@ -25,7 +25,8 @@ from sam_lightning.runs.old_names import mapped
 # The largest files of a run that are read, and how deep what is in them may be. A run writes some
 # kilobytes and three levels.
 MOST_BYTES = 16 * 2**20
-MOST_BYTES_OF_YAML = 2**16
+MOST_BYTES_OF_YAML = 2**14
+MOST_LETTERS = 2**12  # of an override, which Hydra parses in the square of its length
 MOST_LEVELS = 100
 
 
@@ -155,6 +156,8 @@ def stored_overrides(file: Path) -> list[str]:
         plain = isinstance(stored, list) and all(isinstance(entry, str) for entry in stored)
         if not plain or sum(map(len, stored)) > len(text):
             raise TypeError("it is no list of texts")
+        if any(len(entry) > MOST_LETTERS for entry in stored):
+            raise ValueError(f"one has more than {MOST_LETTERS:,} letters")
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a list of overrides ({one_line(error)})") from error
     return stored

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import explain, key_of, quoted
-from sam_lightning.config.schema import check_values
+from sam_lightning.config.schema import check_values, one_line
+from sam_lightning.config.text import clean
 from sam_lightning.config.trust import check_places, check_targets, trust_arguments
 from sam_lightning.runs.files import stored_overrides
 from sam_lightning.runs.folder import TASK_NAME
@@ -101,14 +102,15 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
     try:
         overrides = OverridesParser.create().parse_overrides(stored)
     except Exception as error:  # of Hydra, and of Python where it is nested too deep
-        raise ConfigError(f"{file}: not a list of overrides ({explain(error, [])})") from error
+        reason = clean(explain(error, []))
+        raise ConfigError(f"{file}: not a list of overrides ({reason})") from error
     allowed = {*settings} - {"output_dir", "ckpt_path"}
     kept = [o for o in overrides if o.key_or_group not in (*given, "ckpt_path")]
     for override in kept:
         if not _is_setting(override, allowed):
             raise ConfigError(
-                f"{file}: {override.input_line}: may not come out of a run folder; take it out "
-                "there, or give that key yourself"
+                f"{file}: {clean(override.input_line)}: may not come out of a run folder; take it "
+                "out there, or give that key yourself"
             )
         if override.is_delete():
             continue
@@ -119,7 +121,7 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
             check_targets(plain, remedy="type {key}._target_={target} too")
             check_places(plain, folder)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
+            raise ConfigError(f"{file}: {one_line(error)}") from error
     replayed = [str(override.input_line) for override in kept]
     # A place from there is read; only a place that is typed gets files that are missing.
     return [*replayed, "++data.download=false"] if any("root" in o for o in replayed) else replayed

@@ -137,7 +137,6 @@ def bombs(good: Path, folder: Path) -> dict[str, Path]:
     ]:
         made[name] = folder / f"{name}.ckpt"
         with_entry(good, made[name], entry, content, compression=packing)
-    made["claims"] = with_entry(good, folder / "claims.ckpt", "data/0", b"")
     os.mkfifo(folder / "pipe.ckpt")
     made["pipe"] = folder / "pipe.ckpt"
     return made

@@ -20,7 +20,8 @@ from markdown_it import MarkdownIt
 from commands import TRAIN, assert_refused, serve
 from hostile_files import TEXTS, bombs, mutated, odd_files
 from image_files import one_line_error
-from runs import SMALL, command, run
+from inject import forked
+from runs import SMALL, command, run, summary
 from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError
@@ -118,7 +119,7 @@ OUTSIDE = [
     "+callbacks.best={{dirpath:{victim}}}",
     "+callbacks.x={{_target_:lightning.pytorch.callbacks.ModelCheckpoint,dirpath:victim}}",
     "logger.csv.root_dir={victim}",
-    "logger.csv.root_dir=~/x",
+    "logger.csv.root_dir='~/x'",
     "logger.csv.root_dir=${{data.root}}",
     "logger.tensorboard.save_dir=file://{victim}",
     "logger.tensorboard.name=../x",
@@ -228,12 +229,14 @@ def test_stored_overrides_cannot_grow_or_hide(tmp_path):
     laughs = "\n".join(f"- &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(30))
     for text in (
         f"- &a0 [x]\n{laughs}",
-        "- &a 'rho=1'\n" + "- *a\n" * 10_000,
+        "- &a 'rho=1,2'\n" + "- *a\n" * 10_000,
         "- " + "[" * 10_000,
         "- rho=" + "[" * 10_000,
         "- 'rho=" + "(" * 10_000 + "'",
         "- 'rho=" + "1" * 60_000 + "'",
-        "- 'rho=" + "a," * 10_000 + "'",
+        "- 'rho=" + "a," * 1_000 + "'",
+        "- 'data.mean=[" + "1," * 30_000 + "1]'",
+        "- 'hydra.x=[" + "1," * 2_000 + "1]'",
         "\x00",
         "- !!python/object/apply:os.mkdir [/tmp/x]",
     ):
@@ -458,26 +461,28 @@ def test_a_closed_pipe_decides_no_status(tmp_path, devices):
     assert [job["status"] for job in jobs] == ["completed"] * 2
 
 
-def test_ctrl_c_while_composing_is_one_line(tmp_path):
-    code = """
-import os, signal, sys
-import hydra._internal.config_loader_impl as loader
-composed = loader.ConfigLoaderImpl.load_configuration
-def load(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return composed(*args, **kwargs)
-loader.ConfigLoaderImpl.load_configuration = load
+def with_hook(cwd: Path, module: str, name: str, first: str) -> subprocess.CompletedProcess[str]:
+    """``train.py`` in which a function of a module begins with ``first``."""
+    code = f"""
+import errno, importlib, os, runpy, signal, sys
+module = importlib.import_module("{module}")
+original = module.{name}
+def hooked(*args, **kwargs):
+    {first}
+    return original(*args, **kwargs)
+module.{name} = hooked
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = sys.argv[1:]
-import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(TRAIN), *SMALL],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", code, str(TRAIN), *SMALL]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_ctrl_c_while_composing_is_one_line(tmp_path):
+    interrupted = "os.kill(os.getpid(), signal.SIGINT)"
+    loader = "hydra._internal.config_loader_impl", "ConfigLoaderImpl.load_configuration"
+    done = with_hook(tmp_path, *loader, interrupted)
     assert (done.returncode, done.stderr) == (130, "error: stopped by SIGINT\n")
     assert [*tmp_path.iterdir()] == []
 
@@ -495,38 +500,20 @@ def test_errors_of_the_system_are_one_line(folder, tmp_path, capsys):
 
 
 def test_a_run_that_cannot_write_ends_in_one_line(tmp_path):
-    """A rename that fails, a folder that has gone, and a disk that is full at the start."""
-    for name, fault in {
-        "rename": "LastCheckpoint._save, errno.EIO",
-        "start": "hydra.core.utils._save_config, errno.ENOSPC",
-        "log": "MetricsCSV.save, errno.ENOENT",
-    }.items():
-        where, number = fault.split(", ")
-        code = f"""
-import errno, os, runpy, sys
-import hydra.core.utils
-from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
-from sam_lightning.training.callbacks.progress import MetricsCSV
-def fail(*args, **kwargs):
-    raise OSError({number}, os.strerror({number}), "/some/file")
-{where} = fail
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-        (tmp_path / name).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(TRAIN), *SMALL, "epochs=1"],
-            cwd=tmp_path / name,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1, name
-        assert done.stderr.startswith("error: "), name
-        assert "/some/file" in done.stderr, name
-        assert done.stderr.count("\n") == 1, name
-        assert ([*(tmp_path / name).iterdir()] == []) == (name == "start")
+    done = forked(tmp_path, *SMALL, "epochs=1", fault=("io_error", "save:1"))
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 5] Input/output error: '/a/file'\n")
+    (folder,) = tmp_path.glob("logs/train/runs/*")
+    assert summary(folder)["status"] == "failed"
 
 
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path):
+    failed = 'raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/file")'
+    done = with_hook(tmp_path, "hydra.core.utils", "_save_config", failed)
+    assert (done.returncode, done.stderr) == (1, "error: /a/file: No space left on device\n")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
 def test_every_process_needs_an_image_to_evaluate(tmp_path):
     done = command(tmp_path, *SMALL, "data.val_size=1", "trainer.devices=2", "batch_size=50")
     assert (done.returncode, done.stderr) == (
