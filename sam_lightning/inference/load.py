@@ -177,7 +177,7 @@ def _try_without_memory(stored: DictConfig, weights: Mapping[str, Tensor]) -> No
             made = build(stored, "model").state_dict()
         shapes = {name: weight.shape for name, weight in made.items()}
     except Exception:
-        if left < 0 or is_in(TARGETS["model"], stored.model._target_):
+        if left < 0 or is_in(TARGETS["model"], str(stored.model.get("_target_"))):
             raise
         return
     finally:

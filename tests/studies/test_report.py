@@ -601,7 +601,7 @@ def test_files_of_a_report(sweep, tmp_path, capsys):
 
     text = (out / "report.md").read_text()
     assert {*re.findall(r"!\[[^]]+\]\((.*?)\)", text)} == {f"{name}.png" for name in names}
-    assert f"failed: `{sweep / 'broken_run'}`: TrainingError: a | b" in text
+    assert f"failed: {sweep / 'broken_run'}: TrainingError: a \\| b" in text
     for text_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in text_table.splitlines()}) == 1
     # 0.80, 0.76, 0.71: mean 75.67, sd 4.51, half of the interval 4.3027 / sqrt(3) of it.

@@ -92,13 +92,16 @@ def csv(study: Study) -> dict[str, str]:
     of_groups += [study.estimates[name]["mean"].rename(name) for name in COSTS]
     of_groups += [v.drop(columns="half").add_prefix(f"{k} ") for k, v in measured.items()]
 
-    def text(value: Any) -> Any:
+    def cell(value: Any) -> Any:
         return clean(value, "csv", undecoded=True) if isinstance(value, str | Path) else value
+
+    def cleaned(column: pd.Series) -> pd.Series:
+        return pd.Series([*map(cell, column)], column.index, column.dtype)
 
     return {
         name: pd.concat(parts, axis=1)
-        .map(text)
-        .rename(columns=text)
+        .apply(cleaned)
+        .rename(columns=cell)
         .to_csv(index=False, lineterminator="\n")
         for name, parts in (("report.csv", of_runs), ("summary.csv", of_groups))
     }
