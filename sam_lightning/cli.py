@@ -81,6 +81,7 @@ def _explained(error: Exception) -> Exception:
     if composing or said:
         said = said or explain(error, sys.argv[1:])
     elif any(text in str(error) for text in OF_ARGUMENTS):
+        _discard_started()
         said = explain(error, sys.argv[1:])
     elif isinstance(error, OSError | UnicodeDecodeError):
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file

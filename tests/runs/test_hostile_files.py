@@ -450,8 +450,9 @@ def test_a_closed_pipe_is_no_error(tmp_path):
         assert (codes[0], errors) == (0, ""), line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)]
+)
 def test_a_closed_pipe_decides_no_status(tmp_path, devices):
     small = " ".join([*SMALL, "epochs=1", f"trainer.devices={devices}"])
     codes, errors = piped(tmp_path, f"$PY $TRAIN -m seed=0,1 {small} | true")
