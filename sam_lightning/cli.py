@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sam_lightning.config.hydra_errors import (
     unreadable,
 )
 from sam_lightning.config.schema import check, one_line
+from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.files import read_summary
 from sam_lightning.runs.resume import resumed
 from sam_lightning.runs.secrets import HIDDEN
@@ -44,22 +46,24 @@ def guarded(main: Callable[[], Any]) -> None:
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``traceback=true``
     shows tracebacks instead.
     """
+    outlive_pipes()
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
-    try:
-        arguments = settings_first(sys.argv[1:])
-        check_flags(arguments)
-        sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
-        with summarized():
-            main()
-    except Exception as error:
-        if traceback:
+    with nullcontext() if traceback else one_line_errors():
+        try:
+            arguments = settings_first(sys.argv[1:])
+            check_flags(arguments)
+            sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
+            with summarized():
+                main()
+        except KeyboardInterrupt:  # before there is anything to save
+            _discard_started()
             raise
-        with one_line_errors():
-            if (said := _explained(error)) is not error:
+        except Exception as error:
+            if not traceback and (said := _explained(error)) is not error:
                 raise said from error
             raise
 
@@ -74,11 +78,12 @@ def _explained(error: Exception) -> Exception:
         said = f"hydra.job_logging: {one_line(error)} ({one_line(error.__cause__ or error)})"
     elif not composing or "hydra.sweeper.storage" in str(error):
         said = _cannot_store()
+    if composing or said or isinstance(error, OSError):
+        _discard_started()
     if composing or said:
-        for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
-            _discard(folder)
         said = said or explain(error, sys.argv[1:])
     elif any(text in str(error) for text in OF_ARGUMENTS):
+        _discard_started()
         said = explain(error, sys.argv[1:])
     elif isinstance(error, OSError | UnicodeDecodeError):
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
@@ -108,6 +113,7 @@ def run(cfg: DictConfig) -> float | None:
     A refused single run leaves no folder. A refused job of a sweep keeps its folder, whose log says
     why, and the other jobs continue.
     """
+    outlive_pipes()  # also in a worker of joblib or submitit
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
@@ -134,18 +140,19 @@ def run(cfg: DictConfig) -> float | None:
         if math.isnan(value):  # no sweeper could compare it
             raise TrainingError(f"optimized_metric={cfg.optimized_metric}: came out as nan")
         return value
-    except (ConfigError, TrainingError, OmegaConfBaseException) as error:
+    except (ConfigError, TrainingError, OmegaConfBaseException, OSError) as error:
         if hydra.mode == RunMode.MULTIRUN:
             log.error("%s", one_line(error))
             fail(cfg, hydra, error)
             return None
         if hydra.output_subdir is not None:  # otherwise the folder is an earlier run's
             os.chdir(hydra.runtime.cwd)  # leave that folder: hydra.job.chdir=true
-            _discard(Path(hydra.runtime.output_dir))
+            with suppress(FileNotFoundError):
+                _discard(Path(hydra.runtime.output_dir))
         if cfg.get("traceback") is True:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)  # Hydra would print another line
-        sys.exit(1 if isinstance(error, TrainingError) else 2)
+        sys.exit(1 if isinstance(error, TrainingError | OSError) else 2)
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty
         if hydra.mode == RunMode.MULTIRUN:
@@ -162,6 +169,13 @@ def _check_job(folder: Path) -> None:
             f"hydra.sweep.dir={folder.parent}: job {folder.name} has a run already; continue it "
             "with ckpt_path=last, or name another folder"
         )
+
+
+def _discard_started() -> None:
+    """Remove the folder of the run or sweep that this process has started, as ``_discard`` does."""
+    for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
+        with suppress(FileNotFoundError):
+            _discard(folder)
 
 
 def _discard(folder: Path) -> None:

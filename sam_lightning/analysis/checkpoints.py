@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,13 +99,12 @@ def labels_of(given: Any, loaded: Sequence[LoadedCheckpoint]) -> list[str]:
             raise ConfigError(f"labels={','.join(labels)}: must be {len(loaded)}, one for each")
         return labels
     configs = [checkpoint.model.config for checkpoint in loaded]
-    methods = [_method(config["method"]) for config in configs]
     files = [checkpoint.file for checkpoint in loaded]
-    names = [
-        methods,
-        [f"{name}, seed {c['seed']}" for name, c in zip(methods, configs, strict=True)],
-        [run_folder(file).name for file in files],
-    ]
+    names = [[run_folder(file).name for file in files]]
+    with suppress(LookupError, TypeError, ValueError):  # strangers may have stored anything
+        methods = [_method(config["method"]) for config in configs]
+        seeds = [f"{name}, seed {c['seed']}" for name, c in zip(methods, configs, strict=True)]
+        names = [methods, seeds, *names]
     return next((n for n in names if len({*n}) == len(n)), [str(file) for file in files])
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
-from rich.markup import escape
 
 from sam_lightning.analysis.checkpoints import (
     SHARED_KEYS,
@@ -140,7 +139,7 @@ def print_table(results: list[dict[str, Any]], options: DictConfig) -> None:
         ratio = [f"{top[0] / top[k - 1] if top[k - 1] else math.nan:.3g}"] if k > 1 else []
         measures = [f"{r[key]:.4g}" for key in ("loss", "worst", "worst_by_steps", "m_sharpness")]
         trace = f"{r['trace']:.4g} ± {r['trace_error']:.2g}"
-        shown.add_row(escape(r["label"]), *measures, largest, *ratio, trace)
+        shown.add_row(r["label"], *measures, largest, *ratio, trace)
     show(shown)
 
 

@@ -20,7 +20,8 @@ from sam_lightning.config.trust import TARGETS, described
 # Errors raised while Hydra composes a configuration from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
 # Texts of Hydra's ValueErrors about arguments that it cannot use.
-OF_ARGUMENTS = ("Config group override must be", "The --resolve flag", "Only one of --run")
+NO_NAME = "Config group override deletion value must be a string"
+OF_ARGUMENTS = ("Config group override must be", NO_NAME, "The --resolve flag", "Only one of --run")
 
 
 def key_of(override: str) -> str:
@@ -64,6 +65,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
         key, choice = key_of(argument), argument.partition("=")[2]
         if not key.strip():
             return f"{argument!r}: not of the form key=value"
+        if NO_NAME in text and argument[0] == "~" and choice:
+            return f"{argument}: not of the form ~key, or ~group=choice"
         if of_group and is_group(key) and (argument[0] == "+" or choice not in choices(key)):
             without = ", without +" if argument[0] == "+" else ""
             return f"{argument}: allowed are {', '.join(choices(key))}{without}"

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.text import clean
 from sam_lightning.config.trust import TARGETS, check_name, is_in
 from sam_lightning.config.values import (
     ABSENT,
@@ -281,5 +282,5 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line, or its type if the text is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's text on one line that a terminal can show, or its type if the text is empty."""
+    return " ".join(clean(error).split()) or type(error).__name__

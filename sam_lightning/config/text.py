@@ -15,8 +15,10 @@ _LATEX = {
     **{"<": "$<$", ">": "$>$", "±": "$\\pm$", "–": "--", "−": "$-$"},
     **{c: f"{{{c}}}" for c in "[]*"},  # behind the end of a row they would be its options
 }
-# Inside a line; entities; links that GitHub makes by itself.
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$]|&(?=#|\w+;)|:(?=//)|(?<=\bwww)\.|@", re.IGNORECASE)
+# Inside a line; "_" but within a word; entities; links that GitHub makes by itself.
+_MARKDOWN = re.compile(
+    r"[\\`*\[\]<>|~$@]|(?<![^\W_])_|_(?![^\W_])|&(?=#|\w+;)|:(?=//)|(?<=\bwww)\.", re.IGNORECASE
+)
 _BLOCK = re.compile(r"[-+#=](?!\d)|(?<=\d)[.)](?= |$)")  # at the start of a line
 
 

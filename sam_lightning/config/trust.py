@@ -1,12 +1,13 @@
-"""Whose code a configuration may run.
+"""Whose code a configuration may run, and where it may write.
 
-The user's command line and ``conf`` may name any code. A checkpoint and a run's folder may be
-somebody else's: a ``_target_`` there must be in the packages below, or be named in ``conf`` below
-the same key, or on the command line.
+The user's command line and ``conf`` may name any code and any place. A checkpoint and a run's
+folder may be somebody else's: a ``_target_`` there must be in the packages below, or be named in
+``conf`` below the same key, or on the command line; a place to write to must be in the run.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,12 @@ TARGETS = {
     "callbacks.*": ("sam_lightning", "lightning.pytorch.callbacks"),
     "logger.*": ("sam_lightning", "lightning.pytorch.loggers"),
 }
+# Groups whose places are read, as ``data.root`` is, but for arguments with one of these words in
+# their names, such as ``cache_dir``.
+READ = ("data", "model")
+WRITTEN = {"cache", "dump", "log", "logs", "out", "output", "save", "temp", "tmp", "write"}
+# How arguments are called that are places; other texts, such as ``filename``, are below one.
+PLACE = re.compile(r"(dir|path|root|folder|directory|location|uri|url)s?$", re.IGNORECASE)
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _typed: set[str] = set()  # on the command line of this process
 
@@ -95,6 +102,59 @@ def _check_target(key: str, target: Any, remedy: str) -> None:
     if not ours and target not in _typed and (kind, target) not in _named_in(CONF):
         told = remedy.format(key=key, target=target)
         raise ConfigError(f"{key}._target_={target}: is not trusted; if this code is yours, {told}")
+
+
+def check_places(node: Any, folder: Path | None = None) -> None:
+    """Refuse a stored configuration, or a part of one, that names a place to write to.
+
+    A text must not lead out of where it is put: it has no ``..``, no address and no absolute path,
+    and repeats no other key that may have one. An argument that is a place has to say that it is
+    in the run. What is only read may be anywhere.
+
+    Args:
+        node: dictionaries and lists with whole keys: ``{"callbacks": {"last": ...}}``.
+        folder: of the run, absolute: places in it are allowed, and those in ``${output_dir}``.
+
+    Raises:
+        ConfigError: names the first such key.
+    """
+    for key, text in _texts(node):
+        group, name = key.partition(".")[0], key.rpartition(".")[2]
+        if name == "_target_" or (folder is not None and _is_inside(text, folder)):
+            continue
+        if group in READ:
+            leads_out = not WRITTEN.isdisjoint(name.lower().split("_"))
+        else:
+            leads_out = PLACE.search(name) is not None or _leads_out(text)
+        if leads_out:
+            raise ConfigError(f"{key}={text}: may name a place to write to outside of the run")
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in dictionaries and lists, with the key that it belongs to."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from _texts(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for child in node:
+            yield from _texts(child, key)
+    elif isinstance(node, str):
+        yield key, node
+
+
+def _is_inside(text: str, folder: Path) -> bool:
+    place = re.sub(r"^\$\{output_dir\}(?=/|$)", lambda _: str(folder), text)
+    inside = Path(place).is_absolute() and Path(os.path.normpath(place)).is_relative_to(folder)
+    return inside and "$" not in place[len(str(folder)) :]
+
+
+def _leads_out(text: str) -> bool:
+    if "$" in text:
+        whole = re.fullmatch(r"\$\{(\w+)(\.\w+)*\}", text)
+        return whole is None or whole[1] in (*READ, "ckpt_path", "hydra")
+    if not text.isprintable() or text.startswith(("/", "~")):
+        return True
+    return ".." in re.split(r"[/\\]", text) or "://" in text or "::" in text
 
 
 @cache

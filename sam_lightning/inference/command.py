@@ -3,16 +3,17 @@
 Nothing here loads torch: a wrong argument is refused at once.
 """
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Rule
+from sam_lightning.runs.terminal import Table, show
+
+__all__ = ["CKPT_PATH", "DEVICE", "OUT", "ROOT", "out_folder", "show", "table"]
 
 CKPT_PATH = {"ckpt_path": ("???", Any)}
 ROOT = {"data.root": (None, Any)}
@@ -33,8 +34,3 @@ def table(head: str, *numbers: str, **options: Any) -> Table:
     return Table(
         head, *(Column(name, justify="right", no_wrap=True) for name in numbers), **options
     )
-
-
-def show(made: Table, file: TextIO | None = None) -> None:
-    """Print a table as wide as the terminal, or 120 characters wide where there is none."""
-    Console(file=file, width=None if sys.stdout.isatty() else 120).print(made)

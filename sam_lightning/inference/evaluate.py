@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.markup import escape
-
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
@@ -196,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from pandas import DataFrame
 
-        frame = DataFrame(confusion, trained.classes, trained.classes)
+        names = [clean(name, "csv") for name in trained.classes]
+        frame = DataFrame(confusion, names, names)
         with replacing(out / "confusion_matrix.csv") as path:
             frame.to_csv(path, index_label="true class", lineterminator="\r\n")
         with replacing(out / "predictions.csv") as path:
@@ -246,7 +245,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
     table = command.table("class", "images", "accuracy", title=title)
     for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
-        table.add_row(escape(entry["class"]), f"{entry['images']:,}", f"{entry['acc']:.2%}")
+        table.add_row(entry["class"], f"{entry['images']:,}", f"{entry['acc']:.2%}")
     command.show(table)
     if result["corruptions"]:
         table = command.table("accuracy at severity", "1", "2", "3", "4", "5", "mean")

@@ -1,6 +1,6 @@
 """A trained checkpoint as a plain module: names, normalisation and data of its run included."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_torch
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.schema import one_line
-from sam_lightning.config.trust import check_targets
+from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_in
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
+
+DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
+MOST_PIXELS = 8192  # height or width of the images of a run
+# What a model calls as it gets its parts.
+REGISTRATIONS = (
+    hooks_of_torch.register_module_parameter_registration_hook,
+    hooks_of_torch.register_module_buffer_registration_hook,
+    hooks_of_torch.register_module_module_registration_hook,
+)
 
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
@@ -53,7 +63,9 @@ class TrainedClassifier(nn.Module):
             height, width = config.get("image_size") or [config["data"].get("image_size")] * 2
             self.image_size = None if height is None else (int(height), int(width))
             outputs = int(config["model"]["num_classes"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if not all(1 <= side <= MOST_PIXELS for side in self.image_size or ()):
+                raise ValueError(f"image_size={self.image_size}: must be 1 to {MOST_PIXELS}")
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {one_line(error)}"
             raise ConfigError(f"hyper_parameters: {text}") from error
         if len(self.classes) != outputs or len(self.mean) != self.in_channels:
@@ -63,18 +75,21 @@ class TrainedClassifier(nn.Module):
             )
         with argument_errors("data"):
             self.normalize = BatchAugment(self.mean, self.std).normalize
+        stored = _stored(config, "model")
+        named = checkpoint["state_dict"].items()
+        weights = {name.removeprefix("model."): weight for name, weight in named}
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
-            self.model: nn.Module = build(_stored(config, "model"), "model")
+            _try_without_memory(stored, weights)
+            self.model: nn.Module = build(stored, "model")
         subsample_first(self.model)
-        self._load_weights(checkpoint["state_dict"])
+        self._load_weights(weights)
         self.eval()
 
-    def _load_weights(self, state_dict: dict[str, Tensor]) -> None:
-        weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
         try:  # the stored tensors themselves, in the memory layout that they were trained in
             self.model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise ConfigError(f"weights are not of {self.config['model']}") from error
+            raise ConfigError(_misfit(self.config)) from error
         self.model.float()  # from trainer.precision=64-true they are float64; images are float32
         channels_last = any(
             not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
@@ -141,6 +156,41 @@ class TrainedClassifier(nn.Module):
         return pil_to_tensor(image if self.image_size is None else cover(image, self.image_size))
 
 
+def _try_without_memory(stored: DictConfig, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a model that does not have these weights before it takes memory or much time.
+
+    It is built on torch's meta device, whose tensors have only a shape, and left unfinished once
+    it has several times as many parts as there are weights. A model of the user's own that cannot
+    be built there is not tried.
+    """
+    left = 4 * len(weights) + 500
+
+    def count(*args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConfigError(_misfit(stored))
+
+    hooks = [register(count) for register in REGISTRATIONS]
+    try:
+        with torch.device("meta"):
+            made = build(stored, "model").state_dict()
+        shapes = {name: weight.shape for name, weight in made.items()}
+    except Exception:
+        if left < 0 or is_in(TARGETS["model"], str(stored.model.get("_target_"))):
+            raise
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if shapes != {name: weight.shape for name, weight in weights.items()}:
+        raise ConfigError(_misfit(stored))
+
+
+def _misfit(config: Mapping[Any, Any]) -> str:
+    return f"weights are not of {config['model']}"
+
+
 def torch_device(name: str) -> torch.device:
     """The device of that name; ``auto``: a CUDA device if there is one, and else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -186,15 +236,32 @@ def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> Image
             or the classes are others than those of the run.
     """
     stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
+    try:
+        return _read_data(stored, {} if root is None else {"root": str(root)}, overrides)
+    except ConfigError as error:
+        advice = "give data.root=FOLDER, where they are downloaded to"
+        raise ConfigError(str(error).replace("set data.download=true", advice)) from error
+    except Exception as error:  # of values that no run would have stored
+        raise ConfigError(f"data: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, Any]) -> ImageData:
     stored.data.update(mean=stored.mean, std=stored.std, device=None, num_workers=0)
-    if root is not None:
-        overrides["root"] = str(root)
-    for key, value in overrides.items():
+    if "cache_dir" in stored.data.source:
+        overrides = {"cache_dir": None, **overrides}  # the default: any may be stored
+    if (
+        not root
+        and stored.data.source.get("root") != DOWNLOADS
+        and "download" in stored.data.source
+    ):
+        overrides = {"download": False, **overrides}
+    for key, value in {**root, **overrides}.items():
         if key in SOURCE_KEYS:
             if key not in stored.data.source:
                 raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
             stored.data.source[key] = value
         stored.data[key] = value
+    check_places({"data": OmegaConf.to_container(stored.data)})
     data = build_data(stored, ImageData)
     with argument_errors("data"):
         data.read()
@@ -202,7 +269,7 @@ def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> Image
         at = f"data.root={stored.data.root}" if "root" in stored.data else "data.source"
         raise ConfigError(
             f"{at}: has the classes {', '.join(data.classes)}; those of the checkpoint are "
-            f"{', '.join(stored.classes)}"
+            f"{', '.join(map(str, stored.classes))}"
         )
     return data
 

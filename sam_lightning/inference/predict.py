@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Column
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.progress import progress
 from sam_lightning.config.schema import one_line
+from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing
+from sam_lightning.runs.terminal import Table, show
 
 if TYPE_CHECKING:
     from sam_lightning.inference.load import TrainedClassifier
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
             advance()
             if "error" in row:
-                print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
+                print(f"error: {clean(row['file'])}: {row['error']}", file=sys.stderr)
     text = _as_text(rows, options.format)
     # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
     if out is None:
@@ -156,15 +157,17 @@ def _as_text(rows: list[dict[str, Any]], form: str) -> str:
         writer = csv.DictWriter(written, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
+            file = clean(row["file"], "csv", undecoded=True)
             for rank, found in enumerate(row.get("predictions", []), 1):
-                writer.writerow({"file": row["file"], "rank": rank, **found})
+                name = clean(found["class"], "csv")
+                writer.writerow({**found, "file": file, "rank": rank, "class": name})
             if "error" in row:
-                writer.writerow(row)
+                writer.writerow({"file": file, "error": clean(row["error"], "csv")})
         return written.getvalue()
     named = max(len(row.get("predictions", ["error"])) for row in rows)
     table = Table(Column("file", overflow="fold"), *(f"{i + 1}" for i in range(named)))
     for row in rows:
         cells = [f"{p['class']} {p['probability']:.1%}" for p in row.get("predictions", [])]
-        table.add_row(*map(escape, [row["file"], *(cells or [row["error"]])]))
-    command.show(table, written)
+        table.add_row(row["file"], *(cells or [row["error"]]))
+    show(table, file=written)
     return written.getvalue()

@@ -1,8 +1,10 @@
 """Files of runs and commands: found before torch is loaded, and written all or nothing."""
 
+import errno
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,13 +13,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
+from sam_lightning.config.text import clean
 from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.secrets import without_secrets
+
+# The largest files of a run that are read, and how deep what is in them may be. A run writes some
+# kilobytes and three levels.
+MOST_BYTES = 16 * 2**20
+MOST_BYTES_OF_YAML = 2**14
+MOST_LETTERS = 2**12  # of an override, which Hydra parses in the square of its length
+MOST_LEVELS = 100
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -109,13 +120,48 @@ def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> No
     write_json(path, {**summary, **failed}, "output_dir")
 
 
+def content(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What is in a regular file, or in one that a link leads to.
+
+    Raises:
+        OSError: it is something else, such as a pipe, which would wait for ever, or has more than
+            ``most`` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        if len(found := file.read(most + 1)) > most:
+            raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
+        return found
+
+
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The content of ``metrics.json``; None if it is missing or damaged."""
+    """The dictionary in a JSON file such as ``metrics.json``; None if there is none to read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = json.loads(content(path).decode())
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def stored_overrides(file: Path) -> list[str]:
+    """The overrides in a run's ``.hydra/overrides.yaml``, as they stand there.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no list of texts.
+    """
+    try:
+        text = content(file, MOST_BYTES_OF_YAML).decode()
+        stored = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        # Aliases (*name) may repeat a text without end.
+        plain = isinstance(stored, list) and all(isinstance(entry, str) for entry in stored)
+        if not plain or sum(map(len, stored)) > len(text):
+            raise TypeError("it is no list of texts")
+        if any(len(entry) > MOST_LETTERS for entry in stored):
+            raise ValueError(f"one has more than {MOST_LETTERS:,} letters")
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a list of overrides ({one_line(error)})") from error
+    return stored
 
 
 @dataclass(frozen=True)
@@ -139,13 +185,16 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Read a run's ``metrics.json``; all text in it becomes printable."""
+    """Read a run's ``metrics.json``; all text in it becomes one that can be shown."""
     path = folder / "metrics.json"
     if not path.is_file():
         if path.exists() or (folder / ".hydra").is_dir():
             return RunStatus(folder, "unfinished", "no metrics.json: running still, or killed")
         return RunStatus(folder, "missing")
-    summary = mapped(_printable, read_summary(path))
+    try:
+        summary = _tamed(read_summary(path))
+    except RecursionError:
+        summary = None
     if summary is None:
         return RunStatus(folder, "damaged", "metrics.json is not a run's")
     found = summary.get("metrics")
@@ -166,11 +215,21 @@ def finite(value: Any) -> float | None:
     return float(value) if number and abs(value) <= sys.float_info.max else None
 
 
-def _printable(value: Any) -> Any:
-    """A text with a space for every character that could command a terminal or break a file."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else " " for c in value)
-    return value
+def _tamed(value: Any, depth: int = 0) -> Any:
+    """Parsed JSON with ``clean`` texts, and floats for numbers that no table can hold as integers.
+
+    Raises:
+        RecursionError: it is deeper than what is done with it can go.
+    """
+    if depth > MOST_LEVELS:
+        raise RecursionError
+    if isinstance(value, dict):
+        return {clean(key): _tamed(child, depth + 1) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_tamed(child, depth + 1) for child in value]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return float(value) if abs(value) <= sys.float_info.max else math.inf
+    return clean(value) if isinstance(value, str) else value
 
 
 def now() -> str:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.text import clean
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
 from sam_lightning.runs.secrets import without_secrets
@@ -80,5 +81,5 @@ def refuse(message: str) -> NoReturn:
     torchrun or SLURM only the first process prints the line.
     """
     if (found := launched()) is None or found.rank == 0:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {clean(message)}", file=sys.stderr)
     sys.exit(2)

@@ -21,14 +21,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
 from sam_lightning.runs.files import now, write_json
 from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.runs.terminal import Table, show
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ class Record:
         if summary["images_per_second"]:
             table.add_row("training images/s", f"{summary['images_per_second']:,.0f}")
         table.add_row("folder", os.path.relpath(self.cfg.output_dir))
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        show(table)
 
 
 def _covered(images: int, batch_size: int, limit: int | float, ranks: int = 1) -> int:

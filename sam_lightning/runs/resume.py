@@ -4,6 +4,7 @@ A run's folder may come from a stranger, and Hydra's arguments can name launcher
 configurations. So resuming takes only settings of a run, and no strangers' code.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -15,10 +16,16 @@ from omegaconf import OmegaConf
 from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import explain, key_of, quoted
-from sam_lightning.config.trust import check_targets, trust_arguments
+from sam_lightning.config.schema import one_line
+from sam_lightning.config.text import clean
+from sam_lightning.config.trust import check_places, check_targets, trust_arguments
 from sam_lightning.config.values import check_value
+from sam_lightning.runs.files import stored_overrides
 from sam_lightning.runs.folder import TaskName
 from sam_lightning.runs.old_names import with_current_names
+
+# What a run writes into its folder.
+OWN = {".hydra", "checkpoints", "tensorboard", "metrics.csv", "metrics.json", "train.log"}
 
 
 def resumed(arguments: list[str]) -> list[str]:
@@ -86,34 +93,58 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
 
     Raises:
         ConfigError: the file cannot be read, or an override is none of the run's own settings: one
-            of Hydra, a choice that is not in ``conf``, code that is not trusted, or a value that
-            asks for more than other keys, such as ``${oc.env:...}``.
+            of Hydra, a choice that is not in ``conf``, code that is not trusted, a place to write
+            to outside of the run, or a value that asks for more than other keys, such as
+            ``${oc.env:...}``. Or the folder has a link that leads out of it.
     """
+    folder = file.parents[1].resolve()
+    _check_links(folder)
+    stored = with_current_names(stored_overrides(file))
     try:
-        stored = with_current_names(OmegaConf.to_container(OmegaConf.load(file)))
-        if not isinstance(stored, list) or not all(isinstance(text, str) for text in stored):
-            raise TypeError("it is no list of texts")
-        overrides = OverridesParser.create().parse_overrides([str(text) for text in stored])
-    except Exception as error:  # of the file system, of YAML, of OmegaConf and of Hydra
-        raise ConfigError(f"{file}: not a list of overrides ({explain(error, [])})") from error
+        overrides = OverridesParser.create().parse_overrides(stored)
+    except Exception as error:  # of Hydra, and of Python where it is nested too deep
+        reason = clean(explain(error, []))
+        raise ConfigError(f"{file}: not a list of overrides ({reason})") from error
     allowed = {*settings} - {"output_dir", "ckpt_path"}
     kept = [o for o in overrides if o.key_or_group not in (*given, "ckpt_path")]
     for override in kept:
         if not _is_setting(override, allowed):
             raise ConfigError(
-                f"{file}: {override.input_line}: may not come out of a run folder; take it out "
-                "there, or give that key yourself"
+                f"{file}: {clean(override.input_line)}: may not come out of a run folder; take it "
+                "out there, or give that key yourself"
             )
         if override.is_delete():
             continue
         node = OmegaConf.create({})
         OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
         plain = OmegaConf.to_container(node, resolve=False)
-        try:  # strangers' code, in the key or anywhere in the value
+        try:  # strangers' code, or a place outside, in the key or anywhere in the value
             check_targets(plain, remedy="type {key}._target_={target} too")
+            check_places(plain, folder)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
-    return [str(override.input_line) for override in kept]
+            raise ConfigError(f"{file}: {one_line(error)}") from error
+    replayed = [str(override.input_line) for override in kept]
+    # A place from there is read; only a place that is typed gets files that are missing.
+    return [*replayed, "++data.download=false"] if any("root" in o for o in replayed) else replayed
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse to write to what leads out of a run's folder, or is no file.
+
+    A stranger's folder may hold links. Where the folder holds the working directory too, as with
+    ``hydra.run.dir=.``, what does not belong to the run may lead anywhere.
+    """
+    for path, below, files in os.walk(folder):
+        if Path.cwd().is_relative_to(path):
+            below[:] = [name for name in below if name in OWN]
+            files = [name for name in files if name in OWN]
+        for entry in (Path(path, name) for name in (*below, *files)):
+            if not entry.resolve().is_relative_to(folder):
+                raise ConfigError(
+                    f"{entry}: leads out of the run's folder; put a copy in its place"
+                )
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise ConfigError(f"{entry}: is no file and no folder; a run writes there")
 
 
 def _is_setting(override: Override, allowed: set[str]) -> bool:

@@ -1,24 +1,23 @@
 """The command: a study's file in; runs, report and evidence out."""
 
 import io
-import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
-from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.schema import did_you_mean, no_such_key
 from sam_lightning.config.values import Folder, Rule, within
-from sam_lightning.runs.files import make_folder, read_status
+from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
 from sam_lightning.studies.report.runs import PLACES
@@ -125,11 +124,7 @@ def _difference(run: RunSpec) -> str | None:
     file = run.folder / ".hydra" / "overrides.yaml"
     if not begun(run) or not file.is_file():
         return f"no {file.name}" if status(run).completed else None
-    try:
-        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
-        before = {key: value for key, _, value in (str(o).partition("=") for o in stored)}
-    except Exception as error:  # of the file system, of YAML and of OmegaConf
-        raise ConfigError(f"{file}: {one_line(error)}") from error
+    before = {key: value for key, _, value in (o.partition("=") for o in stored_overrides(file))}
     before.pop("ckpt_path", None)
     before, given = without_secrets(before), without_secrets({**run.overrides})
     for key in {**before, **given}:
@@ -153,7 +148,7 @@ def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None
     """Never lose results: a run that ``runs.json`` has must be here, or be ``expected``."""
     file, runs = out / "runs.json", FOLDER / plan.name
     try:
-        lines = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        lines = (read_summary(file) or {})["runs"]
         done = [line for line in lines if line["state"] == "completed"]
         names = [folder_name(line["arm"], line["settings"], line["seed"]) for line in done]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

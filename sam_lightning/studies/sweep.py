@@ -26,7 +26,7 @@ from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
 from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
-from sam_lightning.runs.files import read_status, record_failure, write_json
+from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import refuse
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.identical import distinct, unused
@@ -280,7 +280,7 @@ def _job(sweep: Path, started: Path) -> dict[str, Any]:
         state, reason = "no result", "the process ended and left no metrics.json"
     return {
         "job": folder.name.partition("_")[0],
-        "overrides": OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml"))),
+        "overrides": stored_overrides(started.with_name("overrides.yaml")),
         "status": state,
         "exit_reason": reason,
         "metrics": {} if stale else found.metrics,

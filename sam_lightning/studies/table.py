@@ -1,21 +1,15 @@
 """Tables of text: on the terminal, in Markdown and in LaTeX."""
 
-import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
+from sam_lightning.config.text import Form, clean
+from sam_lightning.runs import terminal
+
 WIDTH = 160  # where there is no terminal
-LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    **{"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "\\textbackslash{}"},
-    **{"<": "$<$", ">": "$>$", "±": "$\\pm$", "–": "--", "−": "$-$"},
-}
 
 
 @dataclass(frozen=True)
@@ -33,21 +27,21 @@ class Table:
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
         rule = ["---" if i in self.left else "---:" for i in range(len(self.head))]
-        rows = self._rows(lambda cell: re.sub(r"([|*_`<\\])", r"\\\1", cell), "**{}**")
-        return "\n".join(f"| {' | '.join(row)} |" for row in [self.head, rule, *rows])
+        head, *rows = self._rows("markdown", "**{}**")
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
     def latex(self, caption: str, label: str) -> str:
         """The table as an environment of LaTeX, no wider than a line.
 
         It needs the packages booktabs and graphicx.
         """
-        cells = [map(latex, self.head), *self._rows(latex, "\\textbf{{{}}}")]
+        cells = self._rows("latex", "\\textbf{{{}}}")
         alignment = "".join("l" if i in self.left else "r" for i in range(len(self.head)))
         head, *rows = (f"    {' & '.join(row)} \\\\" for row in cells)
         width = "\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi"
         return "\n".join(
             [
-                f"\\begin{{table}}\n  \\centering\n  \\caption{{{latex(caption)}}}",
+                f"\\begin{{table}}\n  \\centering\n  \\caption{{{clean(caption, 'latex')}}}",
                 f"  \\label{{{label}}}\n  \\medskip",
                 f"  \\resizebox{{{width}}}{{!}}{{\\begin{{tabular}}{{{alignment}}}",
                 *("    \\toprule", head, "    \\midrule", *rows, "    \\bottomrule"),
@@ -55,32 +49,26 @@ class Table:
             ]
         )
 
-    def terminal(self, caption: str | None = None) -> RichTable:
+    def terminal(self, caption: str | None = None) -> terminal.Table:
         """The table as ``rich`` prints it."""
-        made = RichTable(title=caption)
+        made = terminal.Table(title=None if caption is None else clean(caption))
         for i, name in enumerate(self.head):
             justify: Any = "left" if i in self.left else "right"
-            made.add_column(Text(name), justify=justify, overflow="fold")
+            made.add_column(clean(name), justify=justify, overflow="fold")
         for i, row in enumerate(self.rows):
-            made.add_row(
-                *(Text(c, "bold" if (i, j) in self.strong else "") for j, c in enumerate(row))
-            )
+            styles = ("bold" if (i, j) in self.strong else "" for j in range(len(row)))
+            made.add_row(*(Text(clean(c), s) for c, s in zip(row, styles, strict=True)))
         return made
 
-    def _rows(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
+    def _rows(self, form: Form, bold: str) -> list[list[str]]:
+        """The head and the rows as ``form`` takes them."""
         return [
             [
-                (bold if (i, j) in self.strong else "{}").format(escape(cell))
+                (bold if (i, j) in self.strong else "{}").format(clean(cell, form))
                 for j, cell in enumerate(row)
             ]
-            for i, row in enumerate(self.rows)
+            for i, row in enumerate([self.head, *self.rows], -1)
         ]
-
-
-def latex(text: str) -> str:
-    """Text as LaTeX sets it, not as it reads it; the hyphen of a negative number is a minus."""
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-    return "".join(LATEX.get(c, c) for c in text)
 
 
 def title(column: str, columns: Iterable[str]) -> str:
@@ -91,5 +79,4 @@ def title(column: str, columns: Iterable[str]) -> str:
 
 def show(*parts: Any, width: int = WIDTH) -> None:
     """Print tables and lines, as wide as the terminal, or of ``width`` where there is none."""
-    console = Console(width=None if sys.stdout.isatty() else width)
-    console.print(*parts, sep="\n", markup=False, highlight=False)
+    terminal.show(*parts, width=width)

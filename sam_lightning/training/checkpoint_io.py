@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from sam_lightning.runs.checkpoint import write
+from sam_lightning.runs.checkpoint import read, write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -22,6 +22,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         file = Path(path)
         write(file, checkpoint)
         self._folders.add(file.parent.resolve())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load onto the CPU, and as strictly as everywhere."""
+        return read(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint only from a folder that this run has saved to.

@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
+from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.files import record_failure
 
 log = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> di
     # Undo the start method of this process, with which each of its loading processes
     # would import everything again, to the platform's own.
     multiprocessing.set_start_method(None, force=True)
+    outlive_pipes()
     torch.set_num_threads(threads)
     cfg = OmegaConf.create(config)
     try:

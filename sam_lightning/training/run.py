@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
+from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.record import Record
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
@@ -64,6 +65,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = make_data(cfg, trainer)
     module = make_module(cfg, data)
     check_watched(cfg, trainer, data)
+    _check_images(cfg, data, world_size)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
     with Record(cfg, trainer, throughput, data, module) as record, stop, _one_line_errors(cfg):
@@ -144,6 +146,15 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
                 f"{batches} by as much ({one_line(error)})"
             ) from error
         raise
+
+
+def _check_images(cfg: DictConfig, data: ImageDataModule, processes: int) -> None:
+    for key, split in (
+        ("data.val_size", data.val),
+        ("test=true: data.test", cfg.test and data.test),
+    ):
+        if split and len(split) < processes:  # one that has none would not wait for the others
+            raise ConfigError(f"{key}: has {len(split)} images for {processes} processes")
 
 
 def _quieten() -> None:

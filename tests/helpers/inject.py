@@ -6,6 +6,7 @@ A fault is ``(name, at)``: what happens, and when: ``pass:N`` in the N-th forwar
 ``tested:1`` when its results are logged and ``metrics.json`` is not yet written.
 """
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -38,6 +39,8 @@ def happen(name):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     elif name == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    elif name == "io_error":  # as of a rename, or of a folder that has gone
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
     else:
         os.kill(os.getpid(), getattr(signal, name))
 

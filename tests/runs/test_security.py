@@ -309,7 +309,7 @@ def stored(folder: Path, overrides: object) -> Path:
 
 def test_settings_of_a_run_are_replayed(tmp_path):
     file = stored(tmp_path, [*REPLAYED, "ckpt_path=old", "seed=1"])
-    assert replayable(file, top_level(), ["seed"]) == REPLAYED
+    assert replayable(file, top_level(), ["seed"]) == [*REPLAYED, "++data.download=false"]
     assert replayable(stored(tmp_path / "none", []), top_level()) == []
 
 

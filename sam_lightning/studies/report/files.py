@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sam_lightning.config.text import clean
 from sam_lightning.runs.files import RunStatus, replacing
 from sam_lightning.studies import table
 from sam_lightning.studies.report import tables
@@ -65,21 +66,22 @@ def report(
     markdown = [
         "# Report",
         f"{runs}.",
-        *([_text(f"Common to all: {', '.join(common)}.")] if common else []),
+        *([clean(f"Common to all: {', '.join(common)}.", "markdown")] if common else []),
         *_list("Warnings", warnings),
         "## Results",
         results.markdown(),
         READING,
         *_list("Choice of rho", choices),
-        f"## {heading}",
+        f"## {clean(heading, 'markdown')}",
         *([comparisons.markdown(), TESTING] if comparisons.rows else []),
-        *map(_text, alone),
+        *(clean(line, "markdown") for line in alone),
         *(["## Figures"] if figures else []),
         *(
             f"![{caption}]({name}.{formats[0]})\n\n{caption[0].upper()}{caption[1:]}."
-            for name, caption in zip(figures, map(_text, figures.values()), strict=True)
+            for name, text in figures.items()
+            for caption in [clean(text, "markdown")]
         ),
-        *_list("Left out", [f"{run.state}: `{run.folder}`: {run.reason}" for run in left_out]),
+        *_list("Left out", [f"{run.state}: {run.folder}: {run.reason}" for run in left_out]),
     ]
     latex = ["% needs \\usepackage{booktabs,graphicx}", results.latex(READING, "tab:sam-results")]
     shown: list[Any] = [results.terminal("mean ± half of 95 % interval over seeds"), *choices]
@@ -95,7 +97,7 @@ def report(
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     table.show(*shown, *alone)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {clean(warning)}", file=sys.stderr)
     print(f"{runs}; see {os.path.relpath(out / 'report.md')}")
 
 
@@ -133,9 +135,5 @@ def without_baseline(study: Study) -> list[str]:
 
 
 def _list(heading: str, lines: Sequence[str]) -> list[str]:
-    return [f"## {heading}", "\n".join(f"- {_text(line)}" for line in lines)] if lines else []
-
-
-def _text(text: str) -> str:
-    """A line of Markdown without HTML."""
-    return " ".join(text.split()).replace("<", "\\<")
+    listed = "\n".join(f"- {clean(line, 'markdown')}" for line in lines)
+    return [f"## {heading}", listed] if lines else []

@@ -1,5 +1,6 @@
 """Read what runs left behind: ``metrics.json`` and ``metrics.csv``."""
 
+import io
 import json
 import os
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam_lightning.config.conf import flat
-from sam_lightning.runs.files import RunStatus, finite, read_status
+from sam_lightning.runs.files import RunStatus, content, finite, read_status
 from sam_lightning.runs.old_names import with_current_names
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ IGNORED = {
 }
 # Callbacks that only watch; others, such as early stopping, change the result.
 WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary", "Dashboard")
+MOST_BYTES_OF_CSV = 256 * 2**20
 COSTS = ("passes", "total_passes", "train_seconds", "images_per_second")
 
 
@@ -51,9 +53,10 @@ class Run:
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[RunStatus], list[str]]:
     """Completed runs at and below the folders, each once; runs left out; and warnings."""
-    found = [read_status(folder) for folder in _run_folders(folders)]
+    of_runs, warnings = _run_folders([*folders])
+    found = [read_status(folder) for folder in of_runs]
     completed = [status for status in found if status.completed]
-    warnings = [
+    warnings += [
         f"{status.folder}: {name}={value} is not finite and is not counted"
         for status in completed
         for name, value in sorted(status.summary["metrics"].items())
@@ -79,15 +82,30 @@ def counts(left_out: Sequence[RunStatus]) -> str:
     return f"; left out: {listed}" if left_out else ""
 
 
-def _run_folders(folders: Iterable[Path]) -> list[Path]:
-    found: dict[Path, Path | None] = {}  # links may lead to a folder again, or in a circle
-    for top in folders:
-        for path, below, files in os.walk(top, followlinks=True):
+def _run_folders(tops: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The folders of runs at and below some folders, each once, and links that are not followed.
+
+    A link to a run counts, but what is below a link does not: it may lead anywhere.
+    """
+    found: dict[Path, Path | None] = {}
+    warnings = []
+    for top in tops:
+        for path, below, _ in os.walk(top):
             folder = Path(path)
             below[:] = [] if folder.resolve() in found else sorted({*below} - PRUNED)
-            is_run = "metrics.json" in files or (folder / ".hydra" / "config.yaml").is_file()
-            found.setdefault(folder.resolve(), folder if is_run else None)
-    return [folder for folder in found.values() if folder]
+            found.setdefault(folder.resolve(), folder if _is_run(folder) else None)
+            for link in (folder / name for name in below if (folder / name).is_symlink()):
+                if _is_run(link):
+                    found.setdefault(link.resolve(), link)
+                elif not any(link.resolve().is_relative_to(t.resolve()) for t in tops):
+                    warnings.append(
+                        f"{link}: is a link and not followed; name it to count runs there"
+                    )
+    return [folder for folder in found.values() if folder], warnings
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.json").exists() or (folder / ".hydra" / "config.yaml").is_file()
 
 
 def _run(status: RunStatus) -> Run:
@@ -177,10 +195,9 @@ def curve(folder: Path, name: str) -> "pd.Series[float]":
 
     path, empty = folder / "metrics.csv", pd.Series(dtype=float)
     columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
-    if not path.is_file():
-        return empty
     try:
-        log = pd.read_csv(path, dtype=str, keep_default_na=False)
+        text = content(path, MOST_BYTES_OF_CSV)
+        log = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
         log = log.loc[(log[columns].fillna("") != "").all(axis=1), columns].astype(float)
         log.index = log["epoch"].astype(int) + 1
     except (OSError, ValueError, KeyError):

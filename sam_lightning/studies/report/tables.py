@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS, did_you_mean
+from sam_lightning.config.text import clean
 from sam_lightning.studies.report.comparison import ABSENT, Study, show
 from sam_lightning.studies.report.runs import COSTS
 from sam_lightning.studies.table import Table, title
@@ -112,7 +114,17 @@ def csv(study: Study) -> dict[str, str]:
     of_groups = [shown.assign(n=runs.groupby(level=0).size(), chosen=chosen)]
     of_groups += [study.estimates[name]["mean"].rename(name) for name in COSTS]
     of_groups += [v.drop(columns="half").add_prefix(f"{k} ") for k, v in measured.items()]
+
+    def cell(value: Any) -> Any:
+        return clean(value, "csv", undecoded=True) if isinstance(value, str | Path) else value
+
+    def cleaned(column: pd.Series) -> pd.Series:
+        return pd.Series([*map(cell, column)], column.index, column.dtype)
+
     return {
-        name: pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
+        name: pd.concat(parts, axis=1)
+        .apply(cleaned)
+        .rename(columns=cell)
+        .to_csv(index=False, lineterminator="\n")
         for name, parts in (("report.csv", of_runs), ("summary.csv", of_groups))
     }
