@@ -6,7 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
-from sam_lightning.runs.files import now, write_json
+from sam_lightning.runs.files import now, read_summary, write_json
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,27 @@ class Record:
         cfg: the run's configuration.
         trainer: what trains.
         throughput: counts the images, the seconds of training, and those elapsed in all.
+        parts: from ``runs.parts``: where the run began and continued, and what changed there.
+        only_test: the run was trained before. Where its record is complete, only the test's metrics
+            change in it.
     """
 
-    def __init__(self, cfg: DictConfig, trainer: L.Trainer, throughput: Any) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        trainer: L.Trainer,
+        throughput: Any,
+        parts: Sequence[Mapping[str, Any]] = (),
+        *,
+        only_test: bool = False,
+    ) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.throughput = throughput
+        self.parts = parts
+        self.path = Path(cfg.output_dir) / "metrics.json"
+        before = read_summary(self.path) if only_test else None
+        self.before = before if before and before.get("status") == "completed" else None
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -63,7 +78,7 @@ class Record:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.trainer.global_rank != 0:
+        if self.trainer.global_rank != 0 or (error is not None and self.before):
             return
         status, reason = "completed", "completed"
         if error is not None:
@@ -72,7 +87,7 @@ class Record:
             reason = f"{type(error).__name__}: {one_line(error)}"
         summary = self._summary(status, reason)
         try:
-            write_json(Path(self.cfg.output_dir) / "metrics.json", summary, "output_dir")
+            write_json(self.path, summary, "output_dir")
         except ConfigError as unwritten:
             if error is None:
                 raise
@@ -82,7 +97,12 @@ class Record:
             self._print_table(summary)
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
+        if self.before:
+            metrics = {**self.before["metrics"], **self.metrics}
+            new = {"finished": now(), "metrics": metrics, "parts": [*self.parts]}
+            return {**self.before, **new}
         trained, root = self.throughput.seconds, self.trainer.strategy.root_device
+        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
         return {
             "status": status,
             "exit_reason": reason,
@@ -98,7 +118,9 @@ class Record:
             "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": _git_commit(),
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "parts": [*self.parts],
+            # A run has the same settings wherever it was stopped and continued.
+            "config": {**config, "ckpt_path": None},
         }
 
     def _log_hparams(self) -> None:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +25,7 @@ from sam_lightning.config.hydra_errors import COMPOSING
 from sam_lightning.config.schema import Rule, check_values, one_line
 from sam_lightning.runs.files import read_status, record_failure, write_json
 from sam_lightning.runs.folder import refuse
+from sam_lightning.runs.lock import OwnedError
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class SweepFolder(Callback):
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
+    owned: ClassVar[dict[Path, str]] = {}  # jobs that another process is at
 
     def __init__(self, first_job: int = 0) -> None:
         self.first_job = first_job
@@ -159,7 +161,10 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
-    record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+    if isinstance(error, OwnedError):  # what is in the folder is another's
+        SweepFolder.owned[Path(cfg.output_dir).resolve()] = f"ConfigError: {one_line(error)}"
+    else:
+        record_failure(cfg, reason, refused=isinstance(error, ConfigError))
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("debug") is True:
         if isinstance(error, ConfigError | TrainingError):
@@ -223,6 +228,8 @@ def _job(sweep: Path, started: Path) -> dict[str, Any]:
     stale = file.is_file() and file.stat().st_mtime_ns < started.stat().st_mtime_ns
     if stale or not found.summary:
         state, reason = "no result", "the process ended and left no metrics.json"
+    if folder.resolve() in SweepFolder.owned:
+        state, reason = "failed", SweepFolder.owned[folder.resolve()]
     return {
         "job": folder.name.partition("_")[0],
         "overrides": OmegaConf.to_container(OmegaConf.load(started.with_name("overrides.yaml"))),
