@@ -93,9 +93,11 @@ def joined(folder: Path) -> Iterator[None]:
 
 def _opened(path: Path) -> IO[str]:
     """The file, made if it is not there. A link, which may come from a stranger, is an error."""
-    return open(
-        path, "a+", encoding="utf-8", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW)
-    )
+
+    def open_file(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(path, "a+", encoding="utf-8", opener=open_file)
 
 
 def _lock(file: IO[str], kind: int, start: int = 0, length: int = 1) -> None:
