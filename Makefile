@@ -8,7 +8,7 @@ RUNS := logs/digits_label_noise
 NO_TRAINING := benchmarks command data_faults datamodule docs figures launch refusals report \
 	security sources sweeps
 
-.PHONY: quickstart test test-slow test-long test-avx2 test-gpu figures bench cpu-map lint format clean
+.PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu figures bench cpu-map lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -21,6 +21,10 @@ test-slow: $(DEV) ## the tests that take longer
 
 test-long: $(DEV) ## the tests that take longest, and variations of others
 	$(BIN)/python -m pytest -m long
+
+test-resume: $(DEV) ## 200 random runs stopped and continued: hours; goes on where it was stopped
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers:. \
+		$(BIN)/python tests/helpers/random_resume.py logs/test_resume 200
 
 test-avx2: $(DEV) ## those of the default suite that train, as on a CPU without AVX-512
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \

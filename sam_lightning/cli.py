@@ -32,6 +32,7 @@ from sam_lightning.config.hydra_errors import (
 from sam_lightning.config.schema import check, one_line
 from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.files import read_summary
+from sam_lightning.runs.lock import owned
 from sam_lightning.runs.resume import resumed
 from sam_lightning.runs.secrets import HIDDEN
 from sam_lightning.studies.identical import unused
@@ -163,7 +164,8 @@ def run(cfg: DictConfig) -> float | None:
 
 def _check_job(folder: Path) -> None:
     """Refuse to train over an earlier sweep's run in the folder of a job."""
-    summary = read_summary(folder / "metrics.json") or {}
+    with owned(folder):  # else another process is at work there
+        summary = read_summary(folder / "metrics.json") or {}
     if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
         raise ConfigError(
             f"hydra.sweep.dir={folder.parent}: job {folder.name} has a run already; continue it "

@@ -129,7 +129,10 @@ def _is_ordinary(value: Any) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The whole checkpoint in ``folder`` with the most steps, or None; the log names damaged ones.
+    """The whole checkpoint in ``folder`` to continue from, or None; the log names damaged ones.
+
+    It is the one with the most steps of those that ``LastCheckpoint`` saves, as their place in the
+    run is exact; if there is none, then of any.
 
     Raises:
         ConfigError: there are checkpoints, and all are damaged.
@@ -137,10 +140,11 @@ def newest(folder: Path) -> Path | None:
     found, damaged = [], []
     for path in folder.glob("*.ckpt"):
         try:
-            found.append((read(path, mmap=True)["global_step"], path.name == "last.ckpt", path))
+            step, name = read(path, mmap=True)["global_step"], path.stem
+            found.append((name in ("last", "new", "previous"), step, name == "last", path))
         except ConfigError as error:
             log.warning("%s", one_line(error))
             damaged.append(path.name)
     if damaged and not found:
         raise ConfigError(f"ckpt_path={folder}: damaged are {', '.join(sorted(damaged))}")
-    return max(found)[2] if found else None
+    return max(found)[-1] if found else None

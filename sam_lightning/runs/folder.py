@@ -14,6 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
+from sam_lightning.runs.lock import owned
 from sam_lightning.runs.secrets import without_secrets
 
 # A folder of this name is made below logs, so the name must not lead out of it.
@@ -40,6 +41,11 @@ class RunFolder(Callback):
             # ckpt_path=last may find what was killed before it had written anything.
             (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
         except FileExistsError:
+            try:
+                with owned(folder):
+                    pass
+            except ConfigError as error:
+                refuse(str(error))
             refuse(
                 f"hydra.run.dir={folder}: has a run already; continue it with ckpt_path=last "
                 f"hydra.run.dir={folder}, or name another folder"

@@ -25,7 +25,7 @@ from torch import nn
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
-from sam_lightning.runs.files import now, write_json
+from sam_lightning.runs.files import now, read_summary, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show
 
@@ -51,17 +51,31 @@ class Record:
             the ``parts`` of the run.
         data: an ``ImageDataModule``, set up.
         model: what is trained.
+        changed: the settings that differ from the part of the run before, from ``runs.parts``.
+        only_test: the run was trained before. Where its record is complete, only the test's metrics
+            change in it.
     """
 
     def __init__(
-        self, cfg: DictConfig, trainer: L.Trainer, throughput: Any, data: Any, model: nn.Module
+        self,
+        cfg: DictConfig,
+        trainer: L.Trainer,
+        throughput: Any,
+        data: Any,
+        model: nn.Module,
+        *,
+        changed: Mapping[str, Any],
+        only_test: bool,
     ) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.throughput = throughput
         self.data = data
-        throughput.start = _start(trainer)
+        throughput.start = _start(trainer) | ({"changed": dict(changed)} if changed else {})
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.path = Path(cfg.output_dir) / "metrics.json"
+        before = read_summary(self.path) if only_test else None
+        self.before = before if before and before.get("status") == "completed" else None
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -77,7 +91,7 @@ class Record:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.trainer.global_rank != 0:
+        if self.trainer.global_rank != 0 or (error is not None and self.before):
             return
         status, reason = "completed", "completed"
         if error is not None:
@@ -86,7 +100,7 @@ class Record:
             reason = f"{type(error).__name__}: {one_line(error)}"
         summary = self._summary(status, reason)
         try:
-            write_json(Path(self.cfg.output_dir) / "metrics.json", summary, "output_dir")
+            write_json(self.path, summary, "output_dir")
         except ConfigError as unwritten:
             if error is None:
                 raise
@@ -97,6 +111,10 @@ class Record:
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
         trained, parts = self.throughput.seconds, self.throughput.parts
+        if self.before:
+            metrics = {**self.before["metrics"], **self.metrics}
+            return {**self.before, "finished": now(), "metrics": metrics, "parts": parts}
+        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
         return {
             "status": status,
             "exit_reason": reason,
@@ -115,7 +133,8 @@ class Record:
             "parts": parts,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": _git_commit(),
-            "config": without_secrets(OmegaConf.to_container(self.cfg, resolve=True)),
+            # A run has the same settings wherever it was stopped and continued.
+            "config": without_secrets({**config, "ckpt_path": None}),
         }
 
     def _computed_over(self) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,6 +28,7 @@ from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import refuse
+from sam_lightning.runs.lock import OwnedError
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.identical import distinct, unused
 
@@ -110,6 +111,7 @@ class SweepFolder(Callback):
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
+    owned: ClassVar[dict[Path, str]] = {}  # jobs that another process is at
 
     def __init__(self, first_job: int = 0, swept: Sequence[str] = ()) -> None:
         self.first_job, self.swept = first_job, swept  # read by ``job_folder``
@@ -213,7 +215,10 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
-    record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+    if isinstance(error, OwnedError):  # what is in the folder is another's
+        SweepFolder.owned[Path(cfg.output_dir).resolve()] = f"ConfigError: {one_line(error)}"
+    else:
+        record_failure(cfg, reason, refused=isinstance(error, ConfigError))
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
         if isinstance(error, ConfigError | TrainingError):
@@ -278,6 +283,8 @@ def _job(sweep: Path, started: Path) -> dict[str, Any]:
     stale = file.is_file() and file.stat().st_mtime_ns < started.stat().st_mtime_ns
     if stale or not found.summary:
         state, reason = "no result", "the process ended and left no metrics.json"
+    if folder.resolve() in SweepFolder.owned:
+        state, reason = "failed", SweepFolder.owned[folder.resolve()]
     return {
         "job": folder.name.partition("_")[0],
         "overrides": stored_overrides(started.with_name("overrides.yaml")),

@@ -24,6 +24,7 @@ from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
+from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.module import SAMModule
 
 log = logging.getLogger(__name__)
@@ -62,9 +63,11 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     }
     check_names("trainer", options, L.Trainer, own)
     try:
-        return L.Trainer(**own, **options)
+        trainer = L.Trainer(**own, **options)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
+    trainer.fit_loop = FitLoop(trainer)
+    return trainer
 
 
 def prepare_data(cfg: DictConfig) -> ImageDataModule:
@@ -114,7 +117,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
     hparams["model"] |= shape
-    _check_checkpoint(cfg.ckpt_path, hparams, model)
+    _check_weights(cfg.ckpt_path, model)
     own = {
         "model": model,
         "num_classes": data.num_classes,
@@ -198,20 +201,9 @@ def _build_all(cfg: DictConfig, group: str) -> list[Any]:
     return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
 
 
-def _check_checkpoint(path: str | None, hparams: dict[str, Any], model: Any) -> None:
+def _check_weights(path: str | None, model: nn.Module) -> None:
     if path is None:
         return
-    checkpoint = read(path, mmap=True)
-    saved, now = checkpoint["hyper_parameters"], hparams
-    keys = [("model", key) for key in sorted({*saved["model"], *now["model"]})]
-    # Other settings may change; another optimizer could not use this one's state.
-    for group, key in [*keys, ("optimizer", "_target_")]:
-        of_run, given = saved.get(group, {}).get(key), now[group].get(key)
-        if of_run != given:
-            raise ConfigError(
-                f"ckpt_path={path}: is of another {group}, with {group}.{key}={of_run}; "
-                f"the configuration has {given}"
-            )
-    stored = {k: v.shape for k, v in checkpoint["state_dict"].items()}
+    stored = {k: v.shape for k, v in read(path, mmap=True)["state_dict"].items()}
     if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
-        raise ConfigError(f"ckpt_path={path}: its weights are not those of {now['model']}")
+        raise ConfigError(f"ckpt_path={path}: its weights are not those of this model")

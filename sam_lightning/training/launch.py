@@ -176,7 +176,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
     context = start_processes(
         "run",
         _worker,
-        args=dict.fromkeys(ranks, (work, config, threads, folder)),
+        args=dict.fromkeys(ranks, (work, config, threads, folder, os.getpid())),
         envs={rank: _environment(rank, processes, run_id) for rank in ranks},
         logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
@@ -218,7 +218,11 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     return f"{ConfigError.__module__}." not in str(error)
 
 
-def _worker(work: Work, config: dict[str, Any], threads: int, folder: str) -> dict[str, float]:
+def _worker(
+    work: Work, config: dict[str, Any], threads: int, folder: str, parent: int
+) -> dict[str, float]:
+    if os.getppid() != parent:  # killed before torch could ask for a signal at its end
+        raise SystemExit
     # Undo the start method of this process, with which each of its loading processes
     # would import everything again, to the platform's own.
     multiprocessing.set_start_method(None, force=True)

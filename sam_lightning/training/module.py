@@ -6,6 +6,7 @@ accumulation, clipping, skipping of non-finite steps, the schedule and the log.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -133,6 +134,7 @@ class SAMModule(Classifier):
                 "sync_perturbation must be as in conf/method/sam.yaml"
             )
         self.train_metrics = TrainMetrics()
+        self.settings: dict[str, Any] | None = None  # kept in checkpoints, from ``runs.parts``
         self._batches: list[MicroBatch] = []
         self._own_state: dict[str, Tensor] | None = None  # this rank's part of a checkpoint
         if hparams is not None:
@@ -155,6 +157,11 @@ class SAMModule(Classifier):
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
+        batches = self.trainer.num_training_batches
+        between = not self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if between and math.isfinite(batches):  # the length of an epoch may have changed
+            per_epoch = math.ceil(batches / self.accumulate_grad_batches)
+            schedule.last_epoch = self.current_epoch * per_epoch
         for group in self.sam.param_groups:
             group.update({n: given[n] for n in given if n in group and n != "rho"})
             if "rho" in given:  # the base optimizer's own
@@ -269,14 +276,20 @@ class SAMModule(Classifier):
     on_train_end = Classifier.average_running_stats
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what differs between ranks, to continue exactly."""
-        parts = self._per_rank_state()
+        """Save what differs between ranks, to continue exactly, and the run's settings."""
+        parts, state = self._per_rank_state(), checkpoint["state_dict"]
         if self.trainer.world_size == 1:
             parts["memory"] = []  # the optimizer's own state has it
+        if "current_model_state" in checkpoint:  # Lightning's averaging of weights
+            averaged = [state[name].to(self.device) for name in self._running_stats()]
+            parts["averaged_stats"] = averaged
         rows = checkpoint["per_rank_state"] = gather_rows(parts, self.all_gather)
-        if self.trainer.world_size > 1 and "running_stats" in rows:
-            store_means(checkpoint["state_dict"], self._running_stats(), rows["running_stats"])
+        stats = rows.get("averaged_stats", rows.get("running_stats"))
+        if self.trainer.world_size > 1 and stats is not None:
+            store_means(state, self._running_stats(), stats)
         checkpoint["skipped"] = self.train_metrics.skipped
+        if self.settings is not None:
+            checkpoint["settings"] = self.settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this rank's part of what differs between ranks."""
@@ -284,6 +297,10 @@ class SAMModule(Classifier):
         stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1
         if stored is not None and len(stored["window"]) == self.trainer.world_size:
             self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
+            if "averaged_stats" in stored:  # before the averaging loads them
+                state = checkpoint["state_dict"]
+                mine = {"averaged_stats": [state[name] for name in self._running_stats()]}
+                fill(mine, self._own_state)
 
     def _per_rank_state(self) -> dict[str, list[Tensor]]:
         memories = [self.sam.method_state.get(p, {}) for p in self.sam.params]

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.runs.checkpoint import newest
+from sam_lightning.runs.lock import joined, owned
+from sam_lightning.runs.parts import changes, settings_of
 from sam_lightning.runs.record import Record
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
@@ -52,29 +55,45 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"multiple of their number, {world_size}"
         )
     _quieten()
-    started = launched() is not None  # by torchrun, SLURM or ``launch``, as one of several
-    if world_size > 1 and started:
+    found = launched()  # torchrun or SLURM has started this process as one of several
+    if world_size > 1 and found is not None:
         init_process_group(cfg.trainer)
-    resume(cfg)
-    if world_size > 1 and not started:
-        prepare_data(cfg)  # only in this process, so that no other waits
-        return launch(cfg, processes, train)
+    # Rank 0 alone has a folder.
+    with owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext():
+        resume(cfg)
+        if world_size > 1 and found is None:
+            prepare_data(cfg)  # only in this process, so that no other waits
+            return launch(cfg, processes, _train_rank)
+        return _train(cfg)
+
+
+def _train_rank(cfg: DictConfig) -> dict[str, float]:
+    """One process of a run that another one has started."""
+    _quieten()
+    with joined(Path(cfg.output_dir)):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, float]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     throughput = Throughput()
-    trainer: Any = make_trainer(cfg, processes, throughput)
+    trainer: Any = make_trainer(cfg, local_processes(cfg.trainer), throughput)
     data = make_data(cfg, trainer)
+    config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
+    changed, ended = changes(cfg.ckpt_path, settings)
     module = make_module(cfg, data)
+    module.settings = settings
     check_watched(cfg, trainer, data)
-    _check_images(cfg, data, world_size)
+    _check_images(cfg, data, trainer.world_size)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
-    with Record(cfg, trainer, throughput, data, module) as record, stop, _one_line_errors(cfg):
+    record = Record(cfg, trainer, throughput, data, module, changed=changed, only_test=ended)
+    with record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         if trainer.global_step == 0:
             raise TrainingError("the trainer stopped before the first step; nothing was trained")
-        for saver in savers:
-            record.add(saver.metrics)
         record.add(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, datamodule=data, verbose=False)
@@ -118,10 +137,12 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
 def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
     """Drop the rows after the checkpoint's step, which are lost work, from the run's logs."""
     path = cfg.ckpt_path
-    step = torch.load(path, weights_only=True, mmap=True)["global_step"] if path else -1
+    checkpoint: Any = torch.load(path, weights_only=True, mmap=True) if path else {}
+    step = checkpoint.get("global_step", -1)
+    saved = checkpoint.get("callbacks", {}).get(LastCheckpoint.__qualname__, {})
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV) and path:
-            logger.continue_from(step)
+            logger.continue_from(step, next(iter(saved.get("rows", [])), None))
         elif isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = step + 1
 

@@ -435,7 +435,7 @@ HEAVY = [
     ("ckpt_path={tmp}/empty.ckpt", "empty.ckpt: not a readable checkpoint of a run"),
     ("ckpt_path={tmp}/damaged", "damaged: there is no checkpoint in it"),
     ("ckpt_path={tmp}/weights.ckpt", "weights.ckpt: not a readable checkpoint of a run"),
-    ("ckpt_path={tmp}/width16.ckpt", "is of another model, with model."),
+    ("ckpt_path={tmp}/width16.ckpt", "width16.ckpt: no run can continue from it"),
 ]
 
 

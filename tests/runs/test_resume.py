@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from inject import begin, forked
+from random_resume import differences
 from runs import children, command, equal, rows, summary, wait_for_end, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS
@@ -170,6 +172,39 @@ def test_accumulation_continues_between_updates(tmp_path):
     assert_same_run(folder, whole)
 
 
+STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss"
+STOPPING += ", stopping_threshold: 100}"
+EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
+        ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
+        ("+trainer.val_check_interval=3 checkpoint_every_n_steps=3", "pass:14"),
+        ("+trainer.val_check_interval=4 trainer.accumulate_grad_batches=3", "pass:14"),
+        ("+trainer.limit_train_batches=5 +trainer.limit_val_batches=1", "pass:19"),
+        (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
+        (f"+callbacks.ema={EMA}", "pass:21"),
+        (f"+callbacks.ema={EMA}", "test:1"),
+    ],
+)
+def test_what_watches_a_run_continues(tmp_path, options, at):
+    options = re.findall(r"\S+=\{.*?\}|\S+", options)
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert forked(tmp_path, *RUN, *options, f"hydra.run.dir={whole}").returncode == 0
+    killed = forked(tmp_path, *RUN, *options, *into(folder), fault=("SIGKILL", at))
+    assert killed.returncode == -signal.SIGKILL
+    continued(folder)
+    assert differences(folder, whole) == []
+    if "EarlyStopping" in str(options):
+        assert summary(whole)["epochs"] == 1
+    continued(folder)  # its test again
+    assert differences(folder, whole) == []
+
+
 # ------------------------------------------------------------------------------ damaged checkpoints
 
 
@@ -184,11 +219,8 @@ def killed(tmp_path_factory):
 
 @pytest.fixture
 def with_previous(killed, tmp_path):
-    """That run. It stays in its folder: elsewhere Lightning would forget which was the best."""
-    kept = shutil.copytree(killed, tmp_path / "kept")
-    yield killed
-    shutil.rmtree(killed)
-    shutil.copytree(kept, killed)
+    """That run, elsewhere."""
+    return shutil.copytree(killed, tmp_path / "run")
 
 
 def truncate(path):
@@ -373,6 +405,6 @@ def test_results_do_not_depend_on_the_number_of_processes(unbroken_pair, tmp_pat
         {k: v for k, v in summary(f)["metrics"].items() if k.startswith("test/")}
         for f in (folder, unbroken_pair)
     )
-    assert summary(folder)["devices"] == processes
+    assert summary(folder)["devices"] == 2  # that trained it
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["test/acc"] == expected["test/acc"]

@@ -11,9 +11,11 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from sam_lightning.config.errors import Interrupted
+from sam_lightning.training.callbacks.progress import MetricsCSV
 
 log = logging.getLogger(__name__)
 
@@ -73,28 +75,42 @@ class LastCheckpoint(Checkpoint):
         self.dirpath = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.stop = StopSignal()
-        self.metrics: dict[str, float] = {}  # as logged before the last checkpoint
+        self._metrics: dict[str, Any] = {}  # of the checkpoint
+        self._trainer: L.Trainer | None = None
         self._saved = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics: a run that stopped before its test needs them."""
-        return {"metrics": self.metrics}
+        """The metrics as logged last, and how many rows of ``metrics.csv`` there are."""
+        if self._trainer is None:
+            return {"metrics": self._metrics}
+        found = self._trainer.callback_metrics
+        rows = [logger.rows for logger in self._trainer.loggers if isinstance(logger, MetricsCSV)]
+        return {"metrics": {name: v.detach().cpu() for name, v in found.items()}, "rows": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the metrics of the checkpoint."""
-        self.metrics = state_dict["metrics"]
+        self._metrics = state_dict["metrics"]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Let a run that was moved or copied keep its best checkpoints."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                state = checkpoint["callbacks"].get(callback.state_key)
+                if state and state["dirpath"] != callback.dirpath:
+                    _move(state, Path(str(callback.dirpath)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen again: Lightning's handlers would end the run between two passes."""
         self.stop.listen()
         self.stop.deferred = True
         self._saved = trainer.global_step
+        self._trainer = trainer
+        # What is not logged in every epoch is watched, and is a result, in those between too.
+        trainer.callback_metrics.update({k: torch.as_tensor(v) for k, v in self._metrics.items()})
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if due, or told to stop; after an epoch's last step ``on_train_epoch_end`` does."""
-        if trainer.is_last_batch or trainer.global_step == self._saved:
+    def on_batch_done(self, trainer: L.Trainer) -> None:
+        """Save if due, or told to stop; called between two batches of an epoch."""
+        if trainer.global_step == self._saved:
             return
         stop = self._stop_agreed(trainer)
         if stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
@@ -136,7 +152,6 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._saved = trainer.global_step
-        self.metrics = {name: float(v) for name, v in trainer.callback_metrics.items()}
         new, last = self.dirpath / "new.ckpt", self.dirpath / "last.ckpt"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
@@ -152,6 +167,23 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1:
             _requeue()
         raise Interrupted(signum)
+
+
+def _move(state: dict[str, Any], folder: Path) -> None:
+    """Let the state of a ``ModelCheckpoint`` name files in ``folder``; forget those not there."""
+    former = Path(state["dirpath"])
+
+    def moved(path: str) -> str:
+        file = Path(path)
+        file = folder / (file.relative_to(former) if former in file.parents else file.name)
+        return str(file) if path and file.is_file() else ""
+
+    kept = {moved(path): score for path, score in state["best_k_models"].items()}
+    if "" in kept or moved(state["best_model_path"]) == "":
+        return  # Lightning begins to choose again
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    state.update({name: moved(state[name]) for name in names})
+    state.update(best_k_models=kept, dirpath=str(folder))
 
 
 def _requeue() -> None:

@@ -11,9 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from sam_lightning.runs.files import replacing
 
 
 def progress() -> Callback:
@@ -145,30 +149,77 @@ def _since(start: float | None) -> float:
     return 0.0 if start is None else time.perf_counter() - start
 
 
+class _Rows(ExperimentWriter):
+    """Writes ``metrics.csv`` so that a kill at any time leaves all rows before."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.written: list[dict[str, Any]] = []
+
+    def _check_log_dir_exists(self) -> None:
+        """Let the file of before stay until there is another."""
+
+    def save(self) -> None:
+        """Append the new rows; where they have new columns, write a new file in its place."""
+        self.written += self.metrics
+        if self.metrics and self._record_new_keys():
+            with replacing(Path(self.metrics_file_path), "output_dir") as temporary:
+                self._write(temporary, "w", self.written)
+        elif self.metrics:
+            self._write(Path(self.metrics_file_path), "a", self.metrics)
+        self.metrics = []
+
+    def _write(self, path: Path, mode: str, rows: list[dict[str, Any]]) -> None:
+        with path.open(mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
 class MetricsCSV(CSVLogger):
     """``metrics.csv`` in the run folder: a row per logged step, kept when a run is resumed.
 
-    Lightning's logger overwrites an existing file. On resume this one first writes the rows up to
-    the checkpoint's step again. It drops later rows, which are lost work, and a test's row,
-    because the test runs again.
+    Lightning's logger overwrites an existing file. On resume this one first writes again the rows
+    that there were at the checkpoint. It drops later rows, which are lost work or a test's, because
+    the test runs again.
     """
 
     def __init__(self, root_dir: str) -> None:
         path = Path(root_dir, "metrics.csv")
-        text = path.read_text() if path.is_file() else ""
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         # The last line may be incomplete, if the run was killed while writing.
         self._previous = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         # Rows must be on disk when a run is killed: the next one keeps them.
         folder, name = os.path.split(root_dir)
         super().__init__(folder or ".", name, version="", flush_logs_every_n_steps=1)
 
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Rows:
+        """The writer of the file, on rank 0."""
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows in the file; 0 on ranks other than 0."""
+        return 0 if self._experiment is None else len(self.experiment.written)
+
     @rank_zero_only
-    def continue_from(self, step: int) -> None:
-        """Keep the rows up to ``step``, as they are; called before the resumed run logs."""
-        rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if v} for row in self._previous]
-        test_rows = [row for row in rows if any(name.startswith("test/") for name in row)]
-        kept = [row for row in rows if int(row["step"]) <= step and row not in test_rows]
-        for row in kept:
+    def continue_from(self, step: int, rows: int | None = None) -> None:
+        """Keep the rows that a checkpoint knows of, as they are, before the resumed run logs.
+
+        Args:
+            step: the checkpoint's step.
+            rows: how many rows there were; None: those up to ``step``.
+        """
+        found: list[dict[str, Any]] = [{k: v for k, v in r.items() if v} for r in self._previous]
+        if rows is None:
+            tests = [row for row in found if any(name.startswith("test/") for name in row)]
+            found = [row for row in found if int(row["step"]) <= step and row not in tests]
+        for row in found[:rows]:
             self.experiment.log_metrics(row, step=int(row["step"]))
         self.save()
-        rank_zero_info(f"metrics.csv: kept {len(kept)} rows up to step {step}")
+        rank_zero_info(f"metrics.csv: kept {self.rows} rows up to step {step}")
