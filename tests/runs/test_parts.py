@@ -120,7 +120,7 @@ def test_the_record_says_from_which_step_a_setting_changed(copy):
     done = forked(copy.parent, f"ckpt_path={copy}", *given)
     assert done.returncode == 0, done.stderr
     first, second = summary(copy)["parts"]
-    assert (first["step"], second["step"]) == (0, 6)
+    assert (first["from_step"], second["from_step"]) == (0, 6)
     changed = second["changed"]
     assert changed["lr"] == {"from": 0.1, "to": 0.05}
     assert changed["rho"] == changed["method.rho"] == {"from": 0.05, "to": 0.2}
@@ -182,7 +182,7 @@ def test_the_test_of_a_finished_run_may_be_repeated(finished_copy):
     before, curves = summary(finished_copy), rows(finished_copy)
     done = forked(finished_copy.parent, f"ckpt_path={finished_copy}", "data.eval_batch_size=7")
     assert done.returncode == 0, done.stderr
-    assert "epoch" not in done.stdout
+    assert "\nepoch " not in done.stdout
     after = summary(finished_copy)
     assert after.pop("metrics") == pytest.approx(before.pop("metrics"), rel=1e-6)
     assert [part["from_step"] for part in after.pop("parts")] == [0, 12]
