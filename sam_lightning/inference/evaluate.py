@@ -214,24 +214,24 @@ def _write_predictions(
     likely: Tensor,
 ) -> None:
     """A row for each image; ``probabilities`` and ``likely`` as ``evaluate`` returns them."""
-    classes = [clean(name, "csv") for name in classes]
     head = ["index" if split.names is None else "file", "label", "prediction", "probability"]
     if each := len(classes) <= EACH:
-        head += [f"p({name})" for name in classes]
+        head += [f"p({clean(name)})" for name in classes]
         order = likely.argsort(1)
     else:
         head += [f"{what}_{i + 1}" for i in range(TOP) for what in ("class", "probability")]
+    names = [clean(name, "csv") for name in classes]
     # Names of files may be any bytes, which Python keeps as surrogates: they come out as they were.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         for i, name in enumerate(split.names or range(len(split))):
             found = [f"{p:.6g}" for p in probabilities[i].tolist()]
-            told = [classes[int(split.labels[i])], classes[int(predicted[i])], found[0]]
+            told = [names[int(split.labels[i])], names[int(predicted[i])], found[0]]
             if each:
                 more = [found[j] for j in order[i]]
             else:
-                named = [classes[j] for j in likely[i]]
+                named = [names[j] for j in likely[i]]
                 more = [cell for pair in zip(named, found, strict=True) for cell in pair]
             writer.writerow([clean(name, "csv", undecoded=True), *told, *more])
 

@@ -18,7 +18,7 @@ records, such as device, versions and seconds.
   python -m sam_lightning diff RUN_A RUN_B
 """
 # Parts of metrics.json that have a table of their own, or that differ between any two runs.
-APART = ("config", "metrics", "finished")
+APART = ("config", "metrics", "finished", "parts")
 PLACES = ("output_dir", "ckpt_path")
 MISSING = "-"
 

@@ -162,7 +162,7 @@ def test_names_are_cleaned_for_spreadsheets(photos, tmp_path):
     changed(last(photos), tmp_path / "x.ckpt", rename)
     main([f"ckpt_path={tmp_path / 'x.ckpt'}", f"data.root={tmp_path / 'photos'}"])
     head, rows = predictions(tmp_path)
-    assert head[4:] == ["p('=1+1)", "p(r ed)", "p(yellow)"]
+    assert head[4:] == ["p(=1+1)", "p(r ed)", "p(yellow)"]
     assert {row[1] for row in rows} == {"'=1+1", "r ed", "yellow"}
     assert rows[5][0] == "test/r ed/0.png"
 

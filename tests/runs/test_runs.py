@@ -61,9 +61,11 @@ def test_output_is_a_line_per_epoch_and_the_results(finished):
     done, folder = finished
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("epoch 1/2  train/loss ")
-    assert lines[1].startswith("epoch 2/2  train/loss ")
-    assert "sam, rho 0.05" in lines[2]
+    named = ["folder", "train", "val", "test", "model", "device", "steps", "epoch", "epoch"]
+    assert [line.split()[0] for line in lines[:9]] == named
+    assert lines[7].startswith("epoch 1/2  train/loss ")
+    assert lines[8].startswith("epoch 2/2  train/loss ")
+    assert "sam, rho 0.05" in lines[9]
     for shown in ("test accuracy", "validation accuracy", f"logs/train/runs/{folder.name}"):
         assert shown in done.stdout
 

@@ -42,7 +42,6 @@ CHARTS = {
         "loss at the perturbed weights minus loss": "train/sharpness",
         "cosine of the two passes' gradients": "train/cosine",
         "norm of the gradient": "train/grad_norm",
-        "norm of the perturbation": "train/perturbation_norm",
     },
     MONITORED: {
         "rise of the loss within rho": "sharpness/worst",
