@@ -5,6 +5,7 @@ the history before, so a folder that was moved, or a single file, is enough to c
 """
 
 import hashlib
+import json
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def next_part(
         position, run = Position.of(checkpoint), checkpoint.get("run")
         had = dict(run["settings"]) if run else _settings_before(checkpoint["hyper_parameters"])
         parts = list(run["parts"]) if run else [{"step": 0}]
+        json.dumps([had, parts])  # plain values only
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no run can continue from it ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(f"ckpt_path={path}: {reason}") from error

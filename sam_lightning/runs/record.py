@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
-from sam_lightning.runs.files import now, read_summary, write_json
+from sam_lightning.runs.files import now, read_status, write_json
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class Record:
         self.throughput = throughput
         self.parts = parts
         self.path = Path(cfg.output_dir) / "metrics.json"
-        before = read_summary(self.path) if only_test else None
-        self.before = before if before and before.get("status") == "completed" else None
+        before = read_status(self.path.parent) if only_test else None
+        self.before = before.summary if before and before.completed else None
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
