@@ -79,7 +79,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     trainer: Any = make_trainer(cfg, local_processes(cfg.trainer), throughput)
     data = make_data(cfg, trainer)
     history, ended = _history(cfg, data)
-    module = make_module(cfg, data)
+    # Before Lightning does, which first loads a checkpoint's float64 into float32.
+    module = trainer.precision_plugin.convert_module(make_module(cfg, data))
     module.history = history
     _check_validation(cfg, data)
     if data.val is None:  # nothing to choose the best by
