@@ -5,6 +5,7 @@ so a folder that was moved, or a single file, is enough to continue.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +146,7 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
     try:
         position, run = Position.of(checkpoint), checkpoint.get("settings")
         had = dict(run) if run else _settings_before(checkpoint["hyper_parameters"])
+        json.dumps(had)  # plain values only
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no run can continue from it ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(f"ckpt_path={path}: {reason}") from error

@@ -25,7 +25,7 @@ from torch import nn
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import flat, one_line
-from sam_lightning.runs.files import now, read_summary, write_json
+from sam_lightning.runs.files import now, read_status, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show
 
@@ -74,8 +74,8 @@ class Record:
         throughput.start = _start(trainer) | ({"changed": dict(changed)} if changed else {})
         self.parameters = sum(p.numel() for p in model.parameters())
         self.path = Path(cfg.output_dir) / "metrics.json"
-        before = read_summary(self.path) if only_test else None
-        self.before = before if before and before.get("status") == "completed" else None
+        before = read_status(self.path.parent) if only_test else None
+        self.before = before.summary if before and before.completed else None
         self.metrics: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ class FitLoop(_FitLoop):
         # Batches that wait for others to make a step have had no pass yet.
         module: Any = self.trainer.lightning_module
         done = batches.current.processed
-        done -= done % getattr(module, "accumulate_grad_batches", 1)
+        if not batches.is_last_batch:
+            done -= done % getattr(module, "accumulate_grad_batches", 1)
         repeated = batches.current.ready - done
         for batch in (batches.total, batches.current):
             batch.ready -= repeated

@@ -82,7 +82,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
     changed, ended = changes(cfg.ckpt_path, settings)
-    module = make_module(cfg, data)
+    # Before Lightning does, which first loads a checkpoint's float64 into float32.
+    module = trainer.precision_plugin.convert_module(make_module(cfg, data))
     module.settings = settings
     check_watched(cfg, trainer, data)
     _check_images(cfg, data, trainer.world_size)

@@ -132,7 +132,7 @@ def _state(checkpoint: dict[str, Any]) -> dict[str, Any]:
         name: {k: v for k, v in state.items() if k in STATES}
         for name, state in checkpoint["callbacks"].items()
     }
-    return {**kept, **{k: loop[k] for k in LOOPS}, "callbacks": callbacks}
+    return {**kept, "loops": {k: loop[k] for k in LOOPS}, "callbacks": callbacks}
 
 
 def _differing(one: Any, other: Any, name: str = "") -> list[str]:

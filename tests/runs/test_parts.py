@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from inject import forked
-from runs import configuration, rows, run, summary, weights
-from sam_lightning.config.conf import CONF, choices, flat, is_group
+from runs import rows, run, summary, weights
+from sam_lightning.config.conf import CONF, flat, package_of
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.parts import MEANING, TABLE, when
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
+SLOW = pytest.mark.slow
 # Four steps an epoch.
 RUN = ["data=digits", "data.subset=100", "data.val_size=50", "model.width=4", "trainer=cpu"]
 RUN += ["epochs=3", "batch_size=25", "data.eval_batch_size=1000", "checkpoint_every_n_steps=1"]
@@ -37,17 +38,17 @@ def test_the_documentation_has_the_table():
 
 def test_every_key_of_conf_is_decided():
     decided = {name for names in TABLE.values() for name in names.split()}
-    groups = [g.name for g in CONF.iterdir() if is_group(g.name) and g.name not in ("sweep",)]
     undecided = set()
-    for group in groups:
-        for choice in choices(group):
-            extra = {"data=image_folder": ["data.root=/"], "model=custom": ["model._target_=x.Y"]}
-            given = [f"{group}={choice}", *extra.get(f"{group}={choice}", [])]
-            for key in flat(OmegaConf.to_container(configuration(*given), resolve=False)):
-                parts = key.split(".")
-                above = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-                if not above & decided and key not in ("callbacks", "data", "trainer"):
-                    undecided.add(key)
+    for file in [CONF / "train.yaml", *CONF.glob("*/*.yaml")]:
+        group = file.parent.name
+        if group in ("study", "sweep", "experiment"):  # overrides of the other keys
+            continue
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        names = [k for k in flat(content) if k.partition(".")[0] not in ("defaults", "hydra")]
+        for key in [f"{package_of(file, CONF)}{name}" for name in names]:
+            parts = key.split(".")
+            if not decided & {".".join(parts[:i]) for i in range(1, len(parts) + 1)}:
+                undecided.add(key)
     assert undecided == set()
 
 
@@ -91,15 +92,15 @@ def copy(within, tmp_path):
     ("given", "had"),
     [
         ("batch_size=50", "25"),
-        ("seed=5", "0"),
-        ("data.subset=40", "100"),
         ("data.val_size=30", "50"),
-        ("data.label_noise=0.5", "0.0"),
-        ("+trainer.limit_train_batches=2", "null"),
-        ("+trainer.max_steps=30", "null"),
         ("model.width=8", "4"),
-        ("optimizer._target_=torch.optim.Adam", "torch.optim.SGD"),
-        ("epochs=1", "3"),
+        pytest.param("seed=5", "0", marks=SLOW),
+        pytest.param("data.subset=40", "100", marks=SLOW),
+        pytest.param("data.label_noise=0.5", "0.0", marks=SLOW),
+        pytest.param("+trainer.limit_train_batches=2", "null", marks=SLOW),
+        pytest.param("+trainer.max_steps=30", "null", marks=SLOW),
+        pytest.param("optimizer._target_=torch.optim.Adam", "torch.optim.SGD", marks=SLOW),
+        pytest.param("epochs=1", "3", marks=SLOW),
     ],
 )
 def test_what_may_not_change_within_an_epoch_is_refused(copy, given, had):
@@ -165,8 +166,8 @@ def finished_copy(finished, tmp_path):
     [
         ("lr=0.001 rho=0.5", "lr=0.001"),
         ("epochs=2", "epochs=2"),
-        ("+trainer.limit_test_batches=1", "trainer.limit_test_batches=1"),
-        ("batch_size=50", "batch_size=50"),
+        pytest.param("+trainer.limit_test_batches=1", "trainer.limit_test_batches=1", marks=SLOW),
+        pytest.param("batch_size=50", "batch_size=50", marks=SLOW),
     ],
 )
 def test_a_finished_run_is_never_relabelled(finished_copy, given, said):

@@ -187,6 +187,7 @@ EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
         ("+trainer.val_check_interval=4 trainer.accumulate_grad_batches=3", "pass:14"),
         ("+trainer.limit_train_batches=5 +trainer.limit_val_batches=1", "pass:19"),
         (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
+        ("trainer.precision=64-true", "pass:21"),
         (f"+callbacks.ema={EMA}", "pass:21"),
         (f"+callbacks.ema={EMA}", "test:1"),
     ],

@@ -171,7 +171,7 @@ class LastCheckpoint(Checkpoint):
 
 def _move(state: dict[str, Any], folder: Path) -> None:
     """Let the state of a ``ModelCheckpoint`` name files in ``folder``; forget those not there."""
-    former = Path(state["dirpath"])
+    former = Path(str(state["dirpath"]))
 
     def moved(path: str) -> str:
         file = Path(path)
