@@ -74,6 +74,14 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def test_a_run_that_asks_for_a_large_model_is_refused_before_it_is_built(folder, tmp_path):
+    path = bombs(last(folder), tmp_path / "bombs")["wide"]
+    before = _peak()
+    message = one_line_error(run, tmp_path / "run", "model.width=3000", f"ckpt_path={path}")
+    assert message.startswith(f"ckpt_path={path}: weights are not of ")
+    assert _peak() - before < 300 * MEBIBYTE
+
+
 def test_weights_outlive_their_file(folder, tmp_path):
     path = tmp_path / "a.ckpt"
     shutil.copy(last(folder), path)
