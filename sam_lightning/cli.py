@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -50,6 +51,7 @@ def guarded(main: Callable[[], Any]) -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     debug = any(re.fullmatch(r"\+*debug=true", a, re.IGNORECASE) for a in sys.argv)
+    threading.excepthook = threading.__excepthook__ if debug else _say
     with nullcontext() if debug else one_line_errors():
         try:
             arguments = settings_first(sys.argv[1:])
@@ -64,6 +66,14 @@ def guarded(main: Callable[[], Any]) -> None:
             if not debug and (said := _explained(error)) is not error:
                 raise said from error
             raise
+
+
+def _say(failure: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread; TensorBoard raises it again in the run."""
+    if isinstance(failure.exc_value, OSError):
+        log.error("%s", one_line(failure.exc_value))
+    else:
+        threading.__excepthook__(failure)
 
 
 def _explained(error: Exception) -> Exception:
