@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import lightning as L
@@ -69,7 +70,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer.callbacks[:] = [c for c in trainer.callbacks if not _chooses_by_validation(c)]
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
-    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg):
+    with Record(cfg, trainer, throughput) as record, stop, _one_line_errors(cfg), _restoring(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         for saver in savers:
@@ -150,6 +151,19 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
                 f"{batches} by as much ({one_line(error)})"
             ) from error
         raise
+
+
+@contextmanager
+def _restoring(cfg: DictConfig) -> Iterator[None]:
+    """Name the checkpoint where Lightning cannot use what anyone may have written there."""
+    try:
+        yield
+    except Exception as error:
+        names = [frame.name.lstrip("_") for frame in extract_tb(error.__traceback__)]
+        if isinstance(error, ConfigError) or not any(name.startswith("restore") for name in names):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
 
 
 def _check_validation(cfg: DictConfig, data: ImageDataModule, processes: int) -> None:

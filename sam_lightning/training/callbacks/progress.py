@@ -141,7 +141,11 @@ class MetricsCSV(CSVLogger):
     @rank_zero_only
     def continue_from(self, step: int) -> None:
         """Keep the rows up to ``step``, as they are; called before the resumed run logs."""
-        rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if v} for row in self._previous]
+        rows: list[dict[str, Any]] = [
+            {k: v for k, v in row.items() if k and v}
+            for row in self._previous
+            if str(row.get("step")).isdecimal()
+        ]
         test_rows = [row for row in rows if any(name.startswith("test/") for name in row)]
         kept = [row for row in rows if int(row["step"]) <= step and row not in test_rows]
         for row in kept:
