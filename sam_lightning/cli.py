@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -53,6 +54,7 @@ def guarded(main: Callable[[], Any]) -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
+    threading.excepthook = threading.__excepthook__ if traceback else _say
     with nullcontext() if traceback else one_line_errors():
         try:
             arguments = settings_first(sys.argv[1:])
@@ -67,6 +69,14 @@ def guarded(main: Callable[[], Any]) -> None:
             if not traceback and (said := _explained(error)) is not error:
                 raise said from error
             raise
+
+
+def _say(failure: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread; TensorBoard raises it again in the run."""
+    if isinstance(failure.exc_value, OSError):
+        log.error("%s", one_line(failure.exc_value))
+    else:
+        threading.__excepthook__(failure)
 
 
 def _explained(error: Exception) -> Exception:

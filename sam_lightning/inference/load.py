@@ -78,8 +78,8 @@ class TrainedClassifier(nn.Module):
         stored = _stored(config, "model")
         named = checkpoint["state_dict"].items()
         weights = {name.removeprefix("model."): weight for name, weight in named}
+        try_without_memory(stored, {name: weight.shape for name, weight in weights.items()})
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
-            _try_without_memory(stored, weights)
             self.model: nn.Module = build(stored, "model")
         subsample_first(self.model)
         self._load_weights(weights)
@@ -89,7 +89,7 @@ class TrainedClassifier(nn.Module):
         try:  # the stored tensors themselves, in the memory layout that they were trained in
             self.model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise ConfigError(_misfit(self.config)) from error
+            raise ConfigError(misfit(self.config)) from error
         self.model.float()  # from trainer.precision=64-true they are float64; images are float32
         channels_last = any(
             not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
@@ -156,12 +156,20 @@ class TrainedClassifier(nn.Module):
         return pil_to_tensor(image if self.image_size is None else cover(image, self.image_size))
 
 
-def _try_without_memory(stored: DictConfig, weights: Mapping[str, Tensor]) -> None:
+def try_without_memory(cfg: DictConfig, weights: Mapping[str, torch.Size], **shape: int) -> None:
     """Refuse a model that does not have these weights before it takes memory or much time.
 
     It is built on torch's meta device, whose tensors have only a shape, and left unfinished once
     it has several times as many parts as there are weights. A model of the user's own that cannot
     be built there is not tried.
+
+    Args:
+        cfg: with the description of the model, whose target is trusted.
+        weights: the shapes of parameters and buffers by name.
+        shape: what the model gets from the data, where ``cfg`` does not say it.
+
+    Raises:
+        ConfigError: it has other weights.
     """
     left = 4 * len(weights) + 500
 
@@ -169,25 +177,26 @@ def _try_without_memory(stored: DictConfig, weights: Mapping[str, Tensor]) -> No
         nonlocal left
         left -= 1
         if left < 0:
-            raise ConfigError(_misfit(stored))
+            raise ConfigError(misfit(cfg))
 
     hooks = [register(count) for register in REGISTRATIONS]
     try:
-        with torch.device("meta"):
-            made = build(stored, "model").state_dict()
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            made = build(cfg, "model", **shape).state_dict()
         shapes = {name: weight.shape for name, weight in made.items()}
     except Exception:
-        if left < 0 or is_in(TARGETS["model"], str(stored.model.get("_target_"))):
+        if left < 0 or is_in(TARGETS["model"], str(cfg.model.get("_target_"))):
             raise
         return
     finally:
         for hook in hooks:
             hook.remove()
-    if shapes != {name: weight.shape for name, weight in weights.items()}:
-        raise ConfigError(_misfit(stored))
+    if shapes != weights:
+        raise ConfigError(misfit(cfg))
 
 
-def _misfit(config: Mapping[Any, Any]) -> str:
+def misfit(config: Mapping[Any, Any]) -> str:
+    """What to say where weights and model do not belong together."""
     return f"weights are not of {config['model']}"
 
 

@@ -65,7 +65,7 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if type(checkpoint["global_step"]) is not int:
             raise TypeError
-        checkpoint["hyper_parameters"]["model"]
+        dict(checkpoint["hyper_parameters"])["model"]
         _check_size(checkpoint)
         _check_weights(checkpoint["state_dict"], 2 * os.path.getsize(path))
         checkpoint["hyper_parameters"] = with_current_names(checkpoint["hyper_parameters"])

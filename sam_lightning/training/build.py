@@ -19,6 +19,7 @@ from sam_lightning.config.instantiate import build, check_names, factory, not_ta
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
+from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read
@@ -93,6 +94,14 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     image_size = list(data.train.images.shape[-2:])
+    hparams: dict[str, Any] = {
+        **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
+        **{name: cfg[name] for name in SAVED_NUMBERS},
+        "image_size": image_size,
+        **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
+    }
+    hparams["model"] |= shape
+    weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
     if not cfg.model._target_.startswith("sam_lightning."):
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
@@ -110,14 +119,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
     per_epoch, total = steps(cfg, data.steps_per_epoch)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
-    hparams: dict[str, Any] = {
-        **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
-        **{name: cfg[name] for name in SAVED_NUMBERS},
-        "image_size": image_size,
-        **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
-    }
-    hparams["model"] |= shape
-    _check_weights(cfg.ckpt_path, model)
+    if weights not in (None, {k: v.shape for k, v in model.state_dict().items()}):
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {misfit(hparams)}")
     own = {
         "model": model,
         "num_classes": data.num_classes,
@@ -201,9 +204,14 @@ def _build_all(cfg: DictConfig, group: str) -> list[Any]:
     return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
 
 
-def _check_weights(path: str | None, model: nn.Module) -> None:
-    if path is None:
-        return
-    stored = {k: v.shape for k, v in read(path, mmap=True)["state_dict"].items()}
-    if stored != {f"model.{k}": v.shape for k, v in model.state_dict().items()}:
-        raise ConfigError(f"ckpt_path={path}: its weights are not those of this model")
+def _checked_weights(cfg: DictConfig, shape: dict[str, int]) -> dict[str, torch.Size] | None:
+    """The shapes of the weights to resume from, before a model of any size is built."""
+    if (path := cfg.ckpt_path) is None:
+        return None
+    stored = read(path, mmap=True)["state_dict"]
+    weights = {k.removeprefix("model."): w.shape for k, w in stored.items()}
+    try:
+        try_without_memory(cfg, weights, **shape)
+    except ConfigError as error:
+        raise ConfigError(f"ckpt_path={path}: {error}") from error
+    return weights

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def happen(name):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     elif name == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    elif name == "gone":
+        shutil.rmtree("logs")
     elif name == "io_error":  # as of a rename, or of a folder that has gone
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
     else:

@@ -215,7 +215,11 @@ class MetricsCSV(CSVLogger):
             step: the checkpoint's step.
             rows: how many rows there were; None: those up to ``step``.
         """
-        found: list[dict[str, Any]] = [{k: v for k, v in r.items() if v} for r in self._previous]
+        found: list[dict[str, Any]] = [
+            {k: v for k, v in row.items() if k and v}
+            for row in self._previous
+            if str(row.get("step")).isdecimal()
+        ]
         if rows is None:
             tests = [row for row in found if any(name.startswith("test/") for name in row)]
             found = [row for row in found if int(row["step"]) <= step and row not in tests]
