@@ -52,12 +52,12 @@ def light():
 def test_bombs_are_refused_before_they_take_time_or_memory(folder, tmp_path):
     load(last(folder))  # what it loads once
     for name, path in bombs(last(folder), tmp_path / "bombs").items():
-        before, started = _peak(), time.perf_counter()
+        before, started = _peak(), time.process_time()
         for reader in (load, lambda p: evaluate.main([f"ckpt_path={p}"])):
             message = one_line_error(reader, path)
             assert message.startswith(f"ckpt_path={path}: "), name
             assert len(message) < 1000, name
-        assert time.perf_counter() - started < 5, name
+        assert time.process_time() - started < 5, name
         assert _peak() - before < 300 * MEBIBYTE, name
 
 

@@ -545,8 +545,8 @@ def test_settings_stay_apart_and_the_best_radius_is_each_ones_own(here, capsys):
             ours, theirs = accs["sam", noise, rho], accs[other, noise, 0]
             p = stats.ttest_rel(ours, theirs).pvalue
             epochs = 6 if other == "long" else 3
-            row = f"| sam, rho {rho:g}, label\\_noise {noise:g}, 3 epochs | "
-            row += f"sgd, label\\_noise {noise:g}, {epochs} epochs | {equal} | 3 | "
+            row = f"| sam, rho {rho:g}, label_noise {noise:g}, 3 epochs | "
+            row += f"sgd, label_noise {noise:g}, {epochs} epochs | {equal} | 3 | "
             row += f"{100 * np.mean(np.subtract(ours, theirs)):+.2f} ± "
             assert f"| {p:.4f} |" in report[report.index(row) :].partition("\n")[0]
     assert "runs are of different commits (0abc0ab, 7abc7ab, 9abc9ab)" in report
