@@ -38,7 +38,7 @@ EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9"
 STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping"
 # What a record says of time and place, and how often the run was continued.
 OF_TIME = ["seconds", "train_seconds", "images_per_second", "peak_memory_bytes"]
-OF_TIME += ["finished", "parts"]
+OF_TIME += ["finished", "parts", "command", "host"]
 # What callbacks keep, apart from times and paths; and how far the loops are.
 STATES = ["metrics", "rows", "images", "wait_count", "best_score", "stopped_epoch"]
 STATES += ["best_model_score", "latest_update_step"]
