@@ -127,7 +127,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     loop = checkpoint["loops"]["fit_loop"]
-    kept = {k: v for k, v in checkpoint.items() if k not in ("loops", "run", "callbacks")}
+    kept = {k: v for k, v in checkpoint.items() if k not in ("loops", "callbacks")}
     callbacks = {
         name: {k: v for k, v in state.items() if k in STATES}
         for name, state in checkpoint["callbacks"].items()
