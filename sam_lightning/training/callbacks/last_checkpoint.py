@@ -77,7 +77,7 @@ class LastCheckpoint(Checkpoint):
         self.stop = StopSignal()
         self._metrics: dict[str, Any] = {}  # of the checkpoint
         self._trainer: L.Trainer | None = None
-        self._saved = -1
+        self._seen = -1
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics as logged last, and how many rows of ``metrics.csv`` there are."""
@@ -103,15 +103,16 @@ class LastCheckpoint(Checkpoint):
         """Listen again: Lightning's handlers would end the run between two passes."""
         self.stop.listen()
         self.stop.deferred = True
-        self._saved = trainer.global_step
+        self._seen = trainer.global_step
         self._trainer = trainer
         # What is not logged in every epoch is watched, and is a result, in those between too.
         trainer.callback_metrics.update({k: torch.as_tensor(v) for k, v in self._metrics.items()})
 
     def on_batch_done(self, trainer: L.Trainer) -> None:
-        """Save if due, or told to stop; called between two batches of an epoch."""
-        if trainer.global_step == self._saved:
+        """Save if due, or told to stop; called between two batches, and heeded after a step."""
+        if trainer.global_step == self._seen:  # this batch waits for others to make a step
             return
+        self._seen = trainer.global_step
         stop = self._stop_agreed(trainer)
         if stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
@@ -151,7 +152,7 @@ class LastCheckpoint(Checkpoint):
         )
 
     def _save(self, trainer: L.Trainer) -> None:
-        self._saved = trainer.global_step
+        self._seen = trainer.global_step
         new, last = self.dirpath / "new.ckpt", self.dirpath / "last.ckpt"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
