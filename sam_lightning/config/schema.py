@@ -1,6 +1,6 @@
 """Names, types and ranges of a configuration, checked before torch is loaded.
 
-The arguments of ``_target_``s are checked by the signatures of their classes, in ``instantiate``.
+Other arguments of ``_target_``s are checked by the signatures of their classes, in ``instantiate``.
 """
 
 import errno
@@ -50,6 +50,7 @@ MethodName = Annotated[str, Rule("the name of a method", bool)]
 METRICS: tuple[str, ...] = get_args(Metric)
 BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
+PartOfBatch = Annotated[float, within(0, 1, above=True)]
 PROCESSORS = os.cpu_count() or 1
 
 
@@ -58,6 +59,41 @@ class Described:
     """An object to build; the signature of its class says which other keys there are."""
 
     _target_: Any
+
+
+@dataclass
+class Model(Described):
+    """The keys of our models."""
+
+    width: Count = ABSENT
+    depth: Count = ABSENT
+    widen_factor: Count = ABSENT
+    alpha: Count = ABSENT
+    bottleneck: bool = ABSENT
+    zero_init_residual: bool = ABSENT
+    dropout: BelowOne = ABSENT
+    p_last: Fraction = ABSENT
+
+
+@dataclass
+class Perturbation(Described):
+    """The keys of our perturbations."""
+
+    eta: NonNegative = ABSENT
+    sigma: NonNegative = ABSENT
+    decay: BelowOne = ABSENT
+    beta: PartOfBatch = ABSENT
+    normalize_bias: bool = ABSENT
+
+
+@dataclass
+class Scheduler(Described):
+    """The keys of our schedules."""
+
+    warmup_epochs: NonNegative = ABSENT
+    final: Fraction = ABSENT
+    milestones: list[Fraction] = ABSENT
+    gamma: Positive = ABSENT
 
 
 @dataclass
@@ -93,7 +129,7 @@ class Method:
     """The keys of ``method``; ``SAMModule`` explains them."""
 
     name: Text
-    perturbation: Described
+    perturbation: Perturbation
     rho: NonNegative
     rho_min: NonNegative | None = ABSENT
     passes: Positive | None = ABSENT
@@ -101,8 +137,8 @@ class Method:
     decay_in_ascent: bool = ABSENT
     ascent_steps: Count = ABSENT
     every: Count = ABSENT
-    ascent_fraction: Annotated[float, within(0, 1, above=True)] = ABSENT
-    descent_fraction: Annotated[float, within(0, 1, above=True)] = ABSENT
+    ascent_fraction: PartOfBatch = ABSENT
+    descent_fraction: PartOfBatch = ABSENT
     same_randomness: bool = ABSENT
     sync_perturbation: bool = ABSENT
     ascent_per_micro_batch: bool = ABSENT
@@ -172,10 +208,10 @@ class Train:
     output_dir: Folder
     optimized_metric: Metric | None
     data: Data
-    model: Described
+    model: Model
     method: Method
     optimizer: Optimizer
-    scheduler: Described
+    scheduler: Scheduler
     trainer: Trainer
 
 
@@ -208,15 +244,20 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     OmegaConf.resolve(copy := cfg.copy())
     plain = flat(OmegaConf.to_container(copy))
-    if not is_in(TARGETS["optimizer"], str(target := copy.optimizer._target_)):
-        copy.optimizer = {"_target_": target}  # its other keys may mean something else
-    check_values(copy, HINTS)
+    check_values(copy, {k: hint for k, hint in HINTS.items() if not _is_of_others(copy, k)})
     if str(copy.optimized_metric).startswith("test/") and not copy.test:
         raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
     _check_names(plain)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
         _check_folders(plain)
     _check_files(copy)
+
+
+def _is_of_others(cfg: DictConfig, key: str) -> bool:
+    """Whether the key is an argument of foreign code, where it may mean something else."""
+    owner, _, name = key.rpartition(".")
+    target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
+    return name != "_target_" and target is not None and not is_in(TARGETS[owner], str(target))
 
 
 def _check_names(plain: dict[str, Any]) -> None:

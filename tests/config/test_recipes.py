@@ -488,7 +488,7 @@ def test_known_numbers_of_images_are_right():
         ("modle=resnet18", "modle=resnet18: no such key; did you mean model?"),
         ("model.p_last=2", "model.p_last=2: no such key"),
         ("-m experiment=wrn28_10", "-m: no such flag"),
-        ("model=pyramidnet110 model.p_last=2", "model.p_last=2: must be in [0, 1]"),
+        ("model=pyramidnet110 model.p_last=2", "model.p_last=2: allowed is a number from 0 to 1"),
         ("data=image_folder data.root=.", "the number of images is known of cifar10, "),
         ("data.val_size=60000", "data.val_size=60000: leaves nothing of 50000 images"),
     ],

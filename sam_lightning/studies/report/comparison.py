@@ -11,7 +11,7 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sam_lightning.config.conf import CONF, flat
+from sam_lightning.config.conf import CONF, choices, flat
 from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
@@ -257,7 +257,7 @@ def _defaults(part: str) -> set[str]:
 @cache
 def _of_method(name: str) -> dict[str, Any]:
     """The keys of ``conf/method/name.yaml`` in dotted form; none without such a file."""
-    if not (CONF / "method" / f"{name}.yaml").is_file():
+    if name not in choices("method"):
         return {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         found: Any = OmegaConf.to_container(compose(f"method/{name}"))
