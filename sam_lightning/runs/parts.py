@@ -28,7 +28,8 @@ TABLE = {
     ALWAYS: """
         output_dir ckpt_path task_name experiment sweep test debug traceback optimized_metric
         checkpoint_every_n_steps logger
-        callbacks.best callbacks.last callbacks.progress callbacks.dashboard callbacks.sharpness
+        callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
+        callbacks.sharpness
         data.root data.cache_dir data.download data.num_workers data.device data.pin_memory
         data.eval_batch_size data.source.root data.source.cache_dir data.source.download
         trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.timeout
