@@ -520,6 +520,7 @@ def test_errors_of_the_system_are_one_line(folder, tmp_path, capsys):
         assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["io_error", "gone"])
 def test_a_run_that_cannot_write_ends_in_one_line(tmp_path, fault):
     done = forked(tmp_path, *SMALL, "epochs=1", fault=(fault, "save:1"))

@@ -255,6 +255,7 @@ def test_all_damaged(with_previous):
         newest(with_previous / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(unbroken, tmp_path):
     folder = tmp_path / "run"
     full = forked(tmp_path, *RUN, *into(folder), fault=("full_disk", "save:4"))
@@ -267,6 +268,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(unbroken, tmp_path):
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_second_pass(unbroken, tmp_path):
     folder = tmp_path / "run"
     failed = forked(tmp_path, *RUN, *into(folder), fault=("oom", "pass:20"))

@@ -290,6 +290,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so(tmp_path):
     process = started(tmp_path, "epoch 1/", *SMALL, "epochs=10000")
     process.send_signal(signal.SIGINT)

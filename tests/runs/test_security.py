@@ -344,6 +344,7 @@ def test_a_key_that_is_given_anew_may_be_anything(tmp_path):
 NET = "model._target_=my_project.Net"
 
 
+@pytest.mark.slow
 def test_a_run_with_ones_own_model_goes_on_and_is_evaluated(my_project, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     small = ["data=digits", "data.subset=50", "trainer=cpu", f"hydra.run.dir={folder}"]
@@ -523,6 +524,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_digits_uses_no_network(tmp_path):
     small = ["data=digits", "data.subset=50", "model.width=2", "trainer=cpu", "epochs=1"]
     assert watched(tmp_path, TRAIN, *small) == (0, "")

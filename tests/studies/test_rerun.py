@@ -31,6 +31,7 @@ def started(monkeypatch):
     return lines
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_bit_for_bit_in_a_new_folder(tmp_path):
     done = command(tmp_path, *SMALL, "epochs=1", "rho=0.2", "hydra.run.dir=first run")
     assert done.returncode == 0, done.stderr

@@ -199,6 +199,7 @@ def test_a_job_whose_configuration_cannot_be_resolved(tmp_path):
     assert (found["status"], found["config"]["data"]["root"]) == ("failed", "${nowhere}")
 
 
+@pytest.mark.slow
 def test_a_sweep_into_the_folder_of_another_counts_only_its_own_jobs(tmp_path):
     sweep = tmp_path / "sweep"
     for number in range(2):
@@ -375,6 +376,7 @@ def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
         assert job["metrics"].get("val/loss") == value or value is None
 
 
+@pytest.mark.slow
 def test_a_study_whose_trials_are_all_refused(tmp_path):
     study = ["-m", "sweep=rho_optuna", *SMALL, "hydra.sweeper.n_trials=2", "epochs=0"]
     done = command(tmp_path, *study)

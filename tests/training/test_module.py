@@ -169,6 +169,7 @@ def test_masks_differ_between_seeds_and_a_run_repeats():
     assert not torch.equal(results[0]["1.weight"], results[2]["1.weight"])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_the_same_with_two_graphs():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
