@@ -19,8 +19,9 @@ from sam_lightning.analysis.checkpoints import (
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Count, Positive, within
-from sam_lightning.inference.command import show, table
+from sam_lightning.inference.command import table
 from sam_lightning.runs.files import make_folder, write_json
+from sam_lightning.runs.terminal import show
 
 ABOUT = """
 Measure how sharp and how curved the loss of checkpoints is, on fixed images of their own runs

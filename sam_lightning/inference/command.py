@@ -11,9 +11,7 @@ from rich.table import Column
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Rule
-from sam_lightning.runs.terminal import Table, show
-
-__all__ = ["CKPT_PATH", "DEVICE", "OUT", "ROOT", "out_folder", "show", "table"]
+from sam_lightning.runs.terminal import Table
 
 CKPT_PATH = {"ckpt_path": ("???", Any)}
 ROOT = {"data.root": (None, Any)}

@@ -16,6 +16,7 @@ from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, replacing, run_folder, write_json
+from sam_lightning.runs.terminal import show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,15 +241,15 @@ def _print_tables(result: dict[str, Any]) -> None:
     table = command.table("result", "value", title=f"{result['images']:,} images")
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}" if name.endswith("/loss") else f"{value:.2%}")
-    command.show(table)
+    show(table)
     seen = [entry for entry in result["classes"] if entry["images"]]
     title = "classes" if len(seen) <= SHOWN else f"the {SHOWN} classes that are hardest"
     table = command.table("class", "images", "accuracy", title=title)
     for entry in sorted(seen, key=lambda entry: entry["acc"])[:SHOWN]:
         table.add_row(entry["class"], f"{entry['images']:,}", f"{entry['acc']:.2%}")
-    command.show(table)
+    show(table)
     if result["corruptions"]:
         table = command.table("accuracy at severity", "1", "2", "3", "4", "5", "mean")
         for name, accuracies in result["corruptions"].items():
             table.add_row(name, *(f"{a:.2%}" for a in (*accuracies, mean(accuracies))))
-        command.show(table)
+        show(table)

@@ -18,6 +18,7 @@ from sam_lightning.runs.old_names import with_current_names
 
 log = logging.getLogger(__name__)
 
+MOST_DESCRIBED = 2**22  # bytes beside the tensors; the names of 20,000 classes are a part of it
 MOST_VALUES = 2**19  # in a checkpoint, where 16 letters of a text count as one
 
 
@@ -92,7 +93,7 @@ def _check_archive(path: Path) -> None:
             raise ConfigError(f"is packed, to {unpacked:,} bytes; checkpoints of runs are not")
         # Everything but the tensors, in a language that says much with a byte.
         described = sum(e.file_size for e in entries if e.filename.lower().endswith(".pkl"))
-        if described > 2**20 + 2**10 * len(entries):
+        if described > MOST_DESCRIBED + 2**10 * len(entries):
             raise ConfigError(f"has {described:,} bytes beside {len(entries)} tensors")
         if (damaged := archive.testzip()) is not None:
             raise ConfigError(f"is damaged ({damaged} is not what was saved)")

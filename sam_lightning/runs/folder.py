@@ -36,10 +36,12 @@ class RunFolder(Callback):
         if part is None:  # the run continues in its old folder
             return
         folder = _made(config, "hydra.run.dir")
+        plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
+        again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
         try:
             # Of two runs that start at once, one succeeds. A run that restarts again and again with
             # ckpt_path=last may find what was killed before it had written anything.
-            (folder / part).mkdir(exist_ok=config.get("ckpt_path") == "last")
+            (folder / part).mkdir(exist_ok=again)
         except FileExistsError:
             try:
                 with owned(folder):
