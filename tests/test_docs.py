@@ -113,6 +113,7 @@ ELSEWHERE = {"--help", "ckpt_path=RUN", "data=cifar10"}  # what needs other file
 EXAMPLES = [a for words in lines(EXTENDING) if (a := arguments_of(words)) and not ELSEWHERE & {*a}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", EXAMPLES, ids=" ".join)
 def test_every_example_trains(clone, my_project, tmp_path, arguments):
     # In forks of a process that has imported torch, and on few images, as the examples are many.

@@ -425,7 +425,6 @@ HEAVY = [
     ("data.crop_padding=33", "data.crop_padding=33: must be <= 32 for images of 32 x 32 pixels"),
     ("data.cutout=33", "data.cutout=33: must be <= 32 for images of 32 x 32 pixels"),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
-    ("trainer.devices=2 optimized_metric=val/acc", "optimized_metric=val/acc: there is no val"),
     ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),
     ("data=cifar10 data.root={tmp}/damaged data.download=false", "cannot load CIFAR10"),
     ("data=image_folder data.root={tmp}/damaged", "data.root=", "no folder", "train/<class>/*"),
@@ -453,6 +452,12 @@ def test_wrong_input_is_refused_before_training(heavy, tmp_path, row):
     arguments, *fragments = row
     result = heavy(tmp_path, *small(arguments), *arguments.format(tmp=tmp_path).split())
     assert_refused(result, *fragments)
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line(heavy, tmp_path):
+    result = heavy(tmp_path, *SMALL, "trainer.devices=2", "optimized_metric=val/acc")
+    assert_refused(result, "optimized_metric=val/acc: there is no validation data; set ")
 
 
 def test_a_run_that_fails_ends_in_one_line_and_keeps_its_folder(heavy, tmp_path):
