@@ -26,7 +26,7 @@ def test_the_grid_of_radii(light, tmp_path):
     assert result.err.splitlines()[-1] == "error: epochs=0: allowed is a whole number >= 1"
     radii = ("0.01", "0.02", "0.05", "0.1", "0.2", "0.5")
     pairs = [(rho, seed) for rho in radii for seed in range(3)]
-    expected = {f"{i}_epochs=0,rho={rho},seed={seed}" for i, (rho, seed) in enumerate(pairs)}
+    expected = {f"{i}_rho={rho},seed={seed},epochs=0" for i, (rho, seed) in enumerate(pairs)}
     assert {name for name in result.left if "rho=" in name} == expected
 
 

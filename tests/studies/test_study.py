@@ -659,7 +659,7 @@ def test_a_real_study(here):
     assert (line["passes"], line["epochs"]) == (4, 2)
     assert failed["state"] == "failed"
     assert of_run["config"]["ckpt_path"] is None  # begun once
-    assert "big,seed=0`: data.val_size=5000: " in Path("results/noise/report.md").read_text()
+    assert "big,seed=0: data.val_size=5000: " in Path("results/noise/report.md").read_text()
     assert err.splitlines()[0] == "warning: 1 of the file's 2 runs have no result yet"
     out, err = (listed := study(file, "dry=true")).communicate(timeout=60)
     assert (listed.returncode, err) == (0, "")
@@ -691,7 +691,7 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_result(here, signum):
     _, err = (again := study(file)).communicate(timeout=120)
     assert (again.returncode, err) == (0, "")
     broken = json.loads((run.folder / "metrics.json").read_text())
-    assert broken["config"]["ckpt_path"].endswith(".ckpt")
+    assert len(broken["parts"]) == 2
     shutil.move(run.folder, "broken")
     study(file).communicate(timeout=120)
     whole = json.loads((run.folder / "metrics.json").read_text())

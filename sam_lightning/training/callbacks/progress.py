@@ -1,6 +1,7 @@
 """What watches a run: progress, throughput, and the table of metrics on disk."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -161,6 +162,9 @@ class _Rows(ExperimentWriter):
 
     def save(self) -> None:
         """Append the new rows; where they have new columns, write a new file in its place."""
+        if self.written and not os.path.exists(self.metrics_file_path):
+            # Written again, it would hide that the folder was removed.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.metrics_file_path)
         self.written += self.metrics
         if self.metrics and self._record_new_keys():
             with replacing(Path(self.metrics_file_path), "output_dir") as temporary:
