@@ -5,8 +5,11 @@ import pytest
 from random_resume import attempt
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 3, 5, 10])
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(3, marks=pytest.mark.slow)]
+    + [pytest.param(seed, marks=pytest.mark.long) for seed in (1, 5, 10)],
+)
 def test_a_random_run_continues(tmp_path, seed):
     result = attempt(tmp_path, seed)
     assert result.get("differences") == [], result
