@@ -27,8 +27,8 @@ test-resume: $(DEV) ## 200 random runs stopped and continued: hours; goes on whe
 		$(BIN)/python tests/helpers/random_resume.py logs/test_resume 200
 
 test-avx2: $(DEV) ## those of the default suite that train, as on a CPU without AVX-512
-	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
-		$(patsubst %,--ignore-glob=*/test_%.py,$(NO_TRAINING))
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest --ignore=tests/config --ignore=tests/data \
+		--ignore=tests/optim $(patsubst %,--ignore-glob=*/test_%.py,$(NO_TRAINING))
 
 test-gpu: $(DEV) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 4 --dist load

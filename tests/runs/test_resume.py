@@ -177,19 +177,26 @@ STOPPING += ", stopping_threshold: 100}"
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
 
 
-@pytest.mark.slow
+WATCHED = [
+    ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
+    ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
+    (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
+    (f"+callbacks.ema={EMA}", "pass:21"),
+]
+OTHERS = [
+    ("+trainer.val_check_interval=3 checkpoint_every_n_steps=3", "pass:14"),
+    ("+trainer.val_check_interval=4 trainer.accumulate_grad_batches=3", "pass:14"),
+    ("+trainer.limit_train_batches=5 +trainer.limit_val_batches=1", "pass:19"),
+    ("trainer.precision=64-true", "pass:21"),
+    (f"+callbacks.ema={EMA}", "test:1"),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "at"),
     [
-        ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
-        ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
-        ("+trainer.val_check_interval=3 checkpoint_every_n_steps=3", "pass:14"),
-        ("+trainer.val_check_interval=4 trainer.accumulate_grad_batches=3", "pass:14"),
-        ("+trainer.limit_train_batches=5 +trainer.limit_val_batches=1", "pass:19"),
-        (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
-        ("trainer.precision=64-true", "pass:21"),
-        (f"+callbacks.ema={EMA}", "pass:21"),
-        (f"+callbacks.ema={EMA}", "test:1"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in WATCHED),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS),
     ],
 )
 def test_what_watches_a_run_continues(tmp_path, options, at):

@@ -699,7 +699,7 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_result(here, signum):
     assert whole["metrics"] == broken["metrics"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example(here):
     shorter = ["epochs=1", "data.subset=200", "seed=0"]
     process = study(str(CONF / "study" / "quick.yaml"), *shorter)

@@ -332,7 +332,7 @@ def test_a_job_whose_process_is_killed(tmp_path, launcher):
     assert "no result" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_and_loaders_in_the_workers_of_joblib(tmp_path):
     loading = ["data.num_workers=1", "data.policy=trivialaugment"]
     done = side_by_side(tmp_path, "joblib", "rho=0.1", "trainer.devices=2", *loading)
@@ -350,7 +350,7 @@ def trials(sweep):
     return [(trial.state.name, trial.params["rho"], trial.value) for trial in study.trials]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
     sweep = tmp_path / "study"
     study = ["-m", "sweep=rho_optuna", *SMALL, "epochs=1", "data.val_size=100", "test=false"]

@@ -335,7 +335,7 @@ def test_a_rank_that_is_lost_ends_its_job_at_once_and_no_other(losing):
     assert (found["status"], found["devices"], found["config"]["rho"]) == ("completed", 2, 0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_a_job_leave_nothing_to_the_next(losing):
     done, _, jobs, notes = losing("{}", "lr=0.1,0.05", "trainer.devices=1,2")
     assert done.returncode == 0, done.stderr

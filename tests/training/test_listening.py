@@ -195,7 +195,7 @@ def renamed(folder, host=None):
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_also_where_the_hosts_name_leads_to_an_outer_address(run_and_attack, tmp_path):
     _, host = outer()
     run_and_attack(*renamed(tmp_path, host))
