@@ -132,8 +132,8 @@ def _is_ordinary(value: Any) -> bool:
 def newest(folder: Path) -> Path | None:
     """The whole checkpoint in ``folder`` to continue from, or None; the log names damaged ones.
 
-    It is the one with the most steps of those that ``LastCheckpoint`` saves, as their place in the
-    run is exact; if there is none, then of any.
+    Checkpoints of ``LastCheckpoint`` come first, since only their place in the run is exact. Of
+    several, the one with the most steps counts.
 
     Raises:
         ConfigError: there are checkpoints, and all are damaged.

@@ -28,7 +28,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def because(method: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Why two runs are the same although these keys differ; ``method`` is that of either."""
+    """Why two runs are the same although these keys differ; ``method`` is the method of one."""
     if not keys:
         return "it is given twice"
     if "method.name" in keys:
@@ -52,7 +52,7 @@ def unused(cfg: DictConfig, given: Sequence[str]) -> str | None:
 
 
 def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The jobs of a sweep without those that repeat another; logs which, of which, and why.
+    """Leave out the jobs of a sweep that repeat another job, and log both and the reason.
 
     Args:
         master: the configuration of the sweep, with that of Hydra.
