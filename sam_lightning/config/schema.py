@@ -50,6 +50,7 @@ MethodName = Annotated[str, Rule("the name of a method", bool)]
 METRICS: tuple[str, ...] = get_args(Metric)
 BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
+PartOfAll = Annotated[float, Rule("a fraction below 1", lambda v: 0 < v < 1)]
 PartOfBatch = Annotated[float, within(0, 1, above=True)]
 PROCESSORS = os.cpu_count() or 1
 
@@ -122,6 +123,8 @@ class Data:
     root: Folder = ABSENT
     download: bool = ABSENT
     image_size: Count | None = ABSENT
+    split: PartOfAll | list[PartOfAll] | Text | None = ABSENT
+    skip_broken: bool = ABSENT
 
 
 @dataclass
