@@ -7,6 +7,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.cache import StoredImages
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.source import ImageSource, Split
+from sam_lightning.data.splitting import divided
 
 
 def image_folder(
@@ -50,7 +51,9 @@ def image_folder(
     """
     if image_size is not None and image_size < 1:
         raise ConfigError(f"data.image_size={image_size}: must be >= 1, or null")
-    listing = list_images(root, split, split_seed)
+    listing = list_images(root, split)
+    if split is not None:
+        listing = divided(listing, split, split_seed)
     cache = Path(cache_dir or "data/cache").expanduser()
     splits: dict[str, Split] = {}
     first = None

@@ -1,13 +1,11 @@
 """Which image files a folder has: of which split and class each one is, and what is left out."""
 
-import hashlib
-import json
 import os
 import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.pixels import suffixes
-from sam_lightning.data.source import Names, stratified_split
+from sam_lightning.data.source import Names
 
 # Names of the folders of splits, in any case.
 SPLITS = {
@@ -34,6 +32,7 @@ LAYOUT = (
 # What systems and editors put beside files, beside what begins with a dot.
 OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
 HIDDEN = "hidden"
+WHOLE = "all"  # the split of a folder that is to be divided
 
 
 @dataclass(eq=False)
@@ -76,8 +75,10 @@ class Listing:
     left_out: dict[str, int]
 
 
-def list_images(root: str, split: Any = None, seed: int = 0) -> Listing:
+def list_images(root: str, split: Any = None) -> Listing:
     """List a folder of images, whose layout ``image_folder`` describes.
+
+    With ``split``, for ``splitting.divided``, all images are one split.
 
     Raises:
         ConfigError: as ``image_folder`` says.
@@ -94,7 +95,7 @@ def list_images(root: str, split: Any = None, seed: int = 0) -> Listing:
             "data.split=null, or data.root to one folder of classes"
         )
     else:
-        folders = {"all": ""}
+        folders = {WHOLE: ""}
     if split is None and (others := _others(base, folders)):
         left_out["other folders"] = others
     by_split = {
@@ -134,8 +135,6 @@ def list_images(root: str, split: Any = None, seed: int = 0) -> Listing:
             base, Names.of(names), torch.tensor(labels), np.array(status, np.int64)
         )
         _count_beside(os.path.join(base, folders[name]), left_out)
-    if split is not None:
-        splits = _divided(splits["all"], classes, split, seed, left_out)
     return Listing(splits, classes, dict(left_out.most_common()))
 
 
@@ -180,7 +179,7 @@ def _subfolders(folder: str) -> Iterator[tuple[str, str]]:
     """Names and paths of the folders in a folder that are not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not _is_hidden(entry.name) and entry.is_dir():
+            if not _is_hidden(entry.name) and _is_folder(entry):
                 yield entry.name, entry.path
 
 
@@ -209,6 +208,13 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _kind(name: str) -> str:
     """What a file that is no image is counted as."""
     suffix = os.path.splitext(name)[1].lower()
@@ -233,7 +239,7 @@ def _walk(
                 name = entry.name
                 if _is_hidden(name):
                     left_out[HIDDEN] += 1
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     if not (entry.is_symlink() and _leads_up(entry.path)):
                         pending.append(entry.path)
                 elif name[name.rfind(".") :].lower() in known:
@@ -276,79 +282,6 @@ def _count_beside(folder: str, left_out: Counter[str]) -> None:
         for entry in entries:
             if _is_hidden(entry.name):
                 left_out[HIDDEN] += 1
-            elif not entry.is_dir():
+            elif not _is_folder(entry):
                 is_image = os.path.splitext(entry.name)[1].lower() in suffixes()
                 left_out["beside the class folders" if is_image else _kind(entry.name)] += 1
-
-
-def _divided(
-    files: Files, classes: list[str], split: Any, seed: int, left_out: Counter[str]
-) -> dict[str, Files]:
-    """Training, validation and test files of one folder, as ``data.split`` says."""
-    if isinstance(split, str):
-        indices = _as_stored(files.names, split, left_out)
-    else:
-        indices = _drawn(files, split, seed)
-    for label, cls in enumerate(classes):
-        if not (files.labels[indices["train"]] == label).any():
-            count = int((files.labels == label).sum())
-            raise ConfigError(
-                f"data.split={split}: leaves no training image of class {cls!r}, which has {count}"
-            )
-    return {name: files.take(chosen) for name, chosen in indices.items() if len(chosen)}
-
-
-def _drawn(files: Files, split: Any, seed: int) -> dict[str, Tensor]:
-    """Draw by the names and the seed alone: the same files anywhere, in any order."""
-    parts = [float(part) for part in split] if isinstance(split, Sequence) else [1 - split, split]
-    if len(parts) not in (2, 3) or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise ConfigError(
-            f"data.split={split}: must be the fraction of test images, or the fractions of "
-            "training, (validation) and test images, which are 1 together, or a file split.json"
-        )
-    keys = torch.tensor(
-        [
-            int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "big") >> 1
-            for named in (f"{seed}:{_portable(name)}" for name in files.names)
-        ]
-    )
-    total, sizes = len(keys), [0] + [round(len(keys) * part) for part in parts[1:]]
-    if min(sizes[1:]) < 1 or sum(sizes) >= total:
-        raise ConfigError(f"data.split={split}: leaves a part of the {total} images empty")
-    test, rest = stratified_split(files.labels, sizes[-1], keys)
-    if len(parts) == 2:
-        return {"train": rest, "test": test}
-    val, train = stratified_split(files.labels[rest], sizes[1], keys[rest])
-    return {"train": rest[train], "test": test, "val": rest[val]}
-
-
-def _as_stored(names: Names, file: str, left_out: Counter[str]) -> dict[str, Tensor]:
-    """The split that a run has written to its ``split.json``."""
-    try:
-        stored = json.loads(Path(file).expanduser().read_bytes())
-        wanted = {split: [str(name) for name in stored.get(split, [])] for split in SPLITS}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"data.split={file}: cannot be read ({one_line(error)})") from error
-    where = {_portable(name): i for i, name in enumerate(names)}
-    missing = [name for split in wanted.values() for name in split if name not in where]
-    if missing:
-        some = ", ".join(map(repr, missing[:3]))
-        raise ConfigError(
-            f"data.split={file}: {len(missing):,} of its images are not there, such as {some}"
-        )
-    indices = {
-        s: torch.tensor([where[n] for n in of], dtype=torch.int64) for s, of in wanted.items()
-    }
-    if others := len(names) - sum(map(len, indices.values())):
-        left_out["not in data.split"] += others
-    return {name: chosen.sort().values for name, chosen in indices.items()}
-
-
-def split_names(splits: dict[str, Any]) -> dict[str, list[str]]:
-    """What ``split.json`` has: the names of each split's images."""
-    return {name: [*map(_portable, of)] for name, of in splits.items() if of is not None}
-
-
-def _portable(name: str) -> str:
-    """The same on systems that keep names in another form of Unicode, or not in UTF-8."""
-    return unicodedata.normalize("NFC", name).encode("utf-8", "backslashreplace").decode()

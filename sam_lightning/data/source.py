@@ -58,8 +58,10 @@ class Unread(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """N x C x H x W."""
+        """N x C x H x W, of which the last two may have to be looked up in a file."""
         ...
+
+    def __len__(self) -> int: ...
 
     def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The images at increasing indices, uint8, less those that are left out as broken.
@@ -164,7 +166,7 @@ def read_splits(*splits: Split | None) -> list[Split | None]:
         indices = {i: _index(splits[i], stored) for i in mine}
         used = torch.cat([*indices.values()]).unique()
         images, kept = stored.load(used)
-        places = torch.full((stored.shape[0],), -1)
+        places = torch.full((len(stored),), -1)
         places[used[kept]] = torch.arange(len(kept))
         for i, index in indices.items():
             split = splits[i]
@@ -180,7 +182,7 @@ def read_splits(*splits: Split | None) -> list[Split | None]:
 
 def _index(split: Split | None, stored: Unread) -> Tensor:
     assert split is not None
-    return torch.arange(stored.shape[0]) if split.index is None else split.index
+    return torch.arange(len(stored)) if split.index is None else split.index
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,7 @@ def _misfit(split: Split, classes: int) -> str | None:
     images, labels = split.stored, split.labels
     if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
         return f"images are {images.dtype} {tuple(images.shape)}, not uint8 N x C x H x W"
-    count = images.shape[0] if split.index is None else len(split.index)
+    count = len(images) if split.index is None else len(split.index)
     if labels.dtype != torch.int64 or labels.shape != (count,) or not len(labels):
         return f"labels are {labels.dtype} {tuple(labels.shape)} for {count} images"
     if split.names is not None and len(split.names) != len(labels):

@@ -19,7 +19,7 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.listing import split_names
+from sam_lightning.data.splitting import split_names
 from sam_lightning.inference.load import SPLIT
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.files import write_json
