@@ -67,7 +67,8 @@ class ImageData:
         classes (list of names), num_classes, in_channels, mean and std (tuples of floats),
         train (``Split``), val, test (``Split`` or None);
         left_out (files that are not used: their number by kind), broken (names of files that
-        cannot be decoded and were left out, and why).
+        cannot be decoded and were left out, and why), sizes (least, median and largest width and
+        height of the files, by split).
 
     Raises:
         ValueError: an argument is out of its range; by ``read``, out of the range of the data.
@@ -122,6 +123,7 @@ class ImageData:
         self.test: Split | None
         self.left_out: dict[str, int] = {}
         self.broken: dict[str, str] = {}
+        self.sizes: dict[str, dict[str, list[int]]] = {}
 
     def _make_augment(self, mean: Sequence[float], std: Sequence[float]) -> BatchAugment:
         return BatchAugment(mean, std, self.crop_padding, self.flip, self.cutout, self.policy)
@@ -161,8 +163,10 @@ class ImageData:
         if name not in self.pixels_of:
             return [*splits]
         done = read_splits(*splits)
-        for split in splits:
+        for split, its in zip(splits, (name, "val"), strict=False):
             self.broken |= getattr(split and split.stored, "broken", {})
+            if found := getattr(split and split.stored, "sizes", None):
+                self.sizes[its] = found
         return done
 
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Pillow runs another program for EPS, and has only names for the others.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
@@ -57,7 +57,11 @@ def decode(file: str | Path | bytes, size: tuple[int, int] | None = None) -> np.
 
 def open_image(file: str | Path | bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """As ``decode``, an image of Pillow."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats()) as image:
+    try:
+        opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
+    except UnidentifiedImageError as error:  # which would name an address in memory
+        raise UnidentifiedImageError("cannot identify image file") from error
+    with opened as image:
         seen = visible(image)
     return seen if size is None else cover(seen, size)
 
@@ -88,13 +92,11 @@ def visible(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        # Not all modes become RGBA at once.
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert(
-            "RGB"
-        )
+    if image.has_transparency_data:
+        for mode in ("LA", "RGBA") if image.mode == "La" else ("RGBA",):  # one has no other way
+            image = image.convert(mode)
+        below = Image.new("RGBA", image.size, BACKGROUND)
+        return Image.alpha_composite(below, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
