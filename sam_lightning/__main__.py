@@ -20,9 +20,10 @@ COMMANDS = {
     "study": ("studies.study", "run methods x settings x seeds, then report"),
     "rerun": ("studies.rerun", "train with the settings of a run once more"),
     "diff": ("studies.diff", "compare the settings and metrics of two runs"),
+    "preview": ("studies.preview", "show the data of a run, as counts and pictures"),
     "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
 }
-NEEDS_CONF = ("study", "rerun", "cost")
+NEEDS_CONF = ("study", "rerun", "cost", "preview")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from sam_lightning.config.hydra_errors import (
     explain,
     key_of,
     unreadable,
+    with_quoted_places,
 )
 from sam_lightning.config.schema import check, one_line
 from sam_lightning.config.streams import outlive_pipes
@@ -57,7 +58,7 @@ def guarded(main: Callable[[], Any]) -> None:
     threading.excepthook = threading.__excepthook__ if traceback else _say
     with nullcontext() if traceback else one_line_errors():
         try:
-            arguments = settings_first(sys.argv[1:])
+            arguments = with_quoted_places(settings_first(sys.argv[1:]))
             check_flags(arguments)
             sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
             with summarized():

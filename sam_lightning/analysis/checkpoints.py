@@ -81,7 +81,9 @@ def surface_of(
     from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
     from sam_lightning.inference.load import data_of
 
-    data = data_of(checkpoint.model.config, root=options.data.root)
+    needed = ["test" if options.split == "test" else "train"]
+    place = (options.data.root, run_folder(checkpoint.file))
+    data = data_of(checkpoint.model.config, *place, pixels_of=needed)
     device = next(checkpoint.model.parameters()).device
     drawn = (options.split, options.images, options.batch_size, options.seed)
     batches = fixed_batches(data, *drawn, device)

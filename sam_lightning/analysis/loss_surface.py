@@ -180,11 +180,12 @@ def fixed_batches(
     ``train`` has label noise where the run has it.
 
     Raises:
-        ConfigError: the run has no validation images.
+        ConfigError: the run has no such images.
     """
     source = getattr(data, split)
     if source is None:
-        raise ConfigError(f"split={split}: this run has no validation images")
+        what = "validation" if split == "val" else split
+        raise ConfigError(f"split={split}: this run has no {what} images")
     count = min(images, len(source))
     chosen, _ = stratified_split(source.labels.cpu(), count, draw_seed(seed))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -4,8 +4,10 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
@@ -13,7 +15,7 @@ from sam_lightning.config.schema import no_such_key, one_line
 from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.config.text import clean
 from sam_lightning.config.trust import trust
-from sam_lightning.config.values import ABSENT, check_values
+from sam_lightning.config.values import ABSENT, check_values, fits
 
 Keys = Mapping[str, tuple[Any, Any]]  # of each key its default and an annotation
 
@@ -47,13 +49,13 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
     for key, default in defaults.items():
         OmegaConf.update(options, key, default)
     for argument in argv:
-        key, equals, _ = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument}: not of the form key=value")
         if key not in defaults:
             raise ConfigError(f"{argument}: {no_such_key(key, defaults)}")
         try:
-            options.merge_with_dotlist([argument])
+            OmegaConf.update(options, key, _read(text, keys[key][1] if key in keys else Any))
             OmegaConf.to_container(options, resolve=True)
         except Exception as error:  # an error of YAML or OmegaConf
             raise ConfigError(f"{argument}: {one_line(error)}") from error
@@ -64,6 +66,20 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
         trust(options.pop("trust"))
     check_values(options, {key: hint for key, (_, hint) in keys.items()})
     return options
+
+
+def _read(text: str, hint: Any) -> Any:
+    """The value of an argument: YAML, or where any text is allowed, the text itself.
+
+    So a path may have any name. Lists, null and quotes are YAML where there is no such file.
+    """
+    is_text = fits(text, hint) and text != "null"
+    if is_text and (text[:1] not in tuple("['\"") or Path(text).exists()):
+        return text
+    listed = yaml.safe_load(f"[{text}]") if text[:1] in tuple("'\"") else None
+    if listed is not None:  # 'a', or 'a','b'
+        return listed if len(listed) > 1 else listed[0]
+    return OmegaConf.from_dotlist([f"key={text}"]).key
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Hydra's errors about a command line, in one line with a remedy."""
 
+import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +23,11 @@ from sam_lightning.config.trust import TARGETS, described
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
 # Texts of Hydra's ValueErrors about arguments that it cannot use.
 NO_NAME = "Config group override deletion value must be a string"
+# Keys whose values are paths.
+PLACES = (
+    *("data.root", "data.source.root", "data.split", "data.cache_dir", "data.source.cache_dir"),
+    *("ckpt_path", "hydra.run.dir", "hydra.sweep.dir"),
+)
 OF_ARGUMENTS = ("Config group override must be", NO_NAME, "The --resolve flag", "Only one of --run")
 
 
@@ -100,6 +107,39 @@ def explain(error: Exception, arguments: list[str]) -> str:
     text = re.split(r"\n *full_key: ", text)[0]
     at_fault = [a for a in arguments if key_of(a) == getattr(error, "full_key", None)]
     return _shortened(": ".join([*at_fault[:1], text]))
+
+
+def with_quoted_places(arguments: list[str]) -> list[str]:
+    """The arguments, with paths in quotes that Hydra would read as something else.
+
+    A file or folder that is there is meant, whatever its name; so is a value that Hydra could not
+    read at all, such as ``~/photos`` or ``photos (1)``. Lists, as in ``a,b``, stay lists.
+    """
+    return [_quoted_place(argument) for argument in arguments]
+
+
+def _quoted_place(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if key_of(argument) not in PLACES or not equals or value in ("null", "???", "last"):
+        return argument
+    if not (value and os.path.exists(os.path.expanduser(value))):
+        try:
+            OverridesParser.create().parse_override(argument)
+            return argument
+        except Exception:  # of its grammar
+            pass
+    plain = re.fullmatch(r"[A-Za-z_/.][\w./-]*", value, re.ASCII)
+    return argument if plain else f"{key}={quoted(value)}"
+
+
+def unquoted(value: str) -> str:
+    """A value on a command line without the quotes around it, as Hydra reads it."""
+    if value[:1] in ("'", '"'):
+        with suppress(Exception):
+            read = OverridesParser.create().parse_override(f"key={value}").value()
+            if isinstance(read, str):
+                return read
+    return value.strip("'\"")
 
 
 def quoted(text: str) -> str:

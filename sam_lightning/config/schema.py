@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,6 +41,12 @@ from sam_lightning.config.values import (
 
 # Top-level keys that are optional.
 OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
+# What the folder of a data set that is downloaded has.
+OWN_FILES = {
+    **{"cifar10": "cifar-10-*", "cifar100": "cifar-100-*"},
+    **{"fashion_mnist": "FashionMNIST", "svhn": "*_32x32.mat"},
+}
+PHOTOGRAPHS = ("*/*.*", "[tT]rain*/*/*.*")  # of one folder of classes, or of splits
 # Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 Metric = Literal[
@@ -50,6 +57,7 @@ MethodName = Annotated[str, Rule("the name of a method", bool)]
 METRICS: tuple[str, ...] = get_args(Metric)
 BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
+PartOfAll = Annotated[float, Rule("a fraction below 1", lambda v: 0 < v < 1)]
 PartOfBatch = Annotated[float, within(0, 1, above=True)]
 PROCESSORS = os.cpu_count() or 1
 
@@ -122,6 +130,8 @@ class Data:
     root: Folder = ABSENT
     download: bool = ABSENT
     image_size: Count | None = ABSENT
+    split: PartOfAll | list[PartOfAll] | Text | None = ABSENT
+    skip_broken: bool = ABSENT
 
 
 @dataclass
@@ -296,9 +306,17 @@ def _check_folders(plain: dict[str, Any]) -> None:
 def _check_files(cfg: DictConfig) -> None:
     if cfg.ckpt_path not in (None, "last") and not Path(str(cfg.ckpt_path)).exists():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file or folder")
-    source = cfg.data.source._target_
-    if source.endswith(".image_folder") and not Path(str(cfg.data.root)).expanduser().is_dir():
+    name = str(cfg.data.source._target_).rpartition(".")[2]
+    root = Path(str(cfg.data.get("root"))).expanduser()
+    if name == "image_folder" and not root.is_dir():
         raise ConfigError(f"data.root={cfg.data.root}: no such folder")
+    if name in OWN_FILES and not any(root.glob(OWN_FILES[name])):
+        found = [p for pattern in PHOTOGRAPHS for p in islice(root.glob(pattern), 1000)]
+        if any(p.suffix.lower() in (".jpg", ".jpeg", ".png") for p in found):
+            raise ConfigError(
+                f"data.root={cfg.data.root}: has photographs, which {name} does not read: add "
+                f"data=image_folder, or give the folder that is to hold {name}"
+            )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

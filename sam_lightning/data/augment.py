@@ -21,17 +21,6 @@ POLICIES = {
 }
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 N x C x H x W images, in units of 255."""
-    values = torch.arange(256, dtype=torch.float64) / 255  # of a histogram: exact, without floats
-    means, stds = [], []
-    for channel in images.unbind(1):
-        weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        means.append((weights @ values).item())
-        stds.append((weights @ (values - means[-1]).square()).sqrt().item())
-    return tuple(means), tuple(stds)
-
-
 class BatchAugment:
     """Random crop, flip, policy and cutout of uint8 images, and their normalisation.
 

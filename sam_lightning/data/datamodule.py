@@ -9,18 +9,15 @@ from torch.utils.data import DataLoader
 
 from sam_lightning.data.image_data import ImageData
 from sam_lightning.data.loading import TrainLoader
-from sam_lightning.data.source import ImageSource
 
 
 class ImageDataModule(ImageData, LightningDataModule):
     """``ImageData`` as a ``LightningDataModule``; ``setup`` sets its attributes."""
 
-    _prepared: ImageSource | None = None
-
     def prepare_data(self) -> None:
         """Read the source in one process per node, so that it downloads and fills its caches."""
-        if self._augment is None and self._prepared is None:
-            self._prepared = self.source()
+        if self._augment is None:
+            self.read()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the source and split it, once, whatever the stages; then move it to ``device``."""
@@ -31,8 +28,7 @@ class ImageDataModule(ImageData, LightningDataModule):
                 "processes that share a batch"
             )
         if self._augment is None:
-            self.read(self._prepared)
-            self._prepared = None
+            self.read()
         if self.device is None or self.trainer is None:
             return
         device = self.trainer.strategy.root_device
@@ -41,8 +37,10 @@ class ImageDataModule(ImageData, LightningDataModule):
                 f"device={self.device}: the trainer trains on {device.type}; set device to that "
                 "or to null"
             )
-        self.train, self.test = self.train.to(device), self.test.to(device)
+        self.train = self.train.to(device)
         self.val = None if self.val is None else self.val.to(device)
+        if self.test is not None and "test" in self.pixels_of:
+            self.test = self.test.to(device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,6 +64,7 @@ class ImageDataModule(ImageData, LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """This process's share of the test set, in order."""
+        assert self.test is not None
         return self.eval_loader(self.test, *self._world(), self._pin_memory())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:

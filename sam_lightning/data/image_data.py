@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from sam_lightning.config.errors import argument_errors
 from sam_lightning.config.instantiate import check_names, factory
-from sam_lightning.data.augment import BatchAugment, channel_statistics
+from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.loading import (
     EpochSampler,
     EvalShard,
@@ -25,11 +25,11 @@ from sam_lightning.data.loading import (
     TransformedDataset,
 )
 from sam_lightning.data.seeding import draw_seed
-from sam_lightning.data.source import ImageSource, Split, stratified_split
+from sam_lightning.data.source import ImageSource, Split, read_splits, stratified_split
 
 DEVICES = (None, "cpu", "cuda")  # where images are kept
 # Keys of the data configuration that belong to its source; the rest are fields of ImageData.
-SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir"}
+SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir", "split", "skip_broken"}
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
@@ -61,10 +61,14 @@ class ImageData:
         pin_memory: None: if the batches go to a CUDA device and the images are not there yet.
         device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
             takes batches from there, in the training process; "cpu" and None: in host memory.
+        pixels_of: the splits whose images are read: "train", which is with val, and "test".
 
     Attributes, from ``read`` on:
         classes (list of names), num_classes, in_channels, mean and std (tuples of floats),
-        train, test (``Split``), val (``Split`` or None).
+        train (``Split``), val, test (``Split`` or None);
+        left_out (files that are not used: their number by kind), broken (names of files that
+        cannot be decoded and were left out, and why), sizes (least, median and largest width and
+        height of the files, by split).
 
     Raises:
         ValueError: an argument is out of its range; by ``read``, out of the range of the data.
@@ -88,6 +92,7 @@ class ImageData:
     drop_last: bool = False
     pin_memory: bool | None = None
     device: str | None = None
+    pixels_of: Sequence[str] = ("train", "test")
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -115,7 +120,10 @@ class ImageData:
         self.classes: list[str]
         self.train: Split
         self.val: Split | None
-        self.test: Split
+        self.test: Split | None
+        self.left_out: dict[str, int] = {}
+        self.broken: dict[str, str] = {}
+        self.sizes: dict[str, dict[str, list[int]]] = {}
 
     def _make_augment(self, mean: Sequence[float], std: Sequence[float]) -> BatchAugment:
         return BatchAugment(mean, std, self.crop_padding, self.flip, self.cutout, self.policy)
@@ -123,27 +131,43 @@ class ImageData:
     def read(self, source: ImageSource | None = None) -> None:
         """Read the source, unless it is given as read already, and split it."""
         source = source or self.source()
-        self.classes, self.test = source.classes, source.test
-        self.train, self.val = self._split_train(source)
+        self.classes, self.drawn = source.classes, source.drawn
+        train, val = self._split_train(source)
+        self.train, self.val = self._pixels("train", train, val)
+        (self.test,) = self._pixels("test", source.test)
+        self.left_out = {**source.left_out} | ({"broken": len(self.broken)} if self.broken else {})
         self._add_label_noise()
         if self.drop_last and len(self.train) < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size}: must be <= {len(self.train)}, the number of "
                 "training images, with drop_last=true"
             )
-        mean, std = channel_statistics(self.train.images)
-        self.mean = mean if self.mean is None else tuple(map(float, self.mean))
-        self.std = std if self.std is None else tuple(map(float, self.std))
+        mean, std = self.mean, self.std
+        if mean is None or std is None:
+            found = self.train.statistics()
+            mean, std = found[0] if mean is None else mean, found[1] if std is None else std
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if len(self.mean) != self.in_channels:
             raise ValueError(f"mean={list(self.mean)}: must be {self.in_channels} numbers")
         self._augment = self._make_augment(self.mean, self.std)
-        height, width = self.train.images.shape[-2:]
+        _, height, width = self.train.shape
         for key in ("crop_padding", "cutout"):
             if (value := getattr(self, key)) > min(height, width):  # would leave little of an image
                 raise ValueError(
                     f"{key}={value}: must be <= {min(height, width)} for images of {width} x "
                     f"{height} pixels"
                 )
+
+    def _pixels(self, name: str, *splits: Split | None) -> list[Any]:
+        """The splits, with their images read if that is asked for."""
+        if name not in self.pixels_of:
+            return [*splits]
+        done = read_splits(*splits)
+        for split, its in zip(splits, (name, "val"), strict=False):
+            self.broken |= getattr(split and split.stored, "broken", {})
+            if found := getattr(split and split.stored, "sizes", None):
+                self.sizes[its] = found
+        return done
 
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:
         train, val = source.train, source.val
@@ -182,7 +206,7 @@ class ImageData:
     @property
     def in_channels(self) -> int:
         """Channels of an image: 3 for colour, 1 for grey."""
-        return self.train.images.shape[1]
+        return self.train.shape[0]
 
     def train_loader(
         self, world_size: int = 1, rank: int = 0, epoch: int = 0, pin_memory: bool = False
@@ -247,6 +271,8 @@ def build_data(cfg: DictConfig, kind: type[Kind]) -> Kind:
         ConfigError: a key does not exist, or its value is out of its range.
     """
     options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    if not cfg.get("test", True):
+        options.setdefault("pixels_of", ["train"])
     own: dict[str, Any] = {"source": factory(cfg, "data.source")}
     own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
     check_names("data", options, kind, own)

@@ -1,6 +1,7 @@
 """What a ``DataLoader`` asks for examples and for their order: data sets and samplers."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice, repeat
 from typing import Any
 
@@ -17,19 +18,20 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
     """A ``Split`` that serves a whole batch as one gather, to a loader that does not collate."""
 
     def __init__(self, split: Split) -> None:
-        self.split = Split(split.images, split.labels)  # to take names would wait for the device
+        self.split = replace(split, names=None)  # to take names would wait for the device
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.split.images[index], self.split.labels[index]
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
 
     def __getitems__(self, indices: list[Any]) -> tuple[Tensor, Tensor]:
-        images = self.split.images
+        device = self.split.labels.device
         # Pinned, or the copy of the indices would wait until the device has done its work.
-        given = torch.tensor(indices, pin_memory=images.is_cuda)
-        batch = self.split.take(given.to(images.device, non_blocking=images.is_cuda))
+        given = torch.tensor(indices, pin_memory=device.type == "cuda")
+        batch = self.split.take(given.to(device, non_blocking=device.type == "cuda"))
         return batch.images, batch.labels
 
 

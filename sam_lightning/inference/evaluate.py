@@ -151,10 +151,12 @@ def _outputs(
     trained: TrainedClassifier, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels, batch by batch."""
+    import torch
+
     device = next(trained.parameters()).device
     for start in range(0, len(split), batch_size):
-        batch = slice(start, start + batch_size)
-        yield trained(trained.preprocess(split.images[batch])), split.labels[batch].to(device)
+        part = split.take(torch.arange(start, min(start + batch_size, len(split))))
+        yield trained(trained.preprocess(part.images)), part.labels.to(device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,10 +171,16 @@ def main(argv: list[str] | None = None) -> None:
     from sam_lightning.inference.load import data_of, load
 
     trained = load(file, device=options.device)
-    data = data_of(trained.config, root=options.data.root)
+    needed = ["test" if options.split == "test" else "train"]
+    data = data_of(trained.config, options.data.root, run_folder(file), pixels_of=needed)
     split: Split | None = getattr(data, options.split)
     if split is None:
-        raise ConfigError("split=val: the run held out no validation data; allowed are test, train")
+        there = [name for name in ("test", "val", "train") if getattr(data, name) is not None]
+        what = "validation" if options.split == "val" else options.split
+        raise ConfigError(
+            f"split={options.split}: the run held out no {what} data; allowed are "
+            f"{', '.join(there)}"
+        )
     folder = options.corruptions
     files = None if folder is None else CorruptedImages(Path(folder).expanduser(), split.labels)
     batch_size = options.batch_size or data.eval_batch_size

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_torch
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build
@@ -19,9 +19,11 @@ from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
+from sam_lightning.data.pixels import cover, visible
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
 
+SPLIT = "split.json"  # of a run whose splits were drawn: the names of each one's images
 DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
 MOST_PIXELS = 8192  # height or width of the images of a run
 # What a model calls as it gets its parts.
@@ -112,8 +114,9 @@ class TrainedClassifier(nn.Module):
 
         Args:
             images: a PIL image, a uint8 tensor C x H x W or N x C x H x W, or a list of images.
-                Others than ``in_channels`` become grey or RGB. Other sizes than ``image_size`` are
-                resized until they cover it, and the centre is cropped.
+                Others than ``in_channels`` become grey or RGB, as ``data.pixels.visible`` says.
+                Other sizes than ``image_size`` are resized until they cover it, and the centre is
+                cropped.
 
         Returns:
             float32, N x in_channels x H x W, on the model's device.
@@ -152,7 +155,8 @@ class TrainedClassifier(nn.Module):
             raise ValueError(f"images: must be PIL images or uint8 tensors, not {type(image)}")
         if self.in_channels not in (1, 3):
             raise ValueError(f"images: must be tensors of {self.in_channels} channels")
-        image = image.convert("L" if self.in_channels == 1 else "RGB")
+        image = visible(image)
+        image = image.convert("L") if self.in_channels == 1 else image
         return pil_to_tensor(image if self.image_size is None else cover(image, self.image_size))
 
 
@@ -232,12 +236,15 @@ def load(
         raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
-def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> ImageData:
+def data_of(
+    config: dict[str, Any], root: Any = None, run: Path | None = None, **overrides: Any
+) -> ImageData:
     """The data of a run, read, in host memory: its split, its label noise, its normalisation.
 
     Args:
         config: of the run, as ``TrainedClassifier.config``.
         root: where the files are now; None: where the run found them.
+        run: the run's folder, whose ``split.json`` says which image is in which split.
         overrides: other keys of the data configuration.
 
     Raises:
@@ -245,6 +252,8 @@ def data_of(config: dict[str, Any], root: Any = None, **overrides: Any) -> Image
             or the classes are others than those of the run.
     """
     stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
+    if run and (run / SPLIT).is_file() and "split" in stored.data.get("source", {}):
+        overrides = {"split": str(run / SPLIT), **overrides}
     try:
         return _read_data(stored, {} if root is None else {"root": str(root)}, overrides)
     except ConfigError as error:
@@ -281,19 +290,6 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
             f"{', '.join(map(str, stored.classes))}"
         )
     return data
-
-
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image, keeping its proportions, until it covers (height, width); crop the centre.
-
-    For a square this is torchvision's Resize to the side and CenterCrop, as for training.
-    """
-    height, width = size
-    if image.height * width <= image.width * height:
-        resized = [height, max(width, int(height * image.width / image.height))]
-    else:
-        resized = [max(height, int(width * image.height / image.width)), width]
-    return center_crop(resize(image, resized), [height, width])
 
 
 def _stored(config: dict[str, Any], *keys: str) -> DictConfig:

@@ -41,12 +41,13 @@ TABLE = {
         method optimizer scheduler trainer
     """,
     EPOCHS: """
-        seed batch_size data data.source.image_size training_images
+        seed batch_size data data.source.image_size data.source.skip_broken training_images
         trainer.accumulate_grad_batches trainer.limit_train_batches trainer.overfit_batches
         trainer.max_steps
     """,
     NEVER: """
-        classes model optimizer._target_ data.val_size data.split_seed data.source callbacks
+        classes model optimizer._target_ data.val_size data.split_seed data.split data.source
+        callbacks
         trainer.fast_dev_run trainer.barebones
     """,
 }

@@ -122,6 +122,7 @@ class Record:
             "metrics": self.metrics,
             "computed_over": self._computed_over(),
             "images": self._images(),
+            **self._left_out(),
             "parameters": self.parameters,
             "seconds": self.throughput.elapsed,
             "train_seconds": trained,
@@ -170,6 +171,11 @@ class Record:
             if split is not None
         }
         return {name: dict(zip(data.classes, of, strict=True)) for name, of in counts.items()}
+
+    def _left_out(self) -> dict[str, Any]:
+        """Files that are not used: their number by kind, and each that is broken, with why."""
+        found = {name: getattr(self.data, name, None) for name in ("left_out", "broken")}
+        return {name: dict(of) for name, of in found.items() if of}
 
     def _log_hparams(self) -> None:
         """Log the settings; TensorBoard's table has the final metrics from the curves."""

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, is_group, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import explain, key_of, quoted
+from sam_lightning.config.hydra_errors import explain, key_of, quoted, unquoted
 from sam_lightning.config.schema import one_line
 from sam_lightning.config.text import clean
 from sam_lightning.config.trust import check_places, check_targets, trust_arguments
@@ -39,11 +39,11 @@ def resumed(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: there is no run to continue, or its overrides name strangers' code.
     """
-    given = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments}
+    given = {key_of(a): unquoted(a.partition("=")[2]) for a in arguments}
     sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
     if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
         return arguments
-    path = Path(given["ckpt_path"])
+    path = Path(given["ckpt_path"]).expanduser()
     if given["ckpt_path"] == "last":
         folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
     elif given["ckpt_path"] and path.exists():

@@ -72,15 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def estimate(cfg: DictConfig) -> Cost:
     """The cost of a run; its data are not read, and its weights take no memory."""
-    module, _, name = str(cfg.data.source._target_).rpartition(".")
-    if module != "sam_lightning.data" or name not in SHAPES:
-        raise ConfigError(
-            f"data.source._target_={cfg.data.source._target_}: the number of images is known of "
-            f"{', '.join(SHAPES)} only"
-        )
-    total, channels, side, classes = SHAPES[name]
-    total += EXTRA if cfg.data.source.get("extra") else 0
-    images = total - _count(cfg.data.val_size, total)
+    total, channels, height, width, classes, has_val = _shape(cfg)
+    images = total if has_val else total - _count(cfg.data.val_size, total)
     images = images if cfg.data.subset == 1 else min(images, _count(cfg.data.subset, images))
     images -= images % cfg.batch_size if cfg.data.drop_last else 0
     if images < 1:
@@ -92,10 +85,31 @@ def estimate(cfg: DictConfig) -> Cost:
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = build(cfg, "model", num_classes=classes, in_channels=channels)
-        model.eval()(torch.empty(1, channels, side, side))
+        model.eval()(torch.empty(1, channels, height, width))
     method: Any = OmegaConf.to_container(cfg.method, resolve=True)
     passes = passes_per_step(method) or 2.0
     return Cost(counter.get_total_flops(), passes, images, cfg.epochs)
+
+
+def _shape(cfg: DictConfig) -> tuple[int, int, int, int, int, bool]:
+    """Training images; their channels, height and width; classes; if there are validation images.
+
+    Photographs are listed, and not decoded.
+    """
+    module, _, name = str(cfg.data.source._target_).rpartition(".")
+    if module == "sam_lightning.data" and name in SHAPES:
+        total, channels, side, classes = SHAPES[name]
+        total += EXTRA if cfg.data.source.get("extra") else 0
+        return total, channels, side, side, classes, False
+    if module != "sam_lightning.data" or name != "image_folder":
+        raise ConfigError(
+            f"data.source._target_={cfg.data.source._target_}: the number of images is known of "
+            f"{', '.join([*SHAPES, 'image_folder'])} only"
+        )
+    from sam_lightning.config.instantiate import build
+
+    source = build(cfg, "data.source")
+    return len(source.train), *source.train.shape, len(source.classes), source.val is not None
 
 
 def _count(size: float, total: int) -> int:

@@ -13,7 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
+from sam_lightning.config.hydra_errors import (
+    COMPOSING,
+    OF_ARGUMENTS,
+    explain,
+    key_of,
+    quoted,
+    with_quoted_places,
+)
 from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
 from sam_lightning.studies.identical import because, differing
@@ -102,7 +109,7 @@ def configuration(overrides: Sequence[str], output_dir: str | None = None) -> Di
     """What ``train.py`` would run with, checked."""
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", list(overrides))
+            cfg = compose("train", with_quoted_places(list(overrides)))
     except Exception as error:
         if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
             raise ConfigError(explain(error, list(overrides))) from error

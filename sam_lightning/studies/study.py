@@ -14,7 +14,7 @@ from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.hydra_errors import key_of
+from sam_lightning.config.hydra_errors import key_of, with_quoted_places
 from sam_lightning.config.schema import did_you_mean, no_such_key
 from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
@@ -77,7 +77,7 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
     options = parse(ABOUT, KEYS, own)
     files = [a for a in argv if "=" not in a]
-    overrides = [a for a in argv if "=" in a and a not in own]
+    overrides = with_quoted_places([a for a in argv if "=" in a and a not in own])
     known = [*KEYS, *top_level()]
     for a in argv:
         if a.startswith("-"):

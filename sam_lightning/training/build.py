@@ -93,7 +93,7 @@ def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
 def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    image_size = list(data.train.images.shape[-2:])
+    image_size = list(data.train.shape[-2:])
     hparams: dict[str, Any] = {
         **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
         **{name: cfg[name] for name in SAVED_NUMBERS},

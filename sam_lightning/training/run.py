@@ -19,7 +19,10 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.splitting import split_names
+from sam_lightning.inference.load import SPLIT
 from sam_lightning.runs.checkpoint import newest
+from sam_lightning.runs.files import write_json
 from sam_lightning.runs.lock import joined, owned
 from sam_lightning.runs.parts import changes, settings_of
 from sam_lightning.runs.record import Record
@@ -90,6 +93,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     _check_images(cfg, data, trainer.world_size)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
+    _write_split(cfg, trainer, data)
     record = Record(cfg, trainer, throughput, data, module, changed=changed, only_test=ended)
     with record, stop, _one_line_errors(cfg), _restoring(cfg):
         _continue_logs(cfg, trainer)
@@ -184,7 +188,17 @@ def _restoring(cfg: DictConfig) -> Iterator[None]:
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
 
 
+def _write_split(cfg: DictConfig, trainer: L.Trainer, data: ImageDataModule) -> None:
+    """Note which image is in which split, if that was drawn, for who evaluates the run."""
+    if data.drawn and trainer.is_global_zero:
+        splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+        names = {name: split and split.names for name, split in splits.items()}
+        write_json(Path(cfg.output_dir, SPLIT), split_names(names), "output_dir")
+
+
 def _check_images(cfg: DictConfig, data: ImageDataModule, processes: int) -> None:
+    if cfg.test and data.test is None:
+        raise ConfigError("test=true: the data have no test set; set test=false")
     for key, split in (
         ("data.val_size", data.val),
         ("test=true: data.test", cfg.test and data.test),

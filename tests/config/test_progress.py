@@ -81,10 +81,13 @@ def test_decoding_tells_how_far_it_is(said, monkeypatch, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name / "1.png")
-    image_folder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    source = image_folder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert said.messages == []
+    assert len(source.train.images) == len(source.test.images) == 2
     assert [re.sub(", about.*", "", m) for m in said.messages] == [
-        f"decoding: {i} of 4" for i in (1, 2, 3)
-    ]
+        "reading: 1 of 2",
+        "decoding: 1 of 2",
+    ] * 2
 
 
 def test_an_analysis_tells_how_many_passes_are_done(said, monkeypatch):

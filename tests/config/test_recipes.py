@@ -489,7 +489,8 @@ def test_known_numbers_of_images_are_right():
         ("model.p_last=2", "model.p_last=2: no such key"),
         ("-m experiment=wrn28_10", "-m: no such flag"),
         ("model=pyramidnet110 model.p_last=2", "model.p_last=2: allowed is a number from 0 to 1"),
-        ("data=image_folder data.root=.", "the number of images is known of cifar10, "),
+        ("data=image_folder data.root=.", "data.root='.': no folder ./train; need train/<class>"),
+        ("data=digits data.source._target_=a.b", "the number of images is known of cifar10, "),
         ("data.val_size=60000", "data.val_size=60000: leaves nothing of 50000 images"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sam_lightning.data.augment import BatchAugment, channel_statistics
+from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.seeding import draw_seed
 
 MEAN, STD = [0.49, 0.48, 0.44], [0.2, 0.25, 0.3]
@@ -278,14 +278,6 @@ def test_wrong_arguments_are_named_in_one_line(change, key):
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}") as caught:
         BatchAugment(**{"mean": MEAN, "std": STD, **change})
     assert "\n" not in str(caught.value)
-
-
-def test_channel_statistics_are_those_of_the_pixels():
-    images = random_images(7, 3, 5, 6) // torch.tensor([1, 2, 5], dtype=torch.uint8).view(3, 1, 1)
-    pixels = images.double() / 255
-    mean, std = channel_statistics(images)
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
-    assert std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
 
 
 def test_draw_seeds_do_not_collide_and_use_all_bits():

@@ -29,6 +29,7 @@ from image_files import (
 from runs import run
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.data import ImageSource, Split, cifar10, fashion_mnist, image_folder
+from sam_lightning.data.source import read_splits
 from sam_lightning.runs.files import write_json
 
 # ------------------------------------------------------------------------------ archives and files
@@ -95,8 +96,9 @@ def test_a_source_that_returns_what_is_no_data(images, labels, said):
 # ------------------------------------------------------------------------------------- image files
 
 
-def read(root: Path, image_size: int | None = None):
-    return image_folder(str(root), image_size, cache_dir=str(root.parent / "cache"))
+def read(root: Path, image_size: int | None = None, **options):
+    source = image_folder(str(root), image_size, cache_dir=str(root.parent / "cache"), **options)
+    return ImageSource(*read_splits(source.train, source.test), source.classes)
 
 
 def bomb(file: Path) -> None:
@@ -122,8 +124,8 @@ FAULTS = {
     "bomb": (bomb, "exceeds limit"),
     "truncated jpeg": (truncated_jpeg, "image file is truncated"),
     "no bytes": (lambda file: file.write_bytes(b""), "cannot identify image file"),
-    "dangling link": (lambda file: file.symlink_to("nowhere"), "cannot read"),
-    "link to itself": (lambda file: file.symlink_to(file), "cannot read"),
+    "dangling link": (lambda file: file.symlink_to("nowhere"), "No such file"),
+    "link to itself": (lambda file: file.symlink_to(file), "symbolic links"),
     "pipe": (os.mkfifo, "is no ordinary file"),
 }
 
@@ -144,7 +146,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
     root = write_images(tmp_path / "photos")
     file = root / "train" / "ant" / "0.png"
     file.chmod(0)
-    assert f"cannot decode {file} ([Errno 13] Permission denied" in one_line_error(read, root)
+    assert f"{file} ([Errno 13] Permission denied" in one_line_error(read, root)
 
 
 def test_one_class_alone_is_refused(tmp_path):
@@ -157,9 +159,9 @@ def test_one_class_alone_is_refused(tmp_path):
 def test_images_that_memory_cannot_hold_are_counted(tmp_path):
     root = tmp_path / "photos"
     for split in ("train", "test"):
-        for name in ("ant", "bee"):
+        for i, name in enumerate(("ant", "bee")):
             (root / split / name).mkdir(parents=True)
-            Image.new("1", (2000, 3000)).save(root / split / name / "0.png")
+            Image.new("1", (2000, 3000), i).save(root / split / name / "0.png")
     for i in range(1, 60):
         os.link(root / "train" / "ant" / "0.png", root / "train" / "ant" / f"{i}.png")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -170,7 +172,7 @@ def test_images_that_memory_cannot_hold_are_counted(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert message == (
-        "data.image_size=null: 63 images of 2000 x 3000 take 1.1 GB, which are not there; set a "
+        "data.image_size: 61 images of 2000 x 3000 take 1.1 GB, which are not there; set a "
         "smaller one"
     )
 
@@ -178,15 +180,14 @@ def test_images_that_memory_cannot_hold_are_counted(tmp_path):
 def test_a_bit_of_the_cache_that_flipped_is_noticed(tmp_path):
     root = write_images(tmp_path / "photos", 40)
     read(root)
-    (file,) = (tmp_path / "cache").iterdir()
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    pixels = torch.load(file, weights_only=True)  # which reads it without a word
+    files = [*(tmp_path / "cache").glob("*.u8")]
+    assert len(files) == 2
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     with pytest.warns(UserWarning, match="is damaged and made anew"):
         images = read(root)
-    right = (images.train.images, images.test.images)
-    assert not all(map(torch.equal, pixels, right))
     assert_equals_torchvision(images.train, root / "train")
     assert_equals_torchvision(images.test, root / "test")
 

@@ -41,6 +41,8 @@ class RunSummary(Callback):
             for name in ("train", "val", "test"):
                 split = getattr(data, name)
                 lines[name] = "no images" if split is None else images(split, data.classes)
+            if data.left_out:
+                lines["unused"] = left_out(data)
         every = [p.numel() for p in pl_module.model.parameters()]
         trained = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
         lines["model"] = f"{type(pl_module.model).__name__}, {sum(every):,} parameters"
@@ -104,6 +106,14 @@ def images(split: Split, classes: list[str]) -> str:
         each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         each += f" in each of {len(classes):,} classes"
     return f"{len(split):,} images, {each}"
+
+
+def left_out(data: ImageDataModule) -> str:
+    """How many files of which kinds are not used, and the first that are broken."""
+    counts = ", ".join(f"{count:,} {clean(kind)}" for kind, count in data.left_out.items())
+    named = ", ".join(clean(name) for name in [*data.broken][:NAMED])
+    more = ", ..." if len(data.broken) > NAMED else ""
+    return f"files: {counts}{f' ({named}{more})' if named else ''}"
 
 
 def _steps(trainer: Any, pl_module: Any) -> tuple[int, int]:

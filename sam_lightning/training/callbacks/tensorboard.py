@@ -106,7 +106,7 @@ class Dashboard(Callback):
             if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short still runs
                 writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
             if trainer.current_epoch == 0:
-                add_graph(writer, pl_module.model, trainer.datamodule.train.images.shape[1:])
+                add_graph(writer, pl_module.model, trainer.datamodule.train.shape)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Count from zero."""

@@ -1,0 +1,186 @@
+"""Image files, decoded once and kept for the next run under a hash of their contents."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.progress import progress
+from sam_lightning.config.schema import one_line
+from sam_lightning.data.contents import content_of, each, hash_of, hashes
+from sam_lightning.data.listing import Files
+from sam_lightning.data.mapped import Notes, Write, made, opened
+from sam_lightning.data.pixels import cover, open_image
+
+VERSION = 1  # of what a file becomes; with another one all is decoded again
+CHUNK = 2**25  # bytes that are decoded before they are written
+NAMED = 10  # broken files that an error names
+
+Decoded = tuple[np.ndarray, tuple[int, int]]  # pixels H x W x 3; width and height in the file
+
+
+class StoredImages:
+    """Image files as ``Unread`` images.
+
+    Args:
+        files: of one split.
+        image_size: side to bring all images to; None: they must have one size.
+        cache_dir: where they are kept, decoded.
+        skip_broken: leave out files that cannot be decoded.
+        like: images whose size these must have without ``image_size``; None: those of the first.
+
+    Attributes:
+        broken: the names of files that were left out, and why; from ``load`` on.
+        sizes: of the images in their files, (least, median, largest) by "width" and "height"; from
+            ``load`` on.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        image_size: int | None,
+        cache_dir: Path,
+        skip_broken: bool = False,
+        like: "StoredImages | None" = None,
+    ) -> None:
+        self.files = files
+        self.image_size = image_size
+        self.cache_dir = cache_dir
+        self.skip_broken = skip_broken
+        self.like = like
+        self.broken: dict[str, str] = {}
+        self.sizes: dict[str, list[int]] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N x 3 x H x W."""
+        return len(self), 3, *self._first[0]
+
+    def __len__(self) -> int:
+        return len(self.files.names)
+
+    @cached_property
+    def _first(self) -> tuple[tuple[int, int], str]:
+        """Height and width, and without ``image_size`` a file that has them."""
+        if self.image_size is not None:
+            return (self.image_size, self.image_size), ""
+        if self.like is not None:
+            return self.like._first
+        reasons = []
+        for i in range(min(NAMED, len(self.files.names))):
+            decoded = _decode(path := self.files.path(i), None, None)
+            if not isinstance(decoded, str):
+                height, width, _ = decoded[0].shape
+                return (height, width), path
+            reasons.append((i, decoded))
+        raise ConfigError(_refusal(self.files, reasons))
+
+    def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Read these images, decoded before or now.
+
+        Raises:
+            ConfigError: files are broken, sizes differ without ``image_size``, all images are of
+                one colour, or there is no memory for them.
+        """
+        files = self.files.take(indices)
+        found = hashes(files, self.cache_dir)
+        key = hashlib.blake2b(repr((VERSION, self.image_size)).encode(), digest_size=16)
+        key.update(found.tobytes())
+        path = self.cache_dir / f"images-{key.hexdigest()}.u8"
+        images, notes = opened(path) or made(
+            path, (len(indices), *self.shape[1:]), lambda write: self._decode(files, found, write)
+        )
+        self._check(files, notes)
+        self.broken = {files.names[i]: reason for i, reason in notes["broken"]}
+        self.sizes = notes["sizes"]
+        good = torch.ones(len(indices), dtype=torch.bool)
+        good[[i for i, _ in notes["broken"]]] = False
+        return images, good.nonzero().squeeze(1)
+
+    def _check(self, files: Files, notes: Notes) -> None:
+        """Refuse what was decoded, or is to be kept, if it is not what was asked for."""
+        broken, count = notes["broken"], len(files.names)
+        if broken and (not self.skip_broken or len(broken) == count):
+            raise ConfigError(_refusal(files, broken))
+        if notes["colour"] is not None:
+            raise ConfigError(
+                f"data.root: all {count - len(broken):,} images, such as {files.path(0)}, are of "
+                f"one colour, {notes['colour']} in RGB: nothing can be learned from them"
+            )
+
+    def _decode(self, files: Files, found: np.ndarray, write: Write) -> Notes:
+        """Decode files, write the good ones in their order, and tell about them."""
+        _, channels, height, width = self.shape
+        count = len(files.names)
+        size = None if self.image_size is None else (height, width)
+        rows = max(1, min(count, CHUNK // (channels * height * width)))
+        chunk = np.empty((rows, channels, height, width), np.uint8)
+        sizes = np.zeros((count, 2), np.int32)
+        broken: list[tuple[int, str]] = []
+        lowest, highest = np.full(channels, 255), np.zeros(channels, int)
+
+        def fill(i: int) -> str | None:
+            decoded = _decode(files.path(i), size, found[i])
+            if isinstance(decoded, str):
+                return decoded
+            pixels, sizes[i] = decoded
+            if pixels.shape[:2] != (height, width):
+                raise ConfigError(
+                    f"data.image_size=null: {files.path(i)} has {pixels.shape[1]} x "
+                    f"{pixels.shape[0]} pixels and {self._first[1]} has {width} x {height}; "
+                    "set data.image_size to bring them to one size"
+                )
+            chunk[i % rows] = pixels.transpose(2, 0, 1)
+            return None
+
+        with progress("decoding", count) as advance:
+            for start in range(0, count, rows):
+                these = range(start, min(start + rows, count))
+                good = []
+                for i, reason in zip(these, each(fill, these, files), strict=True):
+                    advance()
+                    if reason is None:
+                        good.append(i % rows)
+                    else:
+                        broken.append((i, str(reason)))
+                images = chunk[: len(these)] if len(good) == len(these) else chunk[good]
+                if good:
+                    lowest = np.minimum(lowest, images.min((0, 2, 3)))
+                    highest = np.maximum(highest, images.max((0, 2, 3)))
+                    write(images)
+        seen = sizes[sizes[:, 0] > 0]
+        by_side = zip(("width", "height"), seen.T, strict=True)
+        notes = {
+            "broken": broken,
+            "sizes": {k: [int(f(of)) for f in (np.min, np.median, np.max)] for k, of in by_side}
+            if len(seen)
+            else {},
+            "colour": lowest.tolist() if len(seen) and (lowest == highest).all() else None,
+        }
+        self._check(files, notes)
+        return notes
+
+
+def _decode(path: str, size: tuple[int, int] | None, known: np.ndarray | None) -> Decoded | str:
+    """An image file, or why it is none. ``known`` is the hash of the content that it must have."""
+    try:
+        content, _ = content_of(path)
+        if known is not None and hash_of(content) != known.tobytes():
+            return "it changed while it was read"
+        image = open_image(content)
+        return np.asarray(image if size is None else cover(image, size)), image.size
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
+        return one_line(error)
+
+
+def _refusal(files: Files, broken: list[tuple[int, str]]) -> str:
+    named = ", ".join(f"{files.path(i)} ({reason})" for i, reason in broken[:NAMED])
+    more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+    return (
+        f"data.root: {len(broken):,} of {len(files.names):,} images cannot be decoded: "
+        f"{named}{more}; data.skip_broken=true leaves them out"
+    )

@@ -1,0 +1,103 @@
+"""Hashes of files' contents, remembered so that no file is read twice to hash it.
+
+A file that has the device, inode, size and times of one that was hashed before has its content: no
+program can set the time at which an inode changed, so unpacking an archive cannot fool it.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from sam_lightning.config.progress import progress
+from sam_lightning.data.listing import Files, status_of
+
+SIZE = 16  # bytes of a hash
+SMALL = 8_000  # bytes of a file that is read without threads, which would wait for the GIL
+SETTLED = 2 * 10**9  # ns after which another change to a file has another time for sure
+_KNOWN = np.dtype([("status", np.int64, 5), ("hash", np.uint8, SIZE)])
+
+
+def content_of(path: str) -> tuple[bytes, tuple[int, ...]]:
+    """The bytes of a file, and its row of ``Files.status``; an OSError if there are none."""
+    # A pipe would wait for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = status_of(os.fstat(file.fileno()))
+        if not any(status):
+            raise OSError("is no ordinary file")
+        return file.read(), status
+
+
+def hash_of(content: bytes) -> bytes:
+    """A hash of ``SIZE`` bytes."""
+    return hashlib.blake2b(content, digest_size=SIZE).digest()
+
+
+def hashes(files: Files, folder: Path) -> np.ndarray:
+    """Hashes of the contents of files, uint8 N x ``SIZE``, zeros where one cannot be read.
+
+    Args:
+        files: those to hash.
+        folder: where hashes of earlier calls are, and new ones are kept if that works.
+    """
+    base = os.fsencode(os.path.realpath(files.base))
+    index = folder / f"contents-{hashlib.blake2b(base, digest_size=16).hexdigest()}.npy"
+    known = _known(index)
+    where = {row: i for i, row in enumerate(_rows(known["status"]))}
+    places = np.array([where.get(row, -1) for row in _rows(files.status)])
+    found = np.zeros(len(places), _KNOWN)
+    found["status"] = files.status
+    found["hash"][places >= 0] = known["hash"][places[places >= 0]]
+    unknown = np.flatnonzero(places < 0).tolist()
+    now, settled = time.time_ns(), np.zeros(len(found), bool)
+
+    def read(i: int) -> None:
+        with suppress(OSError):  # it stays zero; who decodes it is told why
+            content, status = content_of(files.path(i))
+            found["hash"][i] = np.frombuffer(hash_of(content), np.uint8)
+            settled[i] = status == (*files.status[i],) and max(status[3:]) < now - SETTLED
+
+    if unknown:
+        with progress("reading", len(unknown)) as advance:
+            for _ in each(read, unknown, files):
+                advance()
+    if settled.any():
+        with suppress(OSError):  # else they are hashed again next time
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as new:
+                np.save(Path(new, index.name), np.concatenate([known, found[settled]]))
+                os.replace(Path(new, index.name), index)
+    return found["hash"]
+
+
+def each(call: Callable[[int], object], indices: Sequence[int], files: Files) -> Iterator[object]:
+    """``call`` with each of the indices of files, in several threads unless the files are tiny."""
+    tiny = np.median(files.status[indices, 2]) <= SMALL
+    if tiny:
+        yield from map(call, indices)
+        return
+    has_affinity = hasattr(os, "sched_getaffinity")
+    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(call, indices)
+
+
+def _known(index: Path) -> np.ndarray:
+    """What was kept, as ``_KNOWN``; nothing if that is damaged."""
+    with suppress(OSError, ValueError, EOFError):
+        found: np.ndarray = np.load(index, allow_pickle=False)
+        if found.dtype == _KNOWN and found.ndim == 1:
+            return found
+    return np.zeros(0, _KNOWN)
+
+
+def _rows(status: np.ndarray) -> list[bytes]:
+    """Each row of an array as what a dictionary can have for a key."""
+    rows: list[bytes] = np.ascontiguousarray(status).view(f"V{status.itemsize * 5}")[:, 0].tolist()
+    return rows

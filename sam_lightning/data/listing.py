@@ -1,0 +1,287 @@
+"""Which image files a folder has: of which split and class each one is, and what is left out."""
+
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.schema import one_line
+from sam_lightning.data.pixels import suffixes
+from sam_lightning.data.source import Names
+
+# Names of the folders of splits, in any case.
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+LAYOUT = (
+    "train/<class>/* and test/<class>/* (or val, or both; or train alone with test=false), or "
+    "<class>/* with data.split=[0.8,0.1,0.1]"
+)
+# What systems and editors put beside files, beside what begins with a dot.
+OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
+HIDDEN = "hidden"
+WHOLE = "all"  # the split of a folder that is to be divided
+
+
+@dataclass(eq=False)
+class Files:
+    """The image files of a split.
+
+    Attributes:
+        base: the folder that the names are relative to.
+        names: N names such as ``train/cat/1.jpg``, always with ``/``.
+        labels: int64, N.
+        status: int64, N x 5: device, inode, size in bytes, times of change of the content and of
+            the inode in ns; zeros for what is no ordinary file.
+    """
+
+    base: str
+    names: Names
+    labels: Tensor
+    status: np.ndarray
+
+    def path(self, index: int) -> str:
+        """Where a file is."""
+        return os.path.join(self.base, self.names[index])
+
+    def take(self, indices: Tensor) -> "Files":
+        """The files at these indices."""
+        return Files(
+            self.base,
+            self.names.take(indices),
+            self.labels[indices],
+            self.status[indices.numpy()],
+        )
+
+
+@dataclass(eq=False)
+class Listing:
+    """Splits by name, the names of the classes, and files left out: their number by kind."""
+
+    splits: dict[str, Files]
+    classes: list[str]
+    left_out: dict[str, int]
+
+
+def list_images(root: str, split: Any = None) -> Listing:
+    """List a folder of images, whose layout ``image_folder`` describes.
+
+    With ``split``, for ``splitting.divided``, all images are one split.
+
+    Raises:
+        ConfigError: as ``image_folder`` says.
+    """
+    base = os.path.expanduser(root)
+    left_out: Counter[str] = Counter()
+    folders = _split_folders(root, base)
+    if split is None:
+        if "train" not in folders:
+            raise ConfigError(f"data.root={root!r}: no folder {base}/train; need {LAYOUT}")
+    elif "train" in folders and next(_subfolders(os.path.join(base, folders["train"])), None):
+        raise ConfigError(
+            f"data.split={split}: {base} has a folder {folders['train']} of classes already; set "
+            "data.split=null, or data.root to one folder of classes"
+        )
+    else:
+        folders = {WHOLE: ""}
+    if split is None and (others := _others(base, folders)):
+        left_out["other folders"] = others
+    by_split = {
+        name: _classes(root, os.path.join(base, folder)) for name, folder in folders.items()
+    }
+    first, *_ = by_split
+    classes = sorted(by_split[first])
+    for name, found in by_split.items():
+        if odd := sorted({*found} ^ {*classes}):
+            lower = [c.lower() for c in {*found, *classes}]
+            case = "; upper and lower case count" if len({*lower}) < len(lower) else ""
+            raise ConfigError(
+                f"data.root={root!r}: class {odd[0]!r} is not in both {base}/{folders[first]} and "
+                f"{base}/{folders[name]}; they must have the same classes{case}"
+            )
+    if len(classes) < 2:
+        place = os.path.join(base, folders[first])
+        count = "one" if classes else "none"
+        raise ConfigError(
+            f"data.root={root!r}: needs two classes, {place} has {count}; need {LAYOUT}"
+        )
+    splits = {}
+    for name, found in by_split.items():
+        names: list[str] = []
+        status: list[tuple[int, ...]] = []
+        labels = []
+        for label, cls in enumerate(classes):
+            before, out_before = len(names), left_out.copy()
+            _walk(os.path.join(base, folders[name], found[cls]), base, names, status, left_out)
+            if len(names) == before:
+                raise ConfigError(
+                    f"data.root={root!r}: folder {os.path.join(base, folders[name], found[cls])}: "
+                    f"no image of class {cls!r} in it{told(left_out - out_before)}"
+                )
+            labels += [label] * (len(names) - before)
+        splits[name] = Files(
+            base, Names.of(names), torch.tensor(labels), np.array(status, np.int64)
+        )
+        _count_beside(os.path.join(base, folders[name]), left_out)
+    return Listing(splits, classes, dict(left_out.most_common()))
+
+
+def told(left_out: dict[str, int]) -> str:
+    """``; left out: 3 hidden, 2 .txt``, or nothing."""
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+    return f"; left out: {counts}" if counts else ""
+
+
+def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """All image files of a folder and those below it, in order, and what is left out."""
+    names: list[str] = []
+    left_out: Counter[str] = Counter()
+    _walk(str(folder), str(folder), names, [], left_out)
+    return sorted(folder / name for name in names), dict(left_out.most_common())
+
+
+def _split_folders(root: str, base: str) -> dict[str, str]:
+    """The names of the folders of splits by split, in the order train, test, val."""
+    try:
+        present = [name for name, _ in _subfolders(base)]
+    except OSError as error:
+        raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
+    folders = {}
+    for split in ("train", "test", "val"):
+        found = [name for name in present if name.lower() in SPLITS[split]]
+        if len(found) > 1:
+            raise ConfigError(
+                f"data.root={root!r}: {' and '.join(sorted(found))} are both there, and only one "
+                f"can be the folder of {split}; rename the other"
+            )
+        if found:
+            folders[split] = found[0]
+    return folders
+
+
+def _others(base: str, folders: dict[str, str]) -> int:
+    return sum(name not in folders.values() for name, _ in _subfolders(base))
+
+
+def _subfolders(folder: str) -> Iterator[tuple[str, str]]:
+    """Names and paths of the folders in a folder that are not hidden."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _is_hidden(entry.name) and _is_folder(entry):
+                yield entry.name, entry.path
+
+
+def _classes(root: str, folder: str) -> dict[str, str]:
+    """The folders of a folder by the name of their class, which is in Unicode's form NFC."""
+    found: dict[str, str] = {}
+    for name, _ in _subfolders(folder):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"data.root={root!r}: the name of the class folder {os.fsencode(name)!r} in "
+                f"{folder} is not UTF-8; rename it"
+            ) from error
+        cls = unicodedata.normalize("NFC", name)
+        if cls in found:
+            raise ConfigError(
+                f"data.root={root!r}: two folders in {folder} are called {cls!r}, in two forms of "
+                "Unicode that look the same; rename one or join them"
+            )
+        found[cls] = name
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _kind(name: str) -> str:
+    """What a file that is no image is counted as."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if re.fullmatch(r"\.\w{1,15}", suffix) else "without suffix"
+
+
+def _walk(
+    folder: str,
+    base: str,
+    names: list[str],
+    status: list[tuple[int, ...]],
+    left_out: Counter[str],
+) -> None:
+    """Append the images of a folder and those below, in the order of torchvision's ImageFolder."""
+    known, found = suffixes(), []
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        files = []
+        with os.scandir(here) as entries:
+            for entry in entries:
+                name = entry.name
+                if _is_hidden(name):
+                    left_out[HIDDEN] += 1
+                elif _is_folder(entry):
+                    if not (entry.is_symlink() and _leads_up(entry.path)):
+                        pending.append(entry.path)
+                elif name[name.rfind(".") :].lower() in known:
+                    files.append((name, _status(entry)))
+                else:
+                    left_out[_kind(name)] += 1
+        found.append((here, files))
+    start = len(base.rstrip(os.sep)) + 1
+    for here, files in sorted(found):
+        prefix = here[start:].replace(os.sep, "/")
+        prefix += "/" if prefix else ""
+        files.sort()
+        names += [prefix + name for name, _ in files]
+        status += [row for _, row in files]
+
+
+def _leads_up(link: str) -> bool:
+    """Whether a link leads to a folder that it is in, so that there is no end of it."""
+    return f"{os.path.realpath(os.path.dirname(link))}/".startswith(f"{os.path.realpath(link)}/")
+
+
+def _status(entry: os.DirEntry[str]) -> tuple[int, ...]:
+    try:
+        return status_of(entry.stat())
+    except OSError:  # a link to nowhere
+        return (0,) * 5
+
+
+def status_of(found: os.stat_result) -> tuple[int, ...]:
+    """A row of ``Files.status``."""
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+        return (0,) * 5
+    inode = found.st_ino & (2**63 - 1)
+    return (found.st_dev, inode, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _count_beside(folder: str, left_out: Counter[str]) -> None:
+    """Count what is in a split's folder and in none of its classes."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                left_out[HIDDEN] += 1
+            elif not _is_folder(entry):
+                is_image = os.path.splitext(entry.name)[1].lower() in suffixes()
+                left_out["beside the class folders" if is_image else _kind(entry.name)] += 1

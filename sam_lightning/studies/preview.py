@@ -1,0 +1,151 @@
+"""``python -m sam_lightning preview``: what a run would see of its data, before it is started."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from omegaconf import DictConfig
+from rich.table import Column
+
+from sam_lightning.config.arguments import Keys, parse
+from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.text import clean
+from sam_lightning.config.values import Count, Rule
+from sam_lightning.runs.terminal import Table, show
+from sam_lightning.studies.plan import configuration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sam_lightning.data.image_data import ImageData
+    from sam_lightning.data.source import Split
+
+ABOUT = """
+Show the data of a run: how many images each class has, their sizes, which files are not used and
+why, and pictures of images as the network sees them: augmented for training, and for evaluation.
+
+  python -m sam_lightning preview data=image_folder data.root=photos data.image_size=224
+  python -m sam_lightning preview data=digits data.cutout=8 out=digits.png
+
+All other arguments are those of train.py, for one run. Images are decoded as for training, and
+kept for it.
+
+  out            the PNG to write
+  images         pictures of training, and as many of evaluation
+"""
+KEYS: Keys = {
+    "out": ("preview.png", Annotated[str, Rule("a file, as in preview.png", bool)]),
+    "images": (16, Count),
+}
+COLUMNS = 8  # pictures in a row
+SHOWN = 30  # classes in the table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables and write the pictures of what the arguments describe."""
+    argv = sys.argv[1:] if argv is None else argv
+    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
+    options = parse(ABOUT, KEYS, own)
+    overrides = [a for a in argv if a not in own]
+    if flags := [a for a in overrides if a.startswith("-")]:
+        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    out = Path(options.out).expanduser()
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ConfigError(f"out={options.out}: must be a file that ends in .png")
+    data = read(configuration(overrides))
+    _print_tables(data)
+    draw(data, out, options.images)
+    print(f"pictures: {out}")
+
+
+def read(cfg: DictConfig) -> "ImageData":
+    """The data of a run in host memory, without files that are broken."""
+    from sam_lightning.data.image_data import ImageData, build_data
+
+    cfg.data.update(num_workers=0, device=None)
+    if "skip_broken" in cfg.data:
+        cfg.data.skip_broken = True
+    data = build_data(cfg, ImageData)
+    with argument_errors("data"):
+        data.read()
+    return data
+
+
+def _splits(data: "ImageData") -> "dict[str, Split]":
+    found = {name: getattr(data, name) for name in ("train", "val", "test")}
+    return {name: split for name, split in found.items() if split is not None}
+
+
+def _print_tables(data: "ImageData") -> None:
+    import torch
+
+    splits = _splits(data)
+    counts = {
+        name: torch.bincount(split.labels, minlength=data.num_classes).tolist()
+        for name, split in splits.items()
+    }
+    shown = list(range(data.num_classes))
+    title = "images"
+    if len(shown) > SHOWN:
+        shown = sorted(shown, key=counts["train"].__getitem__)[:SHOWN]
+        title = f"images, the {SHOWN} of {data.num_classes:,} classes with fewest for training"
+    table = Table("class", *(Column(name, justify="right") for name in splits), title=title)
+    for i in shown:
+        table.add_row(data.classes[i], *(f"{of[i]:,}" for of in counts.values()))
+    table.add_row("all", *(f"{len(split):,}" for split in splits.values()))
+    channels, height, width = data.train.shape
+    colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    sizes = Table("pixels", *(Column(n, justify="right") for n in ("least", "median", "largest")))
+    for name, of in data.sizes.items():
+        for side, values in of.items():
+            sizes.add_row(f"{side} of files, {name}", *values)
+    lines = [f"the network sees {width} x {height} pixels, {colour}"]
+    if data.left_out:
+        kinds = ", ".join(f"{count:,} {clean(kind)}" for kind, count in data.left_out.items())
+        lines.append(f"not used: {kinds}")
+    lines += [f"broken: {clean(name)} ({clean(why)})" for name, why in data.broken.items()]
+    show(table, *([sizes] if data.sizes else []), *lines)
+
+
+def draw(data: "ImageData", out: Path, count: int) -> None:
+    """Write the first images of the first epoch as training sees them, and some of evaluation."""
+    import torch
+
+    from sam_lightning.plotting import panels, plain, save, style
+
+    images, labels = next(iter(data.train_loader()))
+    parts = [("training", data.augment(images, 0, 0)[:count], labels[:count])]
+    name, split = next((n, s) for n, s in [*_splits(data).items()][::-1] if n != "val")
+    chosen = torch.arange(min(count, len(split))) * len(split) // min(count, len(split))
+    part = split.take(chosen)
+    parts.append((f"evaluation ({name})", data.normalize(part.images), part.labels))
+    rows = [-(-len(labels) // COLUMNS) for _, _, labels in parts]
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # letters of a class
+        figure, _ = panels(1, 1.35 * COLUMNS, 1.65 * sum(rows))
+        figure.clear()
+        blocks: Any = figure.subfigures(2, height_ratios=rows)
+        for block, height, (title, pictures, labels) in zip(blocks, rows, parts, strict=True):
+            block.suptitle(title)
+            axes = block.subplots(height, COLUMNS, squeeze=False).flatten()
+            for axis in axes:
+                axis.axis("off")
+            for axis, picture, label in zip(axes, pictures, labels.tolist(), strict=False):
+                axis.imshow(_shown(picture, data), cmap="gray", vmin=0, vmax=1)
+                axis.set_title(plain(_shortened(clean(data.classes[label]))), fontsize=8)
+        save(figure, out.with_suffix(""), ("png",))
+
+
+def _shown(picture: "Tensor", data: "ImageData") -> Any:
+    """Normalised C x H x W as matplotlib takes it, in 0..1."""
+    assert data.mean is not None
+    assert data.std is not None
+    mean, std = (picture.new_tensor([*of]).view(-1, 1, 1) for of in (data.mean, data.std))
+    pixels = (picture * std + mean).clamp(0, 1)
+    return pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}…"
