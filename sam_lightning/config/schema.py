@@ -39,7 +39,7 @@ from sam_lightning.config.values import (
 )
 
 # Top-level keys that are optional.
-OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
+OPTIONAL = ("augment", "logger", "callbacks", "experiment", "debug", "sweep")
 # Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 Metric = Literal[
@@ -87,6 +87,14 @@ class Perturbation(Described):
 
 
 @dataclass
+class Loss(Described):
+    """The keys of our losses."""
+
+    smoothing: BelowOne = ABSENT
+    class_weights: list[NonNegative] | Literal["balanced"] | None = ABSENT
+
+
+@dataclass
 class Scheduler(Described):
     """The keys of our schedules."""
 
@@ -109,12 +117,9 @@ class Data:
     split_seed: Index = ABSENT
     mean: list[Fraction] | None = ABSENT
     std: list[Annotated[float, within(0, 1, above=True)]] | None = ABSENT
-    crop_padding: Index = ABSENT
-    flip: bool = ABSENT
-    cutout: Index = ABSENT
-    policy: Literal["autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"] | None = (
-        ABSENT
-    )
+    sampler: Literal["shuffled", "balanced"] = ABSENT
+    repeats: Count = ABSENT
+    flip: Fraction = ABSENT
     eval_batch_size: BatchSize = ABSENT
     num_workers: Annotated[int, within(0, 16 * PROCESSORS, ", 16 for each processor")] = ABSENT
     device: Literal["cpu", "cuda"] | None = ABSENT
@@ -210,6 +215,7 @@ class Train:
     data: Data
     model: Model
     method: Method
+    loss: Loss
     optimizer: Optimizer
     scheduler: Scheduler
     trainer: Trainer
