@@ -16,8 +16,7 @@ from benchmarks.loop import quieten
 from benchmarks.synthetic import BATCH_SIZE, data_module, noise
 from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.data import Split
-from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.seeding import draw_seed
+from sam_lightning.data.augment import Cutout, TrivialAugment, crop_flip
 
 CUTOUT = 16
 WORKERS = (0, 2)
@@ -58,7 +57,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
             device,
             [],
             [erase],
-            cutout=CUTOUT,
+            augment={**crop_flip(), "cutout": Cutout(CUTOUT)},
         ),
         *compare(
             "crop + flip + trivialaugment",
@@ -66,7 +65,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
             few_rounds,
             device,
             [T.TrivialAugmentWide()],
-            policy="trivialaugment",
+            augment={**crop_flip(), "policy": TrivialAugment()},
         ),
         *cost_of_cutout(images, 3 * rounds, device),
     ]
@@ -115,7 +114,10 @@ def compare(
 
 def cost_of_cutout(images: int, rounds: int, device: torch.device) -> list[Measurement]:
     """Ours with Cutout and without, in turns."""
-    cases = {str(size): batched_epochs(images, device, cutout=size) for size in (CUTOUT, 0)}
+    cases = {
+        str(size): batched_epochs(images, device, augment={**crop_flip(), "cutout": Cutout(size)})
+        for size in (CUTOUT, 0)
+    }
     speeds = images_per_second(cases, images, rounds)
     what = f"ours, with cutout {CUTOUT} / without (images/s): crop + flip"
     return [ratio("input", what, *speeds.values())]
@@ -129,27 +131,20 @@ def images_per_second(
     return {name: [images / s for s in values] for name, values in seconds.items()}
 
 
-def batched_epochs(
-    images: int, on: torch.device, cutout: int = 0, policy: str | None = None, **options: Any
-) -> Callable[[], float]:
+def batched_epochs(images: int, on: torch.device, **options: Any) -> Callable[[], float]:
     """The data module's training loader and what it does to a batch after the transfer."""
     trainer = L.Trainer(accelerator=on.type, devices=1, logger=False, enable_checkpointing=False)
-    data = data_module(images, trainer=trainer, cutout=cutout, policy=policy, **options)
-    assert data.mean is not None
-    assert data.std is not None
-    augment = BatchAugment(data.mean, data.std, cutout=cutout, policy=policy)
+    data = data_module(images, trainer=trainer, **options)
     clock = clock_of(on)
-    after_transfer = augment if augment.policy is None else augment.finish
     loader = data.train_dataloader()
     # An epoch without a policy is too short to time.
-    epochs = 5 if augment.policy is None else 1
+    epochs = 1 if "policy" in options.get("augment", {}) else 5
 
     def run() -> float:
         started = clock()
-        for epoch in range(epochs):
-            for step, (raw, _) in enumerate(loader):
-                generator = torch.Generator(on).manual_seed(draw_seed(0, epoch, step))
-                after_transfer(raw.to(on, non_blocking=True), generator)
+        for _ in range(epochs):
+            for raw, labels, key in loader:
+                data.finish(raw.to(on, non_blocking=True), labels, key)
         return (clock() - started) / epochs
 
     return run

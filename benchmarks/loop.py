@@ -20,9 +20,7 @@ from benchmarks.peers import BASE, RHO
 from benchmarks.step import resnet18
 from benchmarks.synthetic import BATCH_SIZE, data_module
 from benchmarks.timing import Measurement, clock_of, ratio, summary
-from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.looksam import LookSAM
@@ -194,9 +192,6 @@ def bare_batches(data: ImageDataModule, setting: Setting, rho: float) -> Iterato
     model = resnet18(setting.width, device)
     sam = SAM(model.parameters(), SGD, rho, **BASE)
     schedule = torch.optim.lr_scheduler.LambdaLR(sam, lambda step: 1.0)
-    assert data.mean is not None
-    assert data.std is not None
-    augment = BatchAugment(data.mean, data.std)
     loader = data.train_dataloader()
     log: list[list[float]] = []
 
@@ -211,10 +206,9 @@ def bare_batches(data: ImageDataModule, setting: Setting, rho: float) -> Iterato
 
     model.train()
     sums = torch.zeros(3, device=device)
-    for step, (raw, answers) in enumerate(loader):
-        generator = torch.Generator(device).manual_seed(draw_seed(0, step))
-        images = augment(raw.to(device, non_blocking=True), generator)
+    for step, (raw, answers, key) in enumerate(loader):
         labels = answers.to(device, non_blocking=True)
+        images, _ = data.finish(raw.to(device, non_blocking=True), labels, key)
         sam.zero_grad()
         first = second = gradient(images, labels)
         if rho > 0:

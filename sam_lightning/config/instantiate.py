@@ -28,6 +28,8 @@ KINDS = {
     "data.source": "sam_lightning.data.ImageSource",
     "method.perturbation": "Callable",
     "method.descent": "Callable",
+    "loss": "Callable",
+    "augment.*": "Callable",
     "callbacks.*": "lightning.pytorch.Callback",
     "logger.*": "lightning.pytorch.loggers.Logger",
 }
@@ -60,6 +62,12 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
         raise ConfigError(text) from error
 
 
+def build_all(cfg: DictConfig, group: str) -> dict[str, Any]:
+    """The objects of a group by name: ~callbacks leaves all out, callbacks.best=null one."""
+    chosen = cfg.get(group) or {}
+    return {str(n): build(cfg, f"{group}.{n}") for n in chosen if chosen[n] is not None}
+
+
 def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
     """Like ``build``, but return a function that makes the object."""
     node = OmegaConf.select(cfg, key)
@@ -71,7 +79,7 @@ def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
     stored = {} if key != "model" or kwargs else {k: options.pop(k) for k in SHAPE if k in options}
     check_names(key, options, made, kwargs)
     given = stored or kwargs
-    if key == "model":
+    if key in ("model", "loss"):
         given = {name: value for name, value in given.items() if _takes(made, name)}
     if is_checked:
         return partial(made, **options, **given)

@@ -40,7 +40,7 @@ from sam_lightning.config.values import (
 )
 
 # Top-level keys that are optional.
-OPTIONAL = ("logger", "callbacks", "experiment", "debug", "sweep")
+OPTIONAL = ("augment", "logger", "callbacks", "experiment", "debug", "sweep")
 # What the folder of a data set that is downloaded has.
 OWN_FILES = {
     **{"cifar10": "cifar-10-*", "cifar100": "cifar-100-*"},
@@ -95,6 +95,14 @@ class Perturbation(Described):
 
 
 @dataclass
+class Loss(Described):
+    """The keys of our losses."""
+
+    smoothing: BelowOne = ABSENT
+    class_weights: list[NonNegative] | Literal["balanced"] | None = ABSENT
+
+
+@dataclass
 class Scheduler(Described):
     """The keys of our schedules."""
 
@@ -117,12 +125,9 @@ class Data:
     split_seed: Index = ABSENT
     mean: list[Fraction] | None = ABSENT
     std: list[Annotated[float, within(0, 1, above=True)]] | None = ABSENT
-    crop_padding: Index = ABSENT
-    flip: bool = ABSENT
-    cutout: Index = ABSENT
-    policy: Literal["autoaugment", "autoaugment_svhn", "trivialaugment", "randaugment"] | None = (
-        ABSENT
-    )
+    sampler: Literal["shuffled", "balanced"] = ABSENT
+    repeats: Count = ABSENT
+    flip: Fraction = ABSENT
     eval_batch_size: BatchSize = ABSENT
     num_workers: Annotated[int, within(0, 16 * PROCESSORS, ", 16 for each processor")] = ABSENT
     device: Literal["cpu", "cuda"] | None = ABSENT
@@ -220,6 +225,7 @@ class Train:
     data: Data
     model: Model
     method: Method
+    loss: Loss
     optimizer: Optimizer
     scheduler: Scheduler
     trainer: Trainer

@@ -27,6 +27,8 @@ TARGETS = {
     "data.source": ("sam_lightning",),
     "method.perturbation": ("sam_lightning",),
     "method.descent": ("sam_lightning",),
+    "loss": ("sam_lightning", "torch.nn"),
+    "augment.*": ("sam_lightning", "torchvision.transforms.v2"),
     "callbacks.*": ("sam_lightning", "lightning.pytorch.callbacks"),
     "logger.*": ("sam_lightning", "lightning.pytorch.loggers"),
 }

@@ -67,13 +67,13 @@ class ImageDataModule(ImageData, LightningDataModule):
         assert self.test is not None
         return self.eval_loader(self.test, *self._world(), self._pin_memory())
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment a training batch, as far as its loader has not, and normalise any other."""
-        images, labels = batch
-        if self.trainer is None or not self.trainer.training:
-            return self.normalize(images), labels
-        step = self._batches_done()  # this one is not counted yet
-        return self.augment(images, _epoch(self.trainer), step, self.trainer.global_rank), labels
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Any]:
+        """Augment a training batch, as far as its loader has not, and normalise any other.
+
+        Returns (images, labels); mixed images have ``MixedLabels``.
+        """
+        images, labels, *key = batch
+        return self.finish(images, labels, *key) if key else (self.normalize(images), labels)
 
     def _batches_done(self) -> int:
         """Batches of this epoch that were fetched for training, also where it was resumed."""

@@ -4,8 +4,8 @@ Every random choice has its own stream, a hash of the seed and of what is drawn,
 a seed see the same batches bit for bit, whatever else they do with random numbers.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sam_lightning.config.errors import argument_errors
-from sam_lightning.config.instantiate import check_names, factory
-from sam_lightning.data.augment import BatchAugment
+from sam_lightning.config.instantiate import build_all, check_names, factory
+from sam_lightning.data.augment import BatchAugment, MixedLabels, crop_flip
+from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.loading import (
-    EpochSampler,
+    SAMPLERS,
+    EpochOrder,
     EvalShard,
     SplitDataset,
+    TrainDataset,
     TrainLoader,
     TrainSampler,
-    TransformedDataset,
 )
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, read_splits, stratified_split
@@ -32,15 +34,14 @@ DEVICES = (None, "cpu", "cuda")  # where images are kept
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir", "split", "skip_broken"}
 
 # The first part of each stream's seed after the user's own.
-_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET, _TRANSFORM = range(6)
+_SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)
 
 
 @dataclass(eq=False, repr=False)
 class ImageData:
     """Serves an image source; batches are augmented after they are on the training device.
 
-    With a policy, the loader and its processes crop, flip and apply it, image by image; only
-    normalisation and cutout are left to the training device.
+    What the augmentation does to single images, and what comes before, the loading processes do.
 
     Args:
         source: reads the data, for instance ``partial(cifar10, root="data")``.
@@ -55,8 +56,10 @@ class ImageData:
         split_seed: of ``val_size`` and ``subset``, so that runs of different ``seed`` share them.
         mean: per channel, of pixels in 0..1; None: computed from the training images.
         std: likewise.
-        crop_padding, flip, cutout, policy: see ``BatchAugment``.
-        num_workers: loading processes; 0 is fast, unless there is a policy.
+        augment: the entries of a ``BatchAugment`` by name; crop and flip by default.
+        sampler: ``shuffled`` or ``balanced``, see ``EpochOrder``.
+        repeats: how often an image comes in a row, each time augmented differently.
+        num_workers: loading processes; 0 is fast, unless single images are augmented.
         drop_last: leave out the last training batch of an epoch if it is not full.
         pin_memory: None: if the batches go to a CUDA device and the images are not there yet.
         device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
@@ -84,10 +87,9 @@ class ImageData:
     split_seed: int = 0
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    crop_padding: int = 4
-    flip: bool = True
-    cutout: int = 0
-    policy: str | None = None
+    augment: Mapping[str, Any] = field(default_factory=crop_flip)
+    sampler: str = "shuffled"
+    repeats: int = 1
     num_workers: int = 0
     drop_last: bool = False
     pin_memory: bool | None = None
@@ -103,11 +105,14 @@ class ImageData:
             ("subset", self.subset > 0, "a fraction in (0, 1], or a number of images"),
             ("label_noise", 0 <= self.label_noise <= 1, "a fraction in [0, 1]"),
             ("num_workers", self.num_workers >= 0, "an integer >= 0"),
+            ("repeats", self.repeats >= 1, "an integer >= 1"),
         ]:
             if not ok:
                 raise ValueError(f"{key}={getattr(self, key)}: must be {allowed}")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be null or one of {[*DEVICES[1:]]}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler={self.sampler!r}: must be one of {[*SAMPLERS]}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: there is no CUDA device here; set it to null")
         if self.device is not None and self.num_workers:
@@ -115,7 +120,6 @@ class ImageData:
                 f"num_workers={self.num_workers}: must be 0 with device={self.device}, as other "
                 "processes cannot load from there"
             )
-        self._make_augment([0.0], [1.0])  # wrong options fail before any data is read
         self._augment: BatchAugment | None = None
         self.classes: list[str]
         self.train: Split
@@ -124,9 +128,6 @@ class ImageData:
         self.left_out: dict[str, int] = {}
         self.broken: dict[str, str] = {}
         self.sizes: dict[str, dict[str, list[int]]] = {}
-
-    def _make_augment(self, mean: Sequence[float], std: Sequence[float]) -> BatchAugment:
-        return BatchAugment(mean, std, self.crop_padding, self.flip, self.cutout, self.policy)
 
     def read(self, source: ImageSource | None = None) -> None:
         """Read the source, unless it is given as read already, and split it."""
@@ -137,11 +138,6 @@ class ImageData:
         (self.test,) = self._pixels("test", source.test)
         self.left_out = {**source.left_out} | ({"broken": len(self.broken)} if self.broken else {})
         self._add_label_noise()
-        if self.drop_last and len(self.train) < self.batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size}: must be <= {len(self.train)}, the number of "
-                "training images, with drop_last=true"
-            )
         mean, std = self.mean, self.std
         if mean is None or std is None:
             found = self.train.statistics()
@@ -149,14 +145,25 @@ class ImageData:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if len(self.mean) != self.in_channels:
             raise ValueError(f"mean={list(self.mean)}: must be {self.in_channels} numbers")
-        self._augment = self._make_augment(self.mean, self.std)
-        _, height, width = self.train.shape
-        for key in ("crop_padding", "cutout"):
-            if (value := getattr(self, key)) > min(height, width):  # would leave little of an image
-                raise ValueError(
-                    f"{key}={value}: must be <= {min(height, width)} for images of {width} x "
-                    f"{height} pixels"
-                )
+        self._prepare_training()
+
+    def _prepare_training(self) -> None:
+        """The order of the training images and their augmentation, tried on one of them."""
+        assert self.mean is not None
+        assert self.std is not None
+        seed = draw_seed(self.seed, _AUGMENT)
+        augment = BatchAugment(self.mean, self.std, self.augment, seed)
+        seed = draw_seed(self.seed, _SHUFFLE)
+        self._order = EpochOrder(self.train.labels, seed, self.sampler, self.repeats)
+        if self.drop_last and len(self._order) < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}: must be <= {len(self._order)}, the number of "
+                "training images, with drop_last=true"
+            )
+        for name, check in augment.check(self.train.take(torch.tensor([0])).images):
+            with argument_errors(f"augment.{name}"):
+                check()
+        self._augment = augment
 
     def _pixels(self, name: str, *splits: Split | None) -> list[Any]:
         """The splits, with their images read if that is asked for."""
@@ -213,14 +220,8 @@ class ImageData:
     ) -> TrainLoader:
         """One process's share of the training set, in an order that (seed, epoch) fixes."""
         assert self._augment is not None
-        dataset, make_sampler = SplitDataset(self.train), TrainSampler
-        if self.policy is not None:
-            seed = draw_seed(self.seed, _TRANSFORM, rank)
-            dataset = TransformedDataset(self.train, self._augment, seed)
-            make_sampler = EpochSampler
-        sampler = make_sampler(
-            dataset, world_size, rank, seed=draw_seed(self.seed, _SHUFFLE), drop_last=self.drop_last
-        )
+        dataset = TrainDataset(self.train, self._order, self._augment, self.batch_size, world_size)
+        sampler = TrainSampler(dataset, world_size, rank, drop_last=self.drop_last)
         sampler.set_epoch(epoch)
         options = self._loader_options(sampler, self.batch_size // world_size, pin_memory)
         return TrainLoader(dataset, drop_last=self.drop_last, **options)
@@ -247,13 +248,12 @@ class ImageData:
             "persistent_workers": self.num_workers > 0,
         }
 
-    def augment(self, images: Tensor, epoch: int, step: int, rank: int = 0) -> Tensor:
+    def finish(
+        self, images: Tensor, labels: Tensor, key: BatchKey
+    ) -> tuple[Tensor, Tensor | MixedLabels]:
         """Augment and normalise a training batch, as far as its loader has not done so."""
         assert self._augment is not None
-        seed = draw_seed(self.seed, _AUGMENT, epoch, step, rank)
-        generator = torch.Generator(images.device).manual_seed(seed)
-        augment = self._augment if self.policy is None else self._augment.finish
-        return augment(images, generator)
+        return self._augment(images, labels, key)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise uint8 images, as evaluation does."""
@@ -265,16 +265,16 @@ Kind = TypeVar("Kind", bound=ImageData)
 
 
 def build_data(cfg: DictConfig, kind: type[Kind]) -> Kind:
-    """The data that ``cfg.data``, ``cfg.batch_size`` and ``cfg.seed`` describe, not read yet.
+    """The data that ``data``, ``augment``, ``batch_size`` and ``seed`` describe, not read yet.
 
     Raises:
         ConfigError: a key does not exist, or its value is out of its range.
     """
-    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS}
+    options = {str(k): v for k, v in cfg.data.items() if k not in SOURCE_KEYS | {"flip"}}
     if not cfg.get("test", True):
         options.setdefault("pixels_of", ["train"])
     own: dict[str, Any] = {"source": factory(cfg, "data.source")}
-    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed}
+    own |= {"batch_size": cfg.batch_size, "seed": cfg.seed, "augment": build_all(cfg, "augment")}
     check_names("data", options, kind, own)
     with argument_errors("data"):
         return kind(**own, **options)

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice, repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.seeding import draw_seed
+from sam_lightning.data.augment.draws import Integers
+from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.source import Split
+
+SAMPLERS = ("shuffled", "balanced")
+_EPOCH = 40  # bits of a position in an epoch, below the number of the epoch
 
 
 class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -27,7 +31,7 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: list[Any]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Any) -> tuple[Tensor, ...]:
         device = self.split.labels.device
         # Pinned, or the copy of the indices would wait until the device has done its work.
         given = torch.tensor(indices, pin_memory=device.type == "cuda")
@@ -35,41 +39,135 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
         return batch.images, batch.labels
 
 
-class TransformedDataset(SplitDataset):
-    """A ``SplitDataset`` with the slow half of an augmentation, done by loading processes.
+class EpochOrder:
+    """The order of the training images, over all ranks together: a function of (seed, epoch).
 
-    It takes the keys of an ``EpochSampler``: a worker is not told when an epoch begins. What it
-    draws depends on the seed (each rank has its own), the epoch and the images of the batch alone.
+    Args:
+        labels: int64, of all training images.
+        seed: of the orders.
+        sampler: ``shuffled``: each image once. ``balanced``: each class that has images equally
+            often, in ceil(images / classes) draws for each; a class takes turns through its images,
+            in an order drawn for each turn.
+        repeats: each image of this order comes so many times in a row, and the epoch ends where
+            it would without, so only the first of them come at all.
     """
 
-    def __init__(self, split: Split, augment: BatchAugment, seed: int) -> None:
-        super().__init__(split)
-        self.augment = augment
-        self.seed = seed
+    def __init__(self, labels: Tensor, seed: int, sampler: str, repeats: int = 1) -> None:
+        self.seed, self.repeats = seed, repeats
+        self._count = len(labels)
+        self._members = None
+        self._length = self._count
+        if sampler == "balanced":
+            by_class = [(labels == c).nonzero().squeeze(1).cpu() for c in labels.unique().tolist()]
+            self._members = by_class
+            self._quota = -(-self._count // len(by_class))
+            self._length = self._quota * len(by_class)
+        self._last: tuple[int, Integers, Integers | int] | None = None
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        indices = [index for _, index in keys]
+    def __len__(self) -> int:
+        return self._length
+
+    def of(self, epoch: int) -> tuple[Integers, Integers | int]:
+        """Index and number of copy of each example of an epoch; copies 0 if all are the first."""
+        if self._last is None or self._last[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            indices, copies = self._drawn(generator)
+            if self.repeats > 1:
+                counted = np.arange(self._length)
+                indices = indices[counted // self.repeats]
+                copies = copies if isinstance(copies, int) else copies[counted // self.repeats]
+                copies = copies * self.repeats + counted % self.repeats
+            self._last = epoch, indices, copies
+        return self._last[1:]
+
+    def _drawn(self, generator: torch.Generator) -> tuple[Integers, Integers | int]:
+        if self._members is None:
+            return torch.randperm(self._count, generator=generator).numpy(), 0
+        indices, copies = [], []
+        for members in self._members:
+            count = len(members)
+            turns = -(-self._quota // count)
+            drawn = [torch.randperm(count, generator=generator) for _ in range(turns)]
+            indices.append(members[torch.cat(drawn)[: self._quota]])
+            copies.append(torch.arange(turns).repeat_interleave(count)[: self._quota])
+        order = torch.randperm(self._length, generator=generator)
+        return torch.cat(indices)[order].numpy(), torch.cat(copies)[order].numpy()
+
+
+class TrainDataset(SplitDataset):
+    """A ``SplitDataset`` in the order of an epoch, with what loading processes do to the images.
+
+    It takes the keys of a ``TrainSampler``, for a worker is not told when an epoch begins. Batches
+    are (images, labels, ``BatchKey``).
+
+    Args:
+        split: the training images.
+        order: of an epoch.
+        augment: does its part for loading processes.
+        batch_size: of all ranks together.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        order: EpochOrder,
+        augment: BatchAugment,
+        batch_size: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(split)
+        self.order, self.augment = order, augment
+        self.batch_size, self.world_size = batch_size, world_size
+        self._total = -(-len(order) // world_size) * world_size  # as the sampler pads it
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitems__(self, keys: list[int]) -> tuple[Any, ...]:
+        codes = np.array(keys)
+        epoch, first = divmod(int(codes[0]), 1 << _EPOCH)
+        positions = codes - (epoch << _EPOCH)
+        batch, partners = first // self.batch_size, None
+        if self.augment.mixes:
+            positions, partners = self._with_partners(positions, batch)
+        indices, copies = self.order.of(epoch)
+        positions = positions % len(indices)  # ranks get equally many: the first ones once more
+        indices = indices[positions]
+        copies = copies if isinstance(copies, int) else copies[positions]
+        key = BatchKey(epoch, batch, indices, copies, partners)
         images, labels = super().__getitems__(indices)
-        seed = draw_seed(self.seed, keys[0][0], *indices)
-        generator = torch.Generator(images.device).manual_seed(seed)
-        return self.augment.transform(images, generator), labels
+        return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
+
+    def _with_partners(self, positions: Integers, batch: int) -> tuple[Integers, Integers]:
+        """Positions to load, and where among them the partner of each of the first ones is.
+
+        An image's partner is half of the global batch further on, in turn. Ranks take turns too, so
+        it is mostly on the same rank; if not, it is loaded for this.
+        """
+        start = batch * self.batch_size
+        size = min(self.batch_size, self._total - start)
+        partners = (positions - start + size // 2) % size
+        if size // 2 % self.world_size == 0:
+            return positions, partners // self.world_size
+        return np.concatenate([positions, start + partners]), np.arange(
+            len(positions), 2 * len(positions)
+        )
 
 
 class TrainSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` whose next epoch may start with its ``first``-th example."""
+    """The positions of a rank in the order of an epoch, every ``num_replicas``-th, with the epoch.
+
+    The next epoch may start with its ``first``-th example.
+    """
 
     first = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[int]:
         first, self.first = self.first, 0
-        return islice(super().__iter__(), first, None)
-
-
-class EpochSampler(TrainSampler):
-    """A ``TrainSampler`` that yields (epoch, index)."""
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return zip(repeat(self.epoch), super().__iter__(), strict=False)
+        begin = self.epoch << _EPOCH
+        start = begin + self.rank + first * self.num_replicas
+        return iter(range(start, begin + self.total_size, self.num_replicas))
 
 
 class TrainLoader(DataLoader[tuple[Tensor, Tensor]]):

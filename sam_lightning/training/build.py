@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sam_lightning.config.errors import ConfigError, argument_errors
-from sam_lightning.config.instantiate import build, check_names, factory, not_taken
+from sam_lightning.config.instantiate import build, build_all, check_names, factory, not_taken
 from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
@@ -26,6 +26,7 @@ from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
+from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.module import SAMModule
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 # Keys of the trainer configuration that the module acts on; Lightning would refuse them.
 MODULE_KEYS = ("gradient_clip_val", "accumulate_grad_batches")
 # Keys of the configuration that checkpoints keep.
-SAVED_PARTS = ("model", "data", "method", "optimizer")
+SAVED_PARTS = ("model", "data", "method", "optimizer", "loss")
 SAVED_NUMBERS = ("seed", "epochs", "batch_size", "label_smoothing")
 # Keys of the method's configuration that are not passed on as they are.
 OWN_KEYS = {"name", "perturbation", "descent", "passes"}
@@ -49,11 +50,11 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
     options["accelerator"] = _accelerator(cfg)
-    callbacks = _build_all(cfg, "callbacks")
+    callbacks = [*build_all(cfg, "callbacks").values()]
     own = {
         "max_epochs": cfg.epochs,
         "default_root_dir": cfg.output_dir,
-        "logger": _build_all(cfg, "logger"),
+        "logger": [*build_all(cfg, "logger").values()],
         "callbacks": [*callbacks, throughput],
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
@@ -127,14 +128,29 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "base_optimizer": base_optimizer,
         "perturbation": perturbation,
         "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
+        "loss": _make_loss(cfg, data),
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
         "memory_format": layout,
         "hparams": hparams,
-        **{key: cfg[key] for key in ("label_smoothing", "max_skipped_steps", "seed")},
+        **{key: cfg[key] for key in ("max_skipped_steps", "seed")},
         **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)
     return SAMModule(**own, **method)
+
+
+def _make_loss(cfg: DictConfig, data: ImageDataModule) -> Loss:
+    """The loss of each image, tried on two."""
+    counts = data.train.labels.bincount(minlength=data.num_classes).tolist()
+    # Losses of torch.nn would return a mean.
+    loss: Loss = build(cfg, "loss", class_counts=counts, reduction="none")
+    check_loss(loss, data.num_classes)
+    if cfg.label_smoothing and cfg.loss.get("smoothing") != cfg.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing={cfg.label_smoothing}: loss._target_={cfg.loss._target_} does not "
+            "take it; set it to 0"
+        )
+    return loss
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
@@ -197,11 +213,6 @@ def _accelerator(cfg: DictConfig) -> str:
     if cfg.trainer.accelerator != "auto" or torch.cuda.is_available():
         return cfg.trainer.accelerator
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _build_all(cfg: DictConfig, group: str) -> list[Any]:
-    chosen = cfg.get(group) or {}  # ~callbacks leaves all out, callbacks.best=null one
-    return [build(cfg, f"{group}.{name}") for name in chosen if chosen[name] is not None]
 
 
 def _checked_weights(cfg: DictConfig, shape: dict[str, int]) -> dict[str, torch.Size] | None:

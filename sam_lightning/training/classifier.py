@@ -1,5 +1,7 @@
 """A classifier under Lightning: its logits and its evaluation. ``module.py`` trains it."""
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from sam_lightning.models.onednn import subsample_first
 from sam_lightning.training.metrics import EvalMetrics
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -23,6 +23,7 @@ from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
 from sam_lightning.training.classifier import Batch, Classifier
+from sam_lightning.training.losses import CrossEntropy, Loss
 from sam_lightning.training.metrics import TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
 
@@ -41,7 +42,8 @@ class SAMModule(Classifier):
         lr_factor: from the number of steps done to the factor on the learning rates.
         every: perturb once in this many steps, starting with the first.
         same_randomness, sync_perturbation, ascent_per_micro_batch, ascent_fraction, ascent_steps,
-            descent_fraction, label_smoothing: as for ``Passes``.
+            descent_fraction: as for ``Passes``.
+        loss: of each image, from logits and labels; cross-entropy by default.
         accumulate_grad_batches: batches per step.
         gradient_clip_val: largest 2-norm of the gradient to step with; None for no limit.
         max_skipped_steps: end the run after this many non-finite gradients in a row.
@@ -73,7 +75,7 @@ class SAMModule(Classifier):
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
         descent_fraction: float = 1.0,
-        label_smoothing: float = 0.0,
+        loss: Loss | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         max_skipped_steps: int = 20,
@@ -113,7 +115,7 @@ class SAMModule(Classifier):
         self.passes = Passes(
             self.forward,
             self._backward,
-            label_smoothing=label_smoothing,
+            loss=loss or CrossEntropy(),
             same_randomness=same_randomness,
             sync_perturbation=sync_perturbation,
             ascent_per_micro_batch=ascent_per_micro_batch,
@@ -170,6 +172,8 @@ class SAMModule(Classifier):
             group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
         self._batches.clear()
         self.train_metrics.to(self.device)
+        if isinstance(self.passes.loss, nn.Module):
+            self.passes.loss.to(self.device)
         if self._own_state is not None:
             fill(self._per_rank_state(), self._own_state)
             self._own_state = None

@@ -4,18 +4,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm, inner_product
 from sam_lightning.optim.sam import SAM
+from sam_lightning.training.losses import Labels, Loss, accuracy, losses_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class MicroBatch:
     """Images N x C x H x W, labels N, and the seed of their dropout masks."""
 
     images: Tensor
-    labels: Tensor
+    labels: Labels
     seed: int
 
     def __len__(self) -> int:
@@ -41,7 +40,7 @@ class Passes:
     Args:
         forward: images -> logits.
         backward: takes a loss and whether ranks average its gradient, and adds to ``.grad``.
-        label_smoothing: of the loss, in [0, 1).
+        loss: logits N x classes, labels N -> losses N; see ``losses``.
         same_randomness: the second pass uses the dropout masks of the first.
         sync_perturbation: average the gradient to perturb along over ranks. Otherwise each rank
             uses its own, without communication (m-sharpness, Foret et al. 2021, section 4.1).
@@ -58,7 +57,7 @@ class Passes:
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, bool], None]
-    label_smoothing: float = 0.0
+    loss: Loss
     same_randomness: bool = True
     sync_perturbation: bool = False
     ascent_per_micro_batch: bool = False
@@ -72,8 +71,6 @@ class Passes:
                 f"method.descent_fraction={self.descent_fraction}: needs the loss of every image "
                 f"before the ascent, so not with method.ascent_fraction={self.ascent_fraction}"
             )
-        self._loss = partial(cross_entropy, label_smoothing=self.label_smoothing)
-        self._losses = partial(self._loss, reduction="none")
         self._losses_at_w: list[Tensor] = []  # of each image, where the second pass selects
 
     @property
@@ -165,8 +162,7 @@ class Passes:
         chosen, loss = self._most_sensitive(batches)
         # The images left out of a batch weigh as much as the chosen ones.
         total = total * sum(map(len, chosen)) / sum(map(len, batches))
-        accuracy = self.gradient(chosen, sync=sync, second=True, total=total)[1]
-        return torch.stack([loss, accuracy])
+        return torch.stack([loss, self.gradient(chosen, sync=sync, second=True, total=total)[1]])
 
     def gradient(
         self,
@@ -190,15 +186,15 @@ class Passes:
         for i, batch in enumerate(batches):
             self._seed_masks(batch, second)
             logits = self.forward(batch.images)
-            loss = self._loss(logits, batch.labels)
+            each = losses_of(self.loss, logits, batch.labels)
+            loss = each.mean()
             share = len(batch) / (total or count)
             last = i + 1 == len(batches)
             self.backward(loss if share == 1 else loss * share, sync and last)
             with torch.no_grad():
                 if losses is not None:
-                    losses.append(self._losses(logits, batch.labels))
-                accuracy = (logits.argmax(1) == batch.labels).float().mean()
-                both = torch.stack([loss.float(), accuracy])
+                    losses.append(each.detach())
+                both = torch.stack([loss.float(), accuracy(logits, batch.labels)])
                 if sums is None:
                     sums = both if len(batch) == count else both * (len(batch) / count)
                 else:
@@ -213,7 +209,7 @@ class Passes:
         chosen, mean = [], torch.zeros((), device=batches[0].images.device)
         for batch, before in zip(batches, self._losses_at_w, strict=True):
             self._seed_masks(batch, second=True)
-            after = self._losses(self.forward(batch.images), batch.labels)
+            after = losses_of(self.loss, self.forward(batch.images), batch.labels)
             size = math.ceil(self.descent_fraction * len(batch))
             chosen.append(batch.take((after - before).topk(size).indices.sort().values))
             mean += after.sum() / count
