@@ -136,6 +136,12 @@ class Data:
     download: bool = ABSENT
     image_size: Count | None = ABSENT
     split: PartOfAll | list[PartOfAll] | Text | None = ABSENT
+    view: Literal["resize", "random_resized_crop"] = ABSENT
+    crop_scale: list[Annotated[float, within(0, 1, above=True)]] = ABSENT
+    crop_ratio: list[Positive] = ABSENT
+    crop_fraction: Annotated[float, within(0, 1, above=True)] | None = ABSENT
+    interpolation: Literal["bilinear", "bicubic"] = ABSENT
+    memory_gb: NonNegative = ABSENT
     skip_broken: bool = ABSENT
 
 

@@ -1,6 +1,8 @@
 """Image files, decoded once and kept for the next run under a hash of their contents."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from sam_lightning.config.schema import one_line
 from sam_lightning.data.contents import content_of, each, hash_of, hashes
 from sam_lightning.data.listing import Files
 from sam_lightning.data.mapped import Notes, Write, made, opened
-from sam_lightning.data.pixels import cover, open_image
+from sam_lightning.data.pixels import decode, open_image
+from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
 VERSION = 1  # of what a file becomes; with another one all is decoded again
 CHUNK = 2**25  # bytes that are decoded before they are written
+THUMBNAIL = CenterCrop((4, 4))
 NAMED = 10  # broken files that an error names
 
 Decoded = tuple[np.ndarray, tuple[int, int]]  # pixels H x W x 3; width and height in the file
@@ -28,10 +32,12 @@ class StoredImages:
 
     Args:
         files: of one split.
-        image_size: side to bring all images to; None: they must have one size.
+        fixed: brings all images to one size; None: they must have one.
         cache_dir: where they are kept, decoded.
         skip_broken: leave out files that cannot be decoded.
-        like: images whose size these must have without ``image_size``; None: those of the first.
+        like: images whose size these must have without ``fixed``; None: those of the first.
+        random: what training sees in place of ``fixed``; each time another part of an image.
+        most_bytes: with more pixels than these, images are decoded each time they are needed.
 
     Attributes:
         broken: the names of files that were left out, and why; from ``load`` on.
@@ -42,13 +48,17 @@ class StoredImages:
     def __init__(
         self,
         files: Files,
-        image_size: int | None,
+        fixed: CenterCrop | None,
         cache_dir: Path,
         skip_broken: bool = False,
         like: "StoredImages | None" = None,
+        random: RandomResizedCrop | None = None,
+        most_bytes: float = math.inf,
     ) -> None:
         self.files = files
-        self.image_size = image_size
+        self.fixed = fixed
+        self.random = random
+        self.most_bytes = most_bytes
         self.cache_dir = cache_dir
         self.skip_broken = skip_broken
         self.like = like
@@ -65,9 +75,9 @@ class StoredImages:
 
     @cached_property
     def _first(self) -> tuple[tuple[int, int], str]:
-        """Height and width, and without ``image_size`` a file that has them."""
-        if self.image_size is not None:
-            return (self.image_size, self.image_size), ""
+        """Height and width, and without ``fixed`` a file that has them."""
+        if self.fixed is not None:
+            return self.fixed.size, ""
         if self.like is not None:
             return self.like._first
         reasons = []
@@ -79,16 +89,23 @@ class StoredImages:
             reasons.append((i, decoded))
         raise ConfigError(_refusal(self.files, reasons))
 
-    def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Read these images, decoded before or now.
+    def load(self, indices: Tensor, training: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Read these images, decoded before or now, or find out which of them can be.
 
         Raises:
-            ConfigError: files are broken, sizes differ without ``image_size``, all images are of
-                one colour, or there is no memory for them.
+            ConfigError: files are broken, sizes differ without ``fixed``, all images are of one
+                colour, or there is no memory for them.
         """
+        pixels = len(indices) * math.prod(self.shape[1:])
+        if (training and self.random is not None) or pixels > self.most_bytes:
+            # Decoding thumbnails, once, shows which files are whole.
+            small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
+            _, kept = small.load(indices)
+            self.broken, self.sizes = small.broken, small.sizes
+            return None, kept
         files = self.files.take(indices)
         found = hashes(files, self.cache_dir)
-        key = hashlib.blake2b(repr((VERSION, self.image_size)).encode(), digest_size=16)
+        key = hashlib.blake2b(repr((VERSION, self.fixed)).encode(), digest_size=16)
         key.update(found.tobytes())
         path = self.cache_dir / f"images-{key.hexdigest()}.u8"
         images, notes = opened(path) or made(
@@ -100,6 +117,29 @@ class StoredImages:
         good = torch.ones(len(indices), dtype=torch.bool)
         good[[i for i, _ in notes["broken"]]] = False
         return images, good.nonzero().squeeze(1)
+
+    def read(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Decode these images now; each sees its ``random`` part by the seed, if there are seeds.
+
+        Raises:
+            ConfigError: a file has changed and is broken now, or is of another size.
+        """
+        images = []
+        for place, i in enumerate(indices.tolist()):
+            path = self.files.path(i)
+            try:
+                content, _ = content_of(path)
+                if seeds is None or self.random is None:
+                    image = open_image(content)
+                    image = image if self.fixed is None else self.fixed(image)
+                    images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+                else:
+                    images.append(self.random(decode(content), seeds[place]))
+                if images[-1].shape[1:] != self.shape[2:]:
+                    raise ValueError(f"is not of {self.shape[3]} x {self.shape[2]} pixels any more")
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
+                raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
+        return torch.stack(images)
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""
@@ -116,7 +156,6 @@ class StoredImages:
         """Decode files, write the good ones in their order, and tell about them."""
         _, channels, height, width = self.shape
         count = len(files.names)
-        size = None if self.image_size is None else (height, width)
         rows = max(1, min(count, CHUNK // (channels * height * width)))
         chunk = np.empty((rows, channels, height, width), np.uint8)
         sizes = np.zeros((count, 2), np.int32)
@@ -124,7 +163,7 @@ class StoredImages:
         lowest, highest = np.full(channels, 255), np.zeros(channels, int)
 
         def fill(i: int) -> str | None:
-            decoded = _decode(files.path(i), size, found[i])
+            decoded = _decode(files.path(i), self.fixed, found[i])
             if isinstance(decoded, str):
                 return decoded
             pixels, sizes[i] = decoded
@@ -165,14 +204,14 @@ class StoredImages:
         return notes
 
 
-def _decode(path: str, size: tuple[int, int] | None, known: np.ndarray | None) -> Decoded | str:
+def _decode(path: str, view: CenterCrop | None, known: np.ndarray | None) -> Decoded | str:
     """An image file, or why it is none. ``known`` is the hash of the content that it must have."""
     try:
         content, _ = content_of(path)
         if known is not None and hash_of(content) != known.tobytes():
             return "it changed while it was read"
         image = open_image(content)
-        return np.asarray(image if size is None else cover(image, size)), image.size
+        return np.asarray(image if view is None else view(image)), image.size
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         return one_line(error)
 

@@ -29,9 +29,11 @@ from sam_lightning.data.loading import (
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, read_splits, stratified_split
 
+SAMPLE = 2000  # images that mean and std are computed from where not all are in memory
 DEVICES = (None, "cpu", "cuda")  # where images are kept
 # Keys of the data configuration that belong to its source; the rest are fields of ImageData.
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir", "split", "skip_broken"}
+SOURCE_KEYS |= {"view", "crop_scale", "crop_ratio", "crop_fraction", "interpolation", "memory_gb"}
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)
@@ -140,12 +142,21 @@ class ImageData:
         self._add_label_noise()
         mean, std = self.mean, self.std
         if mean is None or std is None:
-            found = self.train.statistics()
+            found = self._seen_by_statistics().statistics()
             mean, std = found[0] if mean is None else mean, found[1] if std is None else std
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if len(self.mean) != self.in_channels:
             raise ValueError(f"mean={list(self.mean)}: must be {self.in_channels} numbers")
         self._prepare_training()
+
+    def _seen_by_statistics(self) -> Split:
+        """The training images, or if they are decoded when needed, some thousands of them."""
+        if isinstance(self.train.stored, Tensor):
+            return self.train
+        some = torch.linspace(0, len(self.train) - 1, min(len(self.train), SAMPLE)).long()
+        (found,) = read_splits(self.train.take(some))
+        assert found is not None
+        return found
 
     def _prepare_training(self) -> None:
         """The order of the training images and their augmentation, tried on one of them."""
@@ -169,7 +180,11 @@ class ImageData:
         """The splits, with their images read if that is asked for."""
         if name not in self.pixels_of:
             return [*splits]
-        done = read_splits(*splits)
+        first = splits[0]
+        if name == "train" and getattr(first and first.stored, "random", None) is not None:
+            done = [*read_splits(first, training=True), *read_splits(*splits[1:])]
+        else:
+            done = read_splits(*splits)
         for split, its in zip(splits, (name, "val"), strict=False):
             self.broken |= getattr(split and split.stored, "broken", {})
             if found := getattr(split and split.stored, "sizes", None):

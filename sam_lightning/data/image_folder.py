@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.data.cache import StoredImages
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.data.splitting import divided
+from sam_lightning.data.views import RandomResizedCrop, evaluation_view
 
 
 def image_folder(
@@ -17,6 +18,12 @@ def image_folder(
     split: float | Sequence[float] | str | None = None,
     split_seed: int = 0,
     skip_broken: bool = False,
+    view: str = "resize",
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    crop_fraction: float | None = None,
+    interpolation: str = "bilinear",
+    memory_gb: float = 8.0,
 ) -> ImageSource:
     """Image files in folders, as people have them.
 
@@ -30,12 +37,12 @@ def image_folder(
     that systems put there (``__MACOSX``, ``Thumbs.db``) and files of other kinds are left out and
     counted. ``sam_lightning.data.pixels`` says what an image becomes.
 
-    Nothing is decoded until it is needed; then it is kept, 3 x H x W bytes an image.
+    Nothing is decoded until it is needed. Then it is kept, 3 x H x W bytes an image, if an image is
+    seen as the same pixels each time and a split fits into ``memory_gb``.
 
     Args:
         root: the folder.
-        image_size: side in pixels; the shorter side is resized to it and the centre is cropped, as
-            torchvision's Resize and CenterCrop do. None: all images must have one size already.
+        image_size: side in pixels that images are brought to. None: all must have one size already.
         cache_dir: where decoded images are kept for the next run, ``data/cache`` if None. Other
             contents of files, or another ``image_size``, make a new entry.
         split: the fraction of test images; or those of training and test, or of training,
@@ -43,14 +50,31 @@ def image_folder(
             They are drawn by the files' names, each class for itself.
         split_seed: of ``split``.
         skip_broken: leave out files that cannot be decoded.
+        view: what training sees. ``resize``: the same as evaluation, which resizes the shorter side
+            to ``image_size`` / ``crop_fraction`` and crops the centre. ``random_resized_crop``:
+            each time another part of the image.
+        crop_scale, crop_ratio: smallest and largest area of that part, as fractions of the image,
+            and of its width / height.
+        crop_fraction: None: 0.875 for ``random_resized_crop``, and else 1.
+        interpolation: ``bilinear`` or ``bicubic``, both with antialiasing.
+        memory_gb: most that the decoded images of a split may take, in 10^9 bytes. Those of a
+            larger one are decoded each time they are needed.
 
     Raises:
         ConfigError: a folder is missing, a class is empty, the class names of the folders differ,
             ``split`` is out of its range. When images are read: files cannot be decoded, sizes
             differ without ``image_size``, or all images are of one colour.
     """
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"data.image_size={image_size}: must be >= 1, or null")
+    if image_size is None and (view != "resize" or crop_fraction is not None):
+        raise ConfigError(
+            "data.image_size=null: data.view and data.crop_fraction need one, such as 224"
+        )
+    fixed = random = None
+    if image_size is not None:
+        with argument_errors("data"):
+            fixed = evaluation_view((image_size, image_size), view, crop_fraction, interpolation)
+            if view == "random_resized_crop":
+                random = RandomResizedCrop(image_size, crop_scale, crop_ratio, interpolation)
     listing = list_images(root, split)
     if split is not None:
         listing = divided(listing, split, split_seed)
@@ -58,7 +82,15 @@ def image_folder(
     splits: dict[str, Split] = {}
     first = None
     for name, files in listing.splits.items():
-        images = StoredImages(files, image_size, cache, skip_broken, first)
+        images = StoredImages(
+            files,
+            fixed,
+            cache,
+            skip_broken,
+            first,
+            random if name == "train" else None,
+            memory_gb * 1e9,
+        )
         first = first or images
         splits[name] = Split(images, files.labels, files.names)
     test = splits.get("test") or splits.pop("val", None)

@@ -31,12 +31,16 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: Any) -> tuple[Tensor, ...]:
+    def __getitems__(self, keys: Any) -> tuple[Any, ...]:
+        return self.load(keys)
+
+    def load(self, indices: Any, seeds: Any = None) -> tuple[Tensor, Tensor]:
+        """Images and labels; of images that are decoded when needed, parts by the seeds."""
         device = self.split.labels.device
         # Pinned, or the copy of the indices would wait until the device has done its work.
         given = torch.tensor(indices, pin_memory=device.type == "cuda")
         batch = self.split.take(given.to(device, non_blocking=device.type == "cuda"))
-        return batch.images, batch.labels
+        return batch.seen(seeds), batch.labels
 
 
 class EpochOrder:
@@ -136,7 +140,7 @@ class TrainDataset(SplitDataset):
         indices = indices[positions]
         copies = copies if isinstance(copies, int) else copies[positions]
         key = BatchKey(epoch, batch, indices, copies, partners)
-        images, labels = super().__getitems__(indices)
+        images, labels = self.load(indices, self.augment.view_seeds(key))
         return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
 
     def _with_partners(self, positions: Integers, batch: int) -> tuple[Integers, Integers]:

@@ -1,12 +1,15 @@
 """Image files to pixels as a person sees them, the same for training, evaluation and predict."""
 
 import io
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 # Pillow runs another program for EPS, and has only names for the others.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
@@ -21,7 +24,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MOST_RESIZED = 2**26  # pixels of a whole image that is resized before it is cropped
 
 
 @cache
@@ -41,29 +43,46 @@ def suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
 
 
-def decode(file: str | Path | bytes, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The pixels of an image file, uint8 H x W x 3 (RGB).
-
-    Args:
-        file: its path, or its content.
-        size: (height, width) to bring it to, as ``cover`` does; None: as it is.
+def open_image(file: str | Path | bytes) -> Image.Image:
+    """An image file, from its path or its content, as ``visible`` shows it.
 
     Raises:
         OSError, ValueError, SyntaxError and others of Pillow: the file cannot be read, is no
             image, is truncated, is too large to be one, or ``visible`` refuses it.
     """
-    return np.asarray(open_image(file, size))
+    with _opened(file) as image:
+        return visible(image)
 
 
-def open_image(file: str | Path | bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """As ``decode``, an image of Pillow."""
+def decode(content: bytes) -> Tensor:
+    """The pixels of ``open_image``, uint8 3 x H x W, in memory as H x W x 3.
+
+    Raises:
+        as ``open_image``.
+    """
+    with _opened(content) as image:
+        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
+            from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+
+            # The same pixels as Pillow's, faster. What it finds broken Pillow is asked, too.
+            with suppress(RuntimeError):
+                data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_jpeg(data, mode=ImageReadMode.RGB)
+        return torch.from_numpy(np.array(visible(image))).permute(2, 0, 1)
+
+
+def _opened(file: str | Path | bytes) -> Image.Image:
     try:
-        opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
     except UnidentifiedImageError as error:  # which would name an address in memory
         raise UnidentifiedImageError("cannot identify image file") from error
-    with opened as image:
-        seen = visible(image)
-    return seen if size is None else cover(seen, size)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # metadata may be damaged in many ways where pixels are not
+        return None
 
 
 def visible(image: Image.Image) -> Image.Image:
@@ -79,11 +98,7 @@ def visible(image: Image.Image) -> Image.Image:
         ValueError: floating-point pixels, or integers of more than 16 bits.
     """
     image.load()
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # metadata may be damaged in many ways where pixels are not
-        orientation = None
-    if orientation in UPRIGHT:
+    if (orientation := _orientation(image)) in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
     if image.mode == "F":
         raise ValueError(
@@ -113,23 +128,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     return grey
-
-
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image, keeping its proportions, until it covers (height, width); crop the centre.
-
-    For a square this is torchvision's Resize to the side and CenterCrop.
-    """
-    height, width = size
-    if image.height * width <= image.width * height:
-        tall, wide = height, max(width, int(height * image.width / image.height))
-    else:
-        tall, wide = max(height, int(width * image.height / image.width)), width
-    top, left = round((tall - height) / 2), round((wide - width) / 2)
-    bilinear = Image.Resampling.BILINEAR
-    if tall * wide > MOST_RESIZED:  # a thin line: resize no more of it than is kept
-        down, across = image.height / tall, image.width / wide
-        box = (left * across, top * down, (left + width) * across, (top + height) * down)
-        return image.resize((width, height), bilinear, box)
-    resized = image.resize((wide, tall), bilinear)
-    return resized.crop((left, top, left + width, top + height))

@@ -63,11 +63,17 @@ class Unread(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def load(self, indices: Tensor, training: bool = False) -> tuple[Tensor | None, Tensor]:
         """The images at increasing indices, uint8, less those that are left out as broken.
 
         Returns:
-            the images, and their positions in ``indices``.
+            the images, None if they are to be decoded each time they are needed; and positions in
+            ``indices`` of those that are not left out.
+        """
+
+    def read(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """The images at indices, decoded now: random parts of them by their seeds, or always the
+        same part.
         """
 
 
@@ -104,13 +110,14 @@ class Split:
         Raises:
             ConfigError: images that are still in files cannot be read.
         """
+        return self.seen()
+
+    def seen(self, seeds: Sequence[int] | None = None) -> Tensor:
+        """As ``images``; of images that are decoded when needed, a random part by each seed."""
         if isinstance(self.stored, Tensor):
             return self._gathered(self.stored)
-        (found,) = read_splits(self)
-        assert found is not None
-        if len(found) < len(self):
-            raise ConfigError(f"{len(self) - len(found)} images are broken; use read_splits")
-        return found.images
+        index = torch.arange(len(self)) if self.index is None else self.index
+        return self.stored.read(index, seeds)
 
     def _gathered(self, stored: Tensor) -> Tensor:
         # index_select copies image by image, indexing copies pixel by pixel: 8 times as slow.
@@ -150,10 +157,15 @@ class Split:
         return tuple(means), tuple(stds)
 
 
-def read_splits(*splits: Split | None) -> list[Split | None]:
+def read_splits(*splits: Split | None, training: bool = False) -> list[Split | None]:
     """The splits with their images in memory, those that share files read together.
 
-    Broken images, where their source leaves them out, are left out of all.
+    Broken images, where their source leaves them out, are left out of all. Images that their source
+    decodes when they are needed stay where they are.
+
+    Args:
+        splits: or None in their place.
+        training: they are used to train.
 
     Raises:
         ConfigError: of the source, if it cannot read its images.
@@ -165,9 +177,9 @@ def read_splits(*splits: Split | None) -> list[Split | None]:
         mine = [i for i, s in enumerate(splits) if s is not None and s.stored is stored]
         indices = {i: _index(splits[i], stored) for i in mine}
         used = torch.cat([*indices.values()]).unique()
-        images, kept = stored.load(used)
+        images, kept = stored.load(used, training)
         places = torch.full((len(stored),), -1)
-        places[used[kept]] = torch.arange(len(kept))
+        places[used[kept]] = used[kept] if images is None else torch.arange(len(kept))
         for i, index in indices.items():
             split = splits[i]
             assert split is not None
@@ -175,8 +187,9 @@ def read_splits(*splits: Split | None) -> list[Split | None]:
             if (found < 0).any():
                 left = (found >= 0).nonzero().squeeze(1)
                 split, found = split.take(left), found[left]
-            whole = torch.equal(found, torch.arange(len(images)))
-            done[i] = replace(split, stored=images, index=None if whole else found)
+            new = stored if images is None else images
+            whole = torch.equal(found, torch.arange(len(new)))
+            done[i] = replace(split, stored=new, index=None if whole else found)
     return done
 
 

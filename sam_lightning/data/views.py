@@ -6,7 +6,9 @@ level of 255.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+MOST_RESIZED = 2**26  # pixels of a whole image that is resized before it is cropped
 ATTEMPTS = 10  # to draw a window that fits, as torchvision's RandomResizedCrop makes
 
 
@@ -33,18 +39,16 @@ class RandomResizedCrop:
     """
 
     size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         _check(self.size, self.interpolation)
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={[*self.scale]}: must be two numbers, 0 < a <= b <= 1")
-        low, high = self.ratio
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"crop_ratio={[*self.ratio]}: must be two numbers, 0 < a <= b")
+        for key, pair, most in (("scale", self.scale, 1), ("ratio", self.ratio, math.inf)):
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == math.inf:
+                below = " <= 1" if key == "scale" else ""
+                raise ValueError(f"crop_{key}={[*pair]}: must be two numbers, 0 < a <= b{below}")
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Cut uint8 C x H x W to C x size x size; the window depends on the seed alone."""
@@ -57,7 +61,7 @@ class RandomResizedCrop:
         draw = random.Random(seed)
         low, high = map(math.log, self.ratio)
         for _ in range(ATTEMPTS):
-            area = height * width * draw.uniform(*self.scale)
+            area = height * width * draw.uniform(self.scale[0], self.scale[1])
             ratio = math.exp(draw.uniform(low, high))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
@@ -70,37 +74,60 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centre of the image, after its shorter side was resized to size / fraction.
+    """The centre of the image, after it was resized until it covers size / fraction.
+
+    For a square this is torchvision's Resize and CenterCrop.
 
     Args:
-        size: of the square that is cut out, in pixels.
-        fraction: of the shorter side that the square has, in (0, 1]; ImageNet's custom is 0.875.
+        size: height and width of what is cut out, in pixels.
+        fraction: what is cut out over what is resized, in (0, 1].
         interpolation: one of ``INTERPOLATIONS``.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    size: int
+    size: tuple[int, int]
     fraction: float = 1.0
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        _check(self.size, self.interpolation)
+        for side in self.size:
+            _check(side, self.interpolation)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"crop_fraction={self.fraction}: must be a number in (0, 1]")
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Cut uint8 C x H x W to C x size x size, as torchvision's Resize and CenterCrop do."""
-        height, width = image.shape[-2:]
-        side = math.floor(self.size / self.fraction)
-        if height <= width:
-            height, width = side, int(side * width / height)
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Resize and crop an image."""
+        height, width = self.size
+        tall, wide = (math.floor(side / self.fraction) for side in self.size)
+        if image.height * wide <= image.width * tall:
+            wide = max(wide, int(tall * image.width / image.height))
         else:
-            height, width = int(side * height / width), side
-        image = _resized(image, height, width, self.interpolation)
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return image[:, top : top + self.size, left : left + self.size]
+            tall = max(tall, int(wide * image.height / image.width))
+        top, left = round((tall - height) / 2), round((wide - width) / 2)
+        method = INTERPOLATIONS[self.interpolation]
+        if tall * wide > MOST_RESIZED:  # a thin line: resize no more of it than is kept
+            down, across = image.height / tall, image.width / wide
+            box = (left * across, top * down, (left + width) * across, (top + height) * down)
+            return image.resize((width, height), method, box)
+        resized = image.resize((wide, tall), method)
+        return resized.crop((left, top, left + width, top + height))
+
+
+def evaluation_view(
+    size: tuple[int, int],
+    view: str = "resize",
+    crop_fraction: float | None = None,
+    interpolation: str = "bilinear",
+    **others: Any,
+) -> CenterCrop:
+    """What evaluation sees where training sees ``view``; the arguments are keys of ``data``."""
+    if view not in ("resize", "random_resized_crop"):
+        raise ValueError(f"view={view}: allowed are resize, random_resized_crop")
+    if crop_fraction is None:
+        crop_fraction = 0.875 if view == "random_resized_crop" else 1.0
+    return CenterCrop(size, crop_fraction, interpolation)
 
 
 def _check(size: int, interpolation: str) -> None:
@@ -119,5 +146,5 @@ def _resized(image: Tensor, height: int, width: int, interpolation: str) -> Tens
         return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
     # torch's bicubic weights have 16 bits, which is up to two levels off.
     pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    resized = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    resized = pixels.resize((width, height), INTERPOLATIONS[interpolation])
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -19,7 +19,8 @@ from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
-from sam_lightning.data.pixels import cover, visible
+from sam_lightning.data.pixels import visible
+from sam_lightning.data.views import evaluation_view
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
 
@@ -157,7 +158,9 @@ class TrainedClassifier(nn.Module):
             raise ValueError(f"images: must be tensors of {self.in_channels} channels")
         image = visible(image)
         image = image.convert("L") if self.in_channels == 1 else image
-        return pil_to_tensor(image if self.image_size is None else cover(image, self.image_size))
+        if self.image_size is not None:
+            image = evaluation_view(self.image_size, **self.config["data"])(image)
+        return pil_to_tensor(image)
 
 
 def try_without_memory(cfg: DictConfig, weights: Mapping[str, torch.Size], **shape: int) -> None:

@@ -113,10 +113,12 @@ def draw(data: "ImageData", out: Path, count: int) -> None:
     """Write the first images of the first epoch as training sees them, and some of evaluation."""
     import torch
 
+    from sam_lightning.data.augment import MixedLabels
     from sam_lightning.plotting import panels, plain, save, style
 
-    images, labels = next(iter(data.train_loader()))
-    parts = [("training", data.augment(images, 0, 0)[:count], labels[:count])]
+    images, given = data.finish(*next(iter(data.train_loader())))
+    labels = given.labels if isinstance(given, MixedLabels) else given
+    parts = [("training", images[:count], labels[:count])]
     name, split = next((n, s) for n, s in [*_splits(data).items()][::-1] if n != "val")
     chosen = torch.arange(min(count, len(split))) * len(split) // min(count, len(split))
     part = split.take(chosen)

@@ -122,6 +122,10 @@ class BatchAugment:
         for name, transform in self._normalized:
             yield name, partial(transform.check, shape)
 
+    def view_seeds(self, key: BatchKey) -> list[int]:
+        """A seed for each image, of the part of it that is seen."""
+        return Draws(self._streams(key), "view", torch.device("cpu")).seeds()
+
     def in_loader(self, images: Tensor, key: BatchKey) -> Tensor:
         """What loading processes do, from uint8 to uint8."""
         return self._applied(self._in_loader, images, self._streams(key))

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from sam_lightning.config.progress import duration
 from sam_lightning.config.text import clean
@@ -41,6 +42,9 @@ class RunSummary(Callback):
             for name in ("train", "val", "test"):
                 split = getattr(data, name)
                 lines[name] = "no images" if split is None else images(split, data.classes)
+                if split is not None and not isinstance(split.stored, Tensor):
+                    workers = f"{data.num_workers} workers" if data.num_workers else "this process"
+                    lines[name] += f"; decoded each time by {workers} (data.num_workers)"
             if data.left_out:
                 lines["unused"] = left_out(data)
         every = [p.numel() for p in pl_module.model.parameters()]
