@@ -38,10 +38,10 @@ TABLE = {
     """,
     STEPS: """
         epochs lr rho weight_decay label_smoothing max_skipped_steps compile memory_format
-        method optimizer scheduler trainer
+        loss method optimizer scheduler trainer
     """,
     EPOCHS: """
-        seed batch_size data data.source.image_size training_images
+        augment seed batch_size data data.source.image_size training_images
         trainer.accumulate_grad_batches trainer.limit_train_batches trainer.overfit_batches
         trainer.max_steps
     """,
@@ -51,6 +51,9 @@ TABLE = {
     """,
 }
 _WHEN = {name: when for when, names in TABLE.items() for name in names.split()}
+# Groups that checkpoints of earlier versions do not know of, and keys that only they have.
+NEW_GROUPS = ("augment.", "loss.")
+GONE = ("data.crop_padding", "data.cutout", "data.policy")
 # What tells the data from others, under names that are no keys of the configuration.
 _DATA = ("classes", "training_images")
 
@@ -154,7 +157,9 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
     for key, value in settings.items():
         if key.startswith("callbacks.") and str(value).endswith(".StochasticWeightAveraging"):
             raise ConfigError(f"{key}={value}: cannot continue a run; start a new one, or without")
+    new = {group for group in NEW_GROUPS if not any(k.startswith(group) for k in had)}
     keys = {*had, *settings} if run else {*had} & {*settings}
+    keys = {key for key in keys if not key.startswith((*new, *GONE))}
     changed = {
         key: {"from": had.get(key), "to": settings.get(key)}
         for key in sorted(keys, key=lambda key: (key in _DATA, key.count("."), key))
