@@ -446,10 +446,9 @@ HEAVY = [
         "augment.policy.magnitude=31: must be in 0..30",
     ),
     ("loss.class_weights=[1,2]", "loss.class_weights=[1, 2]: must be 10 numbers >= 0, one for"),
-    ("loss._target_=torch.nn.L1Loss ~loss.smoothing ~loss.class_weights", "loss: "),
+    ("loss=custom loss._target_=torch.nn.L1Loss", "loss: does not take logits 2 x 10 and labels"),
     (
-        "label_smoothing=0.1 loss._target_=torch.nn.MultiMarginLoss ~loss.smoothing "
-        "~loss.class_weights",
+        "label_smoothing=0.1 loss=custom loss._target_=torch.nn.MultiMarginLoss",
         "label_smoothing=0.1: loss._target_=torch.nn.MultiMarginLoss does not take it",
     ),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
