@@ -51,9 +51,11 @@ TABLE = {
     """,
 }
 _WHEN = {name: when for when, names in TABLE.items() for name in names.split()}
-# Groups that checkpoints of earlier versions do not know of, and keys that only they have.
-NEW_GROUPS = ("augment.", "loss.")
-GONE = ("data.crop_padding", "data.cutout", "data.policy")
+# Settings that are not compared with those of a checkpoint from before ``augment`` was a group.
+BEFORE_AUGMENT = (
+    *("augment.", "loss.", "data.sampler", "data.repeats", "data.flip"),
+    *("data.crop_padding", "data.cutout", "data.policy"),
+)
 # What tells the data from others, under names that are no keys of the configuration.
 _DATA = ("classes", "training_images")
 
@@ -157,9 +159,9 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
     for key, value in settings.items():
         if key.startswith("callbacks.") and str(value).endswith(".StochasticWeightAveraging"):
             raise ConfigError(f"{key}={value}: cannot continue a run; start a new one, or without")
-    new = {group for group in NEW_GROUPS if not any(k.startswith(group) for k in had)}
     keys = {*had, *settings} if run else {*had} & {*settings}
-    keys = {key for key in keys if not key.startswith((*new, *GONE))}
+    if "data.crop_padding" in had:
+        keys = {key for key in keys if not key.startswith(BEFORE_AUGMENT)}
     changed = {
         key: {"from": had.get(key), "to": settings.get(key)}
         for key in sorted(keys, key=lambda key: (key in _DATA, key.count("."), key))
