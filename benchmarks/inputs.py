@@ -16,7 +16,17 @@ from benchmarks.loop import quieten
 from benchmarks.synthetic import BATCH_SIZE, data_module, noise
 from benchmarks.timing import Measurement, clock_of, interleave, ratio, summary
 from sam_lightning.data import Split
-from sam_lightning.data.augment import Cutout, TrivialAugment, crop_flip
+from sam_lightning.data.augment import (
+    AutoAugment,
+    ColorJitter,
+    CutMix,
+    Cutout,
+    Mixup,
+    RandAugment,
+    RandomErasing,
+    TrivialAugment,
+    crop_flip,
+)
 
 CUTOUT = 16
 WORKERS = (0, 2)
@@ -67,7 +77,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
             [T.TrivialAugmentWide()],
             augment={**crop_flip(), "policy": TrivialAugment()},
         ),
-        *cost_of_cutout(images, 3 * rounds, device),
+        *cost_of_each(images, rounds, device),
     ]
 
 
@@ -112,15 +122,35 @@ def compare(
     ]
 
 
-def cost_of_cutout(images: int, rounds: int, device: torch.device) -> list[Measurement]:
-    """Ours with Cutout and without, in turns."""
+def cost_of_each(images: int, rounds: int, device: torch.device) -> list[Measurement]:
+    """Ours with an augmentation and without, in turns."""
+    batched: dict[str, Any] = {
+        f"cutout {CUTOUT}": Cutout(CUTOUT),
+        "erasing": RandomErasing(0.25),
+        "color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1),
+        "mixup": Mixup(0.2),
+        "cutmix": CutMix(1.0),
+    }
+    policies = {p.__name__: p() for p in (AutoAugment, RandAugment, TrivialAugment)}
+    return [
+        *_costs("added", batched, images, rounds, device),
+        *_costs("policy", policies, images // 5, 3, device),
+    ]
+
+
+def _costs(
+    key: str, added: Mapping[str, Any], images: int, rounds: int, device: torch.device
+) -> list[Measurement]:
     cases = {
-        str(size): batched_epochs(images, device, augment={**crop_flip(), "cutout": Cutout(size)})
-        for size in (CUTOUT, 0)
+        name: batched_epochs(images, device, augment={**crop_flip(), key: entry})
+        for name, entry in {"": ColorJitter(0, 0, 0), **added}.items()
     }
     speeds = images_per_second(cases, images, rounds)
-    what = f"ours, with cutout {CUTOUT} / without (images/s): crop + flip"
-    return [ratio("input", what, *speeds.values())]
+    without = speeds.pop("")
+    return [
+        ratio("input", f"ours, with {name} / without (images/s): crop + flip", speed, without)
+        for name, speed in speeds.items()
+    ]
 
 
 def images_per_second(

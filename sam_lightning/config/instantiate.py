@@ -106,9 +106,13 @@ def check_names(
     hints = _annotations(made)
     for name, value in options.items():
         if name in own or (name not in known and not takes_any):
-            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
+            raise ConfigError(f"{key}.{name}={value}: {_unknown(key, str(name), known)}")
         if name in hints and value != parameters[name].default:
             check_value(f"{key}.{name}", value, hints[name])
+
+
+def _unknown(key: str, name: str, known: list[str]) -> str:
+    return no_such_key(f"{key}.{name}", [f"{key}.{other}" for other in known])
 
 
 def _annotations(made: Callable[..., Any]) -> Mapping[str, Any]:

@@ -237,6 +237,12 @@ class Train:
     trainer: Trainer
 
 
+# Keys of earlier versions.
+MOVED = {
+    "data.crop_padding": "it is augment.crop.padding now",
+    "data.cutout": "it is augment.cutout.side now",
+    "data.policy": "it is a choice of the group augment now, as in augment=randaugment",
+}
 HINTS = {key: hint for key, hint, _ in keys(Train)}
 REQUIRED = [key for key, _, required in keys(Train) if required]
 
@@ -339,6 +345,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def no_such_key(key: str, known: Iterable[str]) -> str:
     """The end of a message: the key that may be meant, or all of them at the same level."""
+    if key in MOVED:
+        return f"no such key; {MOVED[key]}"
     known = list(known)
     parent, _, name = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}

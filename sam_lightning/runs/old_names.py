@@ -25,6 +25,24 @@ _REUSE = re.compile(r"(?<![\w.])sam_lightning\.optim\.Reuse$")  # its older name
 _DEBUG = re.compile(r"^(\+*)debug=(?=(true|false)$)", re.IGNORECASE)  # now a group of short runs
 
 
+# Keys of ``data`` that were an augmentation, as overrides and with their objects of today.
+_MOVED = (
+    (r"data\.crop_padding=", "augment.crop.padding="),
+    (r"data\.cutout=", "augment.cutout.side="),
+    (r"data\.flip=(?i:true)$", "data.flip=0.5"),
+    (r"data\.flip=(?i:false)$", "data.flip=0"),
+    (r"data\.policy=null$", "augment.policy=null"),
+    (r"data\.policy=", "augment="),
+)
+_AUGMENT = "sam_lightning.data.augment."
+_POLICIES = {
+    "autoaugment": {"_target_": f"{_AUGMENT}AutoAugment", "policy": "cifar10"},
+    "autoaugment_svhn": {"_target_": f"{_AUGMENT}AutoAugment", "policy": "svhn"},
+    "randaugment": {"_target_": f"{_AUGMENT}RandAugment"},
+    "trivialaugment": {"_target_": f"{_AUGMENT}TrivialAugment"},
+}
+
+
 def with_current_names(stored: Any) -> Any:
     """A stored configuration, or an override of one, with the names of this version."""
 
@@ -32,9 +50,27 @@ def with_current_names(stored: Any) -> Any:
         if not isinstance(value, str):
             return value
         moved = _OLD.sub(lambda match: OLD_NAMES[match[1]], value)
+        for old, new in _MOVED:
+            moved = re.sub(rf"^(\+*){old}", rf"\g<1>{new}", moved)
         return _DEBUG.sub(r"\1traceback=", _REUSE.sub("sam_lightning.optim.LookSAM", moved))
 
-    return mapped(current, stored)
+    return _with_augment(mapped(current, stored))
+
+
+def _with_augment(config: Any) -> Any:
+    """A whole configuration with the augmentation out of its ``data``; all else as it is."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or "crop_padding" not in data:
+        return config
+    kept = {k: v for k, v in data.items() if k not in ("crop_padding", "cutout", "policy")}
+    kept["flip"] = 0.5 if data.get("flip") else 0.0
+    augment = {
+        "crop": {"_target_": f"{_AUGMENT}RandomCrop", "padding": data["crop_padding"]},
+        "flip": {"_target_": f"{_AUGMENT}RandomHorizontalFlip", "p": kept["flip"]},
+        "policy": _POLICIES.get(str(data.get("policy"))),
+        "cutout": {"_target_": f"{_AUGMENT}Cutout", "side": data.get("cutout", 0)},
+    }
+    return {**config, "data": kept, "augment": augment}
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:

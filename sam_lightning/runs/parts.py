@@ -30,18 +30,21 @@ TABLE = {
         checkpoint_every_n_steps logger
         callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
         callbacks.sharpness
-        data.root data.cache_dir data.download data.num_workers data.device data.pin_memory
-        data.eval_batch_size data.source.root data.source.cache_dir data.source.download
+        data.root data.cache_dir data.memory_gb data.download data.num_workers data.device
+        data.pin_memory data.eval_batch_size data.source.root data.source.cache_dir
+        data.source.memory_gb data.source.download
         trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.timeout
         trainer.log_every_n_steps trainer.profiler trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary
     """,
     STEPS: """
         epochs lr rho weight_decay label_smoothing max_skipped_steps compile memory_format
-        method optimizer scheduler trainer
+        loss method optimizer scheduler trainer
     """,
     EPOCHS: """
-        seed batch_size data data.source.image_size data.source.skip_broken training_images
+        augment seed batch_size data data.source.image_size data.source.skip_broken training_images
+        data.source.view data.source.crop_scale data.source.crop_ratio data.source.crop_fraction
+        data.source.interpolation
         trainer.accumulate_grad_batches trainer.limit_train_batches trainer.overfit_batches
         trainer.max_steps
     """,
@@ -52,6 +55,11 @@ TABLE = {
     """,
 }
 _WHEN = {name: when for when, names in TABLE.items() for name in names.split()}
+# Settings that are not compared with those of a checkpoint from before ``augment`` was a group.
+BEFORE_AUGMENT = (
+    *("augment.", "loss.", "data.sampler", "data.repeats", "data.flip"),
+    *("data.crop_padding", "data.cutout", "data.policy"),
+)
 # What tells the data from others, under names that are no keys of the configuration.
 _DATA = ("classes", "training_images")
 
@@ -156,6 +164,8 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
         if key.startswith("callbacks.") and str(value).endswith(".StochasticWeightAveraging"):
             raise ConfigError(f"{key}={value}: cannot continue a run; start a new one, or without")
     keys = {*had, *settings} if run else {*had} & {*settings}
+    if "data.crop_padding" in had:
+        keys = {key for key in keys if not key.startswith(BEFORE_AUGMENT)}
     changed = {
         key: {"from": had.get(key), "to": settings.get(key)}
         for key in sorted(keys, key=lambda key: (key in _DATA, key.count("."), key))

@@ -256,7 +256,16 @@ VALUES = [
     ("data.mean=0.5", "data.mean=0.5: allowed is a list of numbers from 0 to 1, or null"),
     ("data.std=[0]", "data.std=[0]: allowed is a list of numbers from above 0 to 1, or null"),
     ("data.num_workers=100000", "data.num_workers=100000: allowed is a whole number from 0 to "),
-    ("data.policy=magic", "data.policy=magic: allowed is autoaugment, "),
+    ("augment=magic", "augment=magic: allowed are autoaugment, "),
+    (
+        "data.policy=randaugment",
+        "data.policy=randaugment: no such key; it is a choice of the group",
+    ),
+    ("data.cutout=8", "data.cutout=8: no such key; it is augment.cutout.side now"),
+    ("data.flip=true", "data.flip=True: allowed is a number from 0 to 1"),
+    ("augment.mixup=0.2", "augment.mixup"),
+    ("loss.class_weights=even", "loss.class_weights=even: allowed is a list of numbers >= 0, "),
+    ("data.sampler=even", "data.sampler=even: allowed is shuffled, balanced"),
     (
         "data.label_noise=1.5",
         "data.label_noise=1.5: allowed is a number from 0 to 1, a ",
@@ -422,8 +431,26 @@ HEAVY = [
     ("trainer.num_nodes=2", "trainer.num_nodes=2: start every node's processes with torchrun"),
     # the data
     ("data.val_size=1438", "data.val_size=1438: must come to 1..1437 of the 1438 training"),
-    ("data.crop_padding=33", "data.crop_padding=33: must be <= 32 for images of 32 x 32 pixels"),
-    ("data.cutout=33", "data.cutout=33: must be <= 32 for images of 32 x 32 pixels"),
+    ("augment.crop.padding=33", "augment.crop.padding=33: must be <= 32 for images of 32 x 32 pi"),
+    (
+        "augment.cutout.side=33",
+        "augment.cutout.side=33: must be <= 32 for images of 32 x 32 pixels",
+    ),
+    ("augment.mixup.alpha=-1", "augment.mixup.alpha=-1: must be a number >= 0"),
+    (
+        "+augment.x._target_=torchvision.transforms.v2.Grayscale +augment.x.num_output_channels=3",
+        "augment.x: returns torch.uint8 (3, 32, 32) for images of torch.uint8 (1, 32, 32)",
+    ),
+    (
+        "augment=randaugment augment.policy.magnitude=31",
+        "augment.policy.magnitude=31: must be in 0..30",
+    ),
+    ("loss.class_weights=[1,2]", "loss.class_weights=[1, 2]: must be 10 numbers >= 0, one for"),
+    ("loss=custom loss._target_=torch.nn.L1Loss", "loss: does not take logits 2 x 10 and labels"),
+    (
+        "label_smoothing=0.1 loss=custom loss._target_=torch.nn.MultiMarginLoss",
+        "label_smoothing=0.1: loss._target_=torch.nn.MultiMarginLoss does not take it",
+    ),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),
     ("data=cifar10 data.root={tmp}/damaged data.download=false", "cannot load CIFAR10"),

@@ -14,7 +14,17 @@ from scipy.stats import chisquare
 from torch.utils.data import DistributedSampler
 
 from sam_lightning.data import ImageSource, Split
-from sam_lightning.data.augment import BatchAugment
+from sam_lightning.data.augment import (
+    BatchAugment,
+    CutMix,
+    Cutout,
+    Mixup,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    TrivialAugment,
+    crop_flip,
+)
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.loading import SplitDataset
 
@@ -198,8 +208,9 @@ def test_the_source_is_read_once():
         ({"label_noise": -0.1}, "label_noise=-0.1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"batch_size": 121, "drop_last": True}, "batch_size=121"),
-        ({"cutout": -1}, "cutout=-1"),
-        ({"policy": "none"}, "policy='none'"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"sampler": "even"}, "sampler='even'"),
+        ({"augment": {"crop": RandomCrop(9)}}, "augment.crop.padding=9"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"device": "cpu", "num_workers": 2}, "num_workers=2"),
         ({"mean": [0.1, 0.2], "std": [1, 1]}, "mean=[0.1, 0.2]"),
@@ -229,10 +240,10 @@ def test_a_batch_is_one_gather(monkeypatch):
     )
     batches = list(datamodule.train_dataloader())
     assert [len(request) for request in requests] == [16] * 7 + [8]
-    for request, (images, labels) in zip(requests, batches, strict=True):
+    for images, labels, key in batches:
         assert images.dtype == torch.uint8
-        assert torch.equal(images, datamodule.train.images[request])
-        assert torch.equal(labels, datamodule.train.labels[request])
+        assert torch.equal(images, datamodule.train.images[key.indices])
+        assert torch.equal(labels, datamodule.train.labels[key.indices])
     image, label = SplitDataset(datamodule.train)[5]
     assert torch.equal(image, datamodule.train.images[5])
     assert label == datamodule.train.labels[5]
@@ -248,7 +259,7 @@ def test_steps_per_epoch(drop_last, steps):
 
 
 def order(datamodule):
-    return [n for images, _ in datamodule.train_dataloader() for n in numbers(images)]
+    return [n for images, *_ in datamodule.train_dataloader() for n in numbers(images)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -290,74 +301,120 @@ def test_eval_shards_cover_each_image_once_and_in_order(world_size, name):
 # ---- augmentation
 
 
-def test_augmentation_differs_between_seeds_epochs_steps_and_ranks():
-    same = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(16, 1, 8, 8)
-    labels = torch.arange(16)
-    outputs = {}
-    for seed, epoch, step, rank in itertools.product(range(2), repeat=4):
-        datamodule = as_rank(ready(seed=seed), rank, 2, epoch, step)
-        images, kept = datamodule.on_after_batch_transfer([same, labels], 0)
-        again, _ = datamodule.on_after_batch_transfer([same, labels], 0)
-        assert torch.equal(images, again)
-        assert torch.equal(kept, labels)
-        outputs[seed, epoch, step, rank] = images
-    for one, two in itertools.combinations(outputs.values(), 2):
-        assert not torch.equal(one, two)
+EVERYTHING = {
+    **crop_flip(),
+    "policy": TrivialAugment(),
+    "erasing": RandomErasing(0.5),
+    "cutout": Cutout(2),
+    "mixup": Mixup(0.4),
+    "cutmix": CutMix(1.0),
+}
 
 
-def test_augmentation_options_arrive():
+def epoch_of(datamodule, rank=0, world_size=1, epoch=0, first=0):
+    """Its batches as they are trained on, with the indices of their images."""
+    loader = as_rank(datamodule, rank, world_size, epoch).train_dataloader()
+    loader.load_state_dict({"batches": first})
+    batches = []
+    for images, labels, key in loader:
+        done, labels = datamodule.on_after_batch_transfer([images, labels, key], 0)
+        indices = torch.from_numpy(key.indices)[: len(done)]
+        kept = (
+            (labels.labels, labels.other, labels.share) if key.partners is not None else (labels,)
+        )
+        batches.append((done, indices, *kept))
+    return batches
+
+
+@pytest.mark.parametrize("more", [{}, {"sampler": "balanced", "repeats": 2}])
+@pytest.mark.parametrize("entries", [EVERYTHING, {"mixup": Mixup(0.4)}, crop_flip()])
+def test_images_depend_on_seed_epoch_and_index_alone(entries, more):
+    """Every global batch is the same over ranks, workers and positions to start from."""
+    options = {"augment": entries, "batch_size": 12, "val_size": 20, **more}  # 8 full, one of 4
+    expected = epoch_of(ready(**options), epoch=1)
+    assert not torch.equal(expected[0][0], epoch_of(ready(**options), epoch=2)[0][0])
+    for world_size, workers, first in [(1, 2, 0), (2, 0, 0), (3, 0, 2), (2, 2, 5), (4, 0, 0)]:
+        ranks = [
+            epoch_of(ready(num_workers=workers, **options), rank, world_size, 1, first)
+            for rank in range(world_size)
+        ]
+        together = [  # ranks take turns
+            [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*batches, strict=True)]
+            for batches in zip(*ranks, strict=True)
+        ]
+        whole = len(expected) - (100 % world_size > 0)  # else ranks repeat some images
+        for batch, other in zip(expected[first:whole], together, strict=False):
+            assert all(map(torch.equal, batch, other))
+
+
+def test_no_image_is_its_own_partner_and_each_is_a_partner_once():
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            datamodule = ready(augment={"mixup": Mixup(1.0)}, batch_size=12)
+            for _, indices, labels, other, _ in epoch_of(datamodule, rank, world_size):
+                train = datamodule.train.labels
+                assert torch.equal(labels, train[indices])
+                assert len(labels) == len(other)
+    datamodule = ready(augment={"mixup": Mixup(1.0)}, batch_size=12)
+    for images, labels, key in as_rank(datamodule, 0, 1).train_dataloader():
+        assert sorted(key.partners.tolist()) == [*range(len(labels))]
+        assert all(place != i for i, place in enumerate(key.partners))
+        assert len(images) == len(labels)  # nothing is loaded twice
+
+
+def test_a_balanced_epoch_has_each_class_equally_often():
+    datamodule = ready(sampler="balanced", batch_size=16)
+    seen = {}
+    for epoch in range(3):
+        batches = epoch_of(datamodule, epoch=epoch)
+        indices = torch.cat([batch[1] for batch in batches])
+        assert datamodule.train.labels[indices].bincount().tolist() == [30] * 4
+        for cls, size in enumerate(SIZES):  # a class takes turns through its images
+            counts = indices[datamodule.train.labels[indices] == cls].bincount(minlength=120)
+            counts = counts[datamodule.train.labels == cls]
+            assert (counts.min(), counts.max()) == (30 // size, -(-30 // size))
+        seen[epoch] = indices.tolist()
+    assert len({tuple(order) for order in seen.values()}) == 3
+    assert datamodule.steps_per_epoch == 8
+    rows = {  # an image that comes several times is augmented differently
+        tuple(image.flatten().tolist()) for images, *_ in batches for image in images
+    }
+    assert len(rows) > 100
+
+
+def test_repeated_images_are_in_one_batch_and_augmented_differently():
+    datamodule = ready(repeats=4, batch_size=16)
+    batches = epoch_of(datamodule)
+    assert [len(labels) for _, _, labels in batches] == [16] * 7 + [8]
+    indices = torch.cat([batch[1] for batch in batches]).view(-1, 4)
+    assert (indices == indices[:, :1]).all()
+    assert len(indices[:, 0].unique()) == 30
+    images = torch.cat([batch[0] for batch in batches]).view(30, -1)
+    assert len(images.view(120, -1).unique(dim=0)) > 85  # 30 without
+    others = torch.cat([batch[1] for batch in epoch_of(datamodule, epoch=1)]).view(-1, 4)
+    assert others.unique().tolist() != indices.unique().tolist()
+
+
+def test_augmentation_arrives_and_single_images_are_for_the_loader():
     image = torch.full((200, 1, 8, 8), 200, dtype=torch.uint8)
-    options = {"mean": [0.0], "std": [1 / 255]}
+    whole = replace(source(), train=Split(image, torch.zeros(200).long()))
 
-    def augmented(**more):
-        datamodule = as_rank(ready(**options, **more), 0, 1)
-        return datamodule.on_after_batch_transfer((image, torch.zeros(200)), 0)[0].round()
+    def batches(**entries):
+        options = {"mean": [0.0], "std": [1 / 255], "batch_size": 200, "augment": entries}
+        datamodule = as_rank(ready(lambda: whole, **options), 0, 1)
+        loaded = next(iter(datamodule.train_dataloader()))
+        return loaded[0], datamodule.on_after_batch_transfer(loaded, 0)[0].round()
 
-    still = {"crop_padding": 0, "flip": False}
-    assert (augmented(**still) == 200).all()
-    assert (augmented(**still, cutout=2)[:, 0] == 0).sum((1, 2)).max() == 4
-    assert (augmented(flip=False, crop_padding=1)[:, 0, 1:-1, 1:-1] == 200).all()
-    assert (augmented(crop_padding=1)[:, 0, 0] == 0).any()
-
-
-def test_crop_flip_and_policy_are_done_in_the_loader_if_there_is_a_policy():
-    def batches(**options):
-        datamodule = as_rank(ready(batch_size=120, **options), 0, 1)
-        images, _ = batch = next(iter(datamodule.train_dataloader()))
-        return datamodule, images, datamodule.on_after_batch_transfer(batch, 0)[0]
-
-    still = {"crop_padding": 0, "flip": False}
-    _, plain, _ = batches(**still)
-    _, policy, _ = batches(**still, policy="trivialaugment")
-    assert policy.dtype == torch.uint8
-    assert 30 < (policy != plain).any(3).any(2).any(1).sum() < 120  # Identity is one of 14
-    datamodule, images, finished = batches(policy="trivialaugment")
-    assert (images[:, 0, 0] != policy[:, 0, 0]).any()  # cropped
-    assert torch.equal(finished, BatchAugment(datamodule.mean, datamodule.std).normalize(images))
-    _, images, finished = batches(policy="trivialaugment", mean=[0.0], cutout=6)
-    holes = (finished == 0) & (images > 0)
-    assert holes.any()
-
-
-def test_a_policy_draws_anew_for_seeds_epochs_ranks_and_batches():
-    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8) * 3
-
-    def loaded(count, batch_size, seed, epoch, rank):
-        split = Split(ramp.expand(count, 1, 8, 8).contiguous(), torch.zeros(count).long())
-        same = replace(source(), train=split)
-        datamodule = ready(lambda: same, seed=seed, batch_size=batch_size, policy="randaugment")
-        loader = as_rank(datamodule, rank, 2, epoch).train_dataloader()
-        batches, again = ([images for images, _ in loader] for _ in range(2))
-        assert all(map(torch.equal, batches, again))
-        return batches
-
-    # A single image, so that the order of the images does not tell these batches from each other.
-    keys = itertools.product(range(3), range(3), range(2))
-    seen = [loaded(1, 2, *key)[0] for key in keys]
-    seen += loaded(64, 8, 0, 0, 0)
-    assert len(seen) == 18 + 8
-    for one, two in itertools.combinations(seen, 2):
-        assert not torch.equal(one, two)
+    assert (batches()[1] == 200).all()
+    loaded, finished = batches(cutout=Cutout(2))
+    assert (loaded == 200).all()
+    assert (finished[:, 0] == 0).sum((1, 2)).max() == 4
+    loaded, finished = batches(crop=RandomCrop(1), policy=lambda image: image + 1)
+    assert set(loaded.unique().tolist()) == {1, 201}
+    assert torch.equal(loaded, finished.byte())
+    loaded, finished = batches(policy=lambda image: image + 1, crop=RandomCrop(1))
+    assert set(loaded.unique().tolist()) == {201}
+    assert set(finished.unique().tolist()) == {0, 201}
 
 
 class Recorder(LightningModule):
@@ -409,14 +466,17 @@ def training(batches):
     return {key: batch for key, batch in batches.items() if key[0] == "train"}
 
 
+CUT = {**crop_flip(), "cutout": Cutout(2)}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted():
-    return run(make(val_size=24, cutout=2))
+    return run(make(val_size=24, augment=CUT))
 
 
 def test_a_run_repeats_bit_for_bit(uninterrupted):
     torch.manual_seed(9)
-    assert_same(run(make(val_size=24, cutout=2)), uninterrupted)
+    assert_same(run(make(val_size=24, augment=CUT)), uninterrupted)
     assert len(training(uninterrupted)) == 3 * 6
 
 
@@ -432,7 +492,7 @@ def test_a_run_repeats_bit_for_bit(uninterrupted):
     ],
 )
 def test_batches_do_not_depend_on_how_they_are_run(uninterrupted, data_options, trainer_options):
-    batches = run(make(val_size=24, cutout=2, **data_options), **trainer_options)
+    batches = run(make(val_size=24, augment=CUT, **data_options), **trainer_options)
     assert_same(training(batches), training(uninterrupted))
 
 
@@ -454,7 +514,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
     saver = ModelCheckpoint(
         tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end
     )
-    options = {"val_size": 24, "cutout": 2, "num_workers": num_workers}
+    options = {"val_size": 24, "augment": CUT, "num_workers": num_workers}
     run(make(**options), max_epochs=1, enable_checkpointing=True, callbacks=[saver])
     resumed = run(make(**options), ckpt_path=tmp_path / "epoch=0.ckpt")
     later = {k: v for k, v in training(uninterrupted).items() if k[1] >= 1}
@@ -462,7 +522,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
 
 
 def test_a_policy_draws_the_same_in_any_number_of_workers_and_after_a_resume(tmp_path):
-    options = {"val_size": 24, "cutout": 2, "policy": "trivialaugment"}
+    options = {"val_size": 24, "augment": {**CUT, "policy": RandAugment()}}
     expected = run(make(**options))
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     saved = {"enable_checkpointing": True, "callbacks": [saver]}
@@ -475,7 +535,7 @@ def test_a_policy_draws_the_same_in_any_number_of_workers_and_after_a_resume(tmp
 
 
 def test_evaluation_batches_are_normalised_only():
-    datamodule = make(val_size=24, eval_batch_size=10, cutout=3)
+    datamodule = make(val_size=24, eval_batch_size=10, augment=CUT)
     module = Recorder()
     runner = trainer(max_epochs=1)
     runner.fit(module, datamodule=datamodule)
@@ -543,9 +603,9 @@ def test_a_device_that_is_not_there_or_not_the_trainers_is_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", [None, "trivialaugment"])
-def test_batches_from_the_gpu_are_those_from_the_host(policy):
-    options = {"val_size": 24, "policy": policy, "crop_padding": 0, "flip": False}
+@pytest.mark.parametrize("entries", [CUT, {"policy": TrivialAugment()}])
+def test_batches_from_the_gpu_are_those_from_the_host(entries):
+    options = {"val_size": 24, "augment": entries}
     batches = {}
     for device in ("cuda", None):
         datamodule = make(**options, device=device)
@@ -553,4 +613,4 @@ def test_batches_from_the_gpu_are_those_from_the_host(policy):
         assert (datamodule.train.images.device.type == "cuda") is (device == "cuda")
     for key, (images, labels) in batches[None].items():
         assert torch.equal(labels, batches["cuda"][key][1])
-        assert policy or torch.equal(images, batches["cuda"][key][0])
+        assert "policy" in entries or torch.equal(images, batches["cuda"][key][0])

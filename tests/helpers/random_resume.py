@@ -62,7 +62,7 @@ def draw(seed: int) -> list[str]:
     options += maybe(0.3, "method.every=2", "method.every=3")
     options += maybe(0.3, "trainer.gradient_clip_val=0.5")
     options += maybe(0.3, "trainer.precision=64-true", "trainer.precision=bf16-mixed")
-    options += maybe(0.3, "data.num_workers=1 data.policy=trivialaugment", "data.num_workers=2")
+    options += maybe(0.3, "data.num_workers=1 augment=trivialaugment", "data.num_workers=2")
     options += maybe(0.4, "data.label_noise=0.2", "model.dropout=0.3", "data.drop_last=true")
     options += maybe(0.2, "scheduler=constant", "scheduler=multistep")
     options += maybe(0.3, "+trainer.limit_train_batches=2", "+trainer.limit_train_batches=0.6")

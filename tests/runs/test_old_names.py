@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import sam_lightning
-from runs import command, equal, rows, run, weights
+from runs import command, configuration, equal, rows, run, weights
 from sam_lightning.config.conf import top_level
 from sam_lightning.runs.old_names import OLD_NAMES, with_current_names
+from sam_lightning.runs.parts import changes
 from sam_lightning.runs.resume import replayable
 from sam_lightning.studies.report.runs import read_runs
 
@@ -83,6 +85,49 @@ def test_debug_was_the_name_of_traceback(before, value):
     assert kept == [f"traceback={value}", "lr=0.2"]
     (before / ".hydra" / "overrides.yaml").write_text("[debug=fast]")
     assert replayable(before / ".hydra" / "overrides.yaml", top_level()) == ["debug=fast"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("data.crop_padding=0", "augment.crop.padding=0"),
+        ("++data.cutout=16", "++augment.cutout.side=16"),
+        ("data.flip=false", "data.flip=0"),
+        ("data.flip=True", "data.flip=0.5"),
+        ("data.policy=null", "augment.policy=null"),
+        ("data.policy=randaugment", "augment=randaugment"),
+        ("mydata.policy=randaugment", "mydata.policy=randaugment"),
+    ],
+)
+def test_augmentation_was_a_part_of_data(before, now):
+    assert with_current_names([before]) == [now]
+
+
+def test_a_stored_augmentation_is_as_one_of_today(tmp_path):
+    data = {"flip": True, "crop_padding": 4, "cutout": 16, "policy": "autoaugment", "subset": 1.0}
+    stored = with_current_names({"data": data, "seed": 0})
+    cfg = configuration("augment=autoaugment", "augment.cutout.side=16")
+    today = OmegaConf.to_container(cfg.augment, resolve=True)
+    assert stored["augment"] == {name: today[name] for name in stored["augment"]}
+    assert stored["data"] == {"flip": 0.5, "subset": 1.0}
+    assert with_current_names(stored) == stored
+
+
+@pytest.mark.slow
+def test_a_checkpoint_from_before_augment_was_a_group_continues_within_an_epoch(tmp_path):
+    run(tmp_path / "first", "epochs=1", "test=false", "checkpoint_every_n_steps=1")
+    path = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    settings = checkpoint["settings"]
+    kept = {k: v for k, v in settings.items() if not k.startswith(("augment", "loss"))}
+    del kept["data.sampler"], kept["data.repeats"]
+    old = {"data.flip": False, "data.crop_padding": 4, "data.cutout": 0, "data.policy": None}
+    checkpoint["settings"] = {**kept, **old}
+    loop = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    loop["ready"] = loop["processed"] + 1  # within an epoch
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    changed, _ = changes(str(tmp_path / "old.ckpt"), {**settings, "lr": 0.2, "epochs": 2})
+    assert changed.keys() == {"lr", "epochs"}
 
 
 def test_a_report_names_its_classes_as_they_are_now(before):

@@ -60,7 +60,7 @@ def test_every_key_of_conf_is_decided():
         ("optimizer._target_", "never"),
         ("trainer.max_steps", "epochs"),
         ("trainer.anything", "steps"),
-        ("data.policy", "epochs"),
+        ("augment.mixup.alpha", "epochs"),
         ("data.source.extra", "never"),
         ("callbacks.stopping.patience", "never"),
         ("callbacks.progress._target_", "always"),

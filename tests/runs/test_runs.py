@@ -378,7 +378,7 @@ RECIPES = {
         "weight_decay": 1e-3,
         "optimizer.nesterov": False,
         "data.val_size": 0,
-        "data.cutout": 0,
+        "augment.cutout.side": 0,
         "model._target_": "sam_lightning.models.SAMResNet18",
         "model.width": 64,
     },

@@ -272,7 +272,7 @@ def test_a_key_that_old_runs_lack_does_not_tell_groups_apart(tmp_path):
     leave_seeds(tmp_path / "new", "rho=0.1", accs=[0.5, 0.6])
     old = leave(tmp_path / "old", "rho=0.1", acc=0.7, seed=2) / "metrics.json"
     summary = json.loads(old.read_text())
-    del summary["config"]["method"]["every"], summary["config"]["data"]["policy"]
+    del summary["config"]["method"]["every"], summary["config"]["data"]["sampler"]
     del summary["config"]["trainer"]["deterministic"], summary["config"]["optimizer"]["momentum"]
     old.write_text(json.dumps(summary))
     study = study_of(tmp_path)

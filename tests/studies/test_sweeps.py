@@ -90,7 +90,7 @@ def test_numbers_go_on_behind_those_of_jobs_that_are_there(tmp_path):
 
 def test_a_sweep_of_many_keys(tmp_path):
     given = ["method=sam", "optimizer=sgd", "scheduler=cosine", "data.split_seed=123456789"]
-    given += ["data.crop_padding=4", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
+    given += ["augment.crop.padding=4", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
     given += ["trainer.accumulate_grad_batches=4", "trainer.check_val_every_n_epoch=1"]
     done = command(tmp_path, "-m", *SMALL, *given, "rho=-1,-2")
     assert done.returncode == 2
@@ -334,7 +334,7 @@ def test_a_job_whose_process_is_killed(tmp_path, launcher):
 
 @pytest.mark.long
 def test_processes_and_loaders_in_the_workers_of_joblib(tmp_path):
-    loading = ["data.num_workers=1", "data.policy=trivialaugment"]
+    loading = ["data.num_workers=1", "augment=trivialaugment"]
     done = side_by_side(tmp_path, "joblib", "rho=0.1", "trainer.devices=2", *loading)
     assert done.returncode == 0, done.stderr
     sweep = only_sweep(tmp_path / "cwd")

@@ -28,6 +28,7 @@ from reference import (
 from runs import TRAIN, run
 from sam_lightning import SAM
 from sam_lightning.data import digits
+from sam_lightning.data.augment import CutMix, Cutout, crop_flip
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.optim import foreach as vectors
 from sam_lightning.optim.methods.asam import AdaptiveAscent
@@ -144,7 +145,15 @@ def test_nothing_waits_for_the_gpu_between_two_logs(method, precision):
     assert watched.watched == 8
 
 
-@pytest.mark.parametrize("options", [{}, {"device": "cuda"}, {"cutout": 8}, {"num_workers": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"device": "cuda"},
+        {"augment": {**crop_flip(), "cutout": Cutout(8), "cutmix": CutMix(1.0)}},
+        {"num_workers": 2},
+    ],
+)
 def test_the_input_waits_for_nothing_either(options):
     data = ImageDataModule(digits, batch_size=64, **options)
     data.setup("fit")

@@ -27,6 +27,7 @@ from inject import forked
 from runs import SMALL, column, equal, rows, summary, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import ImageSource, Split
+from sam_lightning.data.augment import crop_flip
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.sam import SAM
@@ -200,7 +201,7 @@ def split(count, seed):
 
 def data(**options):
     source = ImageSource(split(90, 1), split(77, 2), ["a", "b", "c", "d"])
-    options = {"batch_size": 80, "crop_padding": 0, "flip": False, "eval_batch_size": 30, **options}
+    options = {"batch_size": 80, "augment": {}, "eval_batch_size": 30, **options}
     return ImageDataModule(lambda: source, **options)
 
 
@@ -281,7 +282,7 @@ def test_the_first_batch_is_shown_as_it_was_trained_on(tmp_path, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             trained.append(batch[0].clone())
 
-    served = data(crop_padding=2, flip=True)
+    served = data(augment=crop_flip())
     runner(tmp_path, Dashboard(), Seen()).fit(
         reference.module_of(reference.mlp()), datamodule=served
     )

@@ -26,6 +26,7 @@ from reference import (
     trainer,
 )
 from sam_lightning.optim.methods.asam import AdaptiveAscent
+from sam_lightning.training.losses import CrossEntropy
 
 
 def count_images(model):
@@ -119,7 +120,7 @@ def test_schedule_and_label_smoothing():
     factors = [1.0, 0.5, 0.25, 0.2, 0.1, 0.05]
     ours, theirs = convnet(), convnet()
     lr_factor = lambda step: (*factors, 0)[step]  # noqa: E731
-    fit(ours, data, rho=0.1, lr_factor=lr_factor, label_smoothing=0.2)
+    fit(ours, data, rho=0.1, lr_factor=lr_factor, loss=CrossEntropy(0.2))
     plain_loop(
         theirs, [[b] for b in data], 0.1, lrs=[SGD["lr"] * f for f in factors], smoothing=0.2
     )

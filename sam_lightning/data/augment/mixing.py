@@ -10,7 +10,7 @@ from torch import Tensor
 from sam_lightning.data.augment.base import BatchMix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # Lightning moves no frozen ones to a device
 class MixedLabels:
     """Labels of mixtures: two of them, not a row of probabilities for each class.
 

@@ -18,10 +18,11 @@ from sam_lightning.studies.table import title
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
 NOTABLE = (
     *("data", "data.image_size", "data.label_noise", "data.subset", "data.val_size"),
-    *("data.crop_padding", "data.flip", "data.cutout", "data.policy"),
+    *("data.sampler", "augment.crop.padding", "augment.flip.p", "augment.policy"),
+    *("augment.cutout.side", "augment.erasing.p", "augment.mixup.alpha", "augment.cutmix.alpha"),
     *("model", "model.width", "model.depth", "model.widen_factor"),
     *("batch_size", "optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.weight_decay"),
-    *("scheduler", "scheduler.warmup_epochs", "label_smoothing", "trainer.precision"),
+    *("scheduler", "scheduler.warmup_epochs", "loss", "label_smoothing", "trainer.precision"),
 )
 READING = (
     "Mean ± half of the 95 % interval of the mean over n seeds (Student's t; none for one seed). "

@@ -149,7 +149,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "method": "sgd" if alone else method.get("name"),
         "rho": 0.0 if alone else method.get("rho"),
         "epochs": config.get("epochs"),
-        **{part: _name(config.get(part)) for part in ("optimizer", "scheduler")},
+        **{part: _name(config.get(part)) for part in ("optimizer", "scheduler", "loss")},
+        **{f"augment.{name}": _name(e) for name, e in _dict(config.get("augment")).items() if e},
         **{f"callbacks.{name}": _name(callback) for name, callback in callbacks.items()},
     }
     if named["data"] == "image_folder":  # a data set of its own; elsewhere root is only a place

@@ -1,0 +1,102 @@
+"""Real runs by any number of processes, killed and continued: the same images in every batch.
+
+This file is also the module with the callback of those runs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from sam_lightning.config.conf import CONF
+
+TRAIN = CONF.parent / "train.py"
+# 61 images for balanced batches of 12: 6 an epoch, with 70 images; the last has 10.
+RUN = ["data=digits", "data.subset=61", "data.sampler=balanced", "data.repeats=2", "batch_size=12"]
+RUN += ["augment=trivialaugment", "augment.color_jitter.brightness=0.4", "augment.erasing.p=0.5"]
+RUN += ["augment.mixup.alpha=0.4", "augment.cutmix.alpha=1.0", "model.width=2", "trainer=cpu"]
+RUN += ["epochs=2", "test=false", "trainer.log_every_n_steps=1", "checkpoint_every_n_steps=1"]
+RUN += ["+callbacks.seen._target_=test_same_images.Seen", "data.eval_batch_size=1000"]
+
+
+class Seen(L.Callback):
+    """Writes what each batch consists of; may kill the run at a batch."""
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        import hashlib
+
+        images, labels = batch
+        parts = zip(images.numpy(), labels.labels, labels.other, labels.share, strict=True)
+        rows = [
+            [hashlib.blake2b(i.tobytes(), digest_size=8).hexdigest(), *map(float, others)]
+            for i, *others in parts
+        ]
+        file = Path(os.environ["SEEN"]) / f"{trainer.world_size}_{trainer.global_rank}.jsonl"
+        with file.open("a") as out:
+            out.write(json.dumps([trainer.current_epoch, batch_idx, rows]) + "\n")
+        if os.environ.get("KILLED_AT") == f"{trainer.current_epoch}.{batch_idx}":
+            os.killpg(0, signal.SIGKILL)
+
+
+def train(folder: Path, *arguments: str, at: str = "") -> int:
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}", *arguments],
+        env={**os.environ, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # with a process group to kill
+        timeout=900,
+    )
+    assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr
+    return done.returncode
+
+
+def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
+    """The rows of each batch, over all ranks, which take turns."""
+    ranks = []
+    for file in sorted(folder.glob("*.jsonl")):
+        lines = map(json.loads, file.read_text().splitlines())
+        ranks.append({(epoch, batch): rows for epoch, batch, rows in lines})
+    return {
+        key: [row for rows in zip_longest(*(rank[key] for rank in ranks)) for row in rows if row]
+        for key in ranks[0]
+    }
+
+
+@pytest.mark.slow
+def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
+    train(tmp_path / "plain")
+    expected = global_batches(tmp_path / "plain")
+    assert [len(rows) for rows in expected.values()] == 2 * [12, 12, 12, 12, 12, 10]
+    assert len({row[0] for rows in expected.values() for row in rows}) > 130  # of 140
+    two = ["trainer=ddp_cpu", "trainer.devices=2"]
+    runs = {
+        "workers": [(["data.num_workers=2"], "")],
+        "ranks": [(two, "")],
+        "killed": [
+            (["data.num_workers=3"], "0.4"),
+            (["ckpt_path=last"], "1.2"),
+            (["ckpt_path=last", "data.num_workers=2"], ""),
+        ],
+        "ranks killed": [
+            ([*two, "data.num_workers=2"], "1.1"),
+            ([*two, "ckpt_path=last", "data.num_workers=3"], ""),
+        ],
+    }
+    for name, parts in runs.items():
+        for arguments, at in parts:
+            train(tmp_path / name, *arguments, at=at)
+        assert global_batches(tmp_path / name) == expected, name
