@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
+from PIL import Image
 
 from sam_lightning.config.conf import CONF
 
 TRAIN = CONF.parent / "train.py"
 # 61 images for balanced batches of 12: 6 an epoch, with 70 images; the last has 10.
-RUN = ["data=digits", "data.subset=61", "data.sampler=balanced", "data.repeats=2", "batch_size=12"]
+RUN = ["data=image_folder", "data.subset=61", "data.sampler=balanced", "data.repeats=2"]
+RUN += ["data.image_size=16", "data.view=random_resized_crop", "batch_size=12"]
 RUN += ["augment=trivialaugment", "augment.color_jitter.brightness=0.4", "augment.erasing.p=0.5"]
 RUN += ["augment.mixup.alpha=0.4", "augment.cutmix.alpha=1.0", "model.width=2", "trainer=cpu"]
 RUN += ["epochs=2", "test=false", "trainer.log_every_n_steps=1", "checkpoint_every_n_steps=1"]
@@ -47,12 +50,27 @@ class Seen(L.Callback):
             os.killpg(0, signal.SIGKILL)
 
 
+def photographs(folder: Path) -> Path:
+    """Ten classes of eight noisy JPEGs of different sizes, and a test set."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 1)):
+        for name in (f"{split}/{cls}/{i}.jpg" for cls in range(10) for i in range(count)):
+            size = (*generator.integers(20, 40, 2), 3)
+            pixels = generator.integers(0, 256, size, dtype=np.uint8)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
 def train(folder: Path, *arguments: str, at: str = "") -> int:
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        [sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}", *arguments],
+        [
+            *(sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}"),
+            *(f"data.root={folder.parent / 'photographs'}", *arguments),
+        ],
         env={**os.environ, **environment},
         cwd=folder,
         capture_output=True,
@@ -78,6 +96,7 @@ def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
 
 @pytest.mark.slow
 def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
+    photographs(tmp_path / "photographs")
     train(tmp_path / "plain")
     expected = global_batches(tmp_path / "plain")
     assert [len(rows) for rows in expected.values()] == 2 * [12, 12, 12, 12, 12, 10]
