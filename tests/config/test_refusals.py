@@ -349,7 +349,7 @@ FILES = {
         "data=digitts: allowed are ",
         "did you mean digits?",
     ),
-    "typo": ("defaults: [digits, _self_]\nflipp: true\n", "data.flipp=True: no such key", "flip?"),
+    "typo": ("defaults: [digits, _self_]\nsubsett: 1\n", "data.subsett=1: no such key", "subset?"),
 }
 
 
