@@ -449,7 +449,7 @@ HEAVY = [
     ("loss=custom loss._target_=torch.nn.L1Loss", "loss: does not take logits 2 x 10 and labels"),
     (
         "label_smoothing=0.1 loss=custom loss._target_=torch.nn.MultiMarginLoss",
-        "label_smoothing=0.1: loss._target_=torch.nn.MultiMarginLoss does not take it",
+        "label_smoothing=0.1: must be 0 with loss.smoothing=null, as loss._target_=torch.nn.Multi",
     ),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),
