@@ -64,8 +64,11 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
 
 def build_all(cfg: DictConfig, group: str) -> dict[str, Any]:
     """The objects of a group by name: ~callbacks leaves all out, callbacks.best=null one."""
-    chosen = cfg.get(group) or {}
-    return {str(n): build(cfg, f"{group}.{n}") for n in chosen if chosen[n] is not None}
+    chosen = {str(n): node for n, node in (cfg.get(group) or {}).items() if node is not None}
+    for name, node in chosen.items():
+        if not OmegaConf.is_dict(node):
+            raise ConfigError(f"{group}.{name}={node}: allowed is null, or keys below it")
+    return {name: build(cfg, f"{group}.{name}") for name in chosen}
 
 
 def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
@@ -106,13 +109,9 @@ def check_names(
     hints = _annotations(made)
     for name, value in options.items():
         if name in own or (name not in known and not takes_any):
-            raise ConfigError(f"{key}.{name}={value}: {_unknown(key, str(name), known)}")
+            raise ConfigError(f"{key}.{name}={value}: {no_such_key(str(name), known)}")
         if name in hints and value != parameters[name].default:
             check_value(f"{key}.{name}", value, hints[name])
-
-
-def _unknown(key: str, name: str, known: list[str]) -> str:
-    return no_such_key(f"{key}.{name}", [f"{key}.{other}" for other in known])
 
 
 def _annotations(made: Callable[..., Any]) -> Mapping[str, Any]:

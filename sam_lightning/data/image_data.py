@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sam_lightning.config.errors import argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.instantiate import build_all, check_names, factory
+from sam_lightning.config.schema import one_line
 from sam_lightning.data.augment import BatchAugment, MixedLabels, crop_flip
 from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.loading import (
@@ -172,8 +173,13 @@ class ImageData:
                 "training images, with drop_last=true"
             )
         for name, check in augment.check(self.train.take(torch.tensor([0])).images):
-            with argument_errors(f"augment.{name}"):
-                check()
+            try:
+                with argument_errors(f"augment.{name}"):
+                    check()
+            except ConfigError:
+                raise
+            except Exception as error:  # whatever a user's own raises
+                raise ConfigError(f"augment.{name}: {one_line(error)}") from error
         self._augment = augment
 
     def _pixels(self, name: str, *splits: Split | None) -> list[Any]:

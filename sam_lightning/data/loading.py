@@ -50,22 +50,21 @@ class EpochOrder:
         labels: int64, of all training images.
         seed: of the orders.
         sampler: ``shuffled``: each image once. ``balanced``: each class that has images equally
-            often, in ceil(images / classes) draws for each; a class takes turns through its images,
-            in an order drawn for each turn.
-        repeats: each image of this order comes so many times in a row, and the epoch ends where
-            it would without, so only the first of them come at all.
+            often, ceil(images / classes) times; a class takes turns through its images, in an order
+            drawn for each turn.
+        repeats: each image comes so many times in a row, and only the first of an order come at
+            all, so that an epoch keeps its length; of a balanced one, each class is rounded up.
     """
 
     def __init__(self, labels: Tensor, seed: int, sampler: str, repeats: int = 1) -> None:
         self.seed, self.repeats = seed, repeats
-        self._count = len(labels)
-        self._members = None
-        self._length = self._count
+        self._length = self._count = len(labels)
+        self._members: list[Tensor] = []
         if sampler == "balanced":
-            by_class = [(labels == c).nonzero().squeeze(1).cpu() for c in labels.unique().tolist()]
-            self._members = by_class
-            self._quota = -(-self._count // len(by_class))
-            self._length = self._quota * len(by_class)
+            classes = labels.unique().tolist()
+            self._members = [(labels == c).nonzero().squeeze(1).cpu() for c in classes]
+            self._quota = -(-self._count // (len(classes) * repeats))
+            self._length = self._quota * len(classes) * repeats
         self._last: tuple[int, Integers, Integers | int] | None = None
 
     def __len__(self) -> int:
@@ -79,13 +78,13 @@ class EpochOrder:
             if self.repeats > 1:
                 counted = np.arange(self._length)
                 indices = indices[counted // self.repeats]
-                copies = copies if isinstance(copies, int) else copies[counted // self.repeats]
+                copies = copies[counted // self.repeats] if self._members else 0
                 copies = copies * self.repeats + counted % self.repeats
             self._last = epoch, indices, copies
         return self._last[1:]
 
-    def _drawn(self, generator: torch.Generator) -> tuple[Integers, Integers | int]:
-        if self._members is None:
+    def _drawn(self, generator: torch.Generator) -> tuple[Integers, Any]:
+        if not self._members:
             return torch.randperm(self._count, generator=generator).numpy(), 0
         indices, copies = [], []
         for members in self._members:
@@ -94,7 +93,7 @@ class EpochOrder:
             drawn = [torch.randperm(count, generator=generator) for _ in range(turns)]
             indices.append(members[torch.cat(drawn)[: self._quota]])
             copies.append(torch.arange(turns).repeat_interleave(count)[: self._quota])
-        order = torch.randperm(self._length, generator=generator)
+        order = torch.randperm(self._quota * len(self._members), generator=generator)
         return torch.cat(indices)[order].numpy(), torch.cat(copies)[order].numpy()
 
 

@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 
 # Keys that only other keys refer to.
 COPIED = ("rho", "lr", "weight_decay")
+# What switches an augmentation on.
+SWITCHES = {
+    **{f"augment.{name}": "p" for name in ("flip", "erasing")},
+    **{f"augment.{name}": "alpha" for name in ("mixup", "cutmix")},
+}
 # Keys of the method that count where it is the base optimizer alone.
 NAMING = ("method.name", "method.rho", "method.passes")
 
@@ -48,7 +53,18 @@ def unused(cfg: DictConfig, given: Sequence[str]) -> str | None:
         if (key in COPIED and not any(f"${{{key}}}" in v for v in references))
         or (is_sgd(method) and key.startswith("method.") and key not in NAMING)
     ]
-    return because(method, idle) if idle else None
+    off = [key for key in dict.fromkeys(given) if _is_off(cfg, key)]
+    said = [because(method, idle)] if idle else []
+    return "; ".join(said + [f"{', '.join(off)} changes nothing here"] * bool(off)) or None
+
+
+def _is_off(cfg: DictConfig, key: str) -> bool:
+    """Whether a key belongs to an augmentation that is switched off, or to flips that are."""
+    if key == "data.flip":
+        return not OmegaConf.select(cfg, "augment.flip.p") and bool(cfg.data.flip)
+    entry, _, name = key.rpartition(".")
+    switch = SWITCHES.get(entry)
+    return switch not in (None, name) and not OmegaConf.select(cfg, f"{entry}.{switch}")
 
 
 def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -146,9 +146,11 @@ def _make_loss(cfg: DictConfig, data: ImageDataModule) -> Loss:
     loss: Loss = build(cfg, "loss", class_counts=counts, reduction="none")
     check_loss(loss, data.num_classes)
     if cfg.label_smoothing and cfg.loss.get("smoothing") != cfg.label_smoothing:
+        smoothing = cfg.loss.get(
+            "smoothing", f"null, as loss._target_={cfg.loss._target_} has none"
+        )
         raise ConfigError(
-            f"label_smoothing={cfg.label_smoothing}: loss._target_={cfg.loss._target_} does not "
-            "take it; set it to 0"
+            f"label_smoothing={cfg.label_smoothing}: must be 0 with loss.smoothing={smoothing}"
         )
     return loss
 

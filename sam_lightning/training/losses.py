@@ -1,5 +1,6 @@
 """Losses: from logits and labels to a loss for each image. The loss of a batch is their mean."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -109,7 +110,9 @@ def check_loss(loss: Loss, num_classes: int) -> None:
         raise ConfigError("loss: has parameters, and only those of the model are trained")
     labels = torch.tensor([0, num_classes - 1])
     try:
-        losses = loss(torch.zeros(2, num_classes), labels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = loss(torch.zeros(2, num_classes), labels)
     except Exception as error:  # whatever a user's own raises
         text = " ".join(str(error).split())
         raise ConfigError(

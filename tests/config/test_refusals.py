@@ -45,6 +45,12 @@ def small(arguments):
 
 
 LIGHT = [
+    ("augment=magic", "augment=magic: allowed are autoaugment, "),
+    (
+        "data.policy=randaugment",
+        "data.policy=randaugment: no such key; it is a choice of the group",
+    ),
+    ("data.cutout=8", "data.cutout=8: no such key; it is augment.cutout.side now"),
     # names
     ("rhoo=0.1", "rhoo=0.1: no such key; did you mean rho?"),
     ("++lrr=9", "lrr=9: no such key; did you mean lr?"),
@@ -256,14 +262,7 @@ VALUES = [
     ("data.mean=0.5", "data.mean=0.5: allowed is a list of numbers from 0 to 1, or null"),
     ("data.std=[0]", "data.std=[0]: allowed is a list of numbers from above 0 to 1, or null"),
     ("data.num_workers=100000", "data.num_workers=100000: allowed is a whole number from 0 to "),
-    ("augment=magic", "augment=magic: allowed are autoaugment, "),
-    (
-        "data.policy=randaugment",
-        "data.policy=randaugment: no such key; it is a choice of the group",
-    ),
-    ("data.cutout=8", "data.cutout=8: no such key; it is augment.cutout.side now"),
     ("data.flip=true", "data.flip=True: allowed is a number from 0 to 1"),
-    ("augment.mixup=0.2", "augment.mixup"),
     ("loss.class_weights=even", "loss.class_weights=even: allowed is a list of numbers >= 0, "),
     ("data.sampler=even", "data.sampler=even: allowed is shuffled, balanced"),
     (
@@ -350,7 +349,7 @@ FILES = {
         "data=digitts: allowed are ",
         "did you mean digits?",
     ),
-    "typo": ("defaults: [digits, _self_]\nflipp: true\n", "data.flipp=True: no such key", "flip?"),
+    "typo": ("defaults: [digits, _self_]\nsubsett: 1\n", "data.subsett=1: no such key", "subset?"),
 }
 
 
@@ -436,6 +435,7 @@ HEAVY = [
         "augment.cutout.side=33",
         "augment.cutout.side=33: must be <= 32 for images of 32 x 32 pixels",
     ),
+    ("augment.mixup=0.2", "augment.mixup=0.2: allowed is null, or keys below it"),
     ("augment.mixup.alpha=-1", "augment.mixup.alpha=-1: must be a number >= 0"),
     (
         "+augment.x._target_=torchvision.transforms.v2.Grayscale +augment.x.num_output_channels=3",
@@ -449,7 +449,7 @@ HEAVY = [
     ("loss=custom loss._target_=torch.nn.L1Loss", "loss: does not take logits 2 x 10 and labels"),
     (
         "label_smoothing=0.1 loss=custom loss._target_=torch.nn.MultiMarginLoss",
-        "label_smoothing=0.1: loss._target_=torch.nn.MultiMarginLoss does not take it",
+        "label_smoothing=0.1: must be 0 with loss.smoothing=null, as loss._target_=torch.nn.Multi",
     ),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),

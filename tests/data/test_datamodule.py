@@ -395,6 +395,14 @@ def test_repeated_images_are_in_one_batch_and_augmented_differently():
     assert others.unique().tolist() != indices.unique().tolist()
 
 
+def test_repeated_images_are_balanced_too():
+    batches = epoch_of(ready(sampler="balanced", repeats=3, batch_size=16))
+    labels = torch.cat([batch[2] for batch in batches])
+    assert labels.bincount().tolist() == [30] * 4
+    indices = torch.cat([batch[1] for batch in batches]).view(-1, 3)
+    assert (indices == indices[:, :1]).all()
+
+
 def test_augmentation_arrives_and_single_images_are_for_the_loader():
     image = torch.full((200, 1, 8, 8), 200, dtype=torch.uint8)
     whole = replace(source(), train=Split(image, torch.zeros(200).long()))

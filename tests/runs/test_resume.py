@@ -150,7 +150,8 @@ def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path):
 
 @pytest.mark.slow
 def test_a_dropout_network_with_a_policy_in_workers(tmp_path):
-    extra = ["augment=trivialaugment", "data.num_workers=2", "optimizer=adamw", "epochs=2"]
+    extra = ["augment=trivialaugment", "augment.mixup.alpha=0.2", "data.num_workers=2"]
+    extra += ["optimizer=adamw", "loss.class_weights=balanced", "epochs=2"]
     options = [*(o for o in WIDE if not o.startswith("epochs")), *extra]
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert forked(tmp_path, *options, *into(folder), fault=("SIGKILL", "pass:25")).returncode < 0

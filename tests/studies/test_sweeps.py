@@ -141,6 +141,9 @@ def test_a_search_that_changes_nothing_is_refused(tmp_path):
         (["method=sgd", "rho=0.1"], "rho changes nothing with method=sgd"),
         (["rho=0", "method.every=2"], "method.every changes nothing with rho=0"),
         (["optimizer.lr=0.1", "lr=0.2"], "lr changes nothing here"),
+        (["augment.mixup.p=0.5", "augment.mixup.alpha=0.2"], None),
+        (["augment.mixup.p=0.5", "data.flip=0.2"], "augment.mixup.p changes nothing here"),
+        (["augment=none", "data.flip=0.2"], "data.flip changes nothing here"),
         (["method=sgd", "experiment=digits_label_noise"], None),  # whose file has a rho
         (["rho=0.1", "lr=0.2", "method=sam", "method.every=2"], None),
     ],

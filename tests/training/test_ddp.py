@@ -27,6 +27,7 @@ from sam_lightning.optim.methods.linf import SignAscent
 from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
 from sam_lightning.training.build import make_trainer
+from sam_lightning.training.losses import CrossEntropy
 
 RANKS, STEPS, SHARD = 2, 6, 8
 
@@ -53,6 +54,11 @@ CASES = {
         "every": 2,
         "sync_perturbation": True,
         "gradient_clip_val": 0.1,
+    },
+    "weighted, synced": {
+        "loss": CrossEntropy(0.1, [1, 2, 5, 0.5], [4, 3, 2, 1]),
+        "sync_perturbation": True,
+        "accumulate_grad_batches": 2,
     },
     "linf": {"perturbation": SignAscent(), "rho": 0.002},
     "three steps": {"ascent_steps": 3, "sync_perturbation": True},
@@ -254,7 +260,7 @@ def test_without_sync_each_rank_perturbs_by_itself(ranks, case):
     "case",
     [
         *("synced", "synced, accumulated", "sgd", "msam", "three steps"),
-        *("gsam, synced", "looksam, synced", "esam, synced"),
+        *("gsam, synced", "looksam, synced", "esam, synced", "weighted, synced"),
     ],
 )
 def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):

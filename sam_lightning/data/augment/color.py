@@ -102,7 +102,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(red, b - g, torch.where(green, 2 + r - b, 4 + g - r))
     hue = (hue / 6 + shift).remainder_(1) * 6
     # Each channel falls from the largest value to the smallest with its distance on the circle.
-    phases = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    phases = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)
     distance = (hue + phases).remainder_(6)
     part = torch.minimum(distance, 4 - distance).clamp_(0, 1)
     return ((value - spread * part) * (255.999 / 255)).floor_()

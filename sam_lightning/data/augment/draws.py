@@ -60,6 +60,11 @@ def _place(name: str) -> np.uint64:
     return np.uint64(draw_seed(*name.encode()))
 
 
+@cache
+def _steps(first: int, count: int) -> Streams:
+    return (np.arange(first, first + count, dtype=np.uint64) * _GAMMA)[:, None]
+
+
 class Draws:
     """The numbers that one entry of an augmentation draws for the N images of a batch.
 
@@ -77,9 +82,8 @@ class Draws:
         self._done = 0
 
     def _bits(self, count: int) -> Streams:
-        steps = np.arange(self._done + 1, self._done + count + 1, dtype=np.uint64)
-        self._done += count
-        return _mixed(self._state + (steps * _GAMMA)[:, None])
+        first, self._done = self._done + 1, self._done + count
+        return _mixed(self._state + _steps(first, count))
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """``count`` x N numbers, uniform in [0, 1)."""

@@ -88,7 +88,11 @@ class BatchAugment:
         active = [(n, e) for n, e in (entries or {}).items() if getattr(e, "active", True)]
         self._mixes = [e for _, e in active if isinstance(e, BatchMix)]
         self._normalized = [e for e in active if getattr(e[1], "normalized", False)]
-        of_bytes = [e for e in active if e not in self._normalized and e[1] not in self._mixes]
+        of_bytes = [
+            (n, e)
+            for n, e in active
+            if not isinstance(e, BatchMix) and not getattr(e, "normalized", False)
+        ]
         single = [i for i, (_, e) in enumerate(of_bytes) if not isinstance(e, BatchTransform)]
         split = single[-1] + 1 if single else 0
         self._in_loader, self._on_device = of_bytes[:split], of_bytes[split:]
