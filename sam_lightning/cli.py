@@ -33,7 +33,7 @@ from sam_lightning.config.hydra_errors import (
 from sam_lightning.config.schema import check, one_line
 from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.files import read_summary
-from sam_lightning.runs.lock import owned
+from sam_lightning.runs.lock import kept, owned
 from sam_lightning.runs.resume import resumed
 from sam_lightning.runs.secrets import HIDDEN
 from sam_lightning.studies.identical import unused
@@ -60,7 +60,7 @@ def guarded(main: Callable[[], Any]) -> None:
             arguments = settings_first(sys.argv[1:])
             check_flags(arguments)
             sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
-            with summarized():
+            with kept, summarized():
                 main()
         except KeyboardInterrupt:  # before there is anything to save
             _discard_started()
@@ -193,7 +193,7 @@ def _discard_started() -> None:
 def _discard(folder: Path) -> None:
     """Remove a folder that holds only what Hydra wrote at the start."""
     found = list(folder.iterdir())
-    written = [e for e in found if e.name in (".hydra", "train.log", "multirun.yaml")]
+    written = [e for e in found if e.name in (".hydra", ".lock", "train.log", "multirun.yaml")]
     if (folder / "multirun.yaml").is_file():  # a sweep's, and so are the empty folders of jobs
         written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
     if not {*found} <= {*written}:

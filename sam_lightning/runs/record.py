@@ -176,9 +176,9 @@ class Record:
         from torch.utils.tensorboard.summary import hparams
 
         cfg = self.cfg
-        settings = {
-            "method": cfg.method.name,
-            "rho": cfg.method.rho,
+        settings = {  # TensorBoard sorts by name, capitals first
+            "Method": cfg.method.name,
+            "Rho": cfg.method.rho,
             "seed": cfg.seed,
             "model": str(cfg.model._target_).rpartition(".")[2],
             "data": str(cfg.data.source._target_).rpartition(".")[2],
@@ -188,7 +188,7 @@ class Record:
         }
         groups = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in DETAILS}
         for key, value in flat(groups).items():
-            known = key.rpartition(".")[2] in {*settings, "name", "_target_"}
+            known = key.rpartition(".")[2] in {*map(str.lower, settings), "name", "_target_"}
             if isinstance(value, int | float | str) and not known and ".source." not in key:
                 settings[key] = value
         # An experiment summary describes one run. Without it TensorBoard finds columns in all runs,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.files import RunStatus, read_status
 from sam_lightning.runs.old_names import mapped
+from sam_lightning.studies.identical import MISSING, PLACES, differing
 from sam_lightning.studies.table import Table, show
 
 ABOUT = """
@@ -19,8 +19,6 @@ records, such as device, versions and seconds.
 """
 # Parts of metrics.json that have a table of their own, or that differ between any two runs.
 APART = ("config", "metrics", "finished", "parts")
-PLACES = ("output_dir", "ckpt_path")
-MISSING = "-"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,18 +69,6 @@ def _config(run: RunStatus) -> Any:
     config = run.summary.get("config")
     own = str(config.get("output_dir") or PLACES) if isinstance(config, dict) else ""
     return mapped(lambda v: v.replace(own, "RUN") if isinstance(v, str) else v, config)
-
-
-def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys of two nested dictionaries whose values differ, with both values."""
-    known = [
-        {k: v for k, v in flat(node).items() if not isinstance(v, dict) and k not in PLACES}
-        if isinstance(node, dict)
-        else {}
-        for node in (one, other)
-    ]
-    pairs = {key: tuple(node.get(key, MISSING) for node in known) for key in known[0] | known[1]}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _shown(value: Any) -> str:

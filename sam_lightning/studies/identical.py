@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -18,16 +18,21 @@ log = logging.getLogger(__name__)
 COPIED = ("rho", "lr", "weight_decay")
 # Keys of the method that count where it is the base optimizer alone.
 NAMING = ("method.name", "method.rho", "method.passes")
+PLACES = ("output_dir", "ckpt_path")
+MISSING = "-"  # the value of a key that only the other configuration has
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys in which two configurations differ, without the folder."""
-    first, second = _leaves(one), _leaves(other)
-    keys = [k for k in {**first, **second} if k != "output_dir"]
-    return [k for k in keys if first.get(k, keys) != second.get(k, keys)]
+def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys of two nested dictionaries whose values differ, with both values.
+
+    Those of a run's own places are left out. What is no dictionary has no keys.
+    """
+    first, second = (_leaves(node) if isinstance(node, dict) else {} for node in (one, other))
+    pairs = {key: (first.get(key, MISSING), second.get(key, MISSING)) for key in first | second}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in PLACES}
 
 
-def because(method: Mapping[str, Any], keys: Sequence[str]) -> str:
+def because(method: Mapping[str, Any], keys: Collection[str]) -> str:
     """Why two runs are the same although these keys differ; ``method`` is the method of one."""
     if not keys:
         return "it is given twice"

@@ -14,7 +14,7 @@ from sam_lightning.config.hydra_errors import COMPOSING, key_of
 from sam_lightning.config.trust import trust_arguments
 from sam_lightning.runs.old_names import with_current_names
 from sam_lightning.runs.resume import replayable
-from sam_lightning.studies.diff import differing
+from sam_lightning.studies.identical import differing
 from sam_lightning.studies.runner import TRAIN
 
 ABOUT = """

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,8 +27,8 @@ from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
 from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
-from sam_lightning.runs.folder import refuse
-from sam_lightning.runs.lock import OwnedError
+from sam_lightning.runs.folder import folder_of, own, refuse
+from sam_lightning.runs.lock import NAME, OwnedError, kept, owned
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.identical import distinct, unused
 
@@ -115,7 +115,6 @@ class SweepFolder(Callback):
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
-    owned: ClassVar[dict[Path, str]] = {}  # jobs that another process is at
 
     def __init__(self, first_job: int = 0, swept: Sequence[str] = ()) -> None:
         self.first_job, self.swept = first_job, swept  # read by ``job_folder``
@@ -129,10 +128,7 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
-        try:
-            path = Path(config.hydra.sweep.dir)
-        except OmegaConfBaseException:  # ``RunFolder`` refuses it
-            return
+        path = folder_of(config, "hydra.sweep.dir")
         metric = OmegaConf.select(config, "optimized_metric")
         try:
             _check_processes(config)
@@ -148,6 +144,13 @@ class SweepFolder(Callback):
                 raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
         except ConfigError as error:
             refuse(str(error))
+        own(path, "hydra.sweep.dir")
+        try:
+            for lock in path.rglob(NAME):  # of jobs that outlive their sweep
+                with owned(lock.parent):
+                    pass
+        except ConfigError as error:
+            refuse(str(error))
         SweepFolder.storage = storage if isinstance(storage, str) else None
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
@@ -156,8 +159,9 @@ class SweepFolder(Callback):
             config.hydra.overrides.hydra.append(f"++{OWN}.swept=[{named}]")
         sweeper: Any = get_class(config.hydra.sweeper._target_)
         if split := getattr(sweeper, "split_arguments", None):  # Hydra's own, not one that searches
-            original = split.args[2] if isinstance(split, partial) else split
-            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, original))
+            # Hydra takes no sweeper of ours, as it wants all in a package called hydra_plugins.
+            kept.callback(setattr, sweeper, "split_arguments", staticmethod(split))
+            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, split))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that a job runs in."""
@@ -219,9 +223,7 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
-    if isinstance(error, OwnedError):  # what is in the folder is another's
-        SweepFolder.owned[Path(cfg.output_dir).resolve()] = f"ConfigError: {one_line(error)}"
-    else:
+    if not isinstance(error, OwnedError):  # else what is in the folder is another's
         record_failure(cfg, reason, refused=isinstance(error, ConfigError))
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
@@ -287,8 +289,6 @@ def _job(sweep: Path, started: Path) -> dict[str, Any]:
     stale = file.is_file() and file.stat().st_mtime_ns < started.stat().st_mtime_ns
     if stale or not found.summary:
         state, reason = "no result", "the process ended and left no metrics.json"
-    if folder.resolve() in SweepFolder.owned:
-        state, reason = "failed", SweepFolder.owned[folder.resolve()]
     return {
         "job": folder.name.partition("_")[0],
         "overrides": stored_overrides(started.with_name("overrides.yaml")),
