@@ -306,7 +306,8 @@ def _reason(job: dict[str, Any]) -> str:
 
 def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
     """A line per job with what varies; below it the folder, and why jobs failed."""
-    from sam_lightning.studies.table import Table, show, title  # not for a single run
+    from sam_lightning.runs.terminal import show  # not for a single run
+    from sam_lightning.studies.table import Table, title
 
     names = (SweepFolder.metric, "test/acc", "val/acc")
     metric = next((n for n in names if n and any(n in job["metrics"] for job in jobs)), "test/acc")

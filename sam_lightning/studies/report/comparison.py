@@ -15,7 +15,7 @@ from sam_lightning.config.conf import CONF, choices, flat
 from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
-from sam_lightning.studies.table import title
+from sam_lightning.studies.table import title, typed
 
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
@@ -92,19 +92,6 @@ class Study:
         }
         return " and ".join(cost for cost, equal in same.items() if equal)
 
-    def _varies(self, group: int, column: str) -> bool:
-        """Whether a setting tells a group from others of the same data and model.
-
-        One that says how to train, from others of the same method too.
-        """
-        if column in (*SUBJECTS, *SHOWN):
-            return True
-        same = [c for c in (*SUBJECTS, "method") if c in self.settings]
-        if column.partition(".")[0] in SUBJECTS:
-            same.remove("method")
-        others = (self.settings[same] == self.settings.loc[group, same]).all(axis=1)
-        return len({*self.settings.loc[others, column]}) > 1
-
     @property
     def kind(self) -> str:
         """Whether tables and figures speak of ``acc`` or of ``error``, as the metric does."""
@@ -140,7 +127,7 @@ class Study:
         for groups, best in self.choices.items():
             seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
-                rhos = map(show, self.settings["rho"][[*groups]])
+                rhos = map(typed, self.settings["rho"][[*groups]])
                 listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
                 name = self.describe(best, without=["rho"])
                 warnings.append(f"{name}: not the same seeds at every rho ({listed})")
@@ -162,26 +149,35 @@ class Study:
         return self.words(group, [c for c in columns if c not in without])
 
     def words(self, group: int, columns: Iterable[str]) -> str:
-        """The values that a group has in these columns, in words.
+        """The values that a group has in these columns, in words."""
+        return ", ".join(filter(None, self._said.loc[group, [*columns]]))
 
-        What does not vary and what the method's file in ``conf`` says is left out.
+    @cached_property
+    def _said(self) -> pd.DataFrame:
+        """Every setting of every group in words, or nothing where it needs none.
+
+        So it is if the method's file in ``conf`` says it, or if it tells the group from no other
+        with the same data and model, and one that says how to train, with the same method too.
         """
-        values = self.settings.loc[group]
-        words = []
-        for column in columns:
-            text = show(values[column])
-            if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
-                continue
-            if show(_of_method(values["method"]).get(column, ABSENT)) == text:
-                continue
-            if not self._varies(group, column):
-                continue
+        said = self.settings.map(typed)
+        of_files = [_of_conf("method", name) for name in self.settings["method"]]
+        for column, texts in said.items():
+            unsaid = texts.isin([ABSENT]) | (
+                texts == [typed(file.get(column, ABSENT)) for file in of_files]
+            )
+            if column == "rho":
+                unsaid |= self.settings["method"] == "sgd"
+            if column not in (*SUBJECTS, *SHOWN):
+                how = () if column.partition(".")[0] in SUBJECTS else ("method",)
+                same = [self.settings[c] for c in (*SUBJECTS, *how) if c in self.settings]
+                others = self.settings.groupby(same or (lambda group: 0))
+                unsaid |= others[column].transform(lambda values: len({*values})) == 1
             if column == "epochs":
-                text = f"{text} epochs"
-            elif column not in ("method", "data", "model"):
-                text = f"{title(column, self.settings)} {text}"
-            words.append(text)
-        return ", ".join(words)
+                texts = texts + " epochs"
+            elif column not in ("method", *SUBJECTS):
+                texts = f"{title(column, self.settings)} " + texts
+            said[column] = texts.mask(unsaid, "")
+        return said
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
@@ -215,13 +211,6 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     return Study(metric, baseline, settings, frame, common, repeats)
 
 
-def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """The keys that differ between runs, and the settings that are common to all.
 
@@ -243,24 +232,17 @@ def _added(key: str, run: Mapping[str, Any]) -> bool:
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
         return len(names) == 1 or f"{part}.{names[0]}" in run
-    return part in ("trainer", "optimizer") and key not in _defaults(part)
+    of_conf = (_of_conf(part, name) for name in choices(part))
+    return part in ("trainer", "optimizer") and not any(key in keys for keys in of_conf)
 
 
 @cache
-def _defaults(part: str) -> set[str]:
-    """The keys of ``conf/part``, in dotted form."""
-    files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
-    keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
-    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}  # some files name the part
-
-
-@cache
-def _of_method(name: str) -> dict[str, Any]:
-    """The keys of ``conf/method/name.yaml`` in dotted form; none without such a file."""
-    if name not in choices("method"):
+def _of_conf(part: str, name: str) -> dict[str, Any]:
+    """The keys of ``conf/part/name.yaml`` in dotted form; none without such a file."""
+    if name not in choices(part):
         return {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        found: Any = OmegaConf.to_container(compose(f"method/{name}"))
+        found: Any = OmegaConf.to_container(compose(f"{part}/{name}"))
     return flat(found)
 
 
