@@ -65,7 +65,7 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
     """
     configs: dict[tuple[str, ...], dict[str, Any] | None] = {}
     kept: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {}  # by what the job acts on
-    repeats: dict[tuple[str, str], dict[str, None]] = {}
+    repeats: dict[str, None] = {}  # but for the seed, they repeat
     of_all = set[str].intersection(*map(set, jobs))
     for number, job in enumerate(jobs):
         seed = [o for o in job if key_of(o) == "seed"]
@@ -79,10 +79,9 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
             own = [[o for o in j if o not in {*of_all, *seed}] for j in (same, job)]
             names = [" ".join(o or job) for o in own]
             why = because(config["method"], differing(known, config))
-            repeats.setdefault((names[0], why), {})[names[1]] = None
-    for (name, why), others in repeats.items():
-        shown = ", ".join([*others][:3]) + (f" and {len(others) - 3} more" * (len(others) > 3))
-        log.warning("%s: the same run as %s, trained once, because %s", shown, name, why)
+            repeats[f"{names[1]}: the same run as {names[0]}, trained once, because {why}"] = None
+    for repeat in repeats:
+        log.warning("%s", repeat)
     return [[*job] for job, _ in kept.values()]
 
 

@@ -35,7 +35,6 @@ CONTENT = {
     "baseline": MethodName,
 }
 
-
 # Keys of train.py that the study sets for each run, and what to give instead.
 OWN = {
     "seed": "list them in seeds",

@@ -117,13 +117,10 @@ class Runner:
         with open(run.folder / OUTPUT, "ab", buffering=0) as output:
             try:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            try:
                 with owned(run.folder):  # not so where somebody has started the run by hand
                     if not begun(run):  # what a refused run has left would be replayed
                         shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
-            except OwnedError:
+            except (BlockingIOError, OwnedError):
                 return False
             self.pending.remove(run)
             if status(run).completed:

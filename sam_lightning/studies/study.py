@@ -11,7 +11,6 @@ from typing import Annotated
 from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import Keys
-from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import key_of
@@ -23,6 +22,7 @@ from sam_lightning.runs.terminal import show
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read, split
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
+from sam_lightning.studies.sweep import refuse_launchers
 from sam_lightning.studies.table import WIDTH, Table
 
 ABOUT = """
@@ -86,11 +86,7 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     if len(files) != 1:
         given = " and ".join(files) or "none"
         raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
-    if (found := launched()) is not None:
-        raise ConfigError(
-            f"a study is started by one process, and {found.launcher} has started "
-            f"{found.processes}: leave it out, and give trainer.devices=N for each run"
-        )
+    refuse_launchers("study")
     return Path(files[0]), options, overrides
 
 

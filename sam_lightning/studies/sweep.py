@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError
@@ -42,13 +41,6 @@ HINTS = {
     ],
     "hydra.sweeper.n_jobs": Count,
     "hydra.sweeper.max_failure_rate": Fraction,
-    "hydra.sweeper.storage": Annotated[
-        Any,
-        Rule(
-            "the URL of a database, or null",
-            lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
-        ),
-    ],
     "hydra.sweeper.storage.path": Annotated[str, Rule("the path of a file", bool)],
     "hydra.sweeper.max_batch_size": Count | None,
     "hydra.launcher.n_jobs": Annotated[Any, Rule("a whole number other than 0", bool)],
@@ -123,20 +115,20 @@ class SweepFolder(Callback):
         """Called by Hydra before it writes anything."""
         if config.hydra.output_subdir is None:  # the run goes on in the folder of an earlier one
             return
-        with suppress(OmegaConfBaseException):  # ``RunFolder`` refuses it then
-            SweepFolder.run = Path(config.hydra.run.dir)
+        SweepFolder.run = folder_of(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
         path = folder_of(config, "hydra.sweep.dir")
         metric = OmegaConf.select(config, "optimized_metric")
         try:
-            _check_processes(config)
+            refuse_launchers("sweep")
+            _check_launcher(config)
             swept = _check_overrides(config)
             check_values(config, HINTS)
             storage = OmegaConf.select(config, "hydra.sweeper.storage")
-            if OmegaConf.is_dict(storage) and "path" in storage:
-                storage = f"sqlite:///{storage.path}"
+            if OmegaConf.is_dict(storage):
+                storage = f"sqlite:///{storage.path}" if "path" in storage else None
             searches = "n_trials" in config.hydra.sweeper
             if searches and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
@@ -151,7 +143,7 @@ class SweepFolder(Callback):
                     pass
         except ConfigError as error:
             refuse(str(error))
-        SweepFolder.storage = storage if isinstance(storage, str) else None
+        SweepFolder.storage = None if storage is None else str(storage)
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
         with read_write(config.hydra), open_dict(config.hydra):  # for jobs in any process
@@ -171,12 +163,16 @@ class SweepFolder(Callback):
             multiprocessing.set_start_method(None, force=True)
 
 
-def _check_processes(config: DictConfig) -> None:
+def refuse_launchers(what: str) -> None:
+    """Refuse torchrun and SLURM's srun around what starts many runs."""
     if (found := launched()) is not None:
         raise ConfigError(
-            f"a sweep is started by one process, and {found.launcher} has started "
-            f"{found.processes}: leave it out, and give each job trainer.devices=N"
+            f"a {what} is started by one process, and {found.launcher} has started "
+            f"{found.processes}: leave it out, and give each run trainer.devices=N"
         )
+
+
+def _check_launcher(config: DictConfig) -> None:
     launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
     if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
         advice = "start it where SLURM is, or take basic, joblib or submitit_local"
@@ -325,10 +321,9 @@ def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
     show(
         f"{len(jobs)} jobs in {os.path.relpath(sweep)}",
         Table(head, rows, left=range(len(head) - 1)).terminal(),
-        *(f"{_numbered(numbers)} {reason}" for reason, numbers in reasons.items()),
+        *(
+            f"job{'s' * (len(numbers) > 1)} {', '.join(numbers)} {reason}"
+            for reason, numbers in reasons.items()
+        ),
         width=80,
     )
-
-
-def _numbered(jobs: Sequence[str]) -> str:
-    return f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs)}"

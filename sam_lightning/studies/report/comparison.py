@@ -102,7 +102,7 @@ class Study:
         """The groups of the same data and model, by what these are in words."""
         parts: dict[str, list[int]] = {}
         for group in self.settings.index:
-            parts.setdefault(self.words(group, self.subjects), []).append(group)
+            parts.setdefault(self._words(group, self.subjects), []).append(group)
         return parts
 
     def best(self, metric: str) -> list[int]:
@@ -134,22 +134,16 @@ class Study:
         return warnings
 
     @property
-    def differing(self) -> list[str]:
-        """The settings with more than one value."""
-        return [c for c in self.settings if len({*self.settings[c]}) > 1]
-
-    @property
     def subjects(self) -> list[str]:
-        """The differing settings of data and model."""
-        return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
+        """The settings of data and model."""
+        return [c for c in self.settings if c.partition(".")[0] in SUBJECTS]
 
     def describe(self, group: int, without: Iterable[str] = ()) -> str:
         """A group in words: method, rho and what tells it from others, except ``without``."""
-        columns = dict.fromkeys(["method", "rho", *self.differing])
-        return self.words(group, [c for c in columns if c not in without])
+        columns = dict.fromkeys(["method", "rho", *self.settings])
+        return self._words(group, [c for c in columns if c not in without])
 
-    def words(self, group: int, columns: Iterable[str]) -> str:
-        """The values that a group has in these columns, in words."""
+    def _words(self, group: int, columns: Iterable[str]) -> str:
         return ", ".join(filter(None, self._said.loc[group, [*columns]]))
 
     @cached_property
@@ -162,16 +156,16 @@ class Study:
         said = self.settings.map(typed)
         of_files = [_of_conf("method", name) for name in self.settings["method"]]
         for column, texts in said.items():
-            unsaid = texts.isin([ABSENT]) | (
-                texts == [typed(file.get(column, ABSENT)) for file in of_files]
-            )
+            of_file = [typed(keys.get(column, ABSENT)) for keys in of_files]
+            unsaid = (texts == ABSENT) | (texts == of_file)
             if column == "rho":
                 unsaid |= self.settings["method"] == "sgd"
-            if column not in (*SUBJECTS, *SHOWN):
-                how = () if column.partition(".")[0] in SUBJECTS else ("method",)
-                same = [self.settings[c] for c in (*SUBJECTS, *how) if c in self.settings]
-                others = self.settings.groupby(same or (lambda group: 0))
-                unsaid |= others[column].transform(lambda values: len({*values})) == 1
+            elif column != "method":
+                among = [] if column in (*SUBJECTS, "epochs") else [*SUBJECTS, "method"]
+                among = among[:2] if column in self.subjects else among
+                same = [self.settings[c] for c in among if c in self.settings]
+                others = self.settings.groupby(same or (lambda group: 0))[column]
+                unsaid |= others.transform(lambda values: len({*values})) == 1
             if column == "epochs":
                 texts = texts + " epochs"
             elif column not in ("method", *SUBJECTS):
@@ -184,7 +178,7 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     """Group completed runs; of two with the same settings and seed, the later one counts."""
     columns, common = _columns([run.settings for run in runs])
     counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
-    repeats, own = [], ("folder", "seed", "device")
+    repeats = []
     for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
         seed = run.folder if run.seed is None else run.seed  # an unknown seed is no repeat
         key = tuple(run.settings.get(c, ABSENT) for c in columns), seed
@@ -204,7 +198,8 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     keys = sorted(counted, key=order)
     used = [counted[key] for key in keys]
     groups = list(dict.fromkeys(values for values, _ in keys))
-    rows = [{**run.results, **{name: getattr(run, name) for name in own}} for run in used]
+    own = [{"folder": run.folder, "seed": run.seed, "device": run.device} for run in used]
+    rows = [{**run.results, **names} for run, names in zip(used, own, strict=True)]
     frame = pd.DataFrame(rows, [groups.index(values) for values, _ in keys], dtype=object)
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
     settings = pd.DataFrame(groups, columns=columns, dtype=object)
@@ -232,8 +227,9 @@ def _added(key: str, run: Mapping[str, Any]) -> bool:
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
         return len(names) == 1 or f"{part}.{names[0]}" in run
-    of_conf = (_of_conf(part, name) for name in choices(part))
-    return part in ("trainer", "optimizer") and not any(key in keys for keys in of_conf)
+    if part not in ("trainer", "optimizer"):
+        return False
+    return not any(key in _of_conf(part, name) for name in choices(part))
 
 
 @cache
