@@ -65,12 +65,11 @@ def job_folder(number: int, *, _root_: DictConfig) -> str:
     hydra = _root_.hydra
     excluded = {*hydra.job.config.override_dirname.exclude_keys}
     given: Any = OmegaConf.to_container(hydra.overrides.task)  # "${...}" as it stands
-    named = [
-        o
+    overrides = {
+        key_of(o): o.lstrip("+~")
         for o in sorted(given, key=key_of)
         if key_of(o) not in excluded and without_secrets(o) == o
-    ]
-    overrides = {key_of(o): o.lstrip("+~") for o in named}
+    }
     swept = OmegaConf.select(_root_, f"{OWN}.swept") or []
     order = dict.fromkeys([*swept, "method", "rho", "seed", *overrides])
     number += OmegaConf.select(_root_, f"{OWN}.first_job") or 0
