@@ -98,23 +98,18 @@ class Study:
         return "error" if self.metric.endswith("/error") else "acc"
 
     @cached_property
-    def by_subject(self) -> dict[str, list[int]]:
-        """The groups of the same data and model, by what these are in words."""
-        parts: dict[str, list[int]] = {}
-        for group in self.settings.index:
-            parts.setdefault(self._words(group, self.subjects), []).append(group)
-        return parts
+    def subject(self) -> "pd.Series[str]":
+        """The data and the model of every group in words."""
+        groups = self.settings.index
+        return pd.Series([self._words(group, self.subjects) for group in groups], groups)
 
     def best(self, metric: str) -> list[int]:
         """The groups with the best mean, as it is printed, of several with the same subject."""
-        means = self.estimates[metric]["mean"].dropna().round(4)
-        best: list[int] = []
-        for groups in self.by_subject.values():
-            found = means[means.index.isin(groups)]
-            if len(found) > 1:
-                extreme = found.min() if metric.endswith(("error", "loss")) else found.max()
-                best += [*found.index[found == extreme]]
-        return best
+        means = self.estimates[metric]["mean"].round(4)
+        means = -means if metric.endswith(("error", "loss")) else means
+        others = means.groupby(self.subject)
+        best = (means == others.transform("max")) & (others.transform("count") > 1)
+        return [*means.index[best]]
 
     @cached_property
     def warnings(self) -> list[str]:

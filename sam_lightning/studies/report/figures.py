@@ -25,9 +25,10 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     Returns:
         the caption of each file, by its name without the ending.
     """
-    parts, drawn = study.by_subject, {}
+    parts, drawn = study.subject.groupby(study.subject, sort=False), {}
     with style():
-        for number, (subject, groups) in enumerate(parts.items(), 1):
+        for number, (subject, of_groups) in enumerate(parts, 1):
+            groups = [*of_groups.index]
             for kind, plot in KINDS.items():
                 figure = Figure((8, 4), layout="constrained")
                 caption = plot(study, groups, figure)
