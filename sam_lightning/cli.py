@@ -18,10 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.conf import flat, top_level, usage
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
     OF_ARGUMENTS,
@@ -30,14 +29,8 @@ from sam_lightning.config.hydra_errors import (
     key_of,
     unreadable,
 )
-from sam_lightning.config.schema import check, one_line
 from sam_lightning.config.streams import outlive_pipes
-from sam_lightning.runs.files import read_summary
-from sam_lightning.runs.lock import owned
-from sam_lightning.runs.resume import resumed
 from sam_lightning.runs.secrets import HIDDEN
-from sam_lightning.studies.identical import unused
-from sam_lightning.studies.sweep import SweepFolder, fail, summarized
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +45,9 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
+    from sam_lightning.runs.resume import resumed  # none of this to print the help
+    from sam_lightning.studies.sweep import summarized
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
@@ -103,6 +99,8 @@ def _explained(error: Exception) -> Exception:
 
 def _cannot_store() -> str | None:
     """The message if the database of a search cannot be opened."""
+    from sam_lightning.studies.sweep import SweepFolder
+
     if (url := SweepFolder.storage) is None:
         return None
     from optuna.storages import get_storage
@@ -125,12 +123,17 @@ def run(cfg: DictConfig) -> float | None:
     why, and the other jobs continue.
     """
     outlive_pipes()  # also in a worker of joblib or submitit
+    from sam_lightning.config.schema import check
+    from sam_lightning.studies.sweep import fail
+
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
         for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():
             if isinstance(value, str) and HIDDEN in value:
                 raise ConfigError(f"{key}={value}: was not stored; give it again")
+        from sam_lightning.studies.identical import unused
+
         why = unused(cfg, [key_of(o) for o in hydra.overrides.task])
         if why and number("RANK", number("SLURM_PROCID", 0)) == 0:
             log.warning("%s", why)
@@ -174,6 +177,9 @@ def run(cfg: DictConfig) -> float | None:
 
 def _check_job(folder: Path) -> None:
     """Refuse to train over an earlier sweep's run in the folder of a job."""
+    from sam_lightning.runs.files import read_summary
+    from sam_lightning.runs.lock import owned
+
     with owned(folder):  # else another process is at work there
         summary = read_summary(folder / "metrics.json") or {}
     if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
@@ -185,7 +191,10 @@ def _check_job(folder: Path) -> None:
 
 def _discard_started() -> None:
     """Remove the folder of the run or sweep that this process has started, as ``_discard`` does."""
-    for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
+    from sam_lightning.runs.folder import RunFolder
+    from sam_lightning.studies.sweep import SweepFolder
+
+    for folder in filter(None, (RunFolder.started, SweepFolder.path)):
         with suppress(FileNotFoundError):
             _discard(folder)
 

@@ -1,20 +1,16 @@
 """Hydra's errors about a command line, in one line with a remedy."""
 
 import re
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group, top_level
+from sam_lightning.config.errors import ConfigError, did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described
 
 # Errors raised while Hydra composes a configuration from files and arguments.
@@ -78,13 +74,11 @@ def explain(error: Exception, arguments: list[str]) -> str:
         argument = next((a for a in arguments if key_of(a) == key), key)
         if is_group(key):
             return f"{argument}: allowed are {', '.join(choices(key))}"
-        known: list[str] = []
-        if not key.endswith("._target_"):  # those of the configuration with the chosen groups
-            chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
-            ready = GlobalHydra.instance().is_initialized()
-            with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
-            known = [k for k in flat(cfg) if k != key]
+        known = [] if key.endswith("._target_") else top_level()
+        if known and isinstance(error.__cause__, OmegaConfBaseException):
+            whole: Any = error.__cause__.parent_node._get_root()  # what was composed until then
+            composed = flat(OmegaConf.to_container(whole))
+            known = sorted(composed, key=lambda k: k.partition(".")[0] == "hydra")
         said = no_such_key(key, known)
         is_open = described(key.rpartition(".")[0]) in TARGETS and "did you mean" not in said
         return f"{argument}: {said}" + (f"; to add it, type +{argument}" if is_open else "")

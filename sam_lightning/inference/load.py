@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_torch
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_in
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment

@@ -17,8 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.conf import LOADER
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.secrets import without_secrets
@@ -152,7 +152,7 @@ def stored_overrides(file: Path) -> list[str]:
     """
     try:
         text = content(file, MOST_BYTES_OF_YAML).decode()
-        stored = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        stored = yaml.load(text, LOADER)
         # Aliases (*name) may repeat a text without end.
         plain = isinstance(stored, list) and all(isinstance(entry, str) for entry in stored)
         if not plain or sum(map(len, stored)) > len(text):

@@ -30,12 +30,14 @@ TaskName = Annotated[
 class RunFolder(Callback):
     """Makes the folder before Hydra does, because Hydra's errors name no key and no remedy."""
 
+    started: Path | None = None  # by the run of this process
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
         part = config.hydra.output_subdir
         if part is None:  # the run continues in its old folder
             return
-        folder = _made(config, "hydra.run.dir")
+        folder = RunFolder.started = _made(config, "hydra.run.dir")
         plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
         again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
         try:
@@ -61,12 +63,14 @@ class RunFolder(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take tokens and passwords out of what Hydra has just stored."""
+        given = OmegaConf.to_container(config)
+        if without_secrets(given) == given:
+            return
         files = [*Path(config.hydra.runtime.output_dir).glob(".hydra/*.yaml")]
         files += Path(config.hydra.sweep.dir).glob("multirun.yaml")
         for file in files:
             stored = OmegaConf.to_container(OmegaConf.load(file))
-            if (kept := without_secrets(stored)) != stored:
-                OmegaConf.save(OmegaConf.create(kept), file)
+            OmegaConf.save(OmegaConf.create(without_secrets(stored)), file)
 
 
 def _made(config: DictConfig, key: str) -> Path:

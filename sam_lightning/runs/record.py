@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import flat, one_line
+from sam_lightning.config.conf import flat
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.runs.files import now, read_status, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show

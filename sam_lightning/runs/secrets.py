@@ -20,18 +20,22 @@ def without_secrets(content: Any) -> Any:
     Secrets are values of keys that are called key, token, password and the like, logins in URLs,
     and the values of environment variables of such names.
     """
-    if isinstance(content, dict):
-        return {
-            key: HIDDEN
-            if KEY.search(str(key)) and type(value) in (str, int, float)
-            else without_secrets(value)
-            for key, value in content.items()
-        }
-    if isinstance(content, list):
-        return [*map(without_secrets, content)]
-    if not isinstance(content, str):
-        return content
-    for name, value in os.environ.items():
-        if KEY.search(name) and name != "PWD" and len(value) >= SHORTEST:  # the working folder
-            content = content.replace(value, HIDDEN)
-    return LOGIN.sub(rf"\1{HIDDEN}@", GIVEN.sub(rf"\1{HIDDEN}", content))
+    named = {
+        k: v for k, v in os.environ.items() if KEY.search(k) and k != "PWD"
+    }  # that is a folder
+    known = [value for value in named.values() if len(value) >= SHORTEST]
+
+    def cleaned(value: Any, key: str = "") -> Any:
+        if KEY.search(key) and type(value) in (str, int, float):
+            return HIDDEN
+        if isinstance(value, dict):
+            return {k: cleaned(child, str(k)) for k, child in value.items()}
+        if isinstance(value, list):
+            return [cleaned(child) for child in value]
+        if isinstance(value, str):
+            for secret in known:
+                value = value.replace(secret, HIDDEN)
+            value = LOGIN.sub(rf"\1{HIDDEN}@", GIVEN.sub(rf"\1{HIDDEN}", value))
+        return value
+
+    return cleaned(content)

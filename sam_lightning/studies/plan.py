@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.conf import CONF, top_level
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, no_such_key, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
-from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
+from sam_lightning.config.schema import MethodName, Metric, check
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
 from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings

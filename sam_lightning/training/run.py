@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.cluster import launched
-from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.lock import joined, owned

@@ -90,7 +90,7 @@ LIGHT = [
     ("~model._target_", "model._target_: must be given, as in model._target_=..."),
     ("data.source=null", "data.source._target_: must be given, as in data.source._target_=..."),
     ("lr=???", "lr: must be given, as in lr=..."),
-    ("~nothing", "~nothing: no such key; allowed are seed, "),
+    ("~nothing", "~nothing: no such key; allowed are data, "),
     ("~modell", "~modell: no such key; did you mean model?"),
     ("data=image_folder", "data.root: must be given, as in data.root=..."),
     # values, more of them below

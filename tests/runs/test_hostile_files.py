@@ -22,9 +22,8 @@ from hostile_files import TEXTS, bombs, mutated, odd_files
 from image_files import one_line_error
 from inject import forked
 from runs import SMALL, command, run, summary
-from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.conf import top_level
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line_errors
 from sam_lightning.config.text import clean
 from sam_lightning.config.trust import PLACE
 from sam_lightning.inference import evaluate
