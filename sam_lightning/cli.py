@@ -45,17 +45,23 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
-    from sam_lightning.runs.resume import resumed  # none of this to print the help
-    from sam_lightning.studies.sweep import summarized
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
     with nullcontext() if traceback else one_line_errors():
         try:
             arguments = settings_first(sys.argv[1:])
-            check_flags(arguments)
-            sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
+            flags = check_flags(arguments)
+            if "ckpt_path" in map(key_of, arguments):
+                from sam_lightning.runs.resume import resumed
+
+                arguments = resumed(arguments)
+            sys.argv[1:] = settings_first(without_ghosts(as_launched(arguments)))
+            if flags.cfg:
+                main()
+                return
+            from sam_lightning.studies.sweep import summarized  # not to print a configuration
+
             with summarized():
                 main()
         except KeyboardInterrupt:  # before there is anything to save

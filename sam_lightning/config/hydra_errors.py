@@ -1,6 +1,7 @@
 """Hydra's errors about a command line, in one line with a remedy."""
 
 import re
+from argparse import Namespace
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -25,8 +26,8 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def check_flags(arguments: list[str]) -> None:
-    """Refuse what Hydra's own parser would refuse by listing all its flags."""
+def check_flags(arguments: list[str]) -> Namespace:
+    """Parse the flags; refuse what Hydra's own parser would refuse by listing all its flags."""
     parser = get_args_parser()
     known = parser._option_string_actions
     for argument in arguments:
@@ -39,7 +40,7 @@ def check_flags(arguments: list[str]) -> None:
         raise ConfigError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def unreadable(arguments: list[str]) -> str | None:
