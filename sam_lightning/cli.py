@@ -19,20 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import flat, top_level, usage
+from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
-    OF_ARGUMENTS,
     check_flags,
     explain,
     key_of,
     unreadable,
 )
 from sam_lightning.config.streams import outlive_pipes
-from sam_lightning.runs.secrets import HIDDEN
+from sam_lightning.runs.secrets import check_whole
 
 log = logging.getLogger(__name__)
+
+_begun = False  # whether ``run`` was called in this process
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -82,25 +83,26 @@ def _say(failure: threading.ExceptHookArgs) -> None:
 
 
 def _explained(error: Exception) -> Exception:
-    """An error that the user can fix as a ConfigError of one line; any other as it is."""
-    if isinstance(error, ConfigError | TrainingError):
+    """An error that the user can fix as a ConfigError of one line; any other as it is.
+
+    Until a run begins, all that can go wrong is what was given.
+    """
+    known = isinstance(error, ConfigError | TrainingError)
+    if known or (_has_begun() and not isinstance(error, COMPOSING)):
         return error
-    composing = isinstance(error, COMPOSING)
-    said = None
-    if str(error).startswith("Unable to configure "):  # Python's logging refuses Hydra's settings
-        said = f"hydra.job_logging: {one_line(error)} ({one_line(error.__cause__ or error)})"
-    elif not composing or "hydra.sweeper.storage" in str(error):
-        said = _cannot_store()
-    if composing or said or isinstance(error, OSError):
-        _discard_started()
-    if composing or said:
-        said = said or explain(error, sys.argv[1:])
-    elif any(text in str(error) for text in OF_ARGUMENTS):
-        _discard_started()
-        said = explain(error, sys.argv[1:])
-    elif isinstance(error, OSError | UnicodeDecodeError):
+    _discard_started()
+    if isinstance(error, OSError | UnicodeDecodeError):
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
+    else:
+        said = _cannot_store() or explain(error, sys.argv[1:])
     return ConfigError(said) if said else error
+
+
+def _has_begun() -> bool:
+    """Whether a run has, in this process or in another one of a sweep."""
+    from sam_lightning.studies.sweep import SweepFolder
+
+    return _begun or (SweepFolder.path is not None and any(SweepFolder.path.rglob(".hydra")))
 
 
 def _cannot_store() -> str | None:
@@ -132,12 +134,12 @@ def run(cfg: DictConfig) -> float | None:
     from sam_lightning.config.schema import check
     from sam_lightning.studies.sweep import fail
 
+    global _begun
+    _begun = True
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
-        for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():
-            if isinstance(value, str) and HIDDEN in value:
-                raise ConfigError(f"{key}={value}: was not stored; give it again")
+        check_whole(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         from sam_lightning.studies.identical import unused
 
         why = unused(cfg, [key_of(o) for o in hydra.overrides.task])

@@ -78,7 +78,7 @@ def one_line_errors() -> Iterator[None]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known name as the end of a message, or nothing."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -88,7 +88,7 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
     parent, _, name = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     elsewhere = [k for k in known if k.endswith(f".{name}")]
-    near = get_close_matches(name, beside, n=1)
+    near = get_close_matches(name.lower(), beside, n=1)
     if meant := [beside[n] for n in near] or elsewhere[:1]:
         return f"no such key; did you mean {meant[0]}?"
     if not beside:

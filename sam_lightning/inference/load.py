@@ -20,6 +20,7 @@ from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import check_whole
 
 DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
 MOST_PIXELS = 8192  # height or width of the images of a run
@@ -75,6 +76,7 @@ class TrainedClassifier(nn.Module):
         with argument_errors("data"):
             self.normalize = BatchAugment(self.mean, self.std).normalize
         stored = _stored(config, "model")
+        check_whole({"model": config["model"]})
         named = checkpoint["state_dict"].items()
         weights = {name.removeprefix("model."): weight for name, weight in named}
         try_without_memory(stored, {name: weight.shape for name, weight in weights.items()})
@@ -269,7 +271,9 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
                 raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
             stored.data.source[key] = value
         stored.data[key] = value
-    check_places({"data": OmegaConf.to_container(stored.data)})
+    plain: Any = OmegaConf.to_container(stored.data)
+    check_places({"data": plain})
+    check_whole({"data": dict(sorted(plain.items(), key=lambda item: item[0] == "source"))})
     data = build_data(stored, ImageData)
     with argument_errors("data"):
         data.read()

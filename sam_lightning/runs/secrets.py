@@ -2,7 +2,11 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from sam_lightning.config.conf import flat
+from sam_lightning.config.errors import ConfigError
 
 HIDDEN = "***"  # in the place of a secret
 # A key that names a secret, such as logger.wandb.api_key or aws_secret_access_key.
@@ -12,6 +16,20 @@ KEY = re.compile(rf"{NAMED}$")
 GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,&}}\])\"']+)")
 LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")  # user:password@ of a URL
 SHORTEST = 8  # characters of a secret in the environment; shorter ones may be anywhere
+
+
+def check_whole(content: Mapping[str, Any]) -> None:
+    """Refuse settings that were stored without their secrets.
+
+    Args:
+        content: nested plain values.
+
+    Raises:
+        ConfigError: names the first key whose secret is missing.
+    """
+    for key, value in flat(content).items():
+        if isinstance(value, str) and HIDDEN in value:
+            raise ConfigError(f"{key}={value}: was not stored; give it again")
 
 
 def without_secrets(content: Any) -> Any:

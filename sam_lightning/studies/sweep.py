@@ -216,7 +216,7 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     if isinstance(error, OwnedError):  # what is in the folder is another's
         SweepFolder.owned[Path(cfg.output_dir).resolve()] = f"ConfigError: {one_line(error)}"
     else:
-        record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+        record_failure(cfg, reason)
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
         if isinstance(error, ConfigError | TrainingError):

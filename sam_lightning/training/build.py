@@ -22,6 +22,7 @@ from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
@@ -99,6 +100,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "image_size": image_size,
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
+    hparams = without_secrets(hparams)
     hparams["model"] |= shape
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
