@@ -87,11 +87,11 @@ def _explained(error: Exception) -> Exception:
 
     Until a run begins, all that can go wrong is what was given.
     """
-    known = isinstance(error, ConfigError | TrainingError)
-    if known or (_has_begun() and not isinstance(error, COMPOSING)):
+    composing = isinstance(error, COMPOSING)
+    if isinstance(error, ConfigError | TrainingError) or (_has_begun() and not composing):
         return error
     _discard_started()
-    if isinstance(error, OSError | UnicodeDecodeError):
+    if isinstance(error, OSError | UnicodeDecodeError) and not composing:
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
     else:
         said = _cannot_store() or explain(error, sys.argv[1:])

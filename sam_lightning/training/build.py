@@ -135,7 +135,41 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)
-    return SAMModule(**own, **method)
+    module = SAMModule(**own, **method)
+    if cfg.ckpt_path is not None:
+        _try_optimizer(cfg, module)
+    return module
+
+
+def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
+    """Take a step from the optimizer's stored state, on tensors that have only a shape.
+
+    An optimizer of the user's own that cannot take one there is not tried.
+
+    Raises:
+        ConfigError: the state is not one that this optimizer can go on from.
+    """
+
+    def step(state: Any) -> None:
+        named = module.model.named_parameters()
+        weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
+        sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
+        sam.load_state_dict(state or sam.state_dict())
+        for _, weight in weights:
+            weight.grad = torch.empty_like(weight)
+            for value in sam.method_state[weight].values():
+                torch.broadcast_to(value, weight.shape)
+        sam.base_optimizer.step()
+
+    try:
+        step(None)
+    except Exception:
+        return
+    try:
+        step(read(cfg.ckpt_path, mmap=True)["optimizer_states"][0])
+    except Exception as error:  # of whatever anyone may have written
+        reason = f"optimizer: {type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
