@@ -19,14 +19,7 @@ SHORTEST = 8  # characters of a secret in the environment; shorter ones may be a
 
 
 def check_whole(content: Mapping[str, Any]) -> None:
-    """Refuse settings that were stored without their secrets.
-
-    Args:
-        content: nested plain values.
-
-    Raises:
-        ConfigError: names the first key whose secret is missing.
-    """
+    """Refuse nested settings that were stored without a secret; names the first such key."""
     for key, value in flat(content).items():
         if isinstance(value, str) and HIDDEN in value:
             raise ConfigError(f"{key}={value}: was not stored; give it again")
