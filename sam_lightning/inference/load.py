@@ -76,7 +76,6 @@ class TrainedClassifier(nn.Module):
         with argument_errors("data"):
             self.normalize = BatchAugment(self.mean, self.std).normalize
         stored = _stored(config, "model")
-        check_whole({"model": config["model"]})
         named = checkpoint["state_dict"].items()
         weights = {name.removeprefix("model."): weight for name, weight in named}
         try_without_memory(stored, {name: weight.shape for name, weight in weights.items()})

@@ -100,7 +100,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "image_size": image_size,
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
-    hparams = without_secrets(hparams)
+    hparams["data"] = without_secrets(hparams["data"])  # evaluate takes data.root again
     hparams["model"] |= shape
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
