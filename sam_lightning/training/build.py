@@ -154,7 +154,14 @@ def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
         named = module.model.named_parameters()
         weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
         sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
-        sam.load_state_dict(state or sam.state_dict())
+        state = state or sam.state_dict()
+        kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
+        groups = [{**group, **kernels} for group in state["param_groups"]]
+        sam.load_state_dict({**state, "param_groups": groups})
+        for values in sam.state.values():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:  # a number, which is read
+                    values[name] = torch.ones((), dtype=value.dtype)
         for _, weight in weights:
             weight.grad = torch.empty_like(weight)
             for value in sam.method_state[weight].values():
