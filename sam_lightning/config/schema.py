@@ -5,10 +5,8 @@ Other arguments of ``_target_``s are checked by the signatures of their classes,
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,8 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.text import clean
+from sam_lightning.config.errors import ConfigError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
 from sam_lightning.config.values import (
     ABSENT,
@@ -30,9 +27,10 @@ from sam_lightning.config.values import (
     NonNegative,
     Positive,
     Rule,
+    Section,
     Seed,
     Text,
-    check_values,
+    check_value,
     distinct,
     keys,
     within,
@@ -54,14 +52,12 @@ PartOfBatch = Annotated[float, within(0, 1, above=True)]
 PROCESSORS = os.cpu_count() or 1
 
 
-@dataclass
-class Described:
+class Described(Section):
     """An object to build; the signature of its class says which other keys there are."""
 
     _target_: Any
 
 
-@dataclass
 class Model(Described):
     """The keys of our models."""
 
@@ -75,7 +71,6 @@ class Model(Described):
     p_last: Fraction = ABSENT
 
 
-@dataclass
 class Perturbation(Described):
     """The keys of our perturbations."""
 
@@ -86,7 +81,6 @@ class Perturbation(Described):
     normalize_bias: bool = ABSENT
 
 
-@dataclass
 class Scheduler(Described):
     """The keys of our schedules."""
 
@@ -96,8 +90,7 @@ class Scheduler(Described):
     gamma: Positive = ABSENT
 
 
-@dataclass
-class Data:
+class Data(Section):
     """The keys of ``data``."""
 
     source: Described
@@ -124,8 +117,7 @@ class Data:
     image_size: Count | None = ABSENT
 
 
-@dataclass
-class Method:
+class Method(Section):
     """The keys of ``method``; ``SAMModule`` explains them."""
 
     name: Text
@@ -144,8 +136,7 @@ class Method:
     ascent_per_micro_batch: bool = ABSENT
 
 
-@dataclass
-class Optimizer:
+class Optimizer(Section):
     """The keys of ``optimizer`` that PyTorch's optimizers share."""
 
     _target_: Annotated[
@@ -163,8 +154,7 @@ class Optimizer:
     fused: bool | None = ABSENT
 
 
-@dataclass
-class Trainer:
+class Trainer(Section):
     """The keys of ``trainer`` in conf; the signature of ``lightning.Trainer`` has others."""
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"]
@@ -186,8 +176,7 @@ class Trainer:
     gradient_clip_algorithm: Literal["norm"] = ABSENT
 
 
-@dataclass
-class Train:
+class Train(Section):
     """The configuration of a run; conf/train.yaml explains the keys."""
 
     seed: Seed
@@ -233,36 +222,38 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key in map(str, cfg):
         if key not in known:
             raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, known)}")
-    plain = flat(OmegaConf.to_container(cfg, resolve=False))
-    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *plain):
-        if plain.get(key, "???") == "???":
+    given = flat(OmegaConf.to_container(cfg))
+    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *given):
+        if given.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    for key, value in plain.items():
+    for key, value in given.items():
         try:
-            OmegaConf.select(cfg, key)
+            if isinstance(value, str):
+                OmegaConf.select(cfg, key)
         except OmegaConfBaseException as error:  # an interpolation of a missing key
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
-    OmegaConf.resolve(copy := cfg.copy())
-    plain = flat(OmegaConf.to_container(copy))
-    check_values(copy, {k: hint for k, hint in HINTS.items() if not _is_of_others(copy, k)})
-    if str(copy.optimized_metric).startswith("test/") and not copy.test:
-        raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
-    _check_names(plain)
+    values = flat(OmegaConf.to_container(cfg, resolve=True))
+    for key, hint in HINTS.items():
+        if key in values and not _is_of_others(values, key):
+            check_value(key, values[key], hint)
+    if str(values["optimized_metric"]).startswith("test/") and not values["test"]:
+        raise ConfigError(f"optimized_metric={values['optimized_metric']}: needs test=true")
+    _check_names(values)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
-        _check_folders(plain)
-    _check_files(copy)
+        _check_folders(values)
+    _check_files(values)
 
 
-def _is_of_others(cfg: DictConfig, key: str) -> bool:
+def _is_of_others(values: Mapping[str, Any], key: str) -> bool:
     """Whether the key is an argument of foreign code, where it may mean something else."""
     owner, _, name = key.rpartition(".")
-    target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
+    target = values.get(f"{owner}._target_") if owner in TARGETS else None
     return name != "_target_" and target is not None and not is_in(TARGETS[owner], str(target))
 
 
-def _check_names(plain: dict[str, Any]) -> None:
+def _check_names(values: Mapping[str, Any]) -> None:
     """Refuse a ``_target_`` that cannot be a class or function, or that nothing builds."""
-    for key, value in plain.items():
+    for key, value in values.items():
         owner, _, last = key.rpartition(".")
         if last != "_target_":
             continue
@@ -272,9 +263,9 @@ def _check_names(plain: dict[str, Any]) -> None:
         check_name(key, value)
 
 
-def _check_folders(plain: dict[str, Any]) -> None:
+def _check_folders(values: Mapping[str, Any]) -> None:
     """Refuse a folder of the run that cannot be made and written."""
-    for key, path in plain.items():
+    for key, path in values.items():
         of_others = key.startswith(("logger.", "callbacks.")) and path is not None
         if key != "output_dir" and not (of_others and key.rpartition(".")[2] in FOLDERS):
             continue
@@ -293,35 +284,10 @@ def _check_folders(plain: dict[str, Any]) -> None:
                 part.rmdir()
 
 
-def _check_files(cfg: DictConfig) -> None:
-    if cfg.ckpt_path not in (None, "last") and not Path(str(cfg.ckpt_path)).exists():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file or folder")
-    source = cfg.data.source._target_
-    if source.endswith(".image_folder") and not Path(str(cfg.data.root)).expanduser().is_dir():
-        raise ConfigError(f"data.root={cfg.data.root}: no such folder")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known name as the end of a message, or nothing."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def no_such_key(key: str, known: Iterable[str]) -> str:
-    """The end of a message: the key that may be meant, or all of them at the same level."""
-    known = list(known)
-    parent, _, name = key.rpartition(".")
-    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
-    elsewhere = [k for k in known if k.endswith(f".{name}")]
-    near = get_close_matches(name, beside, n=1)
-    if meant := [beside[n] for n in near] or elsewhere[:1]:
-        return f"no such key; did you mean {meant[0]}?"
-    if not beside:
-        return f"no such key{did_you_mean(key, known)}"
-    where = f" in {parent}" if parent else ""
-    return f"no such key; allowed{where} are {', '.join(beside)}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line that a terminal can show, or its type if the text is empty."""
-    return " ".join(clean(error).split()) or type(error).__name__
+def _check_files(values: Mapping[str, Any]) -> None:
+    checkpoint, root = values["ckpt_path"], str(values.get("data.root"))
+    if checkpoint not in (None, "last") and not Path(str(checkpoint)).exists():
+        raise ConfigError(f"ckpt_path={checkpoint}: no such file or folder")
+    of_folder = values["data.source._target_"].endswith(".image_folder")
+    if of_folder and not Path(root).expanduser().is_dir():
+        raise ConfigError(f"data.root={root}: no such folder")

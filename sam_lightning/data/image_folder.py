@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
-from sam_lightning.config.schema import one_line
 from sam_lightning.data.source import ImageSource, Split
 
 _FOLDERS = "train/<class>/* and test/<class>/* (val/<class>/* as well, or instead of test)"

@@ -13,7 +13,7 @@ from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
-from sam_lightning.runs.files import checkpoint_file, replacing
+from sam_lightning.runs.files import checkpoint_file, inside_run, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -161,7 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
-    out = Path(options.out or file.with_suffix(suffix)).expanduser()
+    if options.out is None:
+        out = inside_run(file.with_suffix(suffix), file)
+    else:
+        out = Path(options.out).expanduser()
     if out.suffix != suffix or out.is_dir():
         raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
     packages = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_torch
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_in
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.image_data import SOURCE_KEYS, ImageData, build_data
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import check_whole
 
 DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
 MOST_PIXELS = 8192  # height or width of the images of a run
@@ -270,7 +270,9 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
                 raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
             stored.data.source[key] = value
         stored.data[key] = value
-    check_places({"data": OmegaConf.to_container(stored.data)})
+    plain: Any = OmegaConf.to_container(stored.data)
+    check_places({"data": plain})
+    check_whole({"data": dict(sorted(plain.items(), key=lambda item: item[0] == "source"))})
     data = build_data(stored, ImageData)
     with argument_errors("data"):
         data.read()

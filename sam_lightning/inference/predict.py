@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Column
 
 from sam_lightning.config.arguments import Keys, parse
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command

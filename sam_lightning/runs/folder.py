@@ -33,6 +33,8 @@ class RunFolder(Callback):
     Owns it too, because Hydra would write to it even where another process is at work.
     """
 
+    started: Path | None = None  # by the run of this process
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
         if (found := launched()) is not None and found.rank > 0:  # rank 0 alone has a folder
@@ -42,6 +44,7 @@ class RunFolder(Callback):
         part = config.hydra.output_subdir
         if part is None:  # the run continues in its old folder
             return
+        RunFolder.started = folder
         plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
         again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
         try:
@@ -58,12 +61,14 @@ class RunFolder(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take tokens and passwords out of what Hydra has just stored."""
+        given = OmegaConf.to_container(config)
+        if without_secrets(given) == given:
+            return
         files = [*Path(config.hydra.runtime.output_dir).glob(".hydra/*.yaml")]
         files += Path(config.hydra.sweep.dir).glob("multirun.yaml")
         for file in files:
             stored = OmegaConf.to_container(OmegaConf.load(file))
-            if (kept := without_secrets(stored)) != stored:
-                OmegaConf.save(OmegaConf.create(kept), file)
+            OmegaConf.save(OmegaConf.create(without_secrets(stored)), file)
 
 
 def folder_of(config: DictConfig, key: str) -> Path:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sam_lightning.config.conf import flat
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.checkpoint import read
 

@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import flat, one_line
+from sam_lightning.config.conf import flat
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.runs.files import now, read_status, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show
@@ -97,7 +97,7 @@ class Record:
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "interrupted" if interrupted else "failed"
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = without_secrets(f"{type(error).__name__}: {one_line(error)}")
         summary = self._summary(status, reason)
         try:
             write_json(self.path, summary, "output_dir")
@@ -113,7 +113,8 @@ class Record:
         trained, parts = self.throughput.seconds, self.throughput.parts
         if self.before:
             metrics = {**self.before["metrics"], **self.metrics}
-            return {**self.before, "finished": now(), "metrics": metrics, "parts": parts}
+            kept = {key: value for key, value in self.before.items() if key != "refused"}
+            return {**kept, "finished": now(), "metrics": metrics, "parts": parts}
         config: Any = OmegaConf.to_container(self.cfg, resolve=True)
         return {
             "status": status,
@@ -187,7 +188,7 @@ class Record:
             **{k: cfg[k] for k in OWN},
         }
         groups = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in DETAILS}
-        for key, value in flat(groups).items():
+        for key, value in flat(without_secrets(groups)).items():
             known = key.rpartition(".")[2] in {*map(str.lower, settings), "name", "_target_"}
             if isinstance(value, int | float | str) and not known and ".source." not in key:
                 settings[key] = value

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.conf import CONF, top_level
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, OF_ARGUMENTS, explain, key_of, quoted
-from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, no_such_key, one_line
+from sam_lightning.config.hydra_errors import explain, key_of, quoted
+from sam_lightning.config.schema import MethodName, Metric, check
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
 from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings
@@ -111,9 +111,7 @@ def configuration(overrides: Sequence[str], output_dir: str | None = None) -> Di
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", list(overrides))
     except Exception as error:
-        if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
-            raise ConfigError(explain(error, list(overrides))) from error
-        raise
+        raise ConfigError(explain(error, list(overrides))) from error
     cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra sets it only for a run
     check(cfg, top_level())
     return cfg

@@ -15,8 +15,7 @@ from datetime import timedelta
 from types import FrameType
 
 from sam_lightning.config.conf import CONF
-from sam_lightning.config.errors import ConfigError, Interrupted
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, Interrupted, one_line
 from sam_lightning.runs.files import RunStatus, read_status
 from sam_lightning.runs.lock import OwnedError, owned
 from sam_lightning.runs.secrets import without_secrets

@@ -12,9 +12,8 @@ from omegaconf import DictConfig
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.conf import top_level
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, did_you_mean, no_such_key
 from sam_lightning.config.hydra_errors import key_of
-from sam_lightning.config.schema import did_you_mean, no_such_key
 from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets

@@ -21,15 +21,13 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sam_lightning.config.cluster import launched
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import folder_of, own, refuse
 from sam_lightning.runs.lock import NAME, OwnedError, kept, owned
 from sam_lightning.runs.secrets import without_secrets
-from sam_lightning.studies.identical import distinct, unused
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +97,8 @@ OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=Tr
 
 
 class SweepFolder(Callback):
-    """Remembers where a run or a sweep writes, and which jobs were there before the first one."""
+    """Remembers where a sweep writes, and which jobs were there before the first one."""
 
-    run: Path | None = None
     path: Path | None = None
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
@@ -109,12 +106,6 @@ class SweepFolder(Callback):
 
     def __init__(self, first_job: int = 0, swept: Sequence[str] = ()) -> None:
         self.first_job, self.swept = first_job, swept  # read by ``job_folder``
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before it writes anything."""
-        if config.hydra.output_subdir is None:  # the run goes on in the folder of an earlier one
-            return
-        SweepFolder.run = folder_of(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
@@ -131,6 +122,8 @@ class SweepFolder(Callback):
             searches = "n_trials" in config.hydra.sweeper
             if searches and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+            from sam_lightning.studies.identical import unused  # no single run needs it here
+
             if searches and (why := unused(config, swept)):
                 raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
         except ConfigError as error:
@@ -208,6 +201,8 @@ def _split(
     config: DictConfig, sweeper: Any, original: Any, overrides: list[Any], size: int | None
 ) -> list[Any]:
     """What Hydra's sweeper does, without the jobs that would repeat another."""
+    from sam_lightning.studies.identical import distinct
+
     (jobs,) = original(overrides, None)
     return [*sweeper.split_overrides_to_chunks(distinct(config, jobs), size)]
 
@@ -219,7 +214,7 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
     if not isinstance(error, OwnedError):  # else what is in the folder is another's
-        record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+        record_failure(cfg, reason)
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
         if isinstance(error, ConfigError | TrainingError):

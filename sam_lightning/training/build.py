@@ -14,15 +14,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build, check_names, factory, not_taken
-from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
@@ -100,6 +100,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "image_size": image_size,
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
+    hparams["data"] = without_secrets(hparams["data"])  # evaluate takes data.root again
     hparams["model"] |= shape
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
@@ -134,7 +135,48 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)
-    return SAMModule(**own, **method)
+    module = SAMModule(**own, **method)
+    if cfg.ckpt_path is not None:
+        _try_optimizer(cfg, module)
+    return module
+
+
+def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
+    """Take a step from the optimizer's stored state, on tensors that have only a shape.
+
+    An optimizer of the user's own that cannot take one there is not tried.
+
+    Raises:
+        ConfigError: the state is not one that this optimizer can go on from.
+    """
+
+    def step(state: Any) -> None:
+        named = module.model.named_parameters()
+        weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
+        sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
+        state = state or sam.state_dict()
+        kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
+        groups = [{**group, **kernels} for group in state["param_groups"]]
+        sam.load_state_dict({**state, "param_groups": groups})
+        for values in sam.state.values():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:  # a number, which is read
+                    values[name] = torch.ones((), dtype=value.dtype)
+        for _, weight in weights:
+            weight.grad = torch.empty_like(weight)
+            for value in sam.method_state[weight].values():
+                torch.broadcast_to(value, weight.shape)
+        sam.base_optimizer.step()
+
+    try:
+        step(None)
+    except Exception:
+        return
+    try:
+        step(read(cfg.ckpt_path, mmap=True)["optimizer_states"][0])
+    except Exception as error:  # of whatever anyone may have written
+        reason = f"optimizer: {type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
 
 
 def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:

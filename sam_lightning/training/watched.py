@@ -6,8 +6,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean
+from sam_lightning.config.errors import ConfigError, did_you_mean
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.training.build import steps
 from sam_lightning.training.callbacks.sharpness import MEASURED, SharpnessMonitor

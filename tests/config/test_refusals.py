@@ -79,7 +79,7 @@ LIGHT = [
     ("model={a:1}", "model={a:1}: allowed are ", ", resnet18, "),
     ("++model=resnet34", "++model=resnet34: allowed are ", ", resnet18, ", " without +"),
     ("data=base", "data.source._target_: must be given, as in data.source._target_=..."),
-    ("RHO=1", "RHO=1: no such key; allowed are seed, rho, "),
+    ("RHO=1", "RHO=1: no such key; did you mean rho?"),
     ("model.width.x=3", "model.width.x=3: no such key; did you mean model.width?"),
     ("defaults=[]", "defaults=[]: no such key"),
     # left out
@@ -90,7 +90,7 @@ LIGHT = [
     ("~model._target_", "model._target_: must be given, as in model._target_=..."),
     ("data.source=null", "data.source._target_: must be given, as in data.source._target_=..."),
     ("lr=???", "lr: must be given, as in lr=..."),
-    ("~nothing", "~nothing: no such key; allowed are seed, "),
+    ("~nothing", "~nothing: no such key; allowed are data, "),
     ("~modell", "~modell: no such key; did you mean model?"),
     ("data=image_folder", "data.root: must be given, as in data.root=..."),
     # values, more of them below

@@ -217,7 +217,7 @@ def test_errors_name_their_place_and_write_nothing(here, content, arguments, mes
 def test_checks_and_lists_without_torch_and_ends_with_code_2(here):
     write(QUICK + "{a: {}, b: {model.width: 0}}")
     code = (
-        "import sys; from sam_lightning.config.arguments import one_line_errors\n"
+        "import sys; from sam_lightning.config.errors import one_line_errors\n"
         "from sam_lightning.studies.study import main\n"
         "try:\n"
         "    with one_line_errors(): main(sys.argv[1:])\n"
@@ -425,7 +425,7 @@ import sys
 from pathlib import Path
 from sam_lightning.studies import runner
 from sam_lightning.studies import study
-from sam_lightning.config.arguments import one_line_errors
+from sam_lightning.config.errors import one_line_errors
 runner.TRAIN = Path("stand_in.py").absolute()
 study.report = lambda plan, out: None
 sys.stdout.reconfigure(line_buffering=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import METRICS, did_you_mean
+from sam_lightning.config.errors import ConfigError, did_you_mean
+from sam_lightning.config.schema import METRICS
 from sam_lightning.config.text import clean
 from sam_lightning.studies.report.comparison import ABSENT, Study
 from sam_lightning.studies.report.runs import COSTS
