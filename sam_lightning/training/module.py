@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -293,11 +294,14 @@ class SAMModule(Classifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this rank's part of what differs between ranks."""
+        averages = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        if "current_model_state" in checkpoint and not averages:  # it was left out
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         self.train_metrics.skipped = checkpoint.get("skipped", self.train_metrics.skipped)
         stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1
         if stored is not None and len(stored["window"]) == self.trainer.world_size:
             self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
-            if "averaged_stats" in stored:  # before the averaging loads them
+            if "averaged_stats" in stored and averages:  # before the averaging loads them
                 state = checkpoint["state_dict"]
                 mine = {"averaged_stats": [state[name] for name in self._running_stats()]}
                 fill(mine, self._own_state)

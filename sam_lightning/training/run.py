@@ -207,6 +207,7 @@ def _quieten() -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # LastCheckpoint says it
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)
