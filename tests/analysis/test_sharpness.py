@@ -259,6 +259,13 @@ def test_the_monitor_changes_nothing_of_the_training():
     assert kept == logger.rows
 
 
+def test_the_monitor_tells_how_far_it_is(caplog, monkeypatch):
+    monkeypatch.setattr("sam_lightning.config.progress.FIRST", 0)
+    caplog.set_level("INFO", "sam_lightning")
+    fit(SharpnessMonitor(images=20, max_steps=3, trace_samples=4))
+    assert any("sharpness, at most: 1 of 9" in message for message in caplog.messages)
+
+
 def test_the_monitor_logs_every_n_epochs_and_at_the_end():
     monitor = SharpnessMonitor(every_n_epochs=2, images=20, batch_size=8, rho=0.2, seed=5)
     trainer, module, logger = fit(monitor, epochs=3)

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from sam_lightning.analysis.checkpoints import stage
 from sam_lightning.analysis.curvature import top_eigenpairs, trace, worst_case
 from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.errors import ConfigError
@@ -83,9 +84,10 @@ class SharpnessMonitor(Callback):
         batches = [(x.to(dtype), y) for x, y in fixed_batches(data, "train", *options)]
         surface = LossSurface(pl_module.model, batches)
         generator = torch.Generator().manual_seed(self.seed)
-        top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
-        worst = worst_case(surface, float(self.rho))
-        mean_trace, _ = trace(surface, generator, self.trace_samples, top)
+        with stage(surface, "sharpness, at most", self.max_steps + 2 + self.trace_samples):
+            top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
+            worst = worst_case(surface, float(self.rho))
+            mean_trace, _ = trace(surface, generator, self.trace_samples, top)
         return dict(zip(MEASURED, (worst, top.values[0].item(), mean_trace), strict=True))
 
 
