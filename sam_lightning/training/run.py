@@ -84,7 +84,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
     changed, ended = changes(cfg.ckpt_path, settings)
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
-    module = trainer.precision_plugin.convert_module(make_module(cfg, data))
+    module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
     module.settings = settings
     check_watched(cfg, trainer, data)
     _check_images(cfg, data, trainer.world_size)

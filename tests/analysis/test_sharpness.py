@@ -300,7 +300,7 @@ def test_the_monitor_refuses_what_it_cannot_measure(tmp_path):
         ((key, value),) = wrong.items()
         with pytest.raises(ConfigError, match=f"callbacks.sharpness.{key}={value}"):
             SharpnessMonitor(**wrong)
-    with pytest.raises(ConfigError, match=r"^callbacks.sharpness.rho=-1: must be a number > 0$"):
+    with pytest.raises(ConfigError, match=r"^callbacks.sharpness.rho=-1: allowed is a number > 0$"):
         run(tmp_path, "callbacks=sharpness", "callbacks.sharpness.rho=-1")
     trainer = L.Trainer(logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match="needs the data of an ImageDataModule"):

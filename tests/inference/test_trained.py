@@ -16,7 +16,8 @@ from runs import configuration
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.inference.load import cover, data_of, torch_device
 from sam_lightning.runs.checkpoint import read
-from sam_lightning.training.build import make_module, prepare_data
+from sam_lightning.training.build import make_module, make_trainer, prepare_data
+from sam_lightning.training.callbacks.progress import Throughput
 from trained_runs import NOISY, changed, digits_run, folder_run, hostile, last, targets
 
 
@@ -46,7 +47,7 @@ def test_logits_are_those_of_the_training_module(digits_ckpt):
     checkpoint = read(digits_ckpt)
     cfg = configuration("data=digits", "model.width=4", "trainer=cpu")
     data = make_data(cfg)
-    module = make_module(cfg, data)
+    module = make_module(cfg, data, make_trainer(cfg, 1, Throughput()))
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     model = sam_lightning.load(digits_ckpt)
