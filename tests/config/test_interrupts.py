@@ -1,5 +1,6 @@
 """Ctrl-C at any time after Python itself is up: one line at most, and exit code 130."""
 
+import os
 import random
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from runs import SMALL, TRAIN
+from runs import SMALL, TRAIN, children
 
 MODULE = ["-m", "sam_lightning"]
 RUN = [str(TRAIN), *SMALL, "epochs=500"]
@@ -45,3 +46,22 @@ def test_ctrl_c_at_random_times(tmp_path):
         said, code = interrupted(tmp_path, after, *RUN)
         assert code == 130, (after, said)
         assert said in ("error: stopped by SIGINT\n", ""), (after, said)  # nothing: training saved
+
+
+@pytest.mark.slow
+def test_ctrl_c_amid_the_imports_of_the_processes_of_a_run(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *RUN, "trainer=ddp_cpu"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches all of them
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    while len(children(process.pid)) < 3:  # two, and one that multiprocessing needs
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 130

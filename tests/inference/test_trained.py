@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,7 @@ from runs import configuration
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.inference.load import cover, data_of, torch_device
 from sam_lightning.runs.checkpoint import read
-from sam_lightning.training.build import make_module, make_trainer, prepare_data
-from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.build import make_module, prepare_data
 from trained_runs import NOISY, changed, digits_run, folder_run, hostile, last, targets
 
 
@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_training_module(digits_ckpt):
     checkpoint = read(digits_ckpt)
     cfg = configuration("data=digits", "model.width=4", "trainer=cpu")
     data = make_data(cfg)
-    module = make_module(cfg, data, make_trainer(cfg, 1, Throughput()))
+    module = make_module(cfg, data, L.Trainer(accelerator="cpu", max_epochs=1, logger=False))
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     model = sam_lightning.load(digits_ckpt)
