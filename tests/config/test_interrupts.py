@@ -31,18 +31,37 @@ def interrupted(cwd, after, *arguments):
     return process.communicate(timeout=60)[1], process.returncode
 
 
-@pytest.mark.parametrize("arguments", [RUN, MODULE])
-def test_ctrl_c_amid_the_first_imports(tmp_path, arguments):
-    for after in (0.06, 0.12, 0.2):
-        found = interrupted(tmp_path, after, *arguments)
-        assert found == ("error: stopped by SIGINT\n", 130)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*((name, RUN) for name in ("hydra", "omegaconf", "torch", "numpy")), ("omegaconf", MODULE)],
+)
+def test_ctrl_c_amid_an_import(tmp_path, name, arguments):
+    code = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{name}":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+sys.argv = {arguments}
+if sys.argv[0] == "-m":
+    runpy.run_module(sys.argv[1], run_name="__main__")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stderr, done.returncode) == ("error: stopped by SIGINT\n", 130)
     assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_random_times(tmp_path):
-    draw = random.Random(0)
-    for after in sorted(draw.uniform(0.05, 3) for _ in range(20)):
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import sam_lightning.config.interrupts"], check=True)
+    up, draw = 1.5 * (time.monotonic() - began), random.Random(0)
+    for after in sorted(draw.uniform(up, up + 3) for _ in range(20)):
         said, code = interrupted(tmp_path, after, *RUN)
         assert code == 130, (after, said)
         assert said in ("error: stopped by SIGINT\n", ""), (after, said)  # nothing: training saved
