@@ -28,6 +28,7 @@ from sam_lightning.config.hydra_errors import (
     key_of,
     unreadable,
 )
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.secrets import check_whole
 
@@ -149,8 +150,9 @@ def run(cfg: DictConfig) -> float | None:
             log.warning("%s", why)
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
-        from sam_lightning.training.launch import end_process_group  # torch and Lightning, only now
-        from sam_lightning.training.run import train
+        with importing(_discard_started):  # torch and Lightning, only now
+            from sam_lightning.training.launch import end_process_group
+            from sam_lightning.training.run import train
 
         metrics = train(cfg)
         end_process_group()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, inside_run, replacing
@@ -174,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
             f"format=onnx: needs {', '.join(missing)}; run pip install {' '.join(missing)}"
         )
 
-    from sam_lightning.inference.load import load
+    with importing():
+        from sam_lightning.inference.load import load
 
     trained = load(file)
     batch = None if options.batch == "dynamic" else options.batch

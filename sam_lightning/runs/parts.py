@@ -37,7 +37,7 @@ TABLE = {
     """,
     STEPS: """
         epochs lr rho weight_decay label_smoothing max_skipped_steps compile memory_format
-        method optimizer scheduler trainer
+        method optimizer scheduler callbacks trainer
     """,
     EPOCHS: """
         seed batch_size data data.source.image_size training_images
@@ -45,7 +45,7 @@ TABLE = {
         trainer.max_steps
     """,
     NEVER: """
-        classes model optimizer._target_ data.val_size data.split_seed data.source callbacks
+        classes model optimizer._target_ data.val_size data.split_seed data.source
         trainer.fast_dev_run trainer.barebones
     """,
 }

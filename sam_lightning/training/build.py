@@ -1,7 +1,6 @@
 """From a configuration to the trainer, the data and the module of a run."""
 
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
-from sam_lightning.training.module import SAMModule
+from sam_lightning.training.module import SAMModule, steps
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
-    options["accelerator"] = _accelerator(cfg)
     callbacks = _build_all(cfg, "callbacks")
     own = {
         "max_epochs": cfg.epochs,
@@ -90,7 +88,7 @@ def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
     return data
 
 
-def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
+def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     image_size = list(data.train.images.shape[-2:])
@@ -108,7 +106,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
     for name in subsample_first(model):
         log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
-    layout = memory_format(cfg, model, (data.in_channels, *image_size))
+    device = trainer.strategy.root_device.type
+    layout = memory_format(cfg.memory_format, model, (data.in_channels, *image_size), device)
     if cfg.compile:
         # On CPUs it would arrange images in channels_last.
         model.compile(options={"layout_optimization": layout != "contiguous"})
@@ -118,7 +117,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         SAM(model.parameters(), base_optimizer, perturbation=perturbation)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
-    per_epoch, total = steps(cfg, data.steps_per_epoch)
+    per_epoch, total = planned_steps(cfg, data, trainer)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     if weights not in (None, {k: v.shape for k, v in model.state_dict().items()}):
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {misfit(hparams)}")
@@ -202,26 +201,21 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
         log.info("%s", untold)
 
 
-def steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch and of the run, under the trainer's limits."""
-    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
-    if limit is not None:  # a float is a fraction
-        batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
-    per_epoch = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
-    total = cfg.epochs * per_epoch
-    most = cfg.trainer.get("max_steps", -1)
-    return per_epoch, total if most == -1 else min(total, most)
+def planned_steps(cfg: DictConfig, data: ImageDataModule, trainer: Any) -> tuple[int, int]:
+    """Steps of an epoch and of the run, before the trainer has the data."""
+    batches, limit = data.steps_per_epoch, trainer.limit_train_batches  # a float is a fraction
+    batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
+    return steps(trainer, batches, cfg.trainer.accumulate_grad_batches)
 
 
-def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
+def memory_format(asked: str, model: nn.Module, shape: Sequence[int], device: str) -> str:
     """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
     That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
     documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
     asked for and its gradients are wrong on this CPU.
     """
-    asked, accelerator = cfg.memory_format, _accelerator(cfg)
-    wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
+    wrong = device == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
     if wrong and asked == "channels_last":
         raise ConfigError(
             "memory_format=channels_last: on this CPU the gradient of a 1x1 convolution in this "
@@ -229,16 +223,10 @@ def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> st
             "contiguous"
         )
     if asked != "auto":
-        return str(asked)
+        return asked
     if wrong:
         log.info("memory_format=auto: contiguous, as channels_last trains this model wrongly here")
-    return "contiguous" if wrong or accelerator == "mps" else "channels_last"
-
-
-def _accelerator(cfg: DictConfig) -> str:
-    if cfg.trainer.accelerator != "auto" or torch.cuda.is_available():
-        return cfg.trainer.accelerator
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "contiguous" if wrong or device == "mps" else "channels_last"
 
 
 def _build_all(cfg: DictConfig, group: str) -> list[Any]:

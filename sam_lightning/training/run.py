@@ -82,7 +82,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
     changed, ended = changes(cfg.ckpt_path, settings)
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
-    module = trainer.precision_plugin.convert_module(make_module(cfg, data))
+    module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
     module.settings = settings
     check_watched(cfg, trainer, data)
     _check_images(cfg, data, trainer.world_size)
@@ -211,6 +211,7 @@ def _quieten() -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # LastCheckpoint says it
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)
