@@ -93,11 +93,12 @@ def _explained(error: Exception) -> Exception:
     composing = isinstance(error, COMPOSING)
     if isinstance(error, ConfigError | TrainingError) or (_has_begun() and not composing):
         return error
-    _discard_started()
     if isinstance(error, OSError | UnicodeDecodeError) and not composing:
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
     else:
-        said = _cannot_store() or explain(error, sys.argv[1:])
+        storage = not composing or "hydra.sweeper.storage" in str(error)
+        said = (storage and _cannot_store()) or explain(error, sys.argv[1:])
+    _discard_started()
     return ConfigError(said) if said else error
 
 
@@ -214,7 +215,8 @@ def _discard_started() -> None:
 def _discard(folder: Path) -> None:
     """Remove a folder that holds only what Hydra wrote at the start."""
     found = list(folder.iterdir())
-    written = [e for e in found if e.name in (".hydra", ".lock", "train.log", "multirun.yaml")]
+    names = (".hydra", ".lock", "train.log", "multirun.yaml", "optuna.db")
+    written = [e for e in found if e.name in names]
     if (folder / "multirun.yaml").is_file():  # a sweep's, and so are the empty folders of jobs
         written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
     if not {*found} <= {*written}:

@@ -4,8 +4,8 @@ The weight gradient of a 1x1 convolution with a stride writes past its memory if
 channels_last and have fewer channels than the kernel takes at a time: 8 with AVX2, 16 with AVX-512,
 where small images come out right by chance. One thread crashes; several get wrong gradients or wait
 for ever. It is oneDNN's issue 6035, found with torch 2.6.0 to 2.14.1 (oneDNN 3.12.0).
-``python -m benchmarks.onednn`` maps it; when that finds nothing broken in the oldest torch that this
-project takes, this file can go.
+``python -m benchmarks.onednn`` maps it; when that finds nothing broken in the oldest torch that
+this project takes, this file can go.
 
 ``subsample_first`` changes layers of ``nn.Conv2d``, which stay fast in channels_last. A model that
 convolves in other ways has to stay contiguous on such a CPU: ``reaches_fault`` tells.
