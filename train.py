@@ -1,9 +1,12 @@
 """Train an image classifier: python train.py rho=0.1 trainer.devices=4."""
 
-import hydra
-from omegaconf import DictConfig
+from sam_lightning.config.interrupts import importing
 
-from sam_lightning.cli import guarded, run
+with importing():
+    import hydra
+    from omegaconf import DictConfig
+
+    from sam_lightning.cli import guarded, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # relative 2-norm of the difference; 1e-4 at most is usual, 8e
 def layer(width: int) -> tuple[nn.Module, tuple[int, ...]]:
     """The broken layer alone, and the shape of its images."""
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(nn.Conv2d(width, 10, 1, stride=2), *head), (50, width, 32, 32)
+    return nn.Sequential(nn.Conv2d(width, 10, 1, stride=2), *head), (8, width, 112, 112)
 
 
 def model(width: int) -> tuple[nn.Module, tuple[int, ...]]:
@@ -35,7 +35,7 @@ def model(width: int) -> tuple[nn.Module, tuple[int, ...]]:
     network = SAMResNet18(width=width)
     for module in [m for m in network.modules() if hasattr(m, "relu")]:
         module.relu = nn.SiLU()
-    return network, (16, 3, 16, 16)
+    return network, (4, 3, 64, 64)
 
 
 CASES: dict[str, Callable[[int], tuple[nn.Module, tuple[int, ...]]]] = {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import DictConfig
 
-from sam_lightning.config.arguments import Keys, one_line_errors, parse
+from sam_lightning.config.arguments import Keys, parse
+from sam_lightning.config.errors import one_line_errors
 from sam_lightning.config.values import Count, Positive, within
 
 if TYPE_CHECKING:

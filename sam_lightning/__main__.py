@@ -1,13 +1,14 @@
 """``python -m sam_lightning COMMAND``, installed as ``sam-lightning COMMAND`` too."""
 
-import logging
-import sys
-from importlib import import_module
+from sam_lightning.config.interrupts import importing
 
-from sam_lightning.config.arguments import one_line_errors
-from sam_lightning.config.conf import CONF
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean
+with importing():
+    import logging
+    import sys
+    from importlib import import_module
+
+    from sam_lightning.config.conf import CONF
+    from sam_lightning.config.errors import ConfigError, did_you_mean, one_line_errors
 
 # The module in the package, and what the command does. A module has main(argv).
 COMMANDS = {

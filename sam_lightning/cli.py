@@ -18,29 +18,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.arguments import one_line_errors
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import flat, top_level, usage
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.conf import top_level, usage
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
-    OF_ARGUMENTS,
     check_flags,
     explain,
     key_of,
     unreadable,
     with_quoted_places,
 )
-from sam_lightning.config.schema import check, one_line
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.streams import outlive_pipes
-from sam_lightning.runs.files import read_summary
-from sam_lightning.runs.lock import owned
-from sam_lightning.runs.resume import resumed
-from sam_lightning.runs.secrets import HIDDEN
-from sam_lightning.studies.identical import unused
-from sam_lightning.studies.sweep import SweepFolder, fail, summarized
+from sam_lightning.runs.secrets import check_whole
 
 log = logging.getLogger(__name__)
+
+_begun = False  # whether ``run`` was called in this process
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -59,9 +54,20 @@ def guarded(main: Callable[[], Any]) -> None:
     with nullcontext() if traceback else one_line_errors():
         try:
             arguments = with_quoted_places(settings_first(sys.argv[1:]))
-            check_flags(arguments)
-            sys.argv[1:] = settings_first(without_ghosts(as_launched(resumed(arguments))))
-            with summarized():
+            flags = check_flags(arguments)
+            if "ckpt_path" in map(key_of, arguments):
+                from sam_lightning.runs.resume import resumed
+
+                arguments = resumed(arguments)
+            sys.argv[1:] = settings_first(without_ghosts(as_launched(arguments)))
+            if flags.cfg:
+                main()
+                return
+            # Not to print a configuration.
+            from sam_lightning.runs.lock import kept
+            from sam_lightning.studies.sweep import summarized
+
+            with kept, summarized():
                 main()
         except KeyboardInterrupt:  # before there is anything to save
             _discard_started()
@@ -81,29 +87,33 @@ def _say(failure: threading.ExceptHookArgs) -> None:
 
 
 def _explained(error: Exception) -> Exception:
-    """An error that the user can fix as a ConfigError of one line; any other as it is."""
-    if isinstance(error, ConfigError | TrainingError):
-        return error
+    """An error that the user can fix as a ConfigError of one line; any other as it is.
+
+    Until a run begins, all that can go wrong is what was given.
+    """
     composing = isinstance(error, COMPOSING)
-    said = None
-    if str(error).startswith("Unable to configure "):  # Python's logging refuses Hydra's settings
-        said = f"hydra.job_logging: {one_line(error)} ({one_line(error.__cause__ or error)})"
-    elif not composing or "hydra.sweeper.storage" in str(error):
-        said = _cannot_store()
-    if composing or said or isinstance(error, OSError):
-        _discard_started()
-    if composing or said:
-        said = said or explain(error, sys.argv[1:])
-    elif any(text in str(error) for text in OF_ARGUMENTS):
-        _discard_started()
-        said = explain(error, sys.argv[1:])
-    elif isinstance(error, OSError | UnicodeDecodeError):
+    if isinstance(error, ConfigError | TrainingError) or (_has_begun() and not composing):
+        return error
+    if isinstance(error, OSError | UnicodeDecodeError) and not composing:
         said = unreadable(sys.argv[1:])  # Hydra's error would not name the file
+    else:
+        storage = not composing or "hydra.sweeper.storage" in str(error)
+        said = (storage and _cannot_store()) or explain(error, sys.argv[1:])
+    _discard_started()
     return ConfigError(said) if said else error
+
+
+def _has_begun() -> bool:
+    """Whether a run has, in this process or in another one of a sweep."""
+    from sam_lightning.studies.sweep import SweepFolder
+
+    return _begun or (SweepFolder.path is not None and any(SweepFolder.path.rglob(".hydra")))
 
 
 def _cannot_store() -> str | None:
     """The message if the database of a search cannot be opened."""
+    from sam_lightning.studies.sweep import SweepFolder
+
     if (url := SweepFolder.storage) is None:
         return None
     from optuna.storages import get_storage
@@ -126,19 +136,25 @@ def run(cfg: DictConfig) -> float | None:
     why, and the other jobs continue.
     """
     outlive_pipes()  # also in a worker of joblib or submitit
+    from sam_lightning.config.schema import check
+    from sam_lightning.studies.sweep import fail
+
+    global _begun
+    _begun = True
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
-        for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():
-            if isinstance(value, str) and HIDDEN in value:
-                raise ConfigError(f"{key}={value}: was not stored; give it again")
+        check_whole(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        from sam_lightning.studies.identical import unused
+
         why = unused(cfg, [key_of(o) for o in hydra.overrides.task])
         if why and number("RANK", number("SLURM_PROCID", 0)) == 0:
             log.warning("%s", why)
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
-        from sam_lightning.training.launch import end_process_group  # torch and Lightning, only now
-        from sam_lightning.training.run import train
+        with importing(_discard_started):  # torch and Lightning, only now
+            from sam_lightning.training.launch import end_process_group
+            from sam_lightning.training.run import train
 
         metrics = train(cfg)
         end_process_group()
@@ -175,6 +191,9 @@ def run(cfg: DictConfig) -> float | None:
 
 def _check_job(folder: Path) -> None:
     """Refuse to train over an earlier sweep's run in the folder of a job."""
+    from sam_lightning.runs.files import read_summary
+    from sam_lightning.runs.lock import owned
+
     with owned(folder):  # else another process is at work there
         summary = read_summary(folder / "metrics.json") or {}
     if summary.get("status") == "completed" or any(folder.glob("checkpoints/*.ckpt")):
@@ -186,7 +205,10 @@ def _check_job(folder: Path) -> None:
 
 def _discard_started() -> None:
     """Remove the folder of the run or sweep that this process has started, as ``_discard`` does."""
-    for folder in filter(None, (SweepFolder.run, SweepFolder.path)):
+    from sam_lightning.runs.folder import RunFolder
+    from sam_lightning.studies.sweep import SweepFolder
+
+    for folder in filter(None, (RunFolder.started, SweepFolder.path)):
         with suppress(FileNotFoundError):
             _discard(folder)
 
@@ -194,7 +216,8 @@ def _discard_started() -> None:
 def _discard(folder: Path) -> None:
     """Remove a folder that holds only what Hydra wrote at the start."""
     found = list(folder.iterdir())
-    written = [e for e in found if e.name in (".hydra", "train.log", "multirun.yaml")]
+    names = (".hydra", ".lock", "train.log", "multirun.yaml", "optuna.db")
+    written = [e for e in found if e.name in names]
     if (folder / "multirun.yaml").is_file():  # a sweep's, and so are the empty folders of jobs
         written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
     if not {*found} <= {*written}:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.values import Count, Seed
 from sam_lightning.inference import command
@@ -66,7 +67,8 @@ def load_checkpoints(options: DictConfig) -> list[LoadedCheckpoint]:
     files = checkpoint_files(options.ckpt_path)
     out = command.out_folder(options)
 
-    from sam_lightning.inference.load import load
+    with importing():
+        from sam_lightning.inference.load import load
 
     return [
         LoadedCheckpoint(file, load(file, device=options.device), out or run_folder(file))

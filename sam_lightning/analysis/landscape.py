@@ -17,7 +17,7 @@ from sam_lightning.analysis.checkpoints import (
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Positive, Rule
-from sam_lightning.runs.files import make_folder, run_folder, write_json
+from sam_lightning.runs.files import inside_run, make_folder, run_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     middle, reach = (0.5, 0.5) if line else (0.0, options.span)
     half = options.points // 2
     coordinates = [middle + reach * i / half for i in range(-half, half + 1)]
-    out = loaded[0].out if options.out is not None else loaded[0].out / "landscape"
+    out = loaded[0].out
+    if options.out is None:
+        out = inside_run(out / "landscape", loaded[0].file)
+    events = [inside_run(run_folder(c.file) / "tensorboard" / "landscape", c.file) for c in loaded]
 
     from sam_lightning.analysis.landscape_plots import draw, show_in_tensorboard
     from sam_lightning.runs.checkpoint import read
@@ -91,11 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "landscape.json", result)
     pictures = draw(result, out)
     print(*map(os.path.relpath, [out / "landscape.json", *pictures]))
-    for checkpoint in loaded:
-        events = run_folder(checkpoint.file) / "tensorboard"
-        if events.is_dir():
+    for checkpoint, folder in zip(loaded, events, strict=True):
+        if folder.parent.is_dir():
             update = read(checkpoint.file, mmap=True)["global_step"]
-            show_in_tensorboard(events / "landscape", update, options.kind, pictures)
+            show_in_tensorboard(folder, update, options.kind, pictures)
 
 
 def around(surface: "LossSurface", coordinates: Sequence[float], options: DictConfig) -> list[Any]:

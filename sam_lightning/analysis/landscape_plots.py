@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from sam_lightning import plotting as plots
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import one_line
 
 COLOURS = matplotlib.colormaps[plots.HEIGHTS].with_extremes(over="#E8E8E8")
 

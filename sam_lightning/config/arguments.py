@@ -1,19 +1,14 @@
 """The arguments of ``python -m sam_lightning.NAME key=value``, checked before torch is loaded."""
 
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
-from sam_lightning.config.schema import no_such_key, one_line
-from sam_lightning.config.streams import outlive_pipes
-from sam_lightning.config.text import clean
+from sam_lightning.config.errors import ConfigError, no_such_key, one_line
 from sam_lightning.config.trust import trust
 from sam_lightning.config.values import ABSENT, check_values, fits
 
@@ -80,28 +75,3 @@ def _read(text: str, hint: Any) -> Any:
     if listed is not None:  # 'a', or 'a','b'
         return listed if len(listed) > 1 else listed[0]
     return OmegaConf.from_dotlist([f"key={text}"]).key
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the process with one line on stderr, as ``train.py`` does.
-
-    Exit codes: 2 for a wrong setting or file, 1 for work that failed, 130 after Ctrl-C. That who
-    reads the output has gone, as ``| head`` does, is no error.
-    """
-    outlive_pipes()
-    try:
-        yield
-    except (ConfigError, TrainingError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, TrainingError) else 2)
-    except OSError as error:  # such as a full disk, or a name that is too long
-        if error.strerror is None:
-            raise
-        named = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {clean(named)}{error.strerror}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        stopped = Interrupted(signal.SIGINT)
-        print(f"error: {stopped}", file=sys.stderr)
-        raise stopped from None

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CONF = Path(__file__).parents[2] / "conf"
 HEAD = """\
 Train an image classifier with Sharpness-Aware Minimization.
@@ -32,9 +33,9 @@ def choices(group: str) -> list[str]:
 
 def top_level() -> list[str]:
     """The keys that may stand at the top of a configuration, and the names of its groups."""
-    primary = OmegaConf.load(CONF / "train.yaml")
-    groups = [str(key) for entry in primary.defaults if OmegaConf.is_dict(entry) for key in entry]
-    return [*groups, *(str(key) for key in primary if key not in ("defaults", "hydra"))]
+    primary = yaml.load((CONF / "train.yaml").read_text(), LOADER)
+    groups = [group for entry in primary["defaults"] if isinstance(entry, dict) for group in entry]
+    return [*groups, *(key for key in primary if key not in ("defaults", "hydra"))]
 
 
 def folders_given(arguments: list[str]) -> list[Path]:

@@ -2,8 +2,20 @@
 
 import re
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+from sam_lightning.config.streams import outlive_pipes
+from sam_lightning.config.text import clean
+
+# Keys of earlier versions.
+MOVED = {
+    "data.crop_padding": "it is augment.crop.padding now",
+    "data.cutout": "it is augment.cutout.side now",
+    "data.policy": "it is a choice of the group augment now, as in augment=randaugment",
+}
 
 
 class ConfigError(ValueError):
@@ -44,3 +56,56 @@ def argument_errors(key: str) -> Iterator[None]:
         if not re.match(r"\w+=", str(error)):
             raise
         raise ConfigError(f"{key}.{error}") from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on stderr, as ``train.py`` does.
+
+    Exit codes: 2 for a wrong setting or file, 1 for work that failed, 130 after Ctrl-C. That who
+    reads the output has gone, as ``| head`` does, is no error.
+    """
+    outlive_pipes()
+    try:
+        yield
+    except (ConfigError, TrainingError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
+    except OSError as error:  # such as a full disk, or a name that is too long
+        if error.strerror is None:
+            raise
+        named = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {clean(named)}{error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stopped = Interrupted(signal.SIGINT)
+        print(f"error: {stopped}", file=sys.stderr)
+        raise stopped from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest known name as the end of a message, or nothing."""
+    near = get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """The end of a message: the key that may be meant, or all of them at the same level."""
+    if key in MOVED:
+        return f"no such key; {MOVED[key]}"
+    known = list(known)
+    parent, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    elsewhere = [k for k in known if k.endswith(f".{name}")]
+    near = get_close_matches(name.lower(), beside, n=1)
+    if meant := [beside[n] for n in near] or elsewhere[:1]:
+        return f"no such key; did you mean {meant[0]}?"
+    if not beside:
+        return f"no such key{did_you_mean(key, known)}"
+    where = f" in {parent}" if parent else ""
+    return f"no such key; allowed{where} are {', '.join(beside)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line that a terminal can show, or its type if the text is empty."""
+    return " ".join(clean(error).split()) or type(error).__name__

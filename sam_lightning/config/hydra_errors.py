@@ -2,33 +2,28 @@
 
 import os
 import re
-from contextlib import nullcontext, suppress
+from argparse import Namespace
+from contextlib import suppress
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group, top_level
+from sam_lightning.config.errors import ConfigError, did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described
 
 # Errors raised while Hydra composes a configuration from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
-# Texts of Hydra's ValueErrors about arguments that it cannot use.
-NO_NAME = "Config group override deletion value must be a string"
 # Keys whose values are paths.
 PLACES = (
     *("data.root", "data.source.root", "data.split", "data.cache_dir", "data.source.cache_dir"),
     *("ckpt_path", "hydra.run.dir", "hydra.sweep.dir"),
 )
-OF_ARGUMENTS = ("Config group override must be", NO_NAME, "The --resolve flag", "Only one of --run")
 
 
 def key_of(override: str) -> str:
@@ -36,8 +31,8 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def check_flags(arguments: list[str]) -> None:
-    """Refuse what Hydra's own parser would refuse by listing all its flags."""
+def check_flags(arguments: list[str]) -> Namespace:
+    """Parse the flags; refuse what Hydra's own parser would refuse by listing all its flags."""
     parser = get_args_parser()
     known = parser._option_string_actions
     for argument in arguments:
@@ -50,7 +45,7 @@ def check_flags(arguments: list[str]) -> None:
         raise ConfigError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def unreadable(arguments: list[str]) -> str | None:
@@ -65,18 +60,20 @@ def unreadable(arguments: list[str]) -> str | None:
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
-    """Hydra's composition errors in one line, with the argument at fault and what is allowed."""
+    """An error before a run, in one line, with the argument at fault and what is allowed."""
     text = str(error)
-    of_group = "Config group override must be" in text or "force-add of config groups" in text
+    # Of values that it did not expect Hydra says little, or raises an error of Python.
+    of_group = not isinstance(error, COMPOSING) or "force-add of config groups" in text
     for argument in arguments:
         key, choice = key_of(argument), argument.partition("=")[2]
         if not key.strip():
             return f"{argument!r}: not of the form key=value"
-        if NO_NAME in text and argument[0] == "~" and choice:
+        if "deletion value must be a string" in text and argument[0] == "~" and choice:
             return f"{argument}: not of the form ~key, or ~group=choice"
-        if of_group and is_group(key) and (argument[0] == "+" or choice not in choices(key)):
+        chosen = {*re.findall(r"[^\[\], ]+", choice)} or {choice}
+        if of_group and is_group(key) and (argument[0] == "+" or not chosen <= {*choices(key)}):
             without = ", without +" if argument[0] == "+" else ""
-            return f"{argument}: allowed are {', '.join(choices(key))}{without}"
+            return f"{argument}: {_allowed(key)}{without}"
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^Error parsing override .*", "", text, flags=re.MULTILINE)
         return f"{error.override}: not of the form key=value ({_shortened(reason)})"
@@ -84,14 +81,12 @@ def explain(error: Exception, arguments: list[str]) -> str:
         key = found[1]
         argument = next((a for a in arguments if key_of(a) == key), key)
         if is_group(key):
-            return f"{argument}: allowed are {', '.join(choices(key))}"
-        known: list[str] = []
-        if not key.endswith("._target_"):  # those of the configuration with the chosen groups
-            chosen = [a for a in arguments if a.partition("=")[2] in choices(key_of(a))]
-            ready = GlobalHydra.instance().is_initialized()
-            with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
-            known = [k for k in flat(cfg) if k != key]
+            return f"{argument}: {_allowed(key)}"
+        known = [] if key.endswith("._target_") else top_level()
+        if known and isinstance(error.__cause__, OmegaConfBaseException):
+            whole: Any = error.__cause__.parent_node._get_root()  # what was composed until then
+            composed = flat(OmegaConf.to_container(whole))
+            known = sorted(composed, key=lambda k: k.partition(".")[0] == "hydra")
         said = no_such_key(key, known)
         is_open = described(key.rpartition(".")[0]) in TARGETS and "did you mean" not in said
         return f"{argument}: {said}" + (f"; to add it, type +{argument}" if is_open else "")
@@ -102,11 +97,21 @@ def explain(error: Exception, arguments: list[str]) -> str:
         listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE) or choices(group)
         allowed = [option for option in listed if option != "base"]
         return f"{group}={choice}: allowed are {', '.join(allowed)}{did_you_mean(choice, allowed)}"
+    if str(error).startswith(("Unable to configure ", "Unsupported version")):  # Python's logging
+        return f"hydra.job_logging: {one_line(error)} ({one_line(error.__cause__ or error)})"
     if error.__cause__ is not None:
         text = f"{text}: {error.__cause__}"
     text = re.split(r"\n *full_key: ", text)[0]
-    at_fault = [a for a in arguments if key_of(a) == getattr(error, "full_key", None)]
-    return _shortened(": ".join([*at_fault[:1], text]))
+    at_fault = [a for a in arguments if key_of(a) == getattr(error, "full_key", None)][:1]
+    if not isinstance(error, (*COMPOSING, ValueError)):
+        at_fault, text = arguments, f"{type(error).__name__}: {text}"
+    return _shortened(": ".join([*filter(None, [" ".join(at_fault)]), text]))
+
+
+def _allowed(group: str) -> str:
+    """What a group can be; ``debug=true`` had another meaning once, as it has elsewhere."""
+    shown = "; tracebacks are shown by traceback=true" if group == "debug" else ""
+    return f"allowed are {', '.join(choices(group))}{shown}"
 
 
 def with_quoted_places(arguments: list[str]) -> list[str]:

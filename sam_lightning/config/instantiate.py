@@ -14,8 +14,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described, is_in
 from sam_lightning.config.values import check_value
 

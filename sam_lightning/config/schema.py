@@ -5,10 +5,8 @@ Other arguments of ``_target_``s are checked by the signatures of their classes,
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,8 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.text import clean
+from sam_lightning.config.errors import ConfigError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
 from sam_lightning.config.values import (
     ABSENT,
@@ -31,9 +28,10 @@ from sam_lightning.config.values import (
     NonNegative,
     Positive,
     Rule,
+    Section,
     Seed,
     Text,
-    check_values,
+    check_value,
     distinct,
     keys,
     within,
@@ -62,14 +60,12 @@ PartOfBatch = Annotated[float, within(0, 1, above=True)]
 PROCESSORS = os.cpu_count() or 1
 
 
-@dataclass
-class Described:
+class Described(Section):
     """An object to build; the signature of its class says which other keys there are."""
 
     _target_: Any
 
 
-@dataclass
 class Model(Described):
     """The keys of our models."""
 
@@ -83,7 +79,6 @@ class Model(Described):
     p_last: Fraction = ABSENT
 
 
-@dataclass
 class Perturbation(Described):
     """The keys of our perturbations."""
 
@@ -94,7 +89,6 @@ class Perturbation(Described):
     normalize_bias: bool = ABSENT
 
 
-@dataclass
 class Loss(Described):
     """The keys of our losses."""
 
@@ -102,7 +96,6 @@ class Loss(Described):
     class_weights: list[NonNegative] | Literal["balanced"] | None = ABSENT
 
 
-@dataclass
 class Scheduler(Described):
     """The keys of our schedules."""
 
@@ -112,8 +105,7 @@ class Scheduler(Described):
     gamma: Positive = ABSENT
 
 
-@dataclass
-class Data:
+class Data(Section):
     """The keys of ``data``."""
 
     source: Described
@@ -145,8 +137,7 @@ class Data:
     skip_broken: bool = ABSENT
 
 
-@dataclass
-class Method:
+class Method(Section):
     """The keys of ``method``; ``SAMModule`` explains them."""
 
     name: Text
@@ -165,8 +156,7 @@ class Method:
     ascent_per_micro_batch: bool = ABSENT
 
 
-@dataclass
-class Optimizer:
+class Optimizer(Section):
     """The keys of ``optimizer`` that PyTorch's optimizers share."""
 
     _target_: Annotated[
@@ -184,8 +174,7 @@ class Optimizer:
     fused: bool | None = ABSENT
 
 
-@dataclass
-class Trainer:
+class Trainer(Section):
     """The keys of ``trainer`` in conf; the signature of ``lightning.Trainer`` has others."""
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"]
@@ -207,8 +196,7 @@ class Trainer:
     gradient_clip_algorithm: Literal["norm"] = ABSENT
 
 
-@dataclass
-class Train:
+class Train(Section):
     """The configuration of a run; conf/train.yaml explains the keys."""
 
     seed: Seed
@@ -237,12 +225,6 @@ class Train:
     trainer: Trainer
 
 
-# Keys of earlier versions.
-MOVED = {
-    "data.crop_padding": "it is augment.crop.padding now",
-    "data.cutout": "it is augment.cutout.side now",
-    "data.policy": "it is a choice of the group augment now, as in augment=randaugment",
-}
 HINTS = {key: hint for key, hint, _ in keys(Train)}
 REQUIRED = [key for key, _, required in keys(Train) if required]
 
@@ -261,36 +243,38 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key in map(str, cfg):
         if key not in known:
             raise ConfigError(f"{key}={cfg[key]}: {no_such_key(key, known)}")
-    plain = flat(OmegaConf.to_container(cfg, resolve=False))
-    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *plain):
-        if plain.get(key, "???") == "???":
+    given = flat(OmegaConf.to_container(cfg))
+    for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *given):
+        if given.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    for key, value in plain.items():
+    for key, value in given.items():
         try:
-            OmegaConf.select(cfg, key)
+            if isinstance(value, str):
+                OmegaConf.select(cfg, key)
         except OmegaConfBaseException as error:  # an interpolation of a missing key
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
-    OmegaConf.resolve(copy := cfg.copy())
-    plain = flat(OmegaConf.to_container(copy))
-    check_values(copy, {k: hint for k, hint in HINTS.items() if not _is_of_others(copy, k)})
-    if str(copy.optimized_metric).startswith("test/") and not copy.test:
-        raise ConfigError(f"optimized_metric={copy.optimized_metric}: needs test=true")
-    _check_names(plain)
+    values = flat(OmegaConf.to_container(cfg, resolve=True))
+    for key, hint in HINTS.items():
+        if key in values and not _is_of_others(values, key):
+            check_value(key, values[key], hint)
+    if str(values["optimized_metric"]).startswith("test/") and not values["test"]:
+        raise ConfigError(f"optimized_metric={values['optimized_metric']}: needs test=true")
+    _check_names(values)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
-        _check_folders(plain)
-    _check_files(copy)
+        _check_folders(values)
+    _check_files(values)
 
 
-def _is_of_others(cfg: DictConfig, key: str) -> bool:
+def _is_of_others(values: Mapping[str, Any], key: str) -> bool:
     """Whether the key is an argument of foreign code, where it may mean something else."""
     owner, _, name = key.rpartition(".")
-    target = OmegaConf.select(cfg, f"{owner}._target_") if owner in TARGETS else None
+    target = values.get(f"{owner}._target_") if owner in TARGETS else None
     return name != "_target_" and target is not None and not is_in(TARGETS[owner], str(target))
 
 
-def _check_names(plain: dict[str, Any]) -> None:
+def _check_names(values: Mapping[str, Any]) -> None:
     """Refuse a ``_target_`` that cannot be a class or function, or that nothing builds."""
-    for key, value in plain.items():
+    for key, value in values.items():
         owner, _, last = key.rpartition(".")
         if last != "_target_":
             continue
@@ -300,9 +284,9 @@ def _check_names(plain: dict[str, Any]) -> None:
         check_name(key, value)
 
 
-def _check_folders(plain: dict[str, Any]) -> None:
+def _check_folders(values: Mapping[str, Any]) -> None:
     """Refuse a folder of the run that cannot be made and written."""
-    for key, path in plain.items():
+    for key, path in values.items():
         of_others = key.startswith(("logger.", "callbacks.")) and path is not None
         if key != "output_dir" and not (of_others and key.rpartition(".")[2] in FOLDERS):
             continue
@@ -321,45 +305,18 @@ def _check_folders(plain: dict[str, Any]) -> None:
                 part.rmdir()
 
 
-def _check_files(cfg: DictConfig) -> None:
-    if cfg.ckpt_path not in (None, "last") and not Path(str(cfg.ckpt_path)).exists():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file or folder")
-    name = str(cfg.data.source._target_).rpartition(".")[2]
-    root = Path(str(cfg.data.get("root"))).expanduser()
+def _check_files(values: Mapping[str, Any]) -> None:
+    checkpoint, given = values["ckpt_path"], str(values.get("data.root"))
+    if checkpoint not in (None, "last") and not Path(str(checkpoint)).exists():
+        raise ConfigError(f"ckpt_path={checkpoint}: no such file or folder")
+    name = values["data.source._target_"].rpartition(".")[2]
+    root = Path(given).expanduser()
     if name == "image_folder" and not root.is_dir():
-        raise ConfigError(f"data.root={cfg.data.root}: no such folder")
+        raise ConfigError(f"data.root={given}: no such folder")
     if name in OWN_FILES and not any(root.glob(OWN_FILES[name])):
         found = [p for pattern in PHOTOGRAPHS for p in islice(root.glob(pattern), 1000)]
         if any(p.suffix.lower() in (".jpg", ".jpeg", ".png") for p in found):
             raise ConfigError(
-                f"data.root={cfg.data.root}: has photographs, which {name} does not read: add "
+                f"data.root={given}: has photographs, which {name} does not read: add "
                 f"data=image_folder, or give the folder that is to hold {name}"
             )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known name as the end of a message, or nothing."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def no_such_key(key: str, known: Iterable[str]) -> str:
-    """The end of a message: the key that may be meant, or all of them at the same level."""
-    if key in MOVED:
-        return f"no such key; {MOVED[key]}"
-    known = list(known)
-    parent, _, name = key.rpartition(".")
-    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
-    elsewhere = [k for k in known if k.endswith(f".{name}")]
-    near = get_close_matches(name, beside, n=1)
-    if meant := [beside[n] for n in near] or elsewhere[:1]:
-        return f"no such key; did you mean {meant[0]}?"
-    if not beside:
-        return f"no such key{did_you_mean(key, known)}"
-    where = f" in {parent}" if parent else ""
-    return f"no such key; allowed{where} are {', '.join(beside)}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line that a terminal can show, or its type if the text is empty."""
-    return " ".join(clean(error).split()) or type(error).__name__

@@ -6,7 +6,7 @@ have no unions with lists. Here a value has the annotated type already, and ever
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.errors import ConfigError
 
-ABSENT: Any = object()  # the default of a field that may be left out
+ABSENT: Any = object()  # the value of a key that may be left out
 NAMES = {
     **{bool: "true, false", int: "a whole number", float: "a number", str: "a text"},
     NoneType: "null",
@@ -108,15 +108,17 @@ def words(hint: Any) -> str:
     return NAMES.get(hint, "something else")
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """The keys that a dataclass describes, in dotted form, with annotation and whether required."""
-    hints = get_type_hints(schema, include_extras=True)
-    for field in fields(schema):
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        if is_dataclass(hint):
-            yield from keys(hint, f"{key}.")  # type: ignore[arg-type]
+class Section:
+    """Keys of a configuration with their annotations; those that are ``ABSENT`` may be left out."""
+
+
+def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """The keys of a section, in dotted form, with annotation and whether they must be given."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        if isinstance(hint, type) and issubclass(hint, Section):
+            yield from keys(hint, f"{prefix}{name}.")
         else:
-            yield key, hint, field.default is MISSING
+            yield f"{prefix}{name}", hint, not hasattr(section, name)
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
-from sam_lightning.config.schema import one_line
 from sam_lightning.data.contents import content_of, each, hash_of, hashes
 from sam_lightning.data.listing import Files
 from sam_lightning.data.mapped import Notes, Write, made, opened

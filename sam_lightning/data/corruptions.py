@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 
 SEVERITIES = 5
 # The benchmark; the four more in the archives are meant for choosing hyperparameters.

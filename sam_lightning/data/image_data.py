@@ -13,9 +13,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build_all, check_names, factory
-from sam_lightning.config.schema import one_line
 from sam_lightning.data.augment import BatchAugment, MixedLabels, crop_flip
 from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.loading import (

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.pixels import suffixes
 from sam_lightning.data.source import Names
 

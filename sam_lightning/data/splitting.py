@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.listing import SPLITS, WHOLE, Files, Listing
 from sam_lightning.data.source import Names, stratified_split
 

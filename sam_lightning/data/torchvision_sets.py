@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.source import ImageSource, Split, stratified_split
 
 

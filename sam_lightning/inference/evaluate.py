@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
@@ -167,8 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.corruptions is not None and options.split != "test":
         raise ConfigError(f"corruptions={options.corruptions}: needs split=test")
 
-    from sam_lightning.data.corruptions import CorruptedImages
-    from sam_lightning.inference.load import data_of, load
+    with importing():
+        from sam_lightning.data.corruptions import CorruptedImages
+        from sam_lightning.inference.load import data_of, load
 
     trained = load(file, device=options.device)
     needed = ["test" if options.split == "test" else "train"]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
-from sam_lightning.runs.files import checkpoint_file, replacing
+from sam_lightning.runs.files import checkpoint_file, inside_run, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -161,7 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
-    out = Path(options.out or file.with_suffix(suffix)).expanduser()
+    if options.out is None:
+        out = inside_run(file.with_suffix(suffix), file)
+    else:
+        out = Path(options.out).expanduser()
     if out.suffix != suffix or out.is_dir():
         raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
     packages = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml
@@ -171,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
             f"format=onnx: needs {', '.join(missing)}; run pip install {' '.join(missing)}"
         )
 
-    from sam_lightning.inference.load import load
+    with importing():
+        from sam_lightning.inference.load import load
 
     trained = load(file)
     batch = None if options.batch == "dynamic" else options.batch

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_torch
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_in
 from sam_lightning.config.trust import trust as trust_names
 from sam_lightning.data.augment import BatchAugment
@@ -23,6 +22,7 @@ from sam_lightning.data.pixels import visible
 from sam_lightning.data.views import evaluation_view
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import check_whole
 
 SPLIT = "split.json"  # of a run whose splits were drawn: the names of each one's images
 DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
@@ -282,7 +282,9 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
                 raise ConfigError(f"data.{key}={value}: {stored.data.source._target_} has none")
             stored.data.source[key] = value
         stored.data[key] = value
-    check_places({"data": OmegaConf.to_container(stored.data)})
+    plain: Any = OmegaConf.to_container(stored.data)
+    check_places({"data": plain})
+    check_whole({"data": dict(sorted(plain.items(), key=lambda item: item[0] == "source"))})
     data = build_data(stored, ImageData)
     with argument_errors("data"):
         data.read()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Column
 
 from sam_lightning.config.arguments import Keys, parse
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.config.interrupts import importing
 from sam_lightning.config.progress import progress
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     if out is not None and out.is_dir():
         raise ConfigError(f"out={out}: is a folder; name a file")
 
-    from sam_lightning.inference.load import load
+    with importing():
+        from sam_lightning.inference.load import load
 
     trained = load(checkpoint, device=options.device)
     if trained.in_channels not in (1, 3):

@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 
 from sam_lightning.optim.grad_scaler import unscaled
 from sam_lightning.optim.methods.asam import normalized_ascent
-from sam_lightning.optim.perturbation import GradientAscent, Perturbation, State
+from sam_lightning.optim.perturbation import Direction, GradientAscent, Perturbation, State
 
 
 class Ascent(NamedTuple):
@@ -56,16 +56,14 @@ def _momentum(state: State) -> Tensor | None:
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
-def direction_of(
-    perturbation: Perturbation, ascent: Ascent, states: Sequence[State]
-) -> tuple[Sequence[Tensor], Tensor]:
+def direction_of(perturbation: Perturbation, ascent: Ascent, states: Sequence[State]) -> Direction:
     """The direction of a perturbation, scaled by |w| where ``adaptive``, and its norm."""
     weights, grads, names, _, adaptive = ascent
     if not any(adaptive):
         return perturbation(weights, grads, names, states)
     check_adaptive(perturbation)  # groups may have been loaded or changed
     if type(perturbation) is not GradientAscent:  # whose norm would not be used
-        grads = list(perturbation(weights, grads, names, states)[0])
+        grads, _ = perturbation(weights, grads, names, states)
     return normalized_ascent(weights, grads, adaptive, eta=0.0)
 
 

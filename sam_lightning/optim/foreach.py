@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,45 +118,20 @@ def projection(of: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
     return inner_product(of, (a / norm for a in along)) / norm
 
 
-def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Split a list into parts of whole tensors, so that temporary results take little memory."""
-    start, size = 0, 0
-    for i, t in enumerate(tensors):
-        size += t.numel()
-        # On a CPU a part stays in the cache; elsewhere each starts its own kernels.
-        if size >= (2**18 if t.is_cpu else 2**22):
-            yield slice(start, i + 1)
-            start, size = i + 1, 0
-    if start < len(tensors):
-        yield slice(start, len(tensors))
-
-
 def add_scaled_(
     weights: Sequence[Tensor], direction: Sequence[Tensor], rhos: Sequence[float], norm: Tensor
 ) -> None:
     """Add ``rho * direction / (norm + 1e-12)`` to the weights, or nothing if norm is not finite.
 
     torch's fused SGD does this in one pass over the memory. Its ``found_inf`` is a tensor, so the
-    host does not wait for the device. A direction that is no list is asked for part by part.
+    host does not wait for the device.
     """
     if len(direction) != len(weights):
         raise ValueError(f"a direction of {len(direction)} tensors for {len(weights)} weights")
     found_inf = (norm * 0 != 0).float()  # inf * 0 is NaN, and NaN is not 0
     inv_norm = 1 / (norm + 1e-12)
-    whole = [slice(0, len(weights))]
-    for part in whole if isinstance(direction, list) else parts(weights):
-        _add_scaled(_local(weights[part]), _local(direction[part]), rhos[part], inv_norm, found_inf)
-
-
-def _add_scaled(
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    rhos: Sequence[float],
-    inv_norm: Tensor,
-    found_inf: Tensor,
-) -> None:
     kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for w, d, rho in zip(weights, direction, rhos, strict=True):
+    for w, d, rho in zip(_local(weights), _local(direction), rhos, strict=True):
         if rho != 0:
             ws, ds = kinds[w.device, w.dtype, rho]
             ws.append(w)

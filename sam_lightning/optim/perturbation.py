@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 Tensors = list[Tensor]
 Names = Sequence[str | None]
 States = Sequence[State]
-Direction = tuple[Sequence[Tensor], Tensor]  # with its norm
+Direction = tuple[Tensors, Tensor]  # with its norm
 
 
 class Perturbation(Protocol):
@@ -44,8 +44,7 @@ class Perturbation(Protocol):
 
         Returns:
             direction, as long and of the same shapes as ``weights``, and norm, 0-dim. If the norm
-            is not finite, no weight moves. A direction that is not a list must take slices. Each
-            slice is asked for once, before its own weights move and after earlier ones have.
+            is not finite, no weight moves.
         """
         ...
 

@@ -52,16 +52,16 @@ class OptimizerAround(Optimizer):
         check_rho(defaults["rho"])
         self.method = method
         self.method_state: dict[Tensor, State] = defaultdict(dict)
-        self._own = tuple(defaults)
+        self._own = dict(defaults)
         self.base_optimizer: Any = SimpleNamespace()  # holds groups and state until there is one
         super().__init__(params, defaults)
         base = base_optimizer(self.param_groups, **kwargs)
         _check_base(type(base))
         if "rho" in base.defaults:
-            for group in base.param_groups:
-                group["base_rho"] = base.defaults["rho"]
+            self._own["base_rho"] = base.defaults["rho"]
         self.base_optimizer = base
-        self.defaults = {**base.defaults, **defaults}
+        self.param_groups = base.param_groups
+        self.defaults = {**base.defaults, **self._own}
         self._share_hooks()
 
     @property
@@ -73,8 +73,11 @@ class OptimizerAround(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
         for group in groups:
-            for name in self._own:
-                group.setdefault(name, self.defaults[name])
+            self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        for name, value in self._own.items():
+            group.setdefault(name, value)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -106,10 +109,7 @@ class OptimizerAround(Optimizer):
         if not isinstance(self.base_optimizer, Optimizer):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
-        for name in self._own:
-            param_group.setdefault(name, self.defaults[name])
-        if "rho" in self.base_optimizer.defaults:
-            param_group.setdefault("base_rho", self.base_optimizer.defaults["rho"])
+        self._complete(param_group)
         self.base_optimizer.add_param_group(param_group)
 
     # --------------------------------------------------------------------------- stepping
@@ -248,14 +248,12 @@ class OptimizerAround(Optimizer):
         self._complete_groups()
 
     def _complete_groups(self) -> None:
-        base = self.base_optimizer
         for group in self.param_groups:
-            if "rho" in base.defaults and "base_rho" not in group:
-                group["base_rho"] = group.get("rho", base.defaults["rho"])
-                if not all(name in group for name in self._own):  # only the base optimizer saved it
-                    group["rho"] = self.defaults["rho"]
-            for name in self._own:
-                group.setdefault(name, self.defaults[name])
+            if "base_rho" in self._own and "rho" in group and "base_rho" not in group:
+                group["base_rho"] = group["rho"]
+                if not {*self._own} <= {*group}:  # only the base optimizer saved it
+                    del group["rho"]
+            self._complete(group)
 
 
 def _check_base(base_optimizer: Any) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.runs.files import MOST_LEVELS
 from sam_lightning.runs.old_names import with_current_names
 

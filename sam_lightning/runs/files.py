@@ -17,8 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.conf import LOADER
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.secrets import without_secrets
@@ -33,8 +33,19 @@ MOST_LEVELS = 100
 
 def run_folder(checkpoint: Path) -> Path:
     """The folder of the run that wrote a checkpoint."""
-    checkpoint = checkpoint.resolve()
+    checkpoint = Path(os.path.abspath(checkpoint))
     return checkpoint.parents[1 if checkpoint.parent.name == "checkpoints" else 0]
+
+
+def inside_run(place: Path, checkpoint: Path) -> Path:
+    """The place, below the folder of a checkpoint's run, where nobody has named one to write to.
+
+    Raises:
+        ConfigError: a link, which may be a stranger's, leads out of the run's folder.
+    """
+    if not place.resolve().is_relative_to(run_folder(checkpoint).resolve()):
+        raise ConfigError(f"{place}: leads out of the run's folder; put a copy in its place")
+    return place
 
 
 def checkpoint_file(ckpt_path: str) -> Path:
@@ -107,16 +118,18 @@ def make_folder(folder: Path, given: Path, key: str = "out") -> Path:
     return folder
 
 
-def record_failure(cfg: DictConfig, reason: str, *, refused: bool = False) -> None:
+def record_failure(cfg: DictConfig, reason: str) -> None:
     """Write the first cause to ``metrics.json``: rank 0 may have written a later one, or nothing.
 
-    A complete run stays complete if continuing it was ``refused``.
+    A complete run stays complete; why it was not continued is beside it, as ``refused``.
     """
     path = Path(cfg.output_dir) / "metrics.json"
     summary = read_summary(path) or {"metrics": {}, "config": without_secrets(_plain(cfg))}
-    failed = {"status": "failed", "exit_reason": reason, "finished": now()}
-    if refused and summary.get("status") == "completed":
-        failed = {"refused": reason}
+    if summary.get("status") == "completed":
+        failed = {"refused": without_secrets(reason)}
+    else:
+        reason = without_secrets(reason)
+        failed = {"status": "failed", "exit_reason": reason, "finished": now()}
     write_json(path, {**summary, **failed}, "output_dir")
 
 
@@ -152,7 +165,7 @@ def stored_overrides(file: Path) -> list[str]:
     """
     try:
         text = content(file, MOST_BYTES_OF_YAML).decode()
-        stored = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        stored = yaml.load(text, LOADER)
         # Aliases (*name) may repeat a text without end.
         plain = isinstance(stored, list) and all(isinstance(entry, str) for entry in stored)
         if not plain or sum(map(len, stored)) > len(text):

@@ -14,7 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
-from sam_lightning.runs.lock import owned
+from sam_lightning.runs.lock import kept, owned
 from sam_lightning.runs.secrets import without_secrets
 
 # A folder of this name is made below logs, so the name must not lead out of it.
@@ -28,26 +28,30 @@ TaskName = Annotated[
 
 
 class RunFolder(Callback):
-    """Makes the folder before Hydra does, because Hydra's errors name no key and no remedy."""
+    """Makes the folder before Hydra does, because Hydra's errors name no key and no remedy.
+
+    Owns it too, because Hydra would write to it even where another process is at work.
+    """
+
+    started: Path | None = None  # by the run of this process
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
+        if (found := launched()) is not None and found.rank > 0:  # rank 0 alone has a folder
+            return
+        folder = folder_of(config, "hydra.run.dir")
+        own(folder, "hydra.run.dir")
         part = config.hydra.output_subdir
         if part is None:  # the run continues in its old folder
             return
-        folder = _made(config, "hydra.run.dir")
+        RunFolder.started = folder
         plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
         again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
         try:
-            # Of two runs that start at once, one succeeds. A run that restarts again and again with
-            # ckpt_path=last may find what was killed before it had written anything.
+            # A run that restarts again and again with ckpt_path=last may find what was killed
+            # before it had written anything.
             (folder / part).mkdir(exist_ok=again)
         except FileExistsError:
-            try:
-                with owned(folder):
-                    pass
-            except ConfigError as error:
-                refuse(str(error))
             refuse(
                 f"hydra.run.dir={folder}: has a run already; continue it with ckpt_path=last "
                 f"hydra.run.dir={folder}, or name another folder"
@@ -55,31 +59,38 @@ class RunFolder(Callback):
         except OSError as error:
             refuse(f"hydra.output_subdir={part}: cannot be made ({error.strerror})")
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before the first job of a sweep."""
-        _made(config, "hydra.sweep.dir")
-
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take tokens and passwords out of what Hydra has just stored."""
+        given = OmegaConf.to_container(config)
+        if without_secrets(given) == given:
+            return
         files = [*Path(config.hydra.runtime.output_dir).glob(".hydra/*.yaml")]
         files += Path(config.hydra.sweep.dir).glob("multirun.yaml")
         for file in files:
             stored = OmegaConf.to_container(OmegaConf.load(file))
-            if (kept := without_secrets(stored)) != stored:
-                OmegaConf.save(OmegaConf.create(kept), file)
+            OmegaConf.save(OmegaConf.create(without_secrets(stored)), file)
 
 
-def _made(config: DictConfig, key: str) -> Path:
+def folder_of(config: DictConfig, key: str) -> Path:
+    """The folder that a key of Hydra's names; ends the process if it names none."""
     try:
         check_value("task_name", config.get("task_name"), TaskName)
         path = str(OmegaConf.select(config, key) or "")
         if not path:
             raise ConfigError(f"{key}=: must be the path of a folder")
-        return make_folder(Path(path), Path(path), key)
+        return Path(path)
     except ConfigError as error:
         refuse(str(error))
     except OmegaConfBaseException as error:
         refuse(f"{key}: {str(error).splitlines()[0]}")
+
+
+def own(folder: Path, key: str) -> None:
+    """Make the folder and keep others out of it as long as this process lives, or end it."""
+    try:
+        kept.enter_context(owned(make_folder(folder, folder, key), key))
+    except ConfigError as error:
+        refuse(str(error))
 
 
 def refuse(message: str) -> NoReturn:

@@ -7,12 +7,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.runs.files import now
 
 log = logging.getLogger(__name__)
@@ -27,40 +26,52 @@ class OwnedError(ConfigError):
     """Another process works in the folder."""
 
 
+# Left at the end of the process, or of a ``with`` block of it.
+kept = ExitStack()
+_owned: set[tuple[int, Path]] = set()  # by process
+
+
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, which is made if it is not there.
+def owned(folder: Path, key: str = "output_dir") -> Iterator[None]:
+    """Keep other processes out of the folder of a run or sweep, which is made if it is not there.
+
+    A process that owns the folder already keeps it until the first of its blocks ends.
 
     POSIX record locks: they belong to one process, so what it forks, as to load data, does not
     hold them, and they work on NFS. Byte 0 of the file is for the process that starts the run,
     byte 1 for the processes that it starts, which ``joined`` locks.
 
     Raises:
-        OwnedError: names the process that works there.
+        OwnedError: names ``key``, the folder and the process that works there.
         ConfigError: the folder cannot be written.
     """
+    if (own := (os.getpid(), folder.resolve())) in _owned:
+        yield
+        return
     path = folder / NAME
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _locked(path)
+        file = _locked(path, key)
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {now()}")
         file.flush()
         _lock(file, fcntl.LOCK_UN, start=1)
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be written ({one_line(error)})") from error
+        raise ConfigError(f"{key}={folder}: cannot be written ({one_line(error)})") from error
+    _owned.add(own)
     with file:
         try:
             yield
         finally:
+            _owned.discard(own)
             with suppress(OSError):
                 path.unlink()
                 for part in made:  # a run that is refused leaves no folder
                     part.rmdir()
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, key: str) -> IO[str]:
     """The file with both bytes locked, and surely the one that others find there."""
     end = time.monotonic() + PATIENCE
     while True:
@@ -76,8 +87,8 @@ def _locked(path: Path) -> IO[str]:
             if time.monotonic() > end:
                 file.close()
                 raise OwnedError(
-                    f"output_dir={path.parent}: a run is at work there ({owner}); wait for its "
-                    "end, or name another folder"
+                    f"{key}={path.parent}: another process is at work there ({owner}); wait for "
+                    "its end, or name another folder"
                 ) from None
             time.sleep(PATIENCE / 20)
         file.close()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sam_lightning.config.conf import flat
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.checkpoint import read
 
@@ -39,7 +38,7 @@ TABLE = {
     """,
     STEPS: """
         epochs lr rho weight_decay label_smoothing max_skipped_steps compile memory_format
-        loss method optimizer scheduler trainer
+        loss method optimizer scheduler callbacks trainer
     """,
     EPOCHS: """
         augment seed batch_size data data.source.image_size data.source.skip_broken training_images
@@ -50,7 +49,6 @@ TABLE = {
     """,
     NEVER: """
         classes model optimizer._target_ data.val_size data.split_seed data.split data.source
-        callbacks
         trainer.fast_dev_run trainer.barebones
     """,
 }

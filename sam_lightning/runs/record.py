@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import flat, one_line
+from sam_lightning.config.conf import flat
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.runs.files import now, read_status, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show
@@ -97,7 +97,7 @@ class Record:
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "interrupted" if interrupted else "failed"
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = without_secrets(f"{type(error).__name__}: {one_line(error)}")
         summary = self._summary(status, reason)
         try:
             write_json(self.path, summary, "output_dir")
@@ -113,7 +113,8 @@ class Record:
         trained, parts = self.throughput.seconds, self.throughput.parts
         if self.before:
             metrics = {**self.before["metrics"], **self.metrics}
-            return {**self.before, "finished": now(), "metrics": metrics, "parts": parts}
+            kept = {key: value for key, value in self.before.items() if key != "refused"}
+            return {**kept, "finished": now(), "metrics": metrics, "parts": parts}
         config: Any = OmegaConf.to_container(self.cfg, resolve=True)
         return {
             "status": status,
@@ -182,9 +183,9 @@ class Record:
         from torch.utils.tensorboard.summary import hparams
 
         cfg = self.cfg
-        settings = {
-            "method": cfg.method.name,
-            "rho": cfg.method.rho,
+        settings = {  # TensorBoard sorts by name, capitals first
+            "Method": cfg.method.name,
+            "Rho": cfg.method.rho,
             "seed": cfg.seed,
             "model": str(cfg.model._target_).rpartition(".")[2],
             "data": str(cfg.data.source._target_).rpartition(".")[2],
@@ -193,8 +194,8 @@ class Record:
             **{k: cfg[k] for k in OWN},
         }
         groups = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in DETAILS}
-        for key, value in flat(groups).items():
-            known = key.rpartition(".")[2] in {*settings, "name", "_target_"}
+        for key, value in flat(without_secrets(groups)).items():
+            known = key.rpartition(".")[2] in {*map(str.lower, settings), "name", "_target_"}
             if isinstance(value, int | float | str) and not known and ".source." not in key:
                 settings[key] = value
         # An experiment summary describes one run. Without it TensorBoard finds columns in all runs,

@@ -14,9 +14,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, is_group, top_level
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.hydra_errors import explain, key_of, quoted, unquoted
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.text import clean
 from sam_lightning.config.trust import check_places, check_targets, trust_arguments
 from sam_lightning.config.values import check_value

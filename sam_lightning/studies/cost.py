@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.arguments import Keys, parse
+from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Positive
-from sam_lightning.studies.plan import configuration
+from sam_lightning.studies.plan import configuration, split
 from sam_lightning.studies.report.runs import passes_per_step
 
 ABOUT = """
@@ -51,11 +51,8 @@ class Cost(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the cost of the run that the arguments describe."""
     argv = sys.argv[1:] if argv is None else argv
-    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
-    rate = float(parse(ABOUT, KEYS, own).flops_per_second)
-    overrides = [a for a in argv if a not in own]
-    if flags := [a for a in overrides if a.startswith("-")]:
-        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    options, overrides = split(ABOUT, KEYS, argv)
+    rate = float(options.flops_per_second)
     cost = estimate(configuration(overrides))
     flops = 3 * math.prod(cost)  # a backward pass costs two forward passes
     for name, value in {

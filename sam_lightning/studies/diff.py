@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.files import RunStatus, read_status
 from sam_lightning.runs.old_names import mapped
-from sam_lightning.studies.table import Table, show
+from sam_lightning.runs.terminal import show
+from sam_lightning.studies.identical import MISSING, PLACES, differing
+from sam_lightning.studies.table import WIDTH, Table, typed
 
 ABOUT = """
 Compare two runs: settings that differ, metrics side by side, and what else differs in their
@@ -19,8 +20,6 @@ records, such as device, versions and seconds.
 """
 # Parts of metrics.json that have a table of their own, or that differ between any two runs.
 APART = ("config", "metrics", "finished", "parts")
-PLACES = ("output_dir", "ckpt_path")
-MISSING = "-"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     one, other = runs
     settings = differing(*map(_config, runs))
     rows = [  # optimizer.lr says no more than lr
-        (key, *map(_shown, pair))
+        (key, *map(typed, pair))
         for key, pair in settings.items()
         if "." not in key or settings.get(key.rpartition(".")[2]) != pair
     ]
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         change = MISSING if a is None or b is None else f"{b - a:+.4f}"
         metrics.append((name, *(MISSING if v is None else f"{v:.4f}" for v in (a, b)), change))
     records = differing(*({k: v for k, v in r.summary.items() if k not in APART} for r in runs))
-    record = [(key, *map(_shown, pair)) for key, pair in records.items()]
+    record = [(key, *map(typed, pair)) for key, pair in records.items()]
     tables = {
         "settings that differ": (("setting", "A", "B"), rows),
         "metrics": (("metric", "A", "B", "B - A"), metrics),
@@ -63,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Table(head, cells, left=[0]).terminal(title) if cells else f"{title}: nothing"
             for title, (head, cells) in tables.items()
         ),
+        width=WIDTH,
     )
 
 
@@ -71,19 +71,3 @@ def _config(run: RunStatus) -> Any:
     config = run.summary.get("config")
     own = str(config.get("output_dir") or PLACES) if isinstance(config, dict) else ""
     return mapped(lambda v: v.replace(own, "RUN") if isinstance(v, str) else v, config)
-
-
-def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys of two nested dictionaries whose values differ, with both values."""
-    known = [
-        {k: v for k, v in flat(node).items() if not isinstance(v, dict) and k not in PLACES}
-        if isinstance(node, dict)
-        else {}
-        for node in (one, other)
-    ]
-    pairs = {key: tuple(node.get(key, MISSING) for node in known) for key in known[0] | known[1]}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

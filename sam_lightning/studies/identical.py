@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -23,16 +23,21 @@ SWITCHES = {
 }
 # Keys of the method that count where it is the base optimizer alone.
 NAMING = ("method.name", "method.rho", "method.passes")
+PLACES = ("output_dir", "ckpt_path")
+MISSING = "-"  # the value of a key that only the other configuration has
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys in which two configurations differ, without the folder."""
-    first, second = _leaves(one), _leaves(other)
-    keys = [k for k in {**first, **second} if k != "output_dir"]
-    return [k for k in keys if first.get(k, keys) != second.get(k, keys)]
+def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys of two nested dictionaries whose values differ, with both values.
+
+    Those of a run's own places are left out. What is no dictionary has no keys.
+    """
+    first, second = (_leaves(node) if isinstance(node, dict) else {} for node in (one, other))
+    pairs = {key: (first.get(key, MISSING), second.get(key, MISSING)) for key in first | second}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in PLACES}
 
 
-def because(method: Mapping[str, Any], keys: Sequence[str]) -> str:
+def because(method: Mapping[str, Any], keys: Collection[str]) -> str:
     """Why two runs are the same although these keys differ; ``method`` is the method of one."""
     if not keys:
         return "it is given twice"
@@ -76,7 +81,7 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
     """
     configs: dict[tuple[str, ...], dict[str, Any] | None] = {}
     kept: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {}  # by what the job acts on
-    repeats: dict[tuple[str, str], dict[str, None]] = {}
+    repeats: dict[str, None] = {}  # but for the seed, they repeat
     of_all = set[str].intersection(*map(set, jobs))
     for number, job in enumerate(jobs):
         seed = [o for o in job if key_of(o) == "seed"]
@@ -90,10 +95,9 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
             own = [[o for o in j if o not in {*of_all, *seed}] for j in (same, job)]
             names = [" ".join(o or job) for o in own]
             why = because(config["method"], differing(known, config))
-            repeats.setdefault((names[0], why), {})[names[1]] = None
-    for (name, why), others in repeats.items():
-        shown = ", ".join([*others][:3]) + (f" and {len(others) - 3} more" * (len(others) > 3))
-        log.warning("%s: the same run as %s, trained once, because %s", shown, name, why)
+            repeats[f"{names[1]}: the same run as {names[0]}, trained once, because {why}"] = None
+    for repeat in repeats:
+        log.warning("%s", repeat)
     return [[*job] for job, _ in kept.values()]
 
 

@@ -11,17 +11,11 @@ from typing import Annotated, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.conf import CONF, top_level
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import (
-    COMPOSING,
-    OF_ARGUMENTS,
-    explain,
-    key_of,
-    quoted,
-    with_quoted_places,
-)
-from sam_lightning.config.schema import MethodName, Metric, check, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, no_such_key, one_line
+from sam_lightning.config.hydra_errors import explain, key_of, quoted, with_quoted_places
+from sam_lightning.config.schema import MethodName, Metric, check
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
 from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings
@@ -29,10 +23,8 @@ from sam_lightning.studies.sweep import LONGEST_NAME
 
 FOLDER = Path("logs") / "studies"
 # The parts of a file, and what they are if they are not given.
-PARTS: dict[str, Any] = {
-    **{"common": {}, "seeds": None, "settings": {}, "arms": None},
-    **{"metric": "test/acc", "baseline": "sgd"},
-}
+PARTS: dict[str, Any] = {"common": {}, "seeds": None, "settings": {}, "arms": None}
+PARTS |= {"metric": "test/acc", "baseline": "sgd"}
 CONTENT = {
     "seeds": Annotated[list[Any], Rule("a list, each seed once, as in [0, 1, 2]", distinct)],
     "arms": Annotated[
@@ -42,7 +34,6 @@ CONTENT = {
     "metric": Metric,
     "baseline": MethodName,
 }
-
 
 # Keys of train.py that the study sets for each run, and what to give instead.
 OWN = {
@@ -105,15 +96,22 @@ def read(path: Path, given: Sequence[str] = ()) -> Plan:
     return Plan(path.stem, content, given, runs)
 
 
+def split(about: str, keys: Keys, argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """A command's own options, and its other arguments, which are for ``train.py``."""
+    own = [a for a in argv if a.partition("=")[0] in keys or a in ("-h", "--help")]
+    options, others = parse(about, keys, own), [a for a in argv if a not in own]
+    if flags := [a for a in others if a.startswith("-")]:
+        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    return options, others
+
+
 def configuration(overrides: Sequence[str], output_dir: str | None = None) -> DictConfig:
     """What ``train.py`` would run with, checked."""
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", with_quoted_places(list(overrides)))
     except Exception as error:
-        if isinstance(error, COMPOSING) or any(said in str(error) for said in OF_ARGUMENTS):
-            raise ConfigError(explain(error, list(overrides))) from error
-        raise
+        raise ConfigError(explain(error, list(overrides))) from error
     cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra sets it only for a run
     check(cfg, top_level())
     return cfg
@@ -214,9 +212,7 @@ def _grid(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
     """Refuse what train.py refuses, and runs with equal names or results; add the passes."""
     names: set[str] = set()
-    known: dict[str, tuple[str, dict[str, Any]]] = {}
-    configs: dict[str, Any] = {}
-    passes: dict[str, float] = {}
+    known: dict[str, tuple[Any, Any]] = {}  # what a run acts on, and its configuration
     for run in runs:
         name = run.folder.name
         try:
@@ -231,13 +227,13 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
                 config: Any = OmegaConf.to_container(cfg, resolve=True)
                 # Arms may be alike, as with epochs=1 for all; the values of a grid may not.
                 effective = run.arm, settings(config)
-                for other, found in known.items():
+                for other, (found, before) in known.items():
                     if found == effective:
-                        why = because(config["method"], differing(configs[other], config))
+                        why = because(config["method"], differing(before, config))
                         same = f"{name} and {other} are identical runs"
                         raise ConfigError(f"{same}, because {why}; remove one")
-                known[name], configs[name] = effective, config
-                passes[name] = (passes_per_step(config["method"]) or 2) * config["epochs"]
+                known[name] = effective, config
         except ConfigError as error:
             raise ConfigError(f"arms.{run.arm}: {error}") from error
-        yield replace(run, passes=passes[name])
+        _, config = known[name]
+        yield replace(run, passes=(passes_per_step(config["method"]) or 2) * config["epochs"])

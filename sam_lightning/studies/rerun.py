@@ -14,7 +14,7 @@ from sam_lightning.config.hydra_errors import COMPOSING, key_of
 from sam_lightning.config.trust import trust_arguments
 from sam_lightning.runs.old_names import with_current_names
 from sam_lightning.runs.resume import replayable
-from sam_lightning.studies.diff import differing
+from sam_lightning.studies.identical import differing
 from sam_lightning.studies.runner import TRAIN
 
 ABOUT = """
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.execv(sys.executable, [sys.executable, str(TRAIN), *kept, *given])
 
 
-def changed_since(stored: Path, most: int = 5) -> str:
+def changed_since(stored: Path) -> str:
     """The settings beside a run's overrides that the same overrides do not make any more."""
     config = stored.with_name("config.yaml")
     try:
@@ -56,6 +56,4 @@ def changed_since(stored: Path, most: int = 5) -> str:
             now = OmegaConf.to_container(compose("train", replayable(stored, top_level())))
     except (OSError, ValueError, RecursionError, *COMPOSING):
         return ""  # what is given replaces what cannot be composed, or train.py says what is wrong
-    changed = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing(before, now).items()]
-    more = [f"and {len(changed) - most} more"] if len(changed) > most else []
-    return "; ".join([*changed[:most], *more])
+    return "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in differing(before, now).items())

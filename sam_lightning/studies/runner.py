@@ -15,9 +15,9 @@ from datetime import timedelta
 from types import FrameType
 
 from sam_lightning.config.conf import CONF
-from sam_lightning.config.errors import ConfigError, Interrupted
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, Interrupted, one_line
 from sam_lightning.runs.files import RunStatus, read_status
+from sam_lightning.runs.lock import OwnedError, owned
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import RunSpec
 
@@ -116,14 +116,15 @@ class Runner:
         with open(run.folder / OUTPUT, "ab", buffering=0) as output:
             try:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                with owned(run.folder):  # not so where somebody has started the run by hand
+                    if not begun(run):  # what a refused run has left would be replayed
+                        shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
+            except (BlockingIOError, OwnedError):
                 return False
             self.pending.remove(run)
             if status(run).completed:
                 self._say(run, "by another process")
                 return True
-            if not begun(run):  # what a refused run has left would be replayed
-                shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
             environment = dict(os.environ)
             if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
                 cores = os.cpu_count() or 1

@@ -10,19 +10,19 @@ from typing import Annotated
 
 from omegaconf import DictConfig
 
-from sam_lightning.config.arguments import Keys, parse
-from sam_lightning.config.cluster import launched
+from sam_lightning.config.arguments import Keys
 from sam_lightning.config.conf import top_level
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, did_you_mean, no_such_key
 from sam_lightning.config.hydra_errors import key_of, with_quoted_places
-from sam_lightning.config.schema import did_you_mean, no_such_key
 from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets
-from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read
+from sam_lightning.runs.terminal import show
+from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read, split
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
-from sam_lightning.studies.table import Table, show
+from sam_lightning.studies.sweep import refuse_launchers
+from sam_lightning.studies.table import WIDTH, Table
 
 ABOUT = """
 A study: methods, settings and seeds in one YAML file. Runs what is missing, then reports.
@@ -68,30 +68,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
         rows = [(str(found.folder), found.state, found.reason) for found in left]
-        show(Table(("run", "state", "reason"), rows, left=range(3)).terminal("not completed"))
+        table = Table(("run", "state", "reason"), rows, left=range(3))
+        show(table.terminal("not completed"), width=WIDTH)
         raise TrainingError(f"{len(left)} of {len(runs)} runs did not complete")
 
 
 def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     """The file, the study's own options, and overrides of every run."""
-    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
-    options = parse(ABOUT, KEYS, own)
-    files = [a for a in argv if "=" not in a]
-    overrides = with_quoted_places([a for a in argv if "=" in a and a not in own])
+    options, others = split(ABOUT, KEYS, argv)
+    files = [a for a in others if "=" not in a]
+    overrides = with_quoted_places([a for a in others if "=" in a])
     known = [*KEYS, *top_level()]
-    for a in argv:
-        if a.startswith("-"):
-            raise ConfigError(f"{a}: no such flag; a setting is given as key=value")
-        if a in overrides and key_of(a).partition(".")[0] not in (*known, "hydra"):
+    for a in overrides:
+        if key_of(a).partition(".")[0] not in (*known, "hydra"):
             raise ConfigError(f"{a}: {no_such_key(key_of(a), known)}")
     if len(files) != 1:
         given = " and ".join(files) or "none"
         raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
-    if (found := launched()) is not None:
-        raise ConfigError(
-            f"a study is started by one process, and {found.launcher} has started "
-            f"{found.processes}: leave it out, and give trainer.devices=N for each run"
-        )
+    refuse_launchers("study")
     return Path(files[0]), options, overrides
 
 

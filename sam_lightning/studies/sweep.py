@@ -9,28 +9,25 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
-from sam_lightning.config.schema import one_line
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
-from sam_lightning.runs.folder import refuse
-from sam_lightning.runs.lock import OwnedError
+from sam_lightning.runs.folder import folder_of, own, refuse
+from sam_lightning.runs.lock import NAME, OwnedError, kept, owned
 from sam_lightning.runs.secrets import without_secrets
-from sam_lightning.studies.identical import distinct, unused
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +39,6 @@ HINTS = {
     ],
     "hydra.sweeper.n_jobs": Count,
     "hydra.sweeper.max_failure_rate": Fraction,
-    "hydra.sweeper.storage": Annotated[
-        Any,
-        Rule(
-            "the URL of a database, or null",
-            lambda v: v is None or isinstance(v, str) or OmegaConf.is_dict(v),
-        ),
-    ],
     "hydra.sweeper.storage.path": Annotated[str, Rule("the path of a file", bool)],
     "hydra.sweeper.max_batch_size": Count | None,
     "hydra.launcher.n_jobs": Annotated[Any, Rule("a whole number other than 0", bool)],
@@ -73,12 +63,11 @@ def job_folder(number: int, *, _root_: DictConfig) -> str:
     hydra = _root_.hydra
     excluded = {*hydra.job.config.override_dirname.exclude_keys}
     given: Any = OmegaConf.to_container(hydra.overrides.task)  # "${...}" as it stands
-    named = [
-        o
+    overrides = {
+        key_of(o): o.lstrip("+~")
         for o in sorted(given, key=key_of)
         if key_of(o) not in excluded and without_secrets(o) == o
-    ]
-    overrides = {key_of(o): o.lstrip("+~") for o in named}
+    }
     swept = OmegaConf.select(_root_, f"{OWN}.swept") or []
     order = dict.fromkeys([*swept, "method", "rho", "seed", *overrides])
     number += OmegaConf.select(_root_, f"{OWN}.first_job") or 0
@@ -108,47 +97,45 @@ OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=Tr
 
 
 class SweepFolder(Callback):
-    """Remembers where a run or a sweep writes, and which jobs were there before the first one."""
+    """Remembers where a sweep writes, and which jobs were there before the first one."""
 
-    run: Path | None = None
     path: Path | None = None
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
-    owned: ClassVar[dict[Path, str]] = {}  # jobs that another process is at
 
     def __init__(self, first_job: int = 0, swept: Sequence[str] = ()) -> None:
         self.first_job, self.swept = first_job, swept  # read by ``job_folder``
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before it writes anything."""
-        if config.hydra.output_subdir is None:  # the run goes on in the folder of an earlier one
-            return
-        with suppress(OmegaConfBaseException):  # ``RunFolder`` refuses it then
-            SweepFolder.run = Path(config.hydra.run.dir)
-
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
-        try:
-            path = Path(config.hydra.sweep.dir)
-        except OmegaConfBaseException:  # ``RunFolder`` refuses it
-            return
+        path = folder_of(config, "hydra.sweep.dir")
         metric = OmegaConf.select(config, "optimized_metric")
         try:
-            _check_processes(config)
+            refuse_launchers("sweep")
+            _check_launcher(config)
             swept = _check_overrides(config)
             check_values(config, HINTS)
             storage = OmegaConf.select(config, "hydra.sweeper.storage")
-            if OmegaConf.is_dict(storage) and "path" in storage:
-                storage = f"sqlite:///{storage.path}"
+            if OmegaConf.is_dict(storage):
+                storage = f"sqlite:///{storage.path}" if "path" in storage else None
             searches = "n_trials" in config.hydra.sweeper
             if searches and metric is None:
                 raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+            from sam_lightning.studies.identical import unused  # no single run needs it here
+
             if searches and (why := unused(config, swept)):
                 raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
         except ConfigError as error:
             refuse(str(error))
-        SweepFolder.storage = storage if isinstance(storage, str) else None
+        own(path, "hydra.sweep.dir")
+        try:
+            for lock in path.rglob(NAME):  # of jobs that outlive their sweep
+                with owned(lock.parent):
+                    pass
+        except ConfigError as error:
+            refuse(str(error))
+        SweepFolder.storage = None if storage is None else str(storage)
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
         with read_write(config.hydra), open_dict(config.hydra):  # for jobs in any process
@@ -156,8 +143,9 @@ class SweepFolder(Callback):
             config.hydra.overrides.hydra.append(f"++{OWN}.swept=[{named}]")
         sweeper: Any = get_class(config.hydra.sweeper._target_)
         if split := getattr(sweeper, "split_arguments", None):  # Hydra's own, not one that searches
-            original = split.args[2] if isinstance(split, partial) else split
-            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, original))
+            # Hydra takes no sweeper of ours, as it wants all in a package called hydra_plugins.
+            kept.callback(setattr, sweeper, "split_arguments", staticmethod(split))
+            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, split))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that a job runs in."""
@@ -167,12 +155,16 @@ class SweepFolder(Callback):
             multiprocessing.set_start_method(None, force=True)
 
 
-def _check_processes(config: DictConfig) -> None:
+def refuse_launchers(what: str) -> None:
+    """Refuse torchrun and SLURM's srun around what starts many runs."""
     if (found := launched()) is not None:
         raise ConfigError(
-            f"a sweep is started by one process, and {found.launcher} has started "
-            f"{found.processes}: leave it out, and give each job trainer.devices=N"
+            f"a {what} is started by one process, and {found.launcher} has started "
+            f"{found.processes}: leave it out, and give each run trainer.devices=N"
         )
+
+
+def _check_launcher(config: DictConfig) -> None:
     launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
     if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
         advice = "start it where SLURM is, or take basic, joblib or submitit_local"
@@ -209,6 +201,8 @@ def _split(
     config: DictConfig, sweeper: Any, original: Any, overrides: list[Any], size: int | None
 ) -> list[Any]:
     """What Hydra's sweeper does, without the jobs that would repeat another."""
+    from sam_lightning.studies.identical import distinct
+
     (jobs,) = original(overrides, None)
     return [*sweeper.split_overrides_to_chunks(distinct(config, jobs), size)]
 
@@ -219,10 +213,8 @@ def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:
     What is raised can be sent from one process to another.
     """
     reason = f"{type(error).__name__}: {one_line(error)}"
-    if isinstance(error, OwnedError):  # what is in the folder is another's
-        SweepFolder.owned[Path(cfg.output_dir).resolve()] = f"ConfigError: {one_line(error)}"
-    else:
-        record_failure(cfg, reason, refused=isinstance(error, ConfigError))
+    if not isinstance(error, OwnedError):  # else what is in the folder is another's
+        record_failure(cfg, reason)
     # Hydra's own sweeper would end the sweep at the next batch of jobs (max_batch_size).
     if not hydra.sweeper._target_.endswith(".BasicSweeper") or cfg.get("traceback") is True:
         if isinstance(error, ConfigError | TrainingError):
@@ -287,8 +279,6 @@ def _job(sweep: Path, started: Path) -> dict[str, Any]:
     stale = file.is_file() and file.stat().st_mtime_ns < started.stat().st_mtime_ns
     if stale or not found.summary:
         state, reason = "no result", "the process ended and left no metrics.json"
-    if folder.resolve() in SweepFolder.owned:
-        state, reason = "failed", SweepFolder.owned[folder.resolve()]
     return {
         "job": folder.name.partition("_")[0],
         "overrides": stored_overrides(started.with_name("overrides.yaml")),
@@ -306,7 +296,8 @@ def _reason(job: dict[str, Any]) -> str:
 
 def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
     """A line per job with what varies; below it the folder, and why jobs failed."""
-    from sam_lightning.studies.table import Table, show, title  # not for a single run
+    from sam_lightning.runs.terminal import show  # not for a single run
+    from sam_lightning.studies.table import Table, title
 
     names = (SweepFolder.metric, "test/acc", "val/acc")
     metric = next((n for n in names if n and any(n in job["metrics"] for job in jobs)), "test/acc")
@@ -324,10 +315,9 @@ def _print_table(sweep: Path, jobs: list[dict[str, Any]]) -> None:
     show(
         f"{len(jobs)} jobs in {os.path.relpath(sweep)}",
         Table(head, rows, left=range(len(head) - 1)).terminal(),
-        *(f"{_numbered(numbers)} {reason}" for reason, numbers in reasons.items()),
+        *(
+            f"job{'s' * (len(numbers) > 1)} {', '.join(numbers)} {reason}"
+            for reason, numbers in reasons.items()
+        ),
         width=80,
     )
-
-
-def _numbered(jobs: Sequence[str]) -> str:
-    return f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs)}"

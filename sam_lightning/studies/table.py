@@ -77,6 +77,8 @@ def title(column: str, columns: Iterable[str]) -> str:
     return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
 
 
-def show(*parts: Any, width: int = WIDTH) -> None:
-    """Print tables and lines, as wide as the terminal, or of ``width`` where there is none."""
-    terminal.show(*parts, width=width)
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

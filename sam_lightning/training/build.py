@@ -1,7 +1,6 @@
 """From a configuration to the trainer, the data and the module of a run."""
 
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +13,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build, build_all, check_names, factory, not_taken
-from sam_lightning.config.schema import one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.losses import Loss, check_loss
-from sam_lightning.training.module import SAMModule
+from sam_lightning.training.module import SAMModule, steps
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
-    options["accelerator"] = _accelerator(cfg)
     callbacks = [*build_all(cfg, "callbacks").values()]
     own = {
         "max_epochs": cfg.epochs,
@@ -91,7 +89,7 @@ def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
     return data
 
 
-def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
+def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
     shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     image_size = list(data.train.shape[-2:])
@@ -101,6 +99,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         "image_size": image_size,
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
+    hparams["data"] = without_secrets(hparams["data"])  # evaluate takes data.root again
     hparams["model"] |= shape
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
@@ -108,7 +107,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
     for name in subsample_first(model):
         log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
-    layout = memory_format(cfg, model, (data.in_channels, *image_size))
+    device = trainer.strategy.root_device.type
+    layout = memory_format(cfg.memory_format, model, (data.in_channels, *image_size), device)
     if cfg.compile:
         # On CPUs it would arrange images in channels_last.
         model.compile(options={"layout_optimization": layout != "contiguous"})
@@ -118,7 +118,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         SAM(model.parameters(), base_optimizer, perturbation=perturbation)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
-    per_epoch, total = steps(cfg, data.steps_per_epoch)
+    per_epoch, total = planned_steps(cfg, data, trainer)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     if weights not in (None, {k: v.shape for k, v in model.state_dict().items()}):
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {misfit(hparams)}")
@@ -136,7 +136,48 @@ def make_module(cfg: DictConfig, data: ImageDataModule) -> SAMModule:
         **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)
-    return SAMModule(**own, **method)
+    module = SAMModule(**own, **method)
+    if cfg.ckpt_path is not None:
+        _try_optimizer(cfg, module)
+    return module
+
+
+def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
+    """Take a step from the optimizer's stored state, on tensors that have only a shape.
+
+    An optimizer of the user's own that cannot take one there is not tried.
+
+    Raises:
+        ConfigError: the state is not one that this optimizer can go on from.
+    """
+
+    def step(state: Any) -> None:
+        named = module.model.named_parameters()
+        weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
+        sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
+        state = state or sam.state_dict()
+        kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
+        groups = [{**group, **kernels} for group in state["param_groups"]]
+        sam.load_state_dict({**state, "param_groups": groups})
+        for values in sam.state.values():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:  # a number, which is read
+                    values[name] = torch.ones((), dtype=value.dtype)
+        for _, weight in weights:
+            weight.grad = torch.empty_like(weight)
+            for value in sam.method_state[weight].values():
+                torch.broadcast_to(value, weight.shape)
+        sam.base_optimizer.step()
+
+    try:
+        step(None)
+    except Exception:
+        return
+    try:
+        step(read(cfg.ckpt_path, mmap=True)["optimizer_states"][0])
+    except Exception as error:  # of whatever anyone may have written
+        reason = f"optimizer: {type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
 
 
 def _make_loss(cfg: DictConfig, data: ImageDataModule) -> Loss:
@@ -178,26 +219,21 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
         log.info("%s", untold)
 
 
-def steps(cfg: DictConfig, batches: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch and of the run, under the trainer's limits."""
-    limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
-    if limit is not None:  # a float is a fraction
-        batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
-    per_epoch = math.ceil(max(batches, 1) / cfg.trainer.accumulate_grad_batches)
-    total = cfg.epochs * per_epoch
-    most = cfg.trainer.get("max_steps", -1)
-    return per_epoch, total if most == -1 else min(total, most)
+def planned_steps(cfg: DictConfig, data: ImageDataModule, trainer: Any) -> tuple[int, int]:
+    """Steps of an epoch and of the run, before the trainer has the data."""
+    batches, limit = data.steps_per_epoch, trainer.limit_train_batches  # a float is a fraction
+    batches = min(batches, limit if isinstance(limit, int) else int(limit * batches))
+    return steps(trainer, batches, cfg.trainer.accumulate_grad_batches)
 
 
-def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> str:
+def memory_format(asked: str, model: nn.Module, shape: Sequence[int], device: str) -> str:
     """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
     That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
     documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
     asked for and its gradients are wrong on this CPU.
     """
-    asked, accelerator = cfg.memory_format, _accelerator(cfg)
-    wrong = accelerator == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
+    wrong = device == "cpu" and asked != "contiguous" and reaches_fault(model, shape)
     if wrong and asked == "channels_last":
         raise ConfigError(
             "memory_format=channels_last: on this CPU the gradient of a 1x1 convolution in this "
@@ -205,16 +241,10 @@ def memory_format(cfg: DictConfig, model: nn.Module, shape: Sequence[int]) -> st
             "contiguous"
         )
     if asked != "auto":
-        return str(asked)
+        return asked
     if wrong:
         log.info("memory_format=auto: contiguous, as channels_last trains this model wrongly here")
-    return "contiguous" if wrong or accelerator == "mps" else "channels_last"
-
-
-def _accelerator(cfg: DictConfig) -> str:
-    if cfg.trainer.accelerator != "auto" or torch.cuda.is_available():
-        return cfg.trainer.accelerator
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "contiguous" if wrong or device == "mps" else "channels_last"
 
 
 def _checked_weights(cfg: DictConfig, shape: dict[str, int]) -> dict[str, torch.Size] | None:

@@ -7,6 +7,7 @@ and it forgets that early stopping has ended the run and that training was not e
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 
@@ -57,8 +58,11 @@ class FitLoop(_FitLoop):
         super().run()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Add whether a callback has ended the training."""
-        return {**super().on_save_checkpoint(), "should_stop": self.trainer.should_stop}
+        """Add whether a callback has ended the training; ``max_time`` decides that anew."""
+        trainer: Any = self.trainer
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
+        in_time = all((timer.time_remaining() or 1) > 0 for timer in timers)
+        return {**super().on_save_checkpoint(), "should_stop": trainer.should_stop and in_time}
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Continue with the next epoch, or within one behind its last whole step.
@@ -67,7 +71,7 @@ class FitLoop(_FitLoop):
         saves in the middle counts as the next such place.
         """
         super().load_state_dict(state_dict, prefix)
-        self.trainer.should_stop = state_dict[f"{prefix}state_dict"].get("should_stop", False)
+        self.trainer.should_stop |= state_dict[f"{prefix}state_dict"].get("should_stop", False)
         epochs: Any = self.epoch_progress
         batches: Any = self.epoch_loop.batch_progress
         within = epochs.current.ready > epochs.current.processed

@@ -9,10 +9,12 @@ interface, so no other host can reach them.
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +32,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
+from sam_lightning.config.interrupts import let_end
 from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.files import record_failure
 
@@ -173,6 +176,9 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)
     ranks, run_id = range(processes), Path(folder).name
+    # Ctrl-C amid the imports of a new process would print a traceback. It waits for ``let_end``.
+    resource_tracker.ensure_running()  # started later, it would let the signal through
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     context = start_processes(
         "run",
         _worker,
@@ -181,6 +187,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         result = context.wait(period=0.1)
         assert result is not None  # it waits as long as it takes
         return result
@@ -213,7 +220,9 @@ def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether to show a process's traceback; an error of one line needs none."""
+    """Whether to show a process's traceback; an error of one line, or a signal, needs none."""
+    if record.levelno < logging.ERROR:
+        return False
     error = record.exc_info[1] if record.exc_info else None
     return f"{ConfigError.__module__}." not in str(error)
 
@@ -221,6 +230,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 def _worker(
     work: Work, config: dict[str, Any], threads: int, folder: str, parent: int
 ) -> dict[str, float]:
+    let_end()  # until training listens
     if os.getppid() != parent:  # killed before torch could ask for a signal at its end
         raise SystemExit
     # Undo the start method of this process, with which each of its loading processes

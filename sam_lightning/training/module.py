@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,6 +27,13 @@ from sam_lightning.training.classifier import Batch, Classifier
 from sam_lightning.training.losses import CrossEntropy, Loss
 from sam_lightning.training.metrics import TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
+
+
+def steps(trainer: Any, batches: float, accumulated: int) -> tuple[int, int]:
+    """Steps of an epoch of so many batches, and of the run, under the trainer's limits."""
+    per_epoch = math.ceil(max(batches, 1) / accumulated)
+    total, most = trainer.max_epochs * per_epoch, trainer.max_steps
+    return per_epoch, total if most == -1 else min(total, most)
 
 
 class SAMModule(Classifier):
@@ -104,8 +112,7 @@ class SAMModule(Classifier):
             param_names=param_names,
             decay_in_ascent=decay_in_ascent,
         )
-        self.rho = rho
-        self.rho_min = rho if rho_min is None else rho_min
+        self.rho_min = rho_min
         self.lr_factor = lr_factor or (lambda step: 1.0)
         self.every = every
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -155,20 +162,17 @@ class SAMModule(Classifier):
 
     def on_train_start(self) -> None:
         """Load this rank's part of a checkpoint; this run's settings replace the checkpoint's."""
-        given = self.sam.base_optimizer.defaults
+        given = self.sam.defaults
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
         batches = self.trainer.num_training_batches
         between = not self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if between and math.isfinite(batches):  # the length of an epoch may have changed
-            per_epoch = math.ceil(batches / self.accumulate_grad_batches)
+            per_epoch, _ = steps(self.trainer, batches, self.accumulate_grad_batches)
             schedule.last_epoch = self.current_epoch * per_epoch
         for group in self.sam.param_groups:
-            group.update({n: given[n] for n in given if n in group and n != "rho"})
-            if "rho" in given:  # the base optimizer's own
-                group["base_rho"] = given["rho"]
-            group.update(rho=self.rho, initial_lr=given["lr"])
+            group.update({n: given[n] for n in given if n in group}, initial_lr=given["lr"])
             group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
         self._batches.clear()
         self.train_metrics.to(self.device)
@@ -189,9 +193,10 @@ class SAMModule(Classifier):
             self._log_training(last)
 
     def _step(self, batches: list[MicroBatch], last: bool) -> None:
-        sam, passes = self.sam, self.passes
+        sam, passes, step = self.sam, self.passes, self.global_step
         sam.zero_grad()
-        perturbs = sam.perturbs and self.global_step % self.every == 0
+        self._set_radius()
+        perturbs = sam.perturbs and step % self.every == 0
         # Each rank combines its own gradients, then all ranks average the result.
         combines = sam.perturbs and sam.gradient_transform is not None
         sync, geometry = not combines or passes.sync_perturbation, None
@@ -199,10 +204,20 @@ class SAMModule(Classifier):
             sam.skip_perturbation()
             clean = perturbed = passes.gradient(batches, sync=sync)
         elif not sam.needs_gradient:
-            with sam.perturbed(rho_scale=self._rho_scale()):
+            with sam.perturbed():
                 clean = perturbed = passes.gradient(batches, sync=sync)
         else:
-            clean, perturbed, geometry = self._two_passes(batches, last, sync)
+            # With the same gradient, a perturbation draws the same on all ranks.
+            rank = 0 if passes.sync_perturbation else self.global_rank
+            clean, perturbed, geometry = passes.two(
+                sam,
+                batches,
+                sync=sync,
+                seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
+                measure=last or self._logs_before(step + self.every),
+                model=self,
+                scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
+            )
         sam.combine()  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
@@ -213,32 +228,18 @@ class SAMModule(Classifier):
         if geometry is not None:
             self.train_metrics.add_geometry(*geometry)
 
-    def _two_passes(self, batches: list[MicroBatch], last: bool, sync: bool) -> tuple[Any, ...]:
-        passes, step = self.passes, self.global_step
-        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        logs_before_next = step // every != (step + self.every) // every
-        # With the same gradient, a perturbation draws the same on all ranks.
-        rank = 0 if passes.sync_perturbation else self.global_rank
-        return passes.two(
-            self.sam,
-            batches,
-            sync=sync,
-            seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
-            measure=(last or logs_before_next) and not passes.ascent_per_micro_batch,
-            model=self,
-            local=not passes.sync_perturbation,
-            scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
-            rho_scale=self._rho_scale(),
-        )
+    def _set_radius(self) -> None:
+        """Let rho fall to ``rho_min`` as the learning rate falls to 0."""
+        rho = self.sam.defaults["rho"]
+        if self.rho_min is None or rho == 0:
+            return
+        for group in self.sam.param_groups:
+            fraction = float(group["lr"]) / group["initial_lr"]
+            group["rho"] = self.rho_min + (rho - self.rho_min) * fraction
 
-    def _rho_scale(self) -> float:
-        """The length of a step of ascent now, in units of rho."""
-        if self.rho_min == self.rho:
-            return 1 / self.passes.ascent_steps
-        group = self.sam.param_groups[0]
-        fraction = float(group["lr"]) / group["initial_lr"]
-        rho = self.rho_min + (self.rho - self.rho_min) * fraction
-        return rho / self.rho / self.passes.ascent_steps
+    def _logs_before(self, step: int) -> bool:
+        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        return self.global_step // every != step // every
 
     def _backward(self, loss: Tensor, sync: bool) -> None:
         with contextlib.ExitStack() as stack:
@@ -297,11 +298,15 @@ class SAMModule(Classifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the running sums, and this rank's part of what differs between ranks."""
+        trainer: Any = self.trainer
+        averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)
+        if "current_model_state" in checkpoint and not averages:  # it was left out
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         self.train_metrics.skipped = checkpoint.get("skipped", self.train_metrics.skipped)
         stored = checkpoint.get("per_rank_state", checkpoint.get("by_rank"))  # by_rank until 0.1
         if stored is not None and len(stored["window"]) == self.trainer.world_size:
             self._own_state = {name: rows[self.global_rank] for name, rows in stored.items()}
-            if "averaged_stats" in stored:  # before the averaging loads them
+            if "averaged_stats" in stored and averages:  # before the averaging loads them
                 state = checkpoint["state_dict"]
                 mine = {"averaged_stats": [state[name] for name in self._running_stats()]}
                 fill(mine, self._own_state)

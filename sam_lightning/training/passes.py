@@ -1,8 +1,7 @@
 """Forward and backward passes over the batches of one step: which images, and which masks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,25 +85,29 @@ class Passes:
         *,
         sync: bool,
         seeds: Sequence[int],
-        measure: bool = False,
-        **perturb: Any,
+        measure: bool,
+        model: nn.Module,
+        scaler: Any,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Leave the gradient at w + e in ``.grad``, and the weights at w.
 
         Args:
-            sam: the optimizer, with cleared gradients; ``perturb`` is for its ``perturbed``.
+            sam: the optimizer, with cleared gradients.
             batches: one or more.
             sync: ranks average the gradient at w + e.
             seeds: for the draws of a perturbation, one for each of ``ascent_steps``.
-            measure: return the norm of e and the cosine of the two gradients too; this keeps the
-                first gradient during the second pass.
+            measure: return the norm of e and the cosine of the two gradients too, unless each
+                micro-batch has its own; this keeps the first gradient during the second pass.
+            model, scaler: as for ``sam.perturbed``.
 
         Returns:
             mean loss and accuracy at w and at w + e, each 1-dim of 2; and what was measured.
         """
         params = sam.params
         parts = [[batch] for batch in batches] if self.ascent_per_micro_batch else [batches]
-        total = sum(map(len, batches))
+        measure = measure and not self.ascent_per_micro_batch
+        total, device = sum(map(len, batches)), batches[0].images.device
+        ascent: dict[str, Any] = {"scaler": scaler, "rho_scale": 1 / self.ascent_steps}
         at_w, at_w_e, geometry = [], [], None
         for i, part in enumerate(parts):
             earlier = [p.grad for p in params] if i else []
@@ -113,7 +116,12 @@ class Passes:
             share = sum(map(len, part)) / total
             at_w.append(_times(self._first(part), share))
             first = [p.grad for p in params] if measure else []
-            with self._perturbed(sam, part, seeds, **perturb):
+            seed_draws(seeds[0], device)
+            with sam.perturbed(model, local=not self.sync_perturbation, **ascent):
+                for seed in seeds[1:]:
+                    self._first(part, further=True)
+                    seed_draws(seed, device)
+                    sam.perturb(zero_grad=True, further=True, **ascent)
                 for p, grad in zip(params, earlier, strict=False):
                     p.grad = grad  # the second gradients of all parts add up
                 norm = sam.perturbation_norm() if measure else None
@@ -122,28 +130,6 @@ class Passes:
             if norm is not None and any(g is not None for g in first):
                 geometry = norm, cosine(first, [p.grad for p in params])
         return sum(at_w[1:], at_w[0]), sum(at_w_e[1:], at_w_e[0]), geometry
-
-    @contextmanager
-    def _perturbed(
-        self,
-        sam: SAM,
-        batches: list[MicroBatch],
-        seeds: Sequence[int],
-        *,
-        model: nn.Module,
-        local: bool,
-        **options: Any,
-    ) -> Iterator[None]:
-        """Hold the weights at w + e, after all steps of ascent, with running statistics frozen."""
-        first, *further = seeds
-        device = batches[0].images.device
-        seed_draws(first, device)
-        with sam.perturbed(model, local=local, **options):
-            for seed in further:
-                self._first(batches, further=True)
-                seed_draws(seed, device)
-                sam.perturb(zero_grad=True, further=True, **options)
-            yield
 
     def _first(self, batches: list[MicroBatch], *, further: bool = False) -> Tensor:
         """Add the gradient to perturb along: at w, or ``further`` on the way to w + e."""

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 import lightning as L
@@ -16,8 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.cluster import launched
-from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.schema import one_line
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.splitting import split_names
 from sam_lightning.inference.load import SPLIT
@@ -87,7 +85,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
     changed, ended = changes(cfg.ckpt_path, settings)
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
-    module = trainer.precision_plugin.convert_module(make_module(cfg, data))
+    module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
     module.settings = settings
     check_watched(cfg, trainer, data)
     _check_images(cfg, data, trainer.world_size)
@@ -95,7 +93,14 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     stop = savers[0].stop if savers else StopSignal()
     _write_split(cfg, trainer, data)
     record = Record(cfg, trainer, throughput, data, module, changed=changed, only_test=ended)
-    with record, stop, _one_line_errors(cfg), _restoring(cfg):
+    connector = trainer._checkpoint_connector
+    for owner, method in (
+        (connector, "_restore_modules_and_callbacks"),
+        (connector, "restore_training_state"),
+        (module, "on_train_start"),
+    ):  # Lightning, and the module, take up what anyone may have written
+        setattr(owner, method, _restoring(cfg.ckpt_path)(getattr(owner, method)))
+    with record, stop, _one_line_errors(cfg):
         _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         if trainer.global_step == 0:
@@ -176,16 +181,15 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _restoring(cfg: DictConfig) -> Iterator[None]:
-    """Name the checkpoint where Lightning cannot use what anyone may have written there."""
+def _restoring(path: str | None) -> Iterator[None]:
+    """Name the checkpoint, if there is one, in an error of what takes it up."""
     try:
         yield
     except Exception as error:
-        names = [frame.name.lstrip("_") for frame in extract_tb(error.__traceback__)]
-        if isinstance(error, ConfigError) or not any(name.startswith("restore") for name in names):
+        if isinstance(error, ConfigError) or path is None:
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error
+        raise ConfigError(f"ckpt_path={path}: cannot be continued ({reason})") from error
 
 
 def _write_split(cfg: DictConfig, trainer: L.Trainer, data: ImageDataModule) -> None:
@@ -221,6 +225,7 @@ def _quieten() -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # LastCheckpoint says it
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

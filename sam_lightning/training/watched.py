@@ -6,10 +6,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import did_you_mean
+from sam_lightning.config.errors import ConfigError, did_you_mean
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.training.build import steps
+from sam_lightning.training.build import planned_steps
 from sam_lightning.training.callbacks.sharpness import MEASURED, SharpnessMonitor
 
 
@@ -59,7 +58,7 @@ def _no_validation(cfg: DictConfig, trainer: Any, data: ImageDataModule) -> str 
         return "there is no validation data; set data.val_size"
     if trainer.limit_val_batches == 0:
         return "there is no validation with no validation batches"
-    every, (per_epoch, total) = trainer.check_val_every_n_epoch, steps(cfg, data.steps_per_epoch)
+    every, (per_epoch, total) = trainer.check_val_every_n_epoch, planned_steps(cfg, data, trainer)
     within = trainer.fast_dev_run or trainer.val_check_interval != 1.0
     if not within and every and total < every * per_epoch:
         return f"the first validation is after {every * per_epoch} steps, and the run has {total}"

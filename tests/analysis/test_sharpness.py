@@ -259,6 +259,13 @@ def test_the_monitor_changes_nothing_of_the_training():
     assert kept == logger.rows
 
 
+def test_the_monitor_tells_how_far_it_is(caplog, monkeypatch):
+    monkeypatch.setattr("sam_lightning.config.progress.FIRST", 0)
+    caplog.set_level("INFO", "sam_lightning")
+    fit(SharpnessMonitor(images=20, max_steps=3, trace_samples=4))
+    assert any("sharpness, at most: 1 of 9" in message for message in caplog.messages)
+
+
 def test_the_monitor_logs_every_n_epochs_and_at_the_end():
     monitor = SharpnessMonitor(every_n_epochs=2, images=20, batch_size=8, rho=0.2, seed=5)
     trainer, module, logger = fit(monitor, epochs=3)
@@ -293,7 +300,7 @@ def test_the_monitor_refuses_what_it_cannot_measure(tmp_path):
         ((key, value),) = wrong.items()
         with pytest.raises(ConfigError, match=f"callbacks.sharpness.{key}={value}"):
             SharpnessMonitor(**wrong)
-    with pytest.raises(ConfigError, match=r"^callbacks.sharpness.rho=-1: must be a number > 0$"):
+    with pytest.raises(ConfigError, match=r"^callbacks.sharpness.rho=-1: allowed is a number > 0$"):
         run(tmp_path, "callbacks=sharpness", "callbacks.sharpness.rho=-1")
     trainer = L.Trainer(logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match="needs the data of an ImageDataModule"):

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
 from runs import SMALL
-from sam_lightning.cli import resumed, settings_first
+from sam_lightning.cli import settings_first
+from sam_lightning.runs.resume import resumed
 
 
 @pytest.fixture(scope="module")

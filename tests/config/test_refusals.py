@@ -85,7 +85,7 @@ LIGHT = [
     ("model={a:1}", "model={a:1}: allowed are ", ", resnet18, "),
     ("++model=resnet34", "++model=resnet34: allowed are ", ", resnet18, ", " without +"),
     ("data=base", "data.source._target_: must be given, as in data.source._target_=..."),
-    ("RHO=1", "RHO=1: no such key; allowed are seed, rho, "),
+    ("RHO=1", "RHO=1: no such key; did you mean rho?"),
     ("model.width.x=3", "model.width.x=3: no such key; did you mean model.width?"),
     ("defaults=[]", "defaults=[]: no such key"),
     # left out
@@ -96,7 +96,7 @@ LIGHT = [
     ("~model._target_", "model._target_: must be given, as in model._target_=..."),
     ("data.source=null", "data.source._target_: must be given, as in data.source._target_=..."),
     ("lr=???", "lr: must be given, as in lr=..."),
-    ("~nothing", "~nothing: no such key; allowed are seed, "),
+    ("~nothing", "~nothing: no such key; allowed are data, "),
     ("~modell", "~modell: no such key; did you mean model?"),
     ("data=image_folder", "data.root: must be given, as in data.root=..."),
     # values, more of them below
@@ -197,7 +197,7 @@ LIGHT = [
         "sweep=rho_optuna hydra.sweeper.storage.path=/proc/x/optuna.db",
         "hydra.sweeper.storage=sqlite:////proc/x/optuna.db: cannot be opened (",
     ),
-    ("sweep=rho_optuna hydra.sweeper.storage=3", "storage=3: allowed is the URL of a database, "),
+    ("sweep=rho_optuna hydra.sweeper.storage=3", "storage=3: cannot be opened ("),
     (
         "sweep=rho_optuna hydra.sweeper.storage.path=null",
         "path=null: allowed is the path of a file",

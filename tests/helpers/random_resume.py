@@ -2,7 +2,7 @@
 
 ``python tests/helpers/random_resume.py FOLDER COUNT`` tries the seeds 0 to COUNT - 1 that have no
 line in ``FOLDER/results.jsonl`` yet, and ends with exit code 1 if a continued run differs from the
-unbroken one.
+unbroken one. From seed 200 on there are more options and more kinds of stops.
 """
 
 import json
@@ -36,6 +36,10 @@ MODEL = ["model=wide_resnet28_10", "model.depth=10", "model.widen_factor=1"]
 DATA = ["data=digits", "batch_size=32", "data.eval_batch_size=64", "scheduler.warmup_epochs=1"]
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9"
 STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping"
+LR = "{_target_:lightning.pytorch.callbacks.LearningRateMonitor}"
+SAVING = "{_target_:lightning.pytorch.callbacks.ModelCheckpoint,every_n_train_steps:N"
+SAVING += ",dirpath:${output_dir}/checkpoints,filename:'at_{step}',enable_version_counter:false}"
+MORE = 200  # the first seed with more options
 # What a record says of time and place, and how often the run was continued.
 OF_TIME = ["seconds", "train_seconds", "images_per_second", "peak_memory_bytes"]
 OF_TIME += ["finished", "parts", "command", "host"]
@@ -81,16 +85,66 @@ def draw(seed: int) -> list[str]:
     if r.random() < 0.3:
         more = r.choice(["", ", update_every_n_steps: 2", ", update_starting_at_epoch: 1"])
         options += [f"+callbacks.ema={EMA}{more}}}"]
-    return options
+    return options + further(seed, options) if seed >= MORE else options
 
 
-def run(cwd: Path, folder: Path, options: list[str], after: float | None, name: str = "") -> Any:
-    """Start or continue a run; send it a signal after so many seconds; its exit code."""
-    process = begin(cwd, *options, f"hydra.run.dir={folder}", "ckpt_path=last")
+def further(seed: int, options: list[str]) -> list[str]:
+    """Options that the first seeds do not have, drawn apart so that theirs stay as they are."""
+    r, given = random.Random(f"more {seed}"), " ".join(options)
+    found: list[str] = []
+
+    def maybe(chance: float, *choices: str) -> None:
+        chosen = r.choice(choices).split() if r.random() < chance else []
+        found.extend(
+            option for option in chosen if option.partition("=")[0].strip("+") not in given
+        )
+
+    if "method=msam" not in given:
+        maybe(0.5, "method.ascent_steps=2", "method.sync_perturbation=true", "method.rho_min=0.01")
+        maybe(0.3, "method.same_randomness=false", "method.decay_in_ascent=true")
+    if "method=gsam" not in given and "method=looksam" not in given and "msam" not in given:
+        maybe(0.2, "method.ascent_per_micro_batch=true")
+    maybe(0.2, "+trainer.overfit_batches=2", "+trainer.min_steps=7", "+trainer.min_epochs=3")
+    maybe(0.2, f"+callbacks.lr={LR}", f"+callbacks.lr={LR[:-1]},logging_interval:step}}")
+    if r.random() < 0.2:
+        names = ("images=64", "batch_size=32", "trace_samples=1", "max_steps=3")
+        found += ["callbacks=sharpness", *(f"callbacks.sharpness.{name}" for name in names)]
+    saving = SAVING.replace("N", str(r.randint(1, 4)))
+    maybe(0.3, f"+callbacks.steps={saving}", f"+callbacks.steps={saving[:-1]},save_top_k:-1}}")
+    if "val_size" in given:
+        across = [o for o in options if "check_val_every" in o or "val_check_interval" in o]
+        if not across:  # validation counts batches across epochs
+            every = f"+trainer.val_check_interval={r.randint(2, 9)}"
+            maybe(0.3, f"trainer.check_val_every_n_epoch=null {every}")
+        maybe(0.2, "+callbacks.best.save_top_k=2")
+    return found
+
+
+def run(
+    cwd: Path,
+    folder: Path,
+    options: list[str],
+    after: float | None,
+    name: str = "",
+    fault: tuple[str, str] | None = None,
+) -> Any:
+    """Start or continue a run; send it a signal after so many seconds; its exit code.
+
+    A name of two signals sends the second one later, RANK kills one process of several.
+    """
+    process = begin(cwd, *options, f"hydra.run.dir={folder}", "ckpt_path=last", fault=fault)
     process.join(after or 300)
     others = children(process.pid) if process.is_alive() else []
     if process.is_alive():
-        os.kill(process.pid, getattr(signal, name or "SIGKILL"))
+        first, *second = name.split("+") if name else ["SIGKILL"]
+        if first == "RANK":
+            os.kill(max(others, default=process.pid), signal.SIGKILL)
+        else:
+            os.kill(process.pid, getattr(signal, first))
+        for other in second:
+            process.join(1.5)
+            if process.is_alive():
+                os.kill(process.pid, getattr(signal, other))
         process.join(60)
         if process.is_alive():
             process.kill()
@@ -113,7 +167,11 @@ def differences(one: Path, other: Path) -> list[str]:
             torch.load(f / "checkpoints" / name, weights_only=True, map_location="cpu")
             for f in (one, other)
         ]
-        found += [f"{name}: {key}" for key in _differing(*map(_state, states))]
+        if name.startswith("at_"):  # a continued run may save it again, at a later batch
+            states = [{k: s[k] for k in ("state_dict", "optimizer_states")} for s in states]
+        else:
+            states = list(map(_state, states))
+        found += [f"{name}: {key}" for key in _differing(*states)]
     if rows(one) != rows(other):
         found.append("metrics.csv")
     records = [_record(folder) for folder in (one, other)]
@@ -122,12 +180,16 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def _record(folder: Path) -> dict[str, Any]:
     text = json.dumps(summary(folder)).replace(str(folder), "FOLDER")
-    return {k: v for k, v in json.loads(text).items() if k not in OF_TIME}
+    record = {k: v for k, v in json.loads(text).items() if k not in OF_TIME}
+    record["config"]["data"].pop("num_workers")  # may change
+    return record
 
 
 def _state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     loop = checkpoint["loops"]["fit_loop"]
     kept = {k: v for k, v in checkpoint.items() if k not in ("loops", "callbacks")}
+    for settings in (kept["hyper_parameters"]["data"], kept["settings"]):
+        settings.pop("num_workers", settings.pop("data.num_workers", None))  # may change
     callbacks = {
         name: {k: v for k, v in state.items() if k in STATES}
         for name, state in checkpoint["callbacks"].items()
@@ -165,9 +227,20 @@ def attempt(cwd: Path, seed: int) -> dict[str, Any]:
         return {**result, "refused" if code == 2 else "failed": said}
     for _ in range(r.randint(1, 3)):  # a run that is complete by then repeats its test
         name = r.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"])
-        after = r.uniform(0.2, 0.9) * lasted
-        code = run(folder, folder / "broken", options, after, name)
-        result["stops"].append([name, round(after, 2), code])
+        after, fault = r.uniform(0.2, 0.9) * lasted, None
+        if seed >= MORE:
+            if "trainer=ddp_cpu" in options:
+                name = r.choice([name, "RANK", "SIGINT+SIGINT", "SIGTERM+SIGKILL"])
+            elif r.random() < 0.7:  # in a place, not at a time
+                where = r.choice([f"save:{r.randint(1, 9)}", f"pass:{r.randint(1, 40)}"])
+                where = r.choice(
+                    [where, where, f"between:{r.randint(1, 20)}", "test:1", "tested:1"]
+                )
+                fault, after = (name, where), 300
+            workers = r.choice(["", "data.num_workers=0", "data.num_workers=1"])
+            options = [*options, workers] if workers else options
+        code = run(folder, folder / "broken", options, after, name, fault)
+        result["stops"].append([name, fault[1] if fault else round(after, 2), code])
     if run(folder, folder / "broken", options, None) != 0:
         return {**result, "failed": (folder / "stderr").read_text().strip().splitlines()[-1:]}
     result["differences"] = differences(folder / "broken", folder / "whole")

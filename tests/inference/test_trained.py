@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_logits_are_those_of_the_training_module(digits_ckpt):
     checkpoint = read(digits_ckpt)
     cfg = configuration("data=digits", "model.width=4", "trainer=cpu")
     data = make_data(cfg)
-    module = make_module(cfg, data)
+    module = make_module(cfg, data, L.Trainer(accelerator="cpu", max_epochs=1, logger=False))
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     model = sam_lightning.load(digits_ckpt)

@@ -22,12 +22,12 @@ from hostile_files import TEXTS, bombs, mutated, odd_files
 from image_files import one_line_error
 from inject import forked
 from runs import SMALL, command, run, summary
-from sam_lightning.config.arguments import one_line_errors
+from sam_lightning.analysis import landscape
 from sam_lightning.config.conf import top_level
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line_errors
 from sam_lightning.config.text import clean
 from sam_lightning.config.trust import PLACE
-from sam_lightning.inference import evaluate
+from sam_lightning.inference import evaluate, export
 from sam_lightning.inference.load import load
 from sam_lightning.runs.resume import replayable
 from sam_lightning.studies.report.command import main as report
@@ -92,6 +92,40 @@ def test_a_checkpoint_that_lightning_cannot_use_is_named(folder, tmp_path, part)
     message = one_line_error(run, own, *NOISY, "epochs=2", f"ckpt_path={last(own)}")
     said = ("no run can continue from it (", "cannot be continued (")
     assert message.startswith(tuple(f"ckpt_path={last(own)}: {how}" for how in said))
+
+
+@pytest.mark.parametrize("wrong", ["text", [1], {}, torch.zeros(3, 5, 7), torch.zeros(1)], ids=str)
+def test_an_optimizer_state_that_no_step_can_use_is_refused(folder, tmp_path, wrong):
+    shutil.copytree(folder, own := tmp_path / "run")
+    before = (own / "metrics.json").read_bytes()
+
+    def change(checkpoint):
+        checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"] = wrong
+
+    changed(last(folder), last(own), change)
+    message = one_line_error(run, own, *NOISY, "epochs=2", f"ckpt_path={last(own)}")
+    assert message.startswith(f"ckpt_path={last(own)}: cannot be continued (optimizer: ")
+    assert (own / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["landscape", "tensorboard"])
+def test_a_command_writes_to_no_link_out_of_a_run(folder, tmp_path, place):
+    shutil.copytree(folder, own := tmp_path / "run")
+    (victim := tmp_path / "victim").mkdir()
+    (victim / "landscape.json").write_text("mine")
+    shutil.rmtree(own / place, ignore_errors=True)
+    (own / place).symlink_to(victim)
+    given = [f"ckpt_path={own}", "kind=1d", "points=3", "images=20"]
+    message = one_line_error(landscape.main, given)
+    assert message.startswith(f"{own / place}")
+    assert "leads out of the run's folder" in message
+    assert [(p.name, p.read_text()) for p in victim.iterdir()] == [("landscape.json", "mine")]
+    shutil.rmtree(own / "checkpoints")
+    (own / "checkpoints").symlink_to(folder / "checkpoints")
+    message = one_line_error(export.main, [f"ckpt_path={own}", "format=pt2"])
+    assert message.startswith(f"{own / 'checkpoints' / 'last.pt2'}: leads out of the run's folder")
+    assert not (folder / "checkpoints" / "last.pt2").exists()
 
 
 def test_weights_outlive_their_file(folder, tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from inject import begin, forked
-from runs import SMALL, only_run, started, summary, wait_for_end
+from runs import SMALL, command, only_run, started, summary, wait_for_end
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.lock import OwnedError, joined, owned
 
@@ -119,7 +119,7 @@ def test_a_second_start_in_a_folder_is_refused(tmp_path, devices):
         for arguments in (["ckpt_path=last", into], [f"ckpt_path={folder}"], [*SMALL, into]):
             done = forked(other, *arguments)
             assert done.returncode == 2
-            assert f"output_dir={folder}: a run is at work there (host " in done.stderr
+            assert f"hydra.run.dir={folder}: another process is at work there (" in done.stderr
             assert f"process {first.pid}, since 20" in done.stderr
             assert done.stderr.count("\n") == 1
         assert not (folder / "metrics.json").exists()
@@ -130,26 +130,58 @@ def test_a_second_start_in_a_folder_is_refused(tmp_path, devices):
     assert not (folder / ".lock").exists()
 
 
+def wait_for(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
-def test_a_job_that_another_sweep_is_at_is_refused(tmp_path):
-    sweep = ["-m", *SMALL, "epochs=10000", "seed=0", f"hydra.sweep.dir={tmp_path}/sweep"]
-    first, second = tmp_path / "first", tmp_path / "second"
+@pytest.mark.parametrize("how", ["sweep", "run"])
+def test_a_second_start_writes_nothing_into_the_folder(tmp_path, how):
+    """Neither as the first begins nor while it trains, whatever the second would change."""
+    first, second, folder = tmp_path / "first", tmp_path / "second", tmp_path / "folder"
     first.mkdir()
     second.mkdir()
-    process = begin(first, *sweep)
-    while not [*tmp_path.glob("sweep/0_*/metrics.csv")]:
-        time.sleep(0.1)
-        assert process.is_alive()
-    (job,) = tmp_path.glob("sweep/0_*")
+    into = f"hydra.{how}.dir={folder}"
+    where = ["-m", "seed=0", into] if how == "sweep" else [into]
+    process = begin(first, *SMALL, "epochs=10000", "ckpt_path=last", *where)
     try:
-        for more in ([], ["ckpt_path=last"]):
-            done = forked(second, *sweep, *more)
-            assert done.returncode == 2, done.stderr
-            (line,) = done.stderr.splitlines()
-            assert f"output_dir={job}: a run is at work there" in line
-            assert f"process {process.pid}, " in line
-            assert not (job / "metrics.json").exists()
+        wait_for(lambda: list(folder.rglob(".hydra/overrides.yaml")))
+        for sign in ("*.lock", "metrics.csv"):  # as it imports torch, and in training
+            wait_for(lambda sign=sign: list(folder.rglob(sign)))
+            (overrides,) = folder.rglob("overrides.yaml")
+            texts = [overrides, *folder.glob("multirun.yaml")]
+            texts += folder.rglob("train.log") if sign == "metrics.csv" else []
+            before = {path: path.read_text() for path in texts}
+            for more in (["ckpt_path=last"], ["ckpt_path=last", "rho=0.5"], ["lr=0.5"]):
+                done = forked(second, *SMALL, *where, *more)
+                assert done.returncode == 2, done.stderr
+                (line,) = done.stderr.splitlines()
+                assert f"{into}: another process is at work there (" in line
+                assert f"process {process.pid}, " in line
+            assert not list(folder.rglob("*.json"))
+            assert {path: path.read_text() for path in texts} == before
+            assert list(folder.rglob("overrides.yaml")) == [overrides]
     finally:
         os.kill(process.pid, signal.SIGTERM)
         process.join(60)
-    assert summary(job)["status"] == "interrupted"
+    assert summary(overrides.parents[1])["status"] == "interrupted"
+    assert not list(folder.rglob(".lock"))
+
+
+def test_a_sweep_is_refused_while_a_job_outlives_an_earlier_one(tmp_path):
+    there = FORK.Queue()
+    job = tmp_path / "sweep" / "0_seed=0"
+    holder = FORK.Process(target=hold, args=(job, there, "alone"))
+    holder.start()
+    there.get(timeout=20)
+    try:
+        done = command(tmp_path, "-m", "seed=0,1", "epochs=0", f"hydra.sweep.dir={tmp_path}/sweep")
+    finally:
+        holder.kill()
+        holder.join()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{job}: another process is at work there (host" in done.stderr
+    assert [*tmp_path.rglob("*")] == [job.parent, job, job / ".lock"]

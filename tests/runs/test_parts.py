@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from inject import forked
-from runs import rows, run, summary, weights
+from runs import equal, rows, run, summary, weights
 from sam_lightning.config.conf import CONF, flat, package_of
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.parts import MEANING, TABLE, when
@@ -62,7 +62,7 @@ def test_every_key_of_conf_is_decided():
         ("trainer.anything", "steps"),
         ("augment.mixup.alpha", "epochs"),
         ("data.source.extra", "never"),
-        ("callbacks.stopping.patience", "never"),
+        ("callbacks.stopping.patience", "steps"),
         ("callbacks.progress._target_", "always"),
         ("unheard.of", "never"),
     ],
@@ -128,6 +128,30 @@ def test_the_record_says_from_which_step_a_setting_changed(copy):
     assert changed["epochs"] == {"from": 3, "to": 2}
     assert not {key for key in changed if key.startswith("data.")}
     assert summary(copy)["updates"] == 8
+
+
+@SLOW
+def test_callbacks_may_change(tmp_path):
+    stopping = "+callbacks.stopping={_target_: lightning.pytorch.callbacks.EarlyStopping"
+    stopping += ", monitor: val/loss, min_delta: 1000, patience: "  # the first is the best
+    ema = "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
+    monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    folder, whole = (f"hydra.run.dir={tmp_path / name}" for name in ("run", "whole"))
+    options = [*RUN, "epochs=8", f"{stopping}50}}"]
+    assert forked(tmp_path, *options, ema, folder, fault=("SIGKILL", "pass:13")).returncode < 0
+    given = ["callbacks.stopping.patience=2", "++callbacks.ema=null", monitor]
+    done = forked(tmp_path, f"ckpt_path={tmp_path / 'run'}", *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("EMAWeightAveraging") == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    changed = summary(tmp_path / "run")["parts"][1]["changed"]
+    assert changed["callbacks.stopping.patience"] == {"from": 50, "to": 2}
+    assert changed["callbacks.ema.decay"] == {"from": 0.9, "to": None}
+    assert changed["callbacks.lr._target_"]["from"] is None
+    # It stops after the third epoch, and has the weights of a run without averaging.
+    assert summary(tmp_path / "run")["epochs"] == 3
+    assert forked(tmp_path, *options[:-1], f"{stopping}2}}", whole).returncode == 0
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_other_classes_of_the_same_number(tmp_path):

@@ -1,12 +1,14 @@
 """``metrics.json``: what a run did, over what, by which command, and what it may not say."""
 
+import os
 import sys
 
 import pytest
 
 from inject import forked
-from runs import SMALL, run, summary
-from sam_lightning.config.errors import TrainingError
+from runs import SMALL, command, run, summary
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.inference.load import data_of, load
 from sam_lightning.runs.secrets import without_secrets
 
 
@@ -80,6 +82,58 @@ def test_the_parts_of_a_run_that_was_killed_join(tmp_path):
     steps = [(part["from_step"], part["to_step"]) for part in found["parts"]]
     assert steps == [(0, 4), (4, 6), (6, 8)]  # what was lost after a checkpoint is in none
     assert (found["status"], found["updates"]) == ("completed", 8)
+
+
+CRASH = """
+import os
+from lightning import Callback
+class Crash(Callback):
+    def on_test_start(self, trainer, module):
+        if trainer.global_rank == 1:
+            os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_a_crash_while_the_test_is_repeated_leaves_the_record_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "crash.py").write_text(CRASH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    given = [*SMALL, "epochs=1", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert command(tmp_path, *given).returncode == 0
+    complete = summary(tmp_path / "run")
+    again = [*given, "ckpt_path=last", "hydra.output_subdir=null"]
+    crashed = command(tmp_path, *again, "callbacks.summary._target_=crash.Crash")
+    assert crashed.returncode == 1
+    assert crashed.stderr.splitlines()[-1].startswith("error: rank 1 of 2 failed: ")
+    left = summary(tmp_path / "run")
+    assert left.pop("refused").startswith("rank 1 of 2 failed: ")
+    assert left == complete
+    assert command(tmp_path, *again).returncode == 0
+    assert summary(tmp_path / "run")["status"] == "completed"
+    assert "refused" not in summary(tmp_path / "run")
+
+
+STORED_FAR_AWAY = """
+from sam_lightning.data import ImageSource, digits
+def pictures(root: str) -> ImageSource:
+    return digits()
+"""
+
+
+def test_no_record_of_a_run_has_a_password_and_it_continues_without(tmp_path, monkeypatch):
+    (tmp_path / "far_away.py").write_text(STORED_FAR_AWAY)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder, root = tmp_path / "run", "s3://me:pass-word@host/a"
+    given = ["data.source._target_=far_away.pictures", f"+data.root='{root}'"]
+    given += ["+data.source.root=${data.root}"]
+    run(folder, *given, "epochs=1")
+    run(folder, *given, "epochs=2", "ckpt_path=last")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert [file for file in files if b"pass-word" in file.read_bytes()] == []
+    config = load(folder / "checkpoints" / "last.ckpt", trust=["far_away.pictures"]).config
+    with pytest.raises(ConfigError, match=r"^data.root=s3://\*\*\*@host/a: was not stored; give"):
+        data_of(config)
+    assert data_of(config, root=root).classes == config["classes"]
 
 
 @pytest.mark.parametrize(

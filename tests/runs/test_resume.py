@@ -214,6 +214,18 @@ def test_what_watches_a_run_continues(tmp_path, options, at):
     assert differences(folder, whole) == []
 
 
+@pytest.mark.slow
+def test_a_run_whose_time_was_over_continues_with_more(tmp_path):
+    folder, options = tmp_path / "run", [*RUN, "epochs=4000", "+trainer.max_time=00:00:00:02"]
+    continued(folder, *options)
+    done = summary(folder)["updates"]
+    continued(folder)  # no time is left
+    assert summary(folder)["updates"] == done
+    continued(folder, "++trainer.max_time=00:00:00:04")
+    assert summary(folder)["updates"] > done
+    assert summary(folder)["parts"][-1]["from_step"] == done
+
+
 # ------------------------------------------------------------------------------ damaged checkpoints
 
 

@@ -771,7 +771,7 @@ def test_labels_leave_out_what_does_not_vary(tmp_path):
     leave(tmp_path / "c", "method=sgd", "data=svhn")
     leave(tmp_path / "d", "method=sgd", "data=svhn", "lr=0.3")
     study = study_of(tmp_path)
-    assert {"data.flip", "optimizer.lr"} <= {*study.differing}
+    assert {"data.flip", "optimizer.lr"} <= {*study.settings}
     names = {study.describe(group) for group in study.settings.index}
     of_data = {"svhn, sgd, lr 0.1", "svhn, sgd, lr 0.3", "svhn, sam, rho 0.1"}
     assert {frozenset(name.split(", ")) for name in names} == {

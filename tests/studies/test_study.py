@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from scipy import stats
 
 from sam_lightning.config.errors import ConfigError, TrainingError
 from sam_lightning.config.hydra_errors import CONF
+from sam_lightning.runs.lock import owned
 from sam_lightning.studies import plan, runner
 from sam_lightning.studies.study import main
 
@@ -215,7 +217,7 @@ def test_errors_name_their_place_and_write_nothing(here, content, arguments, mes
 def test_checks_and_lists_without_torch_and_ends_with_code_2(here):
     write(QUICK + "{a: {}, b: {model.width: 0}}")
     code = (
-        "import sys; from sam_lightning.config.arguments import one_line_errors\n"
+        "import sys; from sam_lightning.config.errors import one_line_errors\n"
         "from sam_lightning.studies.study import main\n"
         "try:\n"
         "    with one_line_errors(): main(sys.argv[1:])\n"
@@ -423,7 +425,7 @@ import sys
 from pathlib import Path
 from sam_lightning.studies import runner
 from sam_lightning.studies import study
-from sam_lightning.config.arguments import one_line_errors
+from sam_lightning.config.errors import one_line_errors
 runner.TRAIN = Path("stand_in.py").absolute()
 study.report = lambda plan, out: None
 sys.stdout.reconfigure(line_buffering=True)
@@ -476,6 +478,36 @@ def test_a_run_whose_study_was_killed_is_waited_for_and_not_run_twice(stand_in, 
     assert "a,seed=0: already running elsewhere; waiting\n" in out
     assert out.splitlines()[-1] == "[2/2] a,seed=0: test/acc 0.5000, by another process"
     assert len(starts("a,seed=0")) == len(starts("b,seed=0")) == 1
+
+
+def at_work(folder, there):
+    with owned(folder):
+        there.put(None)
+        time.sleep(60)
+
+
+def test_a_run_that_was_started_by_hand_is_waited_for_and_keeps_its_settings(stand_in):
+    file = write(arms(a="well"))
+    folder = Path("logs/studies/noise/a,seed=0")
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").touch()
+    fork = multiprocessing.get_context("fork")
+    holder = fork.Process(target=at_work, args=(folder, there := fork.Queue()))
+    holder.start()
+    there.get(timeout=20)
+    process = started(file)
+    lines = []
+    try:
+        while "waiting" not in "".join(lines):
+            lines.append(process.stdout.readline())
+        assert everything(folder) == {".hydra", ".hydra/config.yaml", ".lock", "output.txt"}
+        assert (folder / "output.txt").read_text() == ""
+    finally:
+        holder.kill()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert lines[-1] == "a,seed=0: already running elsewhere; waiting\n"
+    assert out.startswith("[1/1] a,seed=0: test/acc 0.5000, ")
 
 
 # ---- the report

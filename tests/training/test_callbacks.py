@@ -378,14 +378,6 @@ def test_the_time_left_is_measured_once(clock, capsys, epochs, said):
     assert re.findall("about .*", capsys.readouterr().out) == said
 
 
-def test_validation_is_part_of_the_time_left(clock, capsys):
-    # 10 images in each epoch of 4 steps: two passes over 16 images are a step, with backward ones.
-    fit(RunSummary(), Throughput(), model=Ticking(clock), max_epochs=2_000, max_steps=800)
-    plain = 800 - 4
-    assert plain / 60 < 13.5 < plain * (1 + 10 / 16 / 6 / 4) / 60
-    assert "about 14 min of training left" in capsys.readouterr().out
-
-
 def test_where_the_device_is_not_waited_for_only_steps_that_log_are_timed(clock, capsys):
     class Elsewhere(RunSummary):
         """As on a GPU, whose steps have not ended when they return."""

@@ -109,9 +109,10 @@ def server(logs, pictures):
 def test_curves_are_those_of_the_table(server, logs, run):
     tags = {tag for tag in server.get("scalars/tags")[f"{run}/tensorboard"] if "/" in tag}
     names = {name for name in rows(logs / run)[0] if "/" in name}
-    assert tags == names | {"train/images_per_second", "accuracy/test"}
-    accuracy = summary(logs / run)["metrics"]["test/acc"]
-    assert server.scalars(run, "accuracy/test") == {4: pytest.approx(accuracy, rel=1e-6)}
+    assert tags == names | {"train/images_per_second", "accuracy/test", "accuracy/val"}
+    for split in ("test", "val"):
+        accuracy = summary(logs / run)["metrics"][f"{split}/acc"]
+        assert server.scalars(run, f"accuracy/{split}") == {4: pytest.approx(accuracy, rel=1e-6)}
     assert ("train/cosine" in names) == (RUNS[run] > 0)
     for name in names:
         expected = {int(r["step"]): float(r[name]) for r in rows(logs / run) if r[name]}
@@ -192,17 +193,18 @@ def test_the_graph_has_the_layers_of_the_model(server):
 def test_hparams_show_what_differs_first_with_the_final_metrics(server, logs):
     experiment = server.post("hparams/experiment", experimentName="")
     names = [info["name"] for info in experiment["hparamInfos"]]
-    assert set(names[:2]) == {"rho", "seed"}
+    assert names[:3] == ["Rho", "seed", "Method"]  # the last does not differ
     assert {"lr", "model.width", "method.ascent_fraction", "optimizer.momentum"} <= {*names}
     metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
-    assert metrics[0] == "accuracy/test"  # the page shows the first five before one chooses
+    # The page shows the first five before one chooses.
+    assert metrics[:2] == ["accuracy/test", "accuracy/val"]
     sessions = server.sessions()
     assert sessions.keys() == {*RUNS}
     for run, rho in RUNS.items():
         settings = sessions[run]["hparams"]
-        assert settings["rho"] == rho
+        assert settings["Rho"] == rho
         assert settings["seed"] == int(run[-1])
-        assert settings["method"] == "sam"
+        assert settings["Method"] == "sam"
         assert settings["model.width"] == 4
         values = {v["name"]["tag"]: v["value"] for v in sessions[run]["metricValues"]}
         for name, value in summary(logs / run)["metrics"].items():

@@ -1,13 +1,8 @@
 """ASAM: perturb each weight in proportion to its size."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from sam_lightning.optim.foreach import foreach, norm_of_norms, norms_of, parts
+from sam_lightning.optim.foreach import foreach, global_norm
 from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
 
 
@@ -43,42 +38,18 @@ def normalized_ascent(
     weights: Tensors, grads: Tensors, chosen: list[bool], eta: float
 ) -> Direction:
     """Return T^2 g and ||T g||_2; T is |w| + eta for the chosen weights, else 1."""
-    direction = _Normalized(weights, grads, chosen, eta)
-    norms = [n for part in parts(weights) for n in norms_of(direction.scaled(part, twice=False))]
-    return direction, norm_of_norms(norms)
-
-
-@dataclass
-class _Normalized(Sequence[Tensor]):
-    """T^2 g, computed part by part where it is used. The whole would be as large as the weights."""
-
-    weights: Tensors
-    grads: Tensors
-    chosen: list[bool]
-    eta: float
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __getitem__(self, part: Any) -> Any:
-        if isinstance(part, int):
-            return self[slice(part, part + 1 or None)][0]
-        return self.scaled(part, twice=True)
-
-    def scaled(self, part: slice, *, twice: bool) -> Tensors:
-        """T^2 g of a part, or T g up to its signs."""
-        weights, result = self.weights[part], self.grads[part]
-        chosen = [i for i, normalized in enumerate(self.chosen[part]) if normalized]
-        if not chosen:
-            return result
-        # Without eta a real w serves as |w|: the square and the norm lose its sign.
-        size = [weights[i] for i in chosen]
-        if self.eta or any(map(torch.is_complex, size)):
-            size = list(foreach(torch._foreach_abs, size))
-            foreach(torch._foreach_add_, size, self.eta)
-        scaled = foreach(torch._foreach_mul, size, [result[i] for i in chosen])
-        if twice:
-            foreach(torch._foreach_mul_, scaled, size)
-        for i, t_g in zip(chosen, scaled, strict=True):
-            result[i] = t_g
-        return result
+    places = [i for i, normalized in enumerate(chosen) if normalized]
+    direction = list(grads)
+    if not places:
+        return direction, global_norm(direction)
+    # Without eta a real w serves as |w|: the square and the norm lose its sign.
+    size = [weights[i] for i in places]
+    if eta or any(map(torch.is_complex, size)):
+        size = list(foreach(torch._foreach_abs, size))
+        foreach(torch._foreach_add_, size, eta)
+    scaled = foreach(torch._foreach_mul, size, [grads[i] for i in places])
+    for i, t_g in zip(places, scaled, strict=True):
+        direction[i] = t_g
+    norm = global_norm(direction)
+    foreach(torch._foreach_mul_, scaled, size)  # T^2 g, in the same memory
+    return direction, norm

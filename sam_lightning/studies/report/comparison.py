@@ -15,7 +15,7 @@ from sam_lightning.config.conf import CONF, choices, flat
 from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
-from sam_lightning.studies.table import title
+from sam_lightning.studies.table import title, typed
 
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
@@ -92,42 +92,24 @@ class Study:
         }
         return " and ".join(cost for cost, equal in same.items() if equal)
 
-    def _varies(self, group: int, column: str) -> bool:
-        """Whether a setting tells a group from others of the same data and model.
-
-        One that says how to train, from others of the same method too.
-        """
-        if column in (*SUBJECTS, *SHOWN):
-            return True
-        same = [c for c in (*SUBJECTS, "method") if c in self.settings]
-        if column.partition(".")[0] in SUBJECTS:
-            same.remove("method")
-        others = (self.settings[same] == self.settings.loc[group, same]).all(axis=1)
-        return len({*self.settings.loc[others, column]}) > 1
-
     @property
     def kind(self) -> str:
         """Whether tables and figures speak of ``acc`` or of ``error``, as the metric does."""
         return "error" if self.metric.endswith("/error") else "acc"
 
     @cached_property
-    def by_subject(self) -> dict[str, list[int]]:
-        """The groups of the same data and model, by what these are in words."""
-        parts: dict[str, list[int]] = {}
-        for group in self.settings.index:
-            parts.setdefault(self.words(group, self.subjects), []).append(group)
-        return parts
+    def subject(self) -> "pd.Series[str]":
+        """The data and the model of every group in words."""
+        groups = self.settings.index
+        return pd.Series([self._words(group, self.subjects) for group in groups], groups)
 
     def best(self, metric: str) -> list[int]:
         """The groups with the best mean, as it is printed, of several with the same subject."""
-        means = self.estimates[metric]["mean"].dropna().round(4)
-        best: list[int] = []
-        for groups in self.by_subject.values():
-            found = means[means.index.isin(groups)]
-            if len(found) > 1:
-                extreme = found.min() if metric.endswith(("error", "loss")) else found.max()
-                best += [*found.index[found == extreme]]
-        return best
+        means = self.estimates[metric]["mean"].round(4)
+        means = -means if metric.endswith(("error", "loss")) else means
+        others = means.groupby(self.subject)
+        best = (means == others.transform("max")) & (others.transform("count") > 1)
+        return [*means.index[best]]
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -140,55 +122,58 @@ class Study:
         for groups, best in self.choices.items():
             seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
-                rhos = map(show, self.settings["rho"][[*groups]])
+                rhos = map(typed, self.settings["rho"][[*groups]])
                 listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
                 name = self.describe(best, without=["rho"])
                 warnings.append(f"{name}: not the same seeds at every rho ({listed})")
         return warnings
 
     @property
-    def differing(self) -> list[str]:
-        """The settings with more than one value."""
-        return [c for c in self.settings if len({*self.settings[c]}) > 1]
-
-    @property
     def subjects(self) -> list[str]:
-        """The differing settings of data and model."""
-        return [c for c in self.differing if c.partition(".")[0] in SUBJECTS]
+        """The settings of data and model."""
+        return [c for c in self.settings if c.partition(".")[0] in SUBJECTS]
 
     def describe(self, group: int, without: Iterable[str] = ()) -> str:
         """A group in words: method, rho and what tells it from others, except ``without``."""
-        columns = dict.fromkeys(["method", "rho", *self.differing])
-        return self.words(group, [c for c in columns if c not in without])
+        columns = dict.fromkeys(["method", "rho", *self.settings])
+        return self._words(group, [c for c in columns if c not in without])
 
-    def words(self, group: int, columns: Iterable[str]) -> str:
-        """The values that a group has in these columns, in words.
+    def _words(self, group: int, columns: Iterable[str]) -> str:
+        return ", ".join(filter(None, self._said.loc[group, [*columns]]))
 
-        What does not vary and what the method's file in ``conf`` says is left out.
+    @cached_property
+    def _said(self) -> pd.DataFrame:
+        """Every setting of every group in words, or nothing where it needs none.
+
+        So it is if the method's file in ``conf`` says it, or if it tells the group from no other
+        with the same data and model, and one that says how to train, with the same method too.
         """
-        values = self.settings.loc[group]
-        words = []
-        for column in columns:
-            text = show(values[column])
-            if text == ABSENT or (column == "rho" and values["method"] == "sgd"):
-                continue
-            if show(_of_method(values["method"]).get(column, ABSENT)) == text:
-                continue
-            if not self._varies(group, column):
-                continue
+        said = self.settings.map(typed)
+        of_files = [_of_conf("method", name) for name in self.settings["method"]]
+        for column, texts in said.items():
+            of_file = [typed(keys.get(column, ABSENT)) for keys in of_files]
+            unsaid = (texts == ABSENT) | (texts == of_file)
+            if column == "rho":
+                unsaid |= self.settings["method"] == "sgd"
+            elif column != "method":
+                among = [] if column in (*SUBJECTS, "epochs") else [*SUBJECTS, "method"]
+                among = among[:2] if column in self.subjects else among
+                same = [self.settings[c] for c in among if c in self.settings]
+                others = self.settings.groupby(same or (lambda group: 0))[column]
+                unsaid |= others.transform(lambda values: len({*values})) == 1
             if column == "epochs":
-                text = f"{text} epochs"
-            elif column not in ("method", "data", "model"):
-                text = f"{title(column, self.settings)} {text}"
-            words.append(text)
-        return ", ".join(words)
+                texts = texts + " epochs"
+            elif column not in ("method", *SUBJECTS):
+                texts = f"{title(column, self.settings)} " + texts
+            said[column] = texts.mask(unsaid, "")
+        return said
 
 
 def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     """Group completed runs; of two with the same settings and seed, the later one counts."""
     columns, common = _columns([run.settings for run in runs])
     counted: dict[tuple[tuple[Any, ...], Any], Run] = {}
-    repeats, own = [], ("folder", "seed", "device")
+    repeats = []
     for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
         seed = run.folder if run.seed is None else run.seed  # an unknown seed is no repeat
         key = tuple(run.settings.get(c, ABSENT) for c in columns), seed
@@ -208,18 +193,12 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     keys = sorted(counted, key=order)
     used = [counted[key] for key in keys]
     groups = list(dict.fromkeys(values for values, _ in keys))
-    rows = [{**run.results, **{name: getattr(run, name) for name in own}} for run in used]
+    own = [{"folder": run.folder, "seed": run.seed, "device": run.device} for run in used]
+    rows = [{**run.results, **names} for run, names in zip(used, own, strict=True)]
     frame = pd.DataFrame(rows, [groups.index(values) for values, _ in keys], dtype=object)
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
     settings = pd.DataFrame(groups, columns=columns, dtype=object)
     return Study(metric, baseline, settings, frame, common, repeats)
-
-
-def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
@@ -243,24 +222,18 @@ def _added(key: str, run: Mapping[str, Any]) -> bool:
     part, *names = key.split(".")
     if part == "callbacks":  # the arguments of one count where there is one
         return len(names) == 1 or f"{part}.{names[0]}" in run
-    return part in ("trainer", "optimizer") and key not in _defaults(part)
+    if part not in ("trainer", "optimizer"):
+        return False
+    return not any(key in _of_conf(part, name) for name in choices(part))
 
 
 @cache
-def _defaults(part: str) -> set[str]:
-    """The keys of ``conf/part``, in dotted form."""
-    files: list[Any] = [OmegaConf.load(file) for file in (CONF / part).glob("*.yaml")]
-    keys = {key for file in files for key in flat(OmegaConf.to_container(file))}
-    return {f"{part}.{key.removeprefix(f'{part}.')}" for key in keys}  # some files name the part
-
-
-@cache
-def _of_method(name: str) -> dict[str, Any]:
-    """The keys of ``conf/method/name.yaml`` in dotted form; none without such a file."""
-    if name not in choices("method"):
+def _of_conf(part: str, name: str) -> dict[str, Any]:
+    """The keys of ``conf/part/name.yaml`` in dotted form; none without such a file."""
+    if name not in choices(part):
         return {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        found: Any = OmegaConf.to_container(compose(f"method/{name}"))
+        found: Any = OmegaConf.to_container(compose(f"{part}/{name}"))
     return flat(found)
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,10 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from sam_lightning.plotting import UNDATED, plain, save, style
 from sam_lightning.studies.report.comparison import Study
 from sam_lightning.studies.report.runs import curve
-from sam_lightning.studies.report.tables import metric_name, unit
+from sam_lightning.studies.report.tables import metric_name, percent, unit
 
 MARKERS = "osD^vPX*"
-MARKER_SIZE = 5  # points
 
 
 def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
@@ -25,9 +25,10 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     Returns:
         the caption of each file, by its name without the ending.
     """
-    parts, drawn = study.by_subject, {}
+    parts, drawn = study.subject.groupby(study.subject, sort=False), {}
     with style():
-        for number, (subject, groups) in enumerate(parts.items(), 1):
+        for number, (subject, of_groups) in enumerate(parts, 1):
+            groups = [*of_groups.index]
             for kind, plot in KINDS.items():
                 figure = Figure((8, 4), layout="constrained")
                 caption = plot(study, groups, figure)
@@ -48,15 +49,14 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
 
 def metric_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """A line per method; a horizontal line with a band where rho is 0."""
-    metric = study.metric
     rho = {g: v for g, v in study.settings["rho"].items() if isinstance(v, int | float)}
-    lines = _lines(study, [g for g in groups if g in rho], metric, ["rho"])
+    lines = _lines(study, [g for g in groups if g in rho], "rho")
     rhos = sorted({rho[group] for line in lines.values() for group in line} - {0})
     if not rhos:
         return None
     axes = figure.subplots()
     for i, (name, line) in enumerate(lines.items()):
-        found = _scaled(study, metric, line)
+        found = _estimates(study, line)
         if rho[line[0]] != 0:
             aside = (rhos[-1] / rhos[0]) ** _aside(i, len(lines))
             _error_bars(axes, i, name, [aside * rho[g] for g in line], found)
@@ -71,10 +71,10 @@ def metric_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> s
         axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.1)
-    _label(figure, "rho", metric)
+    _label(figure, "rho", study.metric)
     return (
-        f"{metric_name(metric)} against rho: means over seeds, bars and bands are 95 % intervals; "
-        "lines without markers have no rho"
+        f"{metric_name(study.metric)} against rho: means over seeds, bars and bands are 95 % "
+        "intervals; lines without markers have no rho"
     )
 
 
@@ -94,11 +94,10 @@ def metric_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -
         seeds = pd.concat(of_group, axis=1, join="inner").sort_index()
         if seeds.empty:
             continue
-        seeds = _percent(metric) * (1 - seeds if kind == "error" else seeds)
+        seeds = percent(metric) * (1 - seeds if kind == "error" else seeds)
         name = plain(study.describe(group, without=study.subjects))
-        (line,) = axes.plot(seeds.index, seeds.mean(axis=1), color=f"C{i}", label=name)
-        line.set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
-        line.set_markevery(max(1, len(seeds) // 10))
+        every = max(1, len(seeds) // 10)
+        axes.plot(seeds.index, seeds.mean(axis=1), label=name, markevery=every, **_marked(i))
         if len(of_group) > 1:
             band = seeds.min(axis=1), seeds.max(axis=1)
             axes.fill_between(seeds.index, *band, color=f"C{i}", alpha=0.15, linewidth=0)
@@ -114,14 +113,14 @@ def metric_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -
 
 def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
     """The leading groups' metric against passes and, beside it, seconds."""
-    shown = [group for group in study.leading if group in groups]
-    lines = _lines(study, shown, study.metric, ["epochs"])
+    lines = _lines(study, [group for group in study.leading if group in groups], "epochs")
     costs = {
         "total_passes": "passes over the training images",
         "train_seconds": "seconds of training",
     }
-    means = {cost: study.estimates[cost]["mean"].dropna() for cost in costs}
-    measured = [c for c in costs if any(g in means[c] for line in lines.values() for g in line)]
+    shown = [group for line in lines.values() for group in line]
+    means = {cost: study.estimates[cost]["mean"][shown].dropna() for cost in costs}
+    measured = [cost for cost in costs if len(means[cost])]
     if not measured:
         return None
     figure.set_size_inches(2.5 + 4 * len(measured), 4)
@@ -131,7 +130,7 @@ def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> 
             aside = 1 + _aside(i, len(lines)) if cost == "total_passes" else 1
             at = means[cost][means[cost].index.isin(line)].sort_values(kind="stable")
             if len(at):
-                _error_bars(axes, i, name, aside * at, _scaled(study, study.metric, at.index))
+                _error_bars(axes, i, name, aside * at, _estimates(study, at.index))
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
         axes.set_xlabel(costs[cost])
@@ -149,21 +148,23 @@ KINDS = {
 }
 
 
-def _lines(
-    study: Study, groups: Iterable[int], metric: str, without: Sequence[str]
-) -> dict[str, list[int]]:
-    """The groups that have the metric, by their description."""
+def _lines(study: Study, groups: Iterable[int], along: str) -> dict[str, list[int]]:
+    """The groups that have the metric, by their description without the setting of the x axis."""
     lines: dict[str, list[int]] = {}
     for group in groups:
-        if study.estimates[metric].at[group, "n"]:
-            name = plain(study.describe(group, without=[*without, *study.subjects]))
+        if study.estimates[study.metric].at[group, "n"]:
+            name = plain(study.describe(group, without=[along, *study.subjects]))
             lines.setdefault(name, []).append(group)
     return lines
 
 
 def _error_bars(axes: Axes, i: int, name: str, at: Sequence[float], found: pd.DataFrame) -> None:
-    bars = axes.errorbar(at, found["mean"], found["half"], color=f"C{i}", capsize=3, label=name)
-    bars[0].set(marker=MARKERS[i % len(MARKERS)], markersize=MARKER_SIZE)
+    axes.errorbar(at, found["mean"], found["half"], capsize=3, label=name, **_marked(i))
+
+
+def _marked(i: int) -> dict[str, Any]:
+    """The colour and the marker of a line, for those who see no colours."""
+    return {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
 def _aside(i: int, count: int) -> float:
@@ -171,13 +172,9 @@ def _aside(i: int, count: int) -> float:
     return min(0.006, 0.03 / count) * (i - (count - 1) / 2)
 
 
-def _scaled(study: Study, metric: str, groups: Sequence[int]) -> pd.DataFrame:
-    """The groups' estimates in percent, except for losses."""
-    return _percent(metric) * study.estimates[metric].loc[groups]
-
-
-def _percent(metric: str) -> int:
-    return 1 if metric.endswith("loss") else 100
+def _estimates(study: Study, groups: Sequence[int]) -> pd.DataFrame:
+    """The groups' estimates of the metric in percent, except for losses."""
+    return percent(study.metric) * study.estimates[study.metric].loc[groups]
 
 
 def _label(figure: Figure, x: str, metric: str) -> None:

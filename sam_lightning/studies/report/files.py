@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sam_lightning.config.text import clean
+from sam_lightning.runs import terminal
 from sam_lightning.runs.files import RunStatus, replacing
-from sam_lightning.studies import table
 from sam_lightning.studies.report import tables
-from sam_lightning.studies.report.comparison import Study, show
+from sam_lightning.studies.report.comparison import Study
 from sam_lightning.studies.report.runs import counts
 from sam_lightning.studies.report.tables import interval, metric_name
-from sam_lightning.studies.table import title
+from sam_lightning.studies.table import WIDTH, title, typed
 
 # What readers ask of an experiment first; everything else is in each run's metrics.json.
 NOTABLE = (
@@ -60,7 +60,7 @@ def report(
         from sam_lightning.studies.report.figures import draw  # matplotlib, only if it is needed
 
         figures = draw(study, out, formats)
-    common = [f"{title(k, NOTABLE)} {show(study.common[k])}" for k in NOTABLE if k in study.common]
+    common = [f"{title(k, NOTABLE)} {typed(study.common[k])}" for k in NOTABLE if k in study.common]
     against = f"{metric_name(study.metric)} against {study.baseline}"
     heading = f"{against[0].upper()}{against[1:]}"
     choices, alone = choices_of_rho(study), without_baseline(study)
@@ -96,7 +96,7 @@ def report(
     }.items():
         with replacing(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-    table.show(*shown, *alone)
+    terminal.show(*shown, *alone, width=WIDTH)
     for warning in warnings:
         print(f"warning: {clean(warning)}", file=sys.stderr)
     print(f"{runs}; see {os.path.relpath(out / 'report.md')}")
@@ -109,12 +109,12 @@ def choices_of_rho(study: Study) -> list[str]:
         if len(groups) == 1:
             continue
         name = study.describe(groups[0], without=["rho"])
-        rhos = [show(rho) for rho in study.settings["rho"][[*groups]]]
+        rhos = [typed(rho) for rho in study.settings["rho"][[*groups]]]
         if best is None:
             line = f"{name}: no validation data, so no rho is chosen of "
             lines.append(f"{line}{', '.join(rhos)}; the test set is not for choosing")
             continue
-        rho = show(study.settings.at[best, "rho"])
+        rho = typed(study.settings.at[best, "rho"])
         metric = f"val/{study.kind}"
         text = f"{metric_name(metric)} {interval(study.estimates[metric].loc[best], metric)} %"
         line = f"{name}: rho {rho} is best on validation data ({text}), of {', '.join(rhos)}"

@@ -46,7 +46,7 @@ class Run:
     seed: int | None
     device: str
     settings: Mapping[str, Any]
-    results: Mapping[str, float]
+    results: Mapping[str, float | None]
     summary: Mapping[str, Any]
     written: float
 
@@ -87,21 +87,21 @@ def _run_folders(tops: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
     A link to a run counts, but what is below a link does not: it may lead anywhere.
     """
-    found: dict[Path, Path | None] = {}
-    warnings = []
+    found: dict[Path, Path] = {}
+    links = []
     for top in tops:
         for path, below, _ in os.walk(top):
-            folder = Path(path)
-            below[:] = [] if folder.resolve() in found else sorted({*below} - PRUNED)
-            found.setdefault(folder.resolve(), folder if _is_run(folder) else None)
-            for link in (folder / name for name in below if (folder / name).is_symlink()):
-                if _is_run(link):
-                    found.setdefault(link.resolve(), link)
-                elif not any(link.resolve().is_relative_to(t.resolve()) for t in tops):
-                    warnings.append(
-                        f"{link}: is a link and not followed; name it to count runs there"
-                    )
-    return [folder for folder in found.values() if folder], warnings
+            below[:] = sorted({*below} - PRUNED)
+            for folder in (Path(path), *(Path(path, name) for name in below)):
+                if _is_run(folder):
+                    found.setdefault(folder.resolve(), folder)
+                elif folder.is_symlink() and folder != top:
+                    links.append(folder)
+    return [*found.values()], [
+        f"{link}: is a link and not followed; name it to count runs there"
+        for link in dict.fromkeys(links)
+        if not any(link.resolve().is_relative_to(top.resolve()) for top in tops)
+    ]
 
 
 def _is_run(folder: Path) -> bool:
@@ -125,7 +125,7 @@ def _run(status: RunStatus) -> Run:
         seed=config["seed"] if isinstance(config.get("seed"), int) else None,
         device=str(summary.get("device", "unknown")),
         settings=settings(config),
-        results={name: value for name, value in results.items() if value is not None},
+        results=results,
         summary=summary,
         written=(status.folder / "metrics.json").stat().st_mtime,
     )

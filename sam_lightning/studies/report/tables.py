@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.schema import METRICS, did_you_mean
+from sam_lightning.config.errors import ConfigError, did_you_mean
+from sam_lightning.config.schema import METRICS
 from sam_lightning.config.text import clean
-from sam_lightning.studies.report.comparison import ABSENT, Study, show
+from sam_lightning.studies.report.comparison import ABSENT, Study
 from sam_lightning.studies.report.runs import COSTS
-from sam_lightning.studies.table import Table, title
+from sam_lightning.studies.table import Table, title, typed
 
 NAMES = {"acc": "accuracy", "acc5": "top-5 accuracy", "error": "error", "loss": "loss"}
 SPLITS = {"val": "validation", "test": "test", "train": "train"}
@@ -33,8 +32,8 @@ def results(study: Study, chosen: Sequence[str] | None = None) -> Table:
     """
     settings, sizes = study.settings, study.runs.groupby(level=0).size()
     # By name: the heading, and a cell per group.
-    columns = {c: (title(c, settings), [*map(show, settings[c])]) for c in settings}
-    columns |= {c: (c, [show(v)] * len(settings)) for c, v in study.common.items()}
+    columns = {c: (title(c, settings), [*map(typed, settings[c])]) for c in settings}
+    columns |= {c: (c, [typed(v)] * len(settings)) for c, v in study.common.items()}
     columns["n"] = ("n", [*map(str, sizes)])
     for name in METRICS:
         if (found := study.estimates[name])["n"].any():
@@ -83,7 +82,7 @@ def interval(found: Mapping[str, Any], metric: str, sign: str = "", of: int = 0)
     """Mean ± half of the interval, in percent except for losses; n where not all ``of`` have it."""
     if found["n"] == 0:
         return ABSENT
-    scale, digits = (1, 4) if metric.endswith("loss") else (100, 2)
+    scale, digits = percent(metric), 4 if metric.endswith("loss") else 2
     text = f"{scale * found['mean']:{sign}.{digits}f}"
     text += f" ± {scale * found['half']:.{digits}f}" if found["n"] > 1 else ""
     return f"{text} (n={found['n']:.0f})" if found["n"] < of else text
@@ -93,6 +92,11 @@ def metric_name(metric: str) -> str:
     """``val/acc`` in words."""
     split, _, name = metric.partition("/")
     return f"{SPLITS[split]} {NAMES[name]}"
+
+
+def percent(metric: str) -> int:
+    """What a metric is multiplied by where it is shown: losses are shown as they are."""
+    return 1 if metric.endswith("loss") else 100
 
 
 def unit(metric: str) -> str:
@@ -105,26 +109,21 @@ def csv(study: Study) -> dict[str, str]:
 
     Settings are as on the command line, but floats with all digits, and nothing for no value.
     """
-    shown = study.settings.map(lambda v: v if isinstance(v, float) else show(v)).astype(object)
-    shown = shown.where(shown != ABSENT, None)
+
+    def safe(text: Any) -> str:
+        return clean(text, "csv", undecoded=True)
+
+    shown = study.settings.map(lambda v: v if isinstance(v, float) else safe(typed(v)))
+    shown = shown.astype(object).where(shown != ABSENT, None)
     measured = {k: v for k, v in sorted(study.estimates.items()) if v["n"].any() and k not in COSTS}
-    runs = study.runs
+    runs = study.runs.assign(**{c: study.runs[c].map(safe) for c in ("folder", "device")})
     of_runs = [runs["folder"], shown.loc[runs.index], runs[["seed", *COSTS, "device", *measured]]]
     chosen = study.settings.index.isin(study.choices.values()).astype(int)
     of_groups = [shown.assign(n=runs.groupby(level=0).size(), chosen=chosen)]
     of_groups += [study.estimates[name]["mean"].rename(name) for name in COSTS]
     of_groups += [v.drop(columns="half").add_prefix(f"{k} ") for k, v in measured.items()]
 
-    def cell(value: Any) -> Any:
-        return clean(value, "csv", undecoded=True) if isinstance(value, str | Path) else value
-
-    def cleaned(column: pd.Series) -> pd.Series:
-        return pd.Series([*map(cell, column)], column.index, column.dtype)
-
     return {
-        name: pd.concat(parts, axis=1)
-        .apply(cleaned)
-        .rename(columns=cell)
-        .to_csv(index=False, lineterminator="\n")
+        name: pd.concat(parts, axis=1).rename(columns=safe).to_csv(index=False, lineterminator="\n")
         for name, parts in (("report.csv", of_runs), ("summary.csv", of_groups))
     }

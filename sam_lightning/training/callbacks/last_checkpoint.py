@@ -12,9 +12,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from sam_lightning.config.errors import Interrupted
+from sam_lightning.config.text import clean
 from sam_lightning.training.callbacks.progress import MetricsCSV
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,17 @@ class LastCheckpoint(Checkpoint):
         self._metrics = state_dict["metrics"]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Let a run that was moved or copied keep its best checkpoints."""
+        """Fit the states of callbacks to this run's: where it is now, and what it was told now."""
+        states = dict(checkpoint["callbacks"])
         for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                state = checkpoint["callbacks"].get(callback.state_key)
-                if state and state["dirpath"] != callback.dirpath:
-                    _move(state, Path(str(callback.dirpath)))
+            if not (state := states.pop(callback.state_key, None)):
+                continue
+            if isinstance(callback, EarlyStopping):  # it would load this argument
+                state["patience"] = callback.patience
+            if isinstance(callback, ModelCheckpoint) and state["dirpath"] != callback.dirpath:
+                _move(state, Path(str(callback.dirpath)))
+        for name in states if trainer.is_global_zero else ():
+            log.warning("the state of %s is left out: this run has no such callback", clean(name))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen again: Lightning's handlers would end the run between two passes."""

@@ -57,7 +57,6 @@ class Throughput(Callback):
         self.seconds = 0.0
         self.images = 0
         self._started: float | None = None  # None while the clock stands
-        self._validation_within_epoch = False
         self._began: float | None = None
         self._earlier = 0.0
         self._trainer: L.Trainer | None = None
@@ -120,12 +119,11 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock, which still runs within an epoch."""
-        self._validation_within_epoch = self._started is not None
         self._stop(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock again if it ran before."""
-        if self._validation_within_epoch:
+        """Start the clock again if the epoch goes on."""
+        if not trainer.is_last_batch:
             self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

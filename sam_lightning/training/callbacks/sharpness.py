@@ -2,15 +2,17 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from sam_lightning.analysis.checkpoints import stage
 from sam_lightning.analysis.curvature import top_eigenpairs, trace, worst_case
 from sam_lightning.analysis.loss_surface import LossSurface, fixed_batches
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.values import Count, Positive, Seed, check_value
 from sam_lightning.data.datamodule import ImageDataModule
 
 MEASURED = ("sharpness/worst", "sharpness/lambda_max", "sharpness/trace")
@@ -38,22 +40,17 @@ class SharpnessMonitor(Callback):
             ``ImageDataModule``.
     """
 
-    every_n_epochs: int = 1
-    images: int = 512
-    batch_size: int = 128
-    rho: float = 0.05
-    trace_samples: int = 8
-    max_steps: int = 30
-    seed: int = 0
+    every_n_epochs: Count = 1
+    images: Count = 512
+    batch_size: Count = 128
+    rho: Positive = 0.05
+    trace_samples: Count = 8
+    max_steps: Count = 30
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "seed" else 1
-            if name != "rho" and (not isinstance(value, int) or value < least):
-                text = f"callbacks.sharpness.{name}={value}: must be an integer >= {least}"
-                raise ConfigError(text)
-        if not isinstance(self.rho, int | float) or not 0 < self.rho < float("inf"):
-            raise ConfigError(f"callbacks.sharpness.rho={self.rho}: must be a number > 0")
+        for name, hint in get_type_hints(SharpnessMonitor, include_extras=True).items():
+            check_value(f"callbacks.sharpness.{name}", getattr(self, name), hint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse data without fixed images."""
@@ -83,9 +80,10 @@ class SharpnessMonitor(Callback):
         batches = [(x.to(dtype), y) for x, y in fixed_batches(data, "train", *options)]
         surface = LossSurface(pl_module.model, batches)
         generator = torch.Generator().manual_seed(self.seed)
-        top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
-        worst = worst_case(surface, float(self.rho))
-        mean_trace, _ = trace(surface, generator, self.trace_samples, top)
+        with stage(surface, "sharpness, at most", self.max_steps + 2 + self.trace_samples):
+            top = top_eigenpairs(surface, generator, k=1, tolerance=1e-2, max_steps=self.max_steps)
+            worst = worst_case(surface, float(self.rho))
+            mean_trace, _ = trace(surface, generator, self.trace_samples, top)
         return dict(zip(MEASURED, (worst, top.values[0].item(), mean_trace), strict=True))
 
 

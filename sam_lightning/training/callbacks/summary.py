@@ -1,6 +1,5 @@
 """What a run is, in a few lines at its start, and how long it will take."""
 
-import math
 import os
 from typing import Any
 
@@ -15,6 +14,7 @@ from sam_lightning.config.text import clean
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.source import Split
 from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.module import steps
 
 NAMED = 5  # of more classes the counts are not listed
 STEPS, SECONDS = 5, 2  # that the time left is measured over, at least, or to the epoch's end
@@ -55,8 +55,8 @@ class RunSummary(Callback):
         device, count = pl_module.device, trainer.world_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         lines["device"] = f"{count} x {name}, {trainer.precision}"
-        per_epoch, total = _steps(trainer, pl_module)
         batches, size = trainer.num_training_batches, getattr(data, "batch_size", None)
+        per_epoch, total = steps(trainer, batches, pl_module.accumulate_grad_batches)
         lines["steps"] = f"{total:,} in all, {per_epoch:,} in an epoch of {batches:,} batches"
         lines["steps"] += "" if size is None else f" of {size:,} images"
         if trainer.global_step:
@@ -81,11 +81,12 @@ class RunSummary(Callback):
         if self._start is None:
             self._start = step, seconds
             return
-        steps, seconds = step - self._start[0], seconds - self._start[1]
-        if not ((steps >= STEPS and seconds >= SECONDS) or trainer.is_last_batch):
+        taken, seconds = step - self._start[0], seconds - self._start[1]
+        if not ((taken >= STEPS and seconds >= SECONDS) or trainer.is_last_batch):
             return
         self._told = True
-        left = seconds / steps * _steps_left(trainer, pl_module)
+        _, total = steps(trainer, trainer.num_training_batches, pl_module.accumulate_grad_batches)
+        left = seconds / taken * (total - step)
         if left >= 5:
             print(f"about {duration(left)} of training left", flush=True)
 
@@ -118,23 +119,3 @@ def left_out(data: ImageDataModule) -> str:
     named = ", ".join(clean(name) for name in [*data.broken][:NAMED])
     more = ", ..." if len(data.broken) > NAMED else ""
     return f"files: {counts}{f' ({named}{more})' if named else ''}"
-
-
-def _steps(trainer: Any, pl_module: Any) -> tuple[int, int]:
-    """Steps of an epoch and of the run."""
-    per_epoch = math.ceil(trainer.num_training_batches / pl_module.accumulate_grad_batches)
-    total = per_epoch * trainer.max_epochs
-    return per_epoch, total if trainer.max_steps == -1 else min(total, trainer.max_steps)
-
-
-def _steps_left(trainer: Any, pl_module: Any) -> float:
-    """Steps to go, and as many as the passes of the validations to go are worth."""
-    per_epoch, total = _steps(trainer, pl_module)
-    left = total - trainer.global_step
-    data = trainer.datamodule
-    if not isinstance(data, ImageDataModule) or data.val is None:
-        return left
-    passes = 2 if pl_module.sam.perturbs and pl_module.sam.needs_gradient else 1
-    images_per_step = data.batch_size * pl_module.accumulate_grad_batches
-    validation = len(data.val) / images_per_step / passes / 3  # no backward pass, which takes 2/3
-    return left + left / per_epoch * validation / (trainer.check_val_every_n_epoch or 1)

@@ -58,8 +58,8 @@ class Dashboard(Callback):
     - charts in pages, the training images per second of each epoch, and the model's graph;
     - images of the first training batch, augmented as the model sees them;
     - after the test, the confusion matrix over all ranks, and rank 0's worst wrong predictions;
-    - the test accuracy as ``accuracy/test``, the first of the metrics in the table of HParams, as
-      TensorBoard sorts them by name.
+    - the last accuracies as ``accuracy/test`` and ``accuracy/val``, the first of the metrics in the
+      table of HParams, as TensorBoard sorts them by name.
 
     Rank 0 writes all of it, after the first step. Runs stay bit for bit the same.
 
@@ -107,6 +107,12 @@ class Dashboard(Callback):
                 writer.add_scalar("train/images_per_second", images / seconds, trainer.global_step)
             if trainer.current_epoch == 0:
                 add_graph(writer, pl_module.model, trainer.datamodule.train.shape)
+
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Log what a search compares."""
+        if (accuracy := trainer.callback_metrics.get("val/acc")) is not None:
+            for writer in _writers(trainer):
+                writer.add_scalar("accuracy/val", accuracy, trainer.global_step)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Count from zero."""
