@@ -95,19 +95,18 @@ class StoredImages:
             ConfigError: files are broken, sizes differ without ``fixed``, all images are of one
                 colour, or there is no memory for them.
         """
-        pixels = len(indices) * math.prod(self.shape[1:])
-        if (training and self.random is not None) or pixels > self.most_bytes:
-            # Decoding thumbnails, once, shows which files are whole.
-            small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
-            _, kept = small.load(indices)
-            self.broken, self.sizes = small.broken, small.sizes
-            return None, kept
         files = self.files.take(indices)
         found = hashes(files, self.cache_dir)
         key = hashlib.blake2b(repr((VERSION, self.fixed)).encode(), digest_size=16)
         key.update(found.tobytes())
         path = self.cache_dir / f"images-{key.hexdigest()}.u8"
-        images, notes = opened(path) or made(
+        changing = training and self.random is not None
+        kept = None if changing else opened(path)
+        if changing or (
+            kept is None and len(indices) * math.prod(self.shape[1:]) > self.most_bytes
+        ):
+            return None, self._whole(indices)
+        images, notes = kept or made(
             path, (len(indices), *self.shape[1:]), lambda write: self._decode(files, found, write)
         )
         self._check(files, notes)
@@ -116,6 +115,13 @@ class StoredImages:
         good = torch.ones(len(indices), dtype=torch.bool)
         good[[i for i, _ in notes["broken"]]] = False
         return images, good.nonzero().squeeze(1)
+
+    def _whole(self, indices: Tensor) -> Tensor:
+        """Positions of the images whose files can be decoded, by decoding thumbnails, once."""
+        small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
+        _, positions = small.load(indices)
+        self.broken, self.sizes = small.broken, small.sizes
+        return positions
 
     def read(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Decode these images now; each sees its ``random`` part by the seed, if there are seeds.

@@ -171,7 +171,7 @@ class ImageData:
                 f"batch_size={self.batch_size}: must be <= {len(self._order)}, the number of "
                 "training images, with drop_last=true"
             )
-        for name, check in augment.check(self.train.take(torch.tensor([0])).images):
+        for name, check in augment.check(self.train.take(torch.tensor([0])).seen()):
             try:
                 with argument_errors(f"augment.{name}"):
                     check()

@@ -139,7 +139,8 @@ class TrainDataset(SplitDataset):
         indices = indices[positions]
         copies = copies if isinstance(copies, int) else copies[positions]
         key = BatchKey(epoch, batch, indices, copies, partners)
-        images, labels = self.load(indices, self.augment.view_seeds(key))
+        unread = not isinstance(self.split.stored, Tensor)
+        images, labels = self.load(indices, self.augment.view_seeds(key) if unread else None)
         return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
 
     def _with_partners(self, positions: Integers, batch: int) -> tuple[Integers, Integers]:

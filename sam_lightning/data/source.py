@@ -110,10 +110,16 @@ class Split:
         Raises:
             ConfigError: images that are still in files cannot be read.
         """
-        return self.seen()
+        if isinstance(self.stored, Tensor):
+            return self._gathered(self.stored)
+        (found,) = read_splits(self)
+        assert found is not None
+        if len(found) < len(self):
+            raise ConfigError(f"{len(self) - len(found)} images are broken; use read_splits")
+        return found.seen()
 
     def seen(self, seeds: Sequence[int] | None = None) -> Tensor:
-        """As ``images``; of images that are decoded when needed, a random part by each seed."""
+        """As ``images``, without keeping them; of unread images, a random part by each seed."""
         if isinstance(self.stored, Tensor):
             return self._gathered(self.stored)
         index = torch.arange(len(self)) if self.index is None else self.index

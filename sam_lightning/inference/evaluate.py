@@ -157,7 +157,7 @@ def _outputs(
     device = next(trained.parameters()).device
     for start in range(0, len(split), batch_size):
         part = split.take(torch.arange(start, min(start + batch_size, len(split))))
-        yield trained(trained.preprocess(part.images)), part.labels.to(device)
+        yield trained(trained.preprocess(part.seen())), part.labels.to(device)
 
 
 def main(argv: list[str] | None = None) -> None:

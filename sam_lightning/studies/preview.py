@@ -122,7 +122,7 @@ def draw(data: "ImageData", out: Path, count: int) -> None:
     name, split = next((n, s) for n, s in [*_splits(data).items()][::-1] if n != "val")
     chosen = torch.arange(min(count, len(split))) * len(split) // min(count, len(split))
     part = split.take(chosen)
-    parts.append((f"evaluation ({name})", data.normalize(part.images), part.labels))
+    parts.append((f"evaluation ({name})", data.normalize(part.seen()), part.labels))
     rows = [-(-len(labels) // COLUMNS) for _, _, labels in parts]
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # letters of a class

@@ -265,7 +265,7 @@ def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
     (root / "ant" / "7.png").write_bytes(b"no image")
     options = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache"]
     options += ["data.subset=1.0", "data.split=[0.5,0.25,0.25]", "data.skip_broken=true"]
-    run(tmp_path / "run", *options, "epochs=1", "batch_size=4", "data.crop_padding=0")
+    run(tmp_path / "run", *options, "epochs=1", "batch_size=4", "augment=none")
     assert "unused  files: 3 .txt, 1 broken (ant/7.png)" in capsys.readouterr().out
     record = summary(tmp_path / "run")
     assert record["left_out"] == {".txt": 3, "broken": 1}
@@ -283,7 +283,7 @@ def test_a_run_in_folders_of_odd_names_is_trained_continued_and_evaluated(tmp_pa
     write_images(tmp_path / "made", 16)
     (tmp_path / "made" / "train").rename(root)
     options = ["data=image_folder", f"data.root={root.name}", "data.split=0.25", "model.width=8"]
-    options += ["trainer=cpu", "batch_size=3", "data.crop_padding=0", "hydra.run.dir=run #1"]
+    options += ["trainer=cpu", "batch_size=3", "augment=none", "hydra.run.dir=run #1"]
     done = command(tmp_path, *options, "epochs=1")
     assert done.returncode == 0, done.stderr
     done = command(tmp_path, "ckpt_path=run #1", "epochs=2", f"data.root={root.name}")

@@ -234,9 +234,9 @@ def test_the_batch_must_divide_over_the_processes():
 def test_a_batch_is_one_gather(monkeypatch):
     datamodule = ready()
     requests = []
-    original = SplitDataset.__getitems__
+    original = SplitDataset.load
     monkeypatch.setattr(
-        SplitDataset, "__getitems__", lambda self, i: requests.append(i) or original(self, i)
+        SplitDataset, "load", lambda self, i, s: requests.append(i) or original(self, i, s)
     )
     batches = list(datamodule.train_dataloader())
     assert [len(request) for request in requests] == [16] * 7 + [8]

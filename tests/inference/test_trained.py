@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision import transforms
 
 import sam_lightning
 from runs import configuration
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.inference.load import cover, data_of, torch_device
+from sam_lightning.data.views import CenterCrop
+from sam_lightning.inference.load import data_of, torch_device
 from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.build import make_module, prepare_data
 from trained_runs import NOISY, changed, digits_run, folder_run, hostile, last, targets
@@ -145,8 +146,8 @@ def test_channels_become_those_that_were_trained_on(digits_ckpt, folder_ckpt):
 def test_a_square_is_covered_as_torchvision_does(size, side):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    expected = Compose([Resize(side), CenterCrop(side)])(image)
-    assert np.array_equal(cover(image, (side, side)), expected)
+    expected = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])(image)
+    assert np.array_equal(CenterCrop((side, side))(image), expected)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +160,10 @@ def test_a_square_is_covered_as_torchvision_does(size, side):
 )
 def test_a_rectangle_is_cut_out_of_the_centre(size, window):
     noise = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    assert np.array_equal(cover(Image.fromarray(noise), (20, 30)), noise[window])
+    assert np.array_equal(CenterCrop((20, 30))(Image.fromarray(noise)), noise[window])
     doubled = noise.repeat(2, 0).repeat(2, 1)
     expected = Image.fromarray(doubled).resize(size[::-1], Image.Resampling.BILINEAR)
-    found = cover(Image.fromarray(doubled), (20, 30))
+    found = CenterCrop((20, 30))(Image.fromarray(doubled))
     assert np.array_equal(found, np.asarray(expected)[window])
 
 

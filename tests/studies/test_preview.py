@@ -23,7 +23,7 @@ def test_a_preview_counts_and_draws_what_the_network_sees(tmp_path, monkeypatch,
         (tmp_path / "photos" / "ant" / "broken.png").write_bytes(b"no image")
         (tmp_path / "photos" / "ant" / "notes.txt").touch()
         arguments = ["data=image_folder", "data.root=photos", "data.split=[0.5,0.2,0.3]"]
-        arguments += ["data.image_size=24", "data.crop_padding=0"]
+        arguments += ["data.image_size=24", "augment=none"]
     preview.main([*arguments, "out=seen.png", "images=6"])
     out = capsys.readouterr().out
     if not colour:
