@@ -90,7 +90,7 @@ def test_numbers_go_on_behind_those_of_jobs_that_are_there(tmp_path):
 
 def test_a_sweep_of_many_keys(tmp_path):
     given = ["method=sam", "optimizer=sgd", "scheduler=cosine", "data.split_seed=123456789"]
-    given += ["augment.crop.padding=4", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
+    given += ["data.repeats=1", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
     given += ["trainer.accumulate_grad_batches=4", "trainer.check_val_every_n_epoch=1"]
     done = command(tmp_path, "-m", *SMALL, *given, "rho=-1,-2")
     assert done.returncode == 2
