@@ -147,9 +147,11 @@ def told(left_out: dict[str, int]) -> str:
 def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """All image files of a folder and those below it, in order, and what is left out."""
     names: list[str] = []
+    status: list[tuple[int, ...]] = []
     left_out: Counter[str] = Counter()
-    _walk(str(folder), str(folder), names, [], left_out)
-    return sorted(folder / name for name in names), dict(left_out.most_common())
+    _walk(str(folder), str(folder), names, status, left_out)
+    files = [folder / name for name, row in zip(names, status, strict=True) if any(row)]
+    return sorted(files), dict(left_out.most_common())
 
 
 def _split_folders(root: str, base: str) -> dict[str, str]:

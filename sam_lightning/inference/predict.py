@@ -33,8 +33,9 @@ python -m sam_lightning predict ckpt_path=RUN input=photo.jpg
 python -m sam_lightning predict ckpt_path=RUN input=photos format=csv out=predictions.csv
 python -m sam_lightning predict ckpt_path=RUN 'input=photos/**/*.png' top_k=1
 
-Images become grey or RGB as those of the run were. They are resized until they cover the size
-that the run was trained on, and their centre is cropped; results are best for images like those.
+Images are read as for training: upright, transparency on white, 16 bits scaled to 8; grey or RGB as
+those of the run were. They are resized until they cover the size that the run was trained on, and
+their centre is cropped; results are best for images like those.
 A file that is no image is named, gets a row with the error, and makes the exit code 1.
 
   ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
@@ -67,7 +68,8 @@ def predict(
         ``probability`` of the ``top_k`` classes, most likely first, or ``error``, one line.
     """
     import torch
-    from PIL import Image
+
+    from sam_lightning.data.pixels import open_image
 
     step = batch_size if trained.image_size else 1  # of one size, or one at a time
     for start in range(0, len(files), step):
@@ -75,8 +77,7 @@ def predict(
         images = []
         for row in rows:
             try:
-                with Image.open(row["file"]) as image:
-                    images.append(trained.preprocess(image))
+                images.append(trained.preprocess(open_image(row["file"])))
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
                 row["error"] = one_line(error)
         if images:
@@ -94,19 +95,23 @@ def predict(
 
 
 def find(given: str) -> list[Path]:
-    """The files that ``input`` names: a file, all in a folder, or all that match a pattern.
+    """The files that ``input`` names: a file, images in a folder, or all that match a pattern.
+
+    Prints what is left out of a folder.
 
     Raises:
         ConfigError: there is none.
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        from torchvision.datasets.folder import IMG_EXTENSIONS  # which image_folder trains on
+        from sam_lightning.data.listing import images_below, told
 
-        found = [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
+        files, left_out = images_below(path)
+        if files and left_out:
+            print(f"input={clean(given)}{told(left_out)}", file=sys.stderr)
     else:
         found = [path] if path.is_file() else [*map(Path, glob.glob(str(path), recursive=True))]
-    files = sorted(p for p in found if p.is_file())
+        files = sorted(p for p in found if p.is_file())
     if not files:
         raise ConfigError(f"input={given}: is no file, no pattern of one, no folder of images")
     return files

@@ -1,0 +1,272 @@
+"""The copy of decoded images: known by content, decoded once, one in memory for all processes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from image_files import assert_equals_torchvision, one_line_error, write_images
+from runs import configuration, run, summary
+from sam_lightning.data import cache, contents, image_folder
+from sam_lightning.data.image_data import ImageData, build_data
+from sam_lightning.data.source import read_splits
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The contents that were decoded."""
+    seen = []
+    original = cache.open_image
+    monkeypatch.setattr(cache, "open_image", lambda c: seen.append(c) or original(c))
+    return seen
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files that were read."""
+    seen = []
+    original = contents.content_of
+    for module in (cache, contents):
+        monkeypatch.setattr(module, "content_of", lambda p: seen.append(p) or original(p))
+    return seen
+
+
+def photos(tmp_path, **options):
+    options = {"cache_dir": str(tmp_path / "cache"), **options}
+    return image_folder(str(tmp_path / "photos"), **options)
+
+
+def test_sets_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
+    """As those that are unpacked from archives with times of 0 are."""
+    for seed in (0, 1):
+        root = tmp_path / f"{seed}" / "photos"
+        rng = np.random.default_rng(seed)
+        for name in ("train/a", "train/b", "test/a", "test/b"):
+            (root / name).mkdir(parents=True)
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / "0.bmp")
+            os.utime(root / name / "0.bmp", (0, 0))
+        source = image_folder(str(root), cache_dir=str(tmp_path / "cache"))
+        assert_equals_torchvision(source.train, root / "train")
+
+
+def test_unchanged_files_are_read_once_and_changed_ones_are_noticed(
+    tmp_path, read, decoded, monkeypatch
+):
+    monkeypatch.setattr(contents, "SETTLED", 0)  # these files are new
+    root = write_images(tmp_path / "photos")
+    first = photos(tmp_path).train.images.clone()
+    assert len(read) == 2 * len(first) + 1  # to hash and to decode, and the first for its size
+    read.clear()
+    assert torch.equal(photos(tmp_path).train.images, first)
+    assert read == []
+    file = root / "train" / "ant" / "0.png"
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file, compress_level=0)
+    new = file.read_bytes()
+    for size in {len(content)} if len(new) <= len(content) else set():
+        file.write_bytes(new + bytes(size - len(new)))  # as long as before
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # and as old
+    assert_equals_torchvision(photos(tmp_path).train, root / "train")
+    assert [p for p in read if p == str(file)]
+    index = next((tmp_path / "cache").glob("contents-*.npy"))
+    index.write_bytes(b"damaged")
+    read.clear()
+    decoded.clear()
+    assert len(photos(tmp_path).train.images) == 12
+    assert len(read) == len(first)
+    assert decoded == []
+
+
+def test_only_images_that_are_used_are_decoded(tmp_path, decoded):
+    write_images(tmp_path / "photos", splits=("train", "test", "val"))
+    options = ["data=image_folder", f"data.root={tmp_path}/photos"]
+    options += [f"data.cache_dir={tmp_path}/cache", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
+    cfg = configuration(*options, "data.subset=5", "test=false")
+    data = build_data(cfg, ImageData)
+    data.read()
+    assert (len(data.train), len(data.val), len(data.test)) == (5, 12, 12)
+    assert len(decoded) == 5 + 12 + 1  # and the first, for its size
+    decoded.clear()
+    cfg = configuration(*options, "data.subset=5", "test=true")
+    data = build_data(cfg, ImageData)
+    data.read()
+    assert len(decoded) == 12 + 1
+
+
+def test_val_size_and_subset_are_no_copies(tmp_path):
+    write_images(tmp_path / "photos")
+    options = [f"data.root={tmp_path}/photos", f"data.cache_dir={tmp_path}/cache"]
+    data = build_data(configuration("data=image_folder", *options, "data.val_size=4"), ImageData)
+    data.read()
+    assert isinstance(data.train.stored, torch.Tensor)
+    assert data.train.stored.data_ptr() == data.val.stored.data_ptr()
+    pixels = data.train.images.double() / 255
+    assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+    batch = next(iter(data.train_loader()))[0]
+    assert sorted(map(hash, (i.numpy().tobytes() for i in batch))) == sorted(
+        map(hash, (i.numpy().tobytes() for i in data.train.images))
+    )
+
+
+READER = """
+import re, sys
+from sam_lightning.data import image_folder
+images = image_folder(sys.argv[1], 256, cache_dir=sys.argv[2]).train.images
+images.sum()
+print("ready", flush=True)
+sys.stdin.readline()
+maps = re.split("^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)
+(mine,) = [part for part in maps if ".u8" in part.partition("\\n")[0]]
+keys = ("Rss", "Pss", "Private_Dirty")
+print(*(re.search(f"^{key}: *([0-9]+) kB", mine, re.M)[1] for key in keys), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is shared")
+def test_two_processes_hold_one_copy(tmp_path):
+    write_images(tmp_path / "photos", 40)
+    arguments = [sys.executable, "-c", READER, tmp_path / "photos"]
+    arguments.append(tmp_path / "cache")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(arguments, **pipes) for _ in range(2)]  # which decode at once
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    found = []
+    for process in both:  # while the other lives
+        process.stdin.write("\n")
+        process.stdin.flush()
+        found.append([*map(int, process.stdout.readline().split())])
+    for process in both:
+        process.stdin.close()
+        assert process.wait() == 0
+    size = 12 * 3 * 256 * 256 / 1024
+    assert len([*(tmp_path / "cache").glob("*.u8")]) == 1
+    for resident, _, private in found:
+        assert resident >= size
+        assert private == 0
+    assert found[0][1] <= 0.55 * size + 8  # half of one copy each
+
+
+def test_processes_that_start_at_once_decode_once(tmp_path):
+    write_images(tmp_path / "photos", 60)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        counts = pool.map(_count_decoded, [tmp_path] * 4, chunksize=1)
+    assert sorted(count > 1 for count in counts) == [False, False, False, True]
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".json", ".u8"}
+
+
+def _count_decoded(tmp_path):
+    torch.set_num_threads(1)
+    seen = []
+    original = cache.open_image
+    cache.open_image = lambda content: seen.append(content) or original(content)
+    assert_equals_torchvision(photos(tmp_path).train, tmp_path / "photos" / "train")
+    return len(seen)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync", "replace"])
+def test_a_full_disk_only_warns(tmp_path, monkeypatch, call):
+    root = write_images(tmp_path / "photos")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.warns(UserWarning, match="cannot keep decoded images in .*No space left"):
+        images = photos(tmp_path).train.images
+    monkeypatch.undo()
+    assert not (tmp_path / "cache").exists()
+    assert torch.equal(images, photos(tmp_path).train.images)
+    assert_equals_torchvision(photos(tmp_path).train, root / "train")
+
+
+def test_a_cache_that_was_copied_is_compared_with_its_checksum(tmp_path, decoded):
+    write_images(tmp_path / "photos")
+    right = photos(tmp_path).train.images.clone()
+    (tmp_path / "cache").rename(tmp_path / "old")
+    (tmp_path / "cache").mkdir()
+    for file in (tmp_path / "old").iterdir():
+        (tmp_path / "cache" / file.name).write_bytes(file.read_bytes())
+    decoded.clear()
+    assert torch.equal(photos(tmp_path).train.images, right)
+    assert decoded == []
+
+
+# ------------------------------------------------------------------------------------ broken files
+
+
+def break_some(root):
+    (root / "train" / "ant" / "0.png").write_bytes(b"no image")
+    (root / "train" / "ant" / "8.jpg").symlink_to("nowhere")
+    for i in range(11):
+        (root / "train" / "zebra" / f"9{i}.png").write_bytes(b"")
+    return {"train/ant/0.png", "train/ant/8.jpg", *(f"train/zebra/9{i}.png" for i in range(11))}
+
+
+def test_all_broken_files_are_said_at_once(tmp_path):
+    root = write_images(tmp_path / "photos")
+    break_some(root)
+    said = one_line_error(lambda: photos(tmp_path).train.images)
+    assert said.startswith("data.root: 13 of 24 images cannot be decoded: ")
+    assert said.count("cannot identify image file") == 9
+    assert f"{root}/train/ant/8.jpg ([Errno 2] No such file or directory" in said
+    assert said.endswith(" and 3 more; data.skip_broken=true leaves them out")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_broken_files_can_be_left_out(tmp_path, decoded):
+    broken = break_some(write_images(tmp_path / "photos"))
+    for _ in range(2):
+        source = photos(tmp_path, skip_broken=True)
+        train, _ = read_splits(source.train, source.test)
+        assert len(train) == len(train.images) == 11
+        assert not broken & {*train.names}
+        assert source.train.stored.broken.keys() == broken
+        names = [*train.names]
+        decoded.clear()
+    one_line_error(lambda: photos(tmp_path).train.images)
+    assert decoded == []
+    for name in broken:
+        (tmp_path / "photos" / name).unlink()
+    assert [*photos(tmp_path).train.names] == names
+    assert torch.equal(photos(tmp_path).train.images, train.images)
+
+
+def test_images_of_one_colour_are_refused(tmp_path):
+    for i, name in enumerate(("train/a", "train/b")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for j in range(3):
+            Image.new("RGBA", (8, 8), (i, j, 0, 0)).save(tmp_path / "photos" / name / f"{j}.png")
+    said = one_line_error(lambda: photos(tmp_path).train.images)
+    assert re.search(r"all 6 images, such as .*, are of one colour, \[255, 255, 255\]", said)
+
+
+def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
+    root = tmp_path / "photos"
+    write_images(tmp_path / "made")
+    (tmp_path / "made" / "train").rename(root)
+    (root / "ant" / "7.png").write_bytes(b"no image")
+    options = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache"]
+    options += ["data.subset=1.0", "data.split=[0.5,0.25,0.25]", "data.skip_broken=true"]
+    run(tmp_path / "run", *options, "epochs=1", "batch_size=4", "data.crop_padding=0")
+    assert "unused  files: 3 .txt, 1 broken (ant/7.png)" in capsys.readouterr().out
+    record = summary(tmp_path / "run")
+    assert record["left_out"] == {".txt": 3, "broken": 1}
+    assert record["broken"] == {"ant/7.png": "cannot identify image file"}
+    stored = json.loads((tmp_path / "run" / "split.json").read_text())
+    total = {name: sum(of.values()) for name, of in record["images"].items()}
+    assert total == {name: len(names) for name, names in stored.items()}
+    assert sum(total.values()) == 12

@@ -1,0 +1,191 @@
+"""Image files of all kinds against Pillow's own conversions: what is loaded is what one sees."""
+
+import io
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+from torchvision import transforms
+
+from sam_lightning.data.pixels import cover, decode, open_image, suffixes
+
+RNG = np.random.default_rng(0)
+SMOOTH = np.stack([*np.meshgrid(np.arange(0, 240, 8), np.arange(0, 160, 8)), np.full((20, 30), 90)])
+RGB = Image.fromarray(SMOOTH.transpose(1, 2, 0).astype(np.uint8))
+ALPHA = Image.fromarray(RNG.integers(0, 256, (20, 30), dtype=np.uint8))
+GREY16 = RNG.integers(0, 65536, (20, 30)).astype(np.uint16)
+
+
+def written(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def half(form):
+    content = written(Image.fromarray(RNG.integers(0, 256, (60, 60, 3), dtype=np.uint8)), form)
+    return content[: len(content) // 2]
+
+
+def reread(content):
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def on_white(rgba):
+    pixels = np.asarray(rgba).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + 255 * (1 - alpha)
+
+
+def assert_close(found, expected, levels=1):
+    assert found.dtype == np.uint8
+    assert found.shape == np.shape(expected)
+    assert np.abs(found.astype(float) - expected).max() <= levels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_images_are_upright(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = written(RGB, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    expected = ImageOps.exif_transpose(reread(content)).convert("RGB")
+    assert expected.size == ((30, 20) if orientation < 5 else (20, 30))
+    assert_close(decode(content), np.asarray(expected), 0)
+
+
+def test_damaged_metadata_does_not_hide_the_pixels():
+    content = written(RGB, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):  # of Pillow
+        assert_close(decode(content), np.asarray(reread(content)), 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_modes_become_colours_as_pillow_converts_them(mode):
+    form = {"CMYK": "JPEG", "YCbCr": "TIFF", "LAB": "TIFF"}.get(mode, "PNG")
+    if mode == "HSV":
+        assert_close(np.asarray(open_image(written(RGB, "PNG"))), np.asarray(RGB), 0)
+        return
+    content = written(RGB.convert(mode), form)  # a JPEG of CMYK is Adobe's, inverted
+    image = reread(content)
+    assert image.mode == mode
+    if mode == "LAB":
+        to_rgb = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
+        expected = ImageCms.applyTransform(image, to_rgb)
+    else:
+        expected = image.convert("RGB")
+    assert_close(decode(content), np.asarray(expected))
+    if mode in ("CMYK", "RGB", "YCbCr"):  # and it is not inverted
+        assert_close(decode(content), np.asarray(RGB), 16)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P one", "L", "RGB", "1", "I;16"])
+def test_what_is_transparent_is_white(kind):
+    options = {}
+    image = RGB.copy()
+    if kind in ("RGBA", "LA"):
+        image = image.convert(kind)
+        image.putalpha(ALPHA)
+    elif kind.startswith("P"):
+        image = image.quantize(16)
+        options = {"transparency": bytes(range(0, 256, 16)) if kind == "P" else 3}
+    elif kind == "I;16":
+        levels = np.where(GREY16 > 40_000, 1000, 50_000).astype(np.uint16)
+        image, options = Image.fromarray(levels), {"transparency": 1000}
+    else:
+        image = image.convert(kind)
+        options = {"transparency": image.getpixel((3, 4))}
+    content = written(image, "PNG", **options)
+    if kind == "I;16":
+        expected = np.repeat(np.where(levels == 1000, 255, 50_000 / 257)[..., None], 3, axis=2)
+    else:
+        expected = on_white(reread(content).convert("RGBA"))
+    assert (expected == 255).all(2).any()
+    assert_close(decode(content), expected)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "TIFF big", "PPM"])
+def test_sixteen_bits_are_scaled_to_eight(form):
+    kind, _, big = form.partition(" ")
+    content = written(Image.fromarray(GREY16.astype(">u2") if big else GREY16), kind)
+    assert reread(content).mode.startswith("I")
+    assert_close(decode(content), np.repeat(GREY16[..., None] / 257, 3, axis=2), 0.5)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_of_several_frames_counts(form):
+    frames = [Image.new("RGB", (12, 10), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    options |= {"disposal": 2} if form == "GIF" else {}
+    content = written(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(content)).n_frames == 3
+    assert_close(decode(content), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (written(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (
+            written(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"),
+            "from 70000 to 70000",
+        ),
+        *[(half(f), "truncated") for f in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "GIF")],
+        (half("WEBP"), "could not create decoder"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        (b"", "cannot identify"),
+    ],
+)
+def test_what_is_no_picture_is_an_error(content, said):
+    with pytest.raises((OSError, ValueError, SyntaxError), match=said) as caught:
+        decode(content)
+    assert "0x" not in str(caught.value)
+
+
+def test_a_name_says_nothing_of_the_format(tmp_path):
+    for name in ("a.jpg", "a", "a.PNG"):
+        file = tmp_path / name
+        file.write_bytes(written(RGB, "PNG"))
+        for given in (file, str(file), file.read_bytes()):
+            assert_close(decode(given), np.asarray(RGB), 0)
+
+
+def test_suffixes_are_those_that_can_be_opened():
+    assert {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".tif", ".bmp"} < suffixes()
+    assert not {".eps", ".pdf", ".mpg", ".h5", ".txt", ""} & suffixes()
+
+
+@pytest.mark.parametrize("size", [(9, 9), (64, 64), (16, 33), (20, 30)])
+@pytest.mark.parametrize("shape", [(20, 30), (31, 17), (20, 20)])
+def test_cover_is_torchvisions_resize_and_crop(size, shape):
+    image = Image.fromarray(RNG.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    covering = max(size[0] / shape[0], size[1] / shape[1])
+    sides = [max(int(round(s * covering, 9)), want) for s, want in zip(shape, size, strict=True)]
+    steps = [transforms.Resize(sides), transforms.CenterCrop(size)]
+    assert_close(np.asarray(cover(image, size)), np.asarray(transforms.Compose(steps)(image)), 0)
+
+
+def test_a_thin_line_does_not_take_all_memory():
+    image = Image.fromarray(RNG.integers(0, 256, (40_000, 1, 3), dtype=np.uint8))
+    tracemalloc.start()
+    assert cover(image, (224, 224)).size == (224, 224)  # whole, it would be 6 GB
+    part = np.asarray(cover(image, (60, 60))).astype(int)
+    middle = np.asarray(cover(image.crop((0, 19_000, 1, 21_000)), (60, 60))).astype(int)
+    assert np.abs(part - middle).max() <= 2
+    tracemalloc.stop()
+
+
+def test_photographs_are_those_of_pillow():
+    folders = [Path("/usr/share"), Path("/usr/lib/python3")]
+    files = [f for folder in folders for f in folder.rglob("*.jp*g")][:5]
+    if not files:
+        pytest.skip("no photographs on this machine")
+    for file in files:
+        expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        assert_close(decode(file), np.asarray(expected))
