@@ -134,7 +134,7 @@ def test_the_first_of_several_frames_counts(form):
         (written(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
         (
             written(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"),
-            "from 70000 to 70000",
+            "to 70000",
         ),
         *[(half(f), "truncated") for f in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "GIF")],
         (half("WEBP"), "could not create decoder"),

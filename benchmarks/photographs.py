@@ -1,0 +1,121 @@
+"""Folders of image files: CPU seconds to list them and to start again, memory of two processes."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.timing import Measurement, interleave, ratio, summary
+from sam_lightning.data import image_folder
+
+CLASSES = 100
+PROCESSES = 2
+# Opens a set, looks at all of it, and says how many kB of memory its images take, each divided by
+# the processes that share it.
+READER = """
+import re, sys
+from sam_lightning.data import image_folder
+images = image_folder(sys.argv[1], int(sys.argv[2]), cache_dir=sys.argv[3]).train.images
+images.sum()
+print("ready", flush=True)
+sys.stdin.readline()
+start = images.data_ptr()
+for part in re.split("^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
+    first, last = (int(address, 16) for address in part.split()[0].split("-"))
+    if first <= start < last:
+        print(re.search("^Pss: *([0-9]+) kB", part, re.M)[1], flush=True)
+sys.stdin.readline()
+"""
+
+
+def measure(quick: bool) -> list[Measurement]:
+    """Listing and hashing of small files; memory of processes that read one set."""
+    files, images, side, rounds = (2_000, 100, 64, 2) if quick else (100_000, 500, 224, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "listed")
+        make(root, files, lambda i: b"%d" % i)
+        cases = {"ours": lambda: cpu(listed, root), "os.scandir + stat": lambda: cpu(scanned, root)}
+        seconds = interleave(cases, rounds)
+        what = f"{files:,} files"
+        rows = [
+            ratio("photographs", f"listing {what}, ours / os.scandir + stat", *seconds.values()),
+            *(
+                summary("photographs", f"{n}: listing {what}", s, "CPU s")
+                for n, s in seconds.items()
+            ),
+        ]
+        if Path("/proc/self/smaps").exists():
+            root = Path(folder, "images")
+            noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            file = Path(folder, "noise.png")
+            Image.fromarray(noise).save(file)
+            make(root, images, lambda i: file.read_bytes())
+            copies = sum(memory(root, side, Path(folder, "cache"))) / (images * 3 * side**2)
+            what = f"{PROCESSES} processes: images in memory, {images} of {side} x {side}"
+            rows.append(summary("photographs", what, [copies], "copies"))
+    return rows
+
+
+def make(root: Path, files: int, content: Callable[[int], bytes]) -> None:
+    """Write files in ``train`` and one of each class in ``test``."""
+    for cls in range(CLASSES):
+        for split, count in (("train", files // CLASSES), ("test", 1)):
+            folder = root / split / f"class_{cls:03}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"photograph_{i:06}.jpg").write_bytes(content(i))
+
+
+def cpu(call: Callable[[Path], object], root: Path) -> float:
+    """CPU seconds of this process."""
+    started = time.process_time()
+    call(root)
+    return time.process_time() - started
+
+
+def listed(root: Path) -> int:
+    """Names, labels and states of all files, by ours."""
+    return len(image_folder(str(root), 224).train)
+
+
+def scanned(root: Path) -> int:
+    """The least that it takes to know all files and whether they changed."""
+    pending, count = [str(root)], 0
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    pending.append(entry.path)
+                else:
+                    count += entry.stat().st_size > 0
+    return count
+
+
+def memory(root: Path, side: int, cache: Path) -> list[int]:
+    """Bytes that the images take in each of the processes, shared ones divided among them."""
+    command = [sys.executable, "-c", READER, str(root), str(side), str(cache)]
+    image_folder(str(root), side, cache_dir=str(cache)).train.images.sum()
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(PROCESSES)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("a process could not read the images")
+    found = []
+    for process in running:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        found.append(1024 * int(process.stdout.readline()))
+    for process in running:
+        process.communicate("\n")
+    return found
