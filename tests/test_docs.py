@@ -283,7 +283,9 @@ def test_other_commands_take_their_arguments(page):
             assert (ROOT / file).is_file()
             continue
         settings = [a for a in arguments if "=" in a]
-        if command == "rerun":  # takes settings of train.py
+        if command in ("rerun", "preview", "cost"):  # take settings of train.py
+            own = getattr(module, "KEYS", {})
+            settings = [s for s in settings if s.partition("=")[0] not in own]
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 compose("train", settings)
         elif settings:

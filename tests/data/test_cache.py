@@ -1,5 +1,6 @@
 """The copy of decoded images: known by content, decoded once, one in memory for all processes."""
 
+import csv
 import errno
 import json
 import multiprocessing
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from image_files import assert_equals_torchvision, one_line_error, write_images
-from runs import configuration, run, summary
+from runs import command, configuration, run, summary
+from sam_lightning.config.conf import CONF
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import cache, contents, image_folder
 from sam_lightning.data.image_data import ImageData, build_data
 from sam_lightning.data.source import read_splits
@@ -271,3 +274,45 @@ def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
     total = {name: sum(of.values()) for name, of in record["images"].items()}
     assert total == {name: len(names) for name, names in stored.items()}
     assert sum(total.values()) == 12
+
+
+@pytest.mark.slow
+def test_a_run_in_folders_of_odd_names_is_trained_continued_and_evaluated(tmp_path):
+    """Also after images were added: those of ``split.json`` are tested."""
+    root = tmp_path / "photos (1), bob's"
+    write_images(tmp_path / "made", 16)
+    (tmp_path / "made" / "train").rename(root)
+    options = ["data=image_folder", f"data.root={root.name}", "data.split=0.25", "model.width=8"]
+    options += ["trainer=cpu", "batch_size=3", "data.crop_padding=0", "hydra.run.dir=run #1"]
+    done = command(tmp_path, *options, "epochs=1")
+    assert done.returncode == 0, done.stderr
+    done = command(tmp_path, "ckpt_path=run #1", "epochs=2", f"data.root={root.name}")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2" in done.stdout
+    for i in range(20):
+        Image.new("RGB", (19, 16), (i, 0, 0)).save(root / "ant" / f"new{i}.png")
+    root.rename(tmp_path / "#2")
+    words = ["-m", "sam_lightning", "evaluate", "ckpt_path=run #1", "data.root=#2"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CONF.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    run_folder = tmp_path / "run #1"
+    with (run_folder / "predictions.csv").open() as file:
+        tested = [line["file"] for line in csv.DictReader(file)]
+    assert tested == json.loads((run_folder / "split.json").read_text())["test"]
+    evaluated = json.loads((run_folder / "evaluation.json").read_text())
+    assert evaluated["metrics"]["test/acc"] == summary(run_folder)["metrics"]["test/acc"]
+
+
+def test_a_run_without_a_test_set_needs_test_false(tmp_path):
+    root = write_images(tmp_path / "photos", splits=("train",))
+    options = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache"]
+    options += ["data.subset=1.0", "epochs=1", "batch_size=4"]
+    with pytest.raises(ConfigError, match=r"^test=true: the data have no test set; set test=false"):
+        run(tmp_path / "run", *options)
+    assert "train/acc" in run(tmp_path / "run", *options, "test=false")
