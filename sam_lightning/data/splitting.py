@@ -70,7 +70,10 @@ def _drawn(files: Files, split: Any, seed: int) -> dict[str, Tensor]:
 def _as_stored(names: Names, file: str, left_out: Counter[str]) -> dict[str, Tensor]:
     """The split that a run has written to its ``split.json``."""
     try:
-        stored = json.loads(Path(file).expanduser().read_bytes())
+        path = Path(file).expanduser()
+        if path.exists() and not path.is_file():  # a pipe would wait
+            raise OSError("is no ordinary file")
+        stored = json.loads(path.read_bytes())
         wanted = {split: [str(name) for name in stored.get(split, [])] for split in SPLITS}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"data.split={file}: cannot be read ({one_line(error)})") from error

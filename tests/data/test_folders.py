@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 
 from image_files import one_line_error, write_images
+from sam_lightning.config.arguments import parse
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import with_quoted_places
 from sam_lightning.data import image_folder
 from sam_lightning.data.source import Names, read_splits
+from sam_lightning.studies import cost
 from sam_lightning.studies.plan import configuration
 
 
@@ -254,6 +257,32 @@ def test_lists_of_folders_stay_lists(tmp_path, monkeypatch):
         "ckpt_path=last",
     ]
     assert with_quoted_places(given) == given
+
+
+def test_the_cost_of_photographs_is_known_before_they_are_decoded(tmp_path):
+    for split in ("train", "val", "test"):
+        classes(tmp_path / split, {"a": 5, "b": 4})
+    for file in tmp_path.glob("*/a/*.png"):
+        file.write_bytes(b"not decoded")
+    options = ["data=image_folder", f"data.root={tmp_path}", "data.image_size=16", "model.width=4"]
+    small, large = (
+        cost.estimate(configuration([*options, f"data.image_size={s}"])) for s in (16, 32)
+    )
+    assert small.images == large.images == 9
+    assert large.forward / small.forward == pytest.approx(4, rel=0.01)
+    assert cost.estimate(configuration([*options, "data.subset=4"])).images == 4
+
+
+def test_commands_take_paths_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = {"ckpt_path": ("???", Any), "out": (None, str | None), "top_k": (1, int)}
+    for name in [*NAMES, "a: b", "[1]", "'x", "-", "*"]:
+        (tmp_path / name).touch()
+        options = parse("", keys, [f"ckpt_path={name}", f"out={name}", "top_k=2"])
+        assert (options.ckpt_path, options.out, options.top_k) == (name, name, 2)
+    for text, value in [("'a b','c'", ["a b", "c"]), ("'a b'", "a b"), ("[a,b]", ["a", "b"])]:
+        assert parse("", keys, [f"ckpt_path={text}"]).ckpt_path == value
+    assert parse("", keys, ["ckpt_path=x", "out=null"]).out is None
 
 
 def test_photographs_without_image_folder_are_not_taken_for_cifar(tmp_path):

@@ -14,7 +14,7 @@ def test_a_preview_counts_and_draws_what_the_network_sees(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     arguments = ["data=digits", "data.val_size=100"]
     if colour:
-        for i, cls in enumerate(("ant", "a $b$ [/b] 照片")):
+        for i, cls in enumerate(("ant", "a $b$ [b] 照片")):
             (tmp_path / "photos" / cls).mkdir(parents=True)
             for j in range(10):
                 pixels = np.full((30 + j, 40, 3), 255 * np.eye(3)[i], np.uint8)
@@ -30,7 +30,7 @@ def test_a_preview_counts_and_draws_what_the_network_sees(tmp_path, monkeypatch,
         assert "1,338" in out
         assert "the network sees 32 x 32 pixels, grey" in out
         return
-    assert "│ a $b$ [/b] 照片 │" in out
+    assert "│ a $b$ [b] 照片 │" in out
     assert "the network sees 24 x 24 pixels, RGB" in out
     assert "not used: 1 .txt, 1 broken" in out
     assert "broken: ant/broken.png (cannot identify image file)" in out
@@ -63,5 +63,5 @@ def test_images_that_training_would_refuse_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "photos")
     Image.new("RGB", (5, 4)).save(tmp_path / "photos" / "train" / "ant" / "0.png")
-    with pytest.raises(ConfigError, match="set data.image_size"):
+    with pytest.raises(ConfigError, match=r"set data\.image_size"):
         preview.main(["data=image_folder", "data.root=photos"])
