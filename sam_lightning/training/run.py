@@ -221,6 +221,7 @@ def _quieten() -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are reduced already
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
+        ".*Glyph .* missing from font.*",  # names of classes, in pictures for TensorBoard
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)
