@@ -128,9 +128,9 @@ class ImageData:
     def _make_augment(self, mean: Sequence[float], std: Sequence[float]) -> BatchAugment:
         return BatchAugment(mean, std, self.crop_padding, self.flip, self.cutout, self.policy)
 
-    def read(self, source: ImageSource | None = None) -> None:
-        """Read the source, unless it is given as read already, and split it."""
-        source = source or self.source()
+    def read(self) -> None:
+        """Read the source and split it."""
+        source = self.source()
         self.classes, self.drawn = source.classes, source.drawn
         train, val = self._split_train(source)
         self.train, self.val = self._pixels("train", train, val)

