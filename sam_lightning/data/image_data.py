@@ -131,9 +131,9 @@ class ImageData:
         self.broken: dict[str, str] = {}
         self.sizes: dict[str, dict[str, list[int]]] = {}
 
-    def read(self, source: ImageSource | None = None) -> None:
-        """Read the source, unless it is given as read already, and split it."""
-        source = source or self.source()
+    def read(self) -> None:
+        """Read the source and split it."""
+        source = self.source()
         self.classes, self.drawn = source.classes, source.drawn
         train, val = self._split_train(source)
         self.train, self.val = self._pixels("train", train, val)

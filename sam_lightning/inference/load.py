@@ -256,7 +256,8 @@ def data_of(
     """
     stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
     if run and (run / SPLIT).is_file() and "split" in stored.data.get("source", {}):
-        overrides = {"split": str(run / SPLIT), **overrides}
+        # These are the run's splits after all was drawn from them.
+        overrides = {"split": str(run / SPLIT), "val_size": 0, "subset": 1.0, **overrides}
     try:
         return _read_data(stored, {} if root is None else {"root": str(root)}, overrides)
     except ConfigError as error:

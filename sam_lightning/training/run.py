@@ -226,6 +226,7 @@ def _quieten() -> None:
         ".*Detected call of `lr_scheduler.step.*",  # a loss scaler skipped the first step
         ".*(isinstance.treespec, LeafSpec|broadcast_buffers|all_gather).* is deprecated.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # LastCheckpoint says it
+        ".*Glyph .* missing from font.*",  # names of classes, in pictures for TensorBoard
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

@@ -22,6 +22,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import cache, contents, image_folder
 from sam_lightning.data.image_data import ImageData, build_data
 from sam_lightning.data.source import read_splits
+from sam_lightning.inference.load import data_of, load
 
 
 @pytest.fixture
@@ -264,8 +265,9 @@ def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
     (tmp_path / "made" / "train").rename(root)
     (root / "ant" / "7.png").write_bytes(b"no image")
     options = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache"]
-    options += ["data.subset=1.0", "data.split=[0.5,0.25,0.25]", "data.skip_broken=true"]
-    run(tmp_path / "run", *options, "epochs=1", "batch_size=4", "augment=none")
+    options += ["data.subset=5", "data.split=0.25", "data.val_size=3", "data.skip_broken=true"]
+    options += ["data.label_noise=0.5", "epochs=1", "batch_size=4", "augment=none"]
+    run(tmp_path / "run", *options)
     assert "unused  files: 3 .txt, 1 broken (ant/7.png)" in capsys.readouterr().out
     record = summary(tmp_path / "run")
     assert record["left_out"] == {".txt": 3, "broken": 1}
@@ -273,7 +275,16 @@ def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
     stored = json.loads((tmp_path / "run" / "split.json").read_text())
     total = {name: sum(of.values()) for name, of in record["images"].items()}
     assert total == {name: len(names) for name, names in stored.items()}
-    assert sum(total.values()) == 12
+    assert total == {"train": 4, "val": 3, "test": 3}  # of 5, one is broken
+    config = load(tmp_path / "run" / "checkpoints" / "last.ckpt").config
+    for i in range(9):
+        Image.new("RGB", (15, 12), (i, 0, 0)).save(root / "zebra" / f"new{i}.png")
+    data = data_of(config, run=tmp_path / "run")
+    for name in total:
+        split = getattr(data, name)
+        assert [*split.names] == stored[name]
+        found = torch.bincount(split.labels, minlength=3).tolist()
+        assert found == [*record["images"][name].values()]
 
 
 @pytest.mark.slow
