@@ -24,7 +24,7 @@ PARTS = {
     "layout": "a SAM step in channels_last, and compiled, over the plain one",
     "devices": "images a second of a run by one and by two processes",
     "input": "augmented training images a second, against torchvision's pipeline",
-    "photographs": "CPU seconds to list 100,000 files; memory of two processes that read images",
+    "photographs": "CPU seconds to list 100,000 files, to decode JPEGs; memory of two processes",
     "evaluation": "Lightning's validate over a bare evaluation loop",
     "startup": "seconds and memory from the command line to help, an error, the first step",
     "memory": "bytes of a SAM step above one of SGD, in multiples of the weights",

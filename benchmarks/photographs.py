@@ -1,4 +1,4 @@
-"""Folders of image files: CPU seconds to list them and to start again, memory of two processes."""
+"""Folders of image files: CPU seconds to list and to decode them, memory of two processes."""
 
 import os
 import subprocess
@@ -6,13 +6,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
+from torchvision.io import decode_jpeg, read_file
 
 from benchmarks.timing import Measurement, interleave, ratio, summary
 from sam_lightning.data import image_folder
+from sam_lightning.data.image_data import ImageData
 
 CLASSES = 100
 PROCESSES = 2
@@ -59,7 +66,56 @@ def measure(quick: bool) -> list[Measurement]:
             copies = sum(memory(root, side, Path(folder, "cache"))) / (images * 3 * side**2)
             what = f"{PROCESSES} processes: images in memory, {images} of {side} x {side}"
             rows.append(summary("photographs", what, [copies], "copies"))
-    return rows
+        return rows + decoding(Path(folder, "photographs"), 4 if quick else 32, 2 * rounds)
+
+
+def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
+    """Random resized crops of JPEGs to 224 pixels, by ours and by torchvision's pipeline."""
+    write_photographs(root, count)
+    source = partial(image_folder, str(root), 224, str(root / "cache"), view="random_resized_crop")
+    data = ImageData(source, count, mean=[0.5] * 3, std=[0.5] * 3, augment={}, pixels_of=["train"])
+    data.read()
+    view = T.Compose([T.RandomResizedCrop(224), T.PILToTensor()])
+    theirs = DataLoader(ImageFolder(str(root / "train"), view), count)
+    files = [path for path, _ in ImageFolder(str(root / "train")).samples]
+
+    def decode_only() -> None:
+        for file in files:
+            decode_jpeg(read_file(file))
+
+    loader = data.train_loader()
+    cases: dict[str, Callable[[], object]] = {
+        "ours": lambda: [*loader],
+        "PIL + torchvision": lambda: [*theirs],
+        "libjpeg-turbo alone": decode_only,
+    }
+    seconds = interleave(cases, rounds, clock=time.process_time)
+    speeds = {name: [count / s for s in values] for name, values in seconds.items()}
+    ours = speeds.pop("ours")
+    what = "random resized crops of JPEGs of 500 x 375 to 224"
+    return [
+        *(
+            ratio("photographs", f"ours / {n} (images/CPU s): {what}", ours, v)
+            for n, v in speeds.items()
+        ),
+        summary("photographs", f"ours: {what}", ours, "images/CPU s"),
+    ]
+
+
+def write_photographs(root: Path, count: int) -> None:
+    """Parts of scikit-learn's two photographs, one class for each."""
+    random = np.random.default_rng(0)
+    for cls, image in enumerate(load_sample_images().images):
+        for i in range(count // 2):
+            top, left = (
+                random.integers(size - part + 1)
+                for size, part in zip(image.shape, (375, 500), strict=False)
+            )
+            for split in ("train", "test")[: 2 if i == 0 else 1]:
+                file = root / split / str(cls) / f"{i}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = image[top : top + 375, left : left + 500]
+                Image.fromarray(part).save(file, quality=90)
 
 
 def make(root: Path, files: int, content: Callable[[int], bytes]) -> None:

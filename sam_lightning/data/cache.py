@@ -129,22 +129,24 @@ class StoredImages:
         Raises:
             ConfigError: a file has changed and is broken now, or is of another size.
         """
-        images = []
+        _, channels, height, width = self.shape
+        # In the memory order of decoded images: to turn them would take a tenth of the time.
+        images = torch.empty(len(indices), height, width, channels, dtype=torch.uint8)
         for place, i in enumerate(indices.tolist()):
             path = self.files.path(i)
             try:
                 content, _ = content_of(path)
                 if seeds is None or self.random is None:
                     image = open_image(content)
-                    image = image if self.fixed is None else self.fixed(image)
-                    images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+                    seen = torch.from_numpy(np.array(self.fixed(image) if self.fixed else image))
                 else:
-                    images.append(self.random(decode(content), seeds[place]))
-                if images[-1].shape[1:] != self.shape[2:]:
-                    raise ValueError(f"is not of {self.shape[3]} x {self.shape[2]} pixels any more")
+                    seen = self.random(decode(content), seeds[place]).permute(1, 2, 0)
+                if seen.shape != images.shape[1:]:
+                    raise ValueError(f"is not of {width} x {height} pixels any more")
+                images[place] = seen
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
                 raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
-        return torch.stack(images)
+        return images.permute(0, 3, 1, 2)
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""
