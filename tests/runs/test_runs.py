@@ -434,6 +434,7 @@ def test_every_choice_passes_the_check(choice, tmp_path):
     needs = {
         "data=image_folder": [f"data.root={tmp_path}"],
         "model=custom": ["model._target_=torchvision.models.resnet18"],
+        "loss=custom": ["loss._target_=torch.nn.MultiMarginLoss"],
     }
     cfg = configuration(choice, *needs.get(choice, []))
     cfg.output_dir = "run"
