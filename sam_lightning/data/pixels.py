@@ -62,10 +62,11 @@ def decode(content: bytes) -> Tensor:
     """
     with _opened(content) as image:
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
-            from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+            # The same pixels as Pillow's, faster. Later versions of torchvision will not have it, and
+            # what it finds broken Pillow is asked, too.
+            with suppress(ImportError, DeprecationWarning, RuntimeError):
+                from torchvision.io import ImageReadMode, decode_jpeg
 
-            # The same pixels as Pillow's, faster. What it finds broken Pillow is asked, too.
-            with suppress(RuntimeError):
                 data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 return decode_jpeg(data, mode=ImageReadMode.RGB)
         return torch.from_numpy(np.array(visible(image))).permute(2, 0, 1)

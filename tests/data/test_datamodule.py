@@ -236,7 +236,7 @@ def test_a_batch_is_one_gather(monkeypatch):
     requests = []
     original = SplitDataset.load
     monkeypatch.setattr(
-        SplitDataset, "load", lambda self, i, s: requests.append(i) or original(self, i, s)
+        SplitDataset, "load", lambda self, i, s=None: requests.append(i) or original(self, i, s)
     )
     batches = list(datamodule.train_dataloader())
     assert [len(request) for request in requests] == [16] * 7 + [8]

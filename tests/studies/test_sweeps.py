@@ -14,8 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs import SMALL, TRAIN, command, configuration, summary
-from sam_lightning.cli import resumed
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.runs.resume import resumed
 from sam_lightning.studies.identical import unused
 from sam_lightning.studies.sweep import job_folder, next_job
 
