@@ -391,7 +391,7 @@ def test_a_study_whose_trials_are_all_refused(tmp_path):
 def test_an_interrupted_sweep_still_has_its_table(tmp_path):
     program = """
 import runpy, sys
-import sam_lightning.cli as command
+import sam_lightning.config.schema as command
 original, rhos = command.check, []
 def check(cfg, top_level):
     rhos.append(cfg.rho)
