@@ -62,8 +62,8 @@ def decode(content: bytes) -> Tensor:
     """
     with _opened(content) as image:
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
-            # The same pixels as Pillow's, faster. Later versions of torchvision will not have it, and
-            # what it finds broken Pillow is asked, too.
+            # The same pixels as Pillow's, faster. Later versions of torchvision will not have it.
+            # What it finds broken Pillow is asked, too.
             with suppress(ImportError, DeprecationWarning, RuntimeError):
                 from torchvision.io import ImageReadMode, decode_jpeg
 

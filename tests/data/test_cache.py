@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +328,28 @@ def test_a_run_without_a_test_set_needs_test_false(tmp_path):
     with pytest.raises(ConfigError, match=r"^test=true: the data have no test set; set test=false"):
         run(tmp_path / "run", *options)
     assert "train/acc" in run(tmp_path / "run", *options, "test=false")
+
+
+def test_what_does_not_fit_is_decoded_each_time_to_the_same_pixels(tmp_path):
+    root, cached = write_images(tmp_path / "photos"), tmp_path / "cache"
+    options = {"image_size": 10, "crop_fraction": 0.8, "cache_dir": str(cached)}
+    (held,) = read_splits(image_folder(str(root), **options).train)
+    size = 3 * 10 * 10 * len(held)
+    for most, in_memory in ((size, True), (size - 1, False)):
+        shutil.rmtree(cached)
+        split = image_folder(str(root), memory_gb=most / 1e9, **options).train
+        (read,) = read_splits(split)
+        assert isinstance(read.stored, torch.Tensor) == in_memory
+        for part in (read, read.take(torch.tensor([3, 1, 1]))):
+            index = torch.arange(len(held)) if part is read else torch.tensor([3, 1, 1])
+            assert torch.equal(part.seen(), held.images[index])
+    # Broken files are found before, and a file that breaks later is named.
+    file = root / read.names[2]
+    file.write_bytes(b"no image")
+    broken = image_folder(str(root), memory_gb=0, skip_broken=True, **options).train
+    (left,) = read_splits(broken)
+    assert [*left.names] == [name for name in read.names if name != read.names[2]]
+    with pytest.raises(ConfigError, match=r"1 of \d+ images cannot be decoded: .*" + file.name):
+        read_splits(image_folder(str(root), memory_gb=0, **options).train)
+    with pytest.raises(ConfigError, match=rf"data.root: {file}: cannot identify"):
+        read.seen()

@@ -43,8 +43,7 @@ class RunSummary(Callback):
                 split = getattr(data, name)
                 lines[name] = "no images" if split is None else images(split, data.classes)
                 if split is not None and not isinstance(split.stored, Tensor):
-                    workers = f"{data.num_workers} workers" if data.num_workers else "this process"
-                    lines[name] += f"; decoded each time by {workers} (data.num_workers)"
+                    lines[name] += f"; decoded each time, data.num_workers={data.num_workers}"
             if data.left_out:
                 lines["unused"] = left_out(data)
         every = [p.numel() for p in pl_module.model.parameters()]
