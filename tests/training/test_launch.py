@@ -262,7 +262,8 @@ class Lose(Callback):
         self.losing, self.notes = losing, notes
 
     def note(self, trainer, module, **more):
-        note = {"rank": trainer.global_rank, "rho": module.rho, "time": time.time(), **more}
+        rho = module.sam.defaults["rho"]
+        note = {"rank": trainer.global_rank, "rho": rho, "time": time.time(), **more}
         with open(self.notes, "a") as file:
             file.write(json.dumps(note) + "\\n")
 
@@ -271,7 +272,7 @@ class Lose(Callback):
         self.note(trainer, module, env=dict(os.environ), group=dist.is_initialized(), loaders=how)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        rank, how = self.losing.get(module.rho, [None, None])
+        rank, how = self.losing.get(module.sam.defaults["rho"], [None, None])
         if trainer.global_step == 3 and rank == trainer.global_rank:
             self.note(trainer, module, lost=True)
             if how == "killed":
