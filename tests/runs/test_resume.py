@@ -398,7 +398,7 @@ def updates(folder):
         return 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_random_kills(unbroken, tmp_path):
     folder, generator, kills = tmp_path / "run", random.Random(0), 0
     while kills < 10:
