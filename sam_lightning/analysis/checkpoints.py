@@ -1,6 +1,7 @@
 """What ``sharpness`` and ``landscape`` share: checkpoints, images, names, progress."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def checkpoint_files(value: Any) -> list[Path]:
     files, name = [], ""
     for part in listed(value):
         name = f"{name},{part}" if name else part
-        if Path(name).expanduser().exists():  # else the comma is in the name, as in a sweep's
+        # Else the comma is in the name, as in a sweep's.
+        if Path(os.path.expanduser(name)).exists():
             files.append(checkpoint_file(name))
             name = ""
     if name or not files:

@@ -310,7 +310,7 @@ def _check_files(values: Mapping[str, Any]) -> None:
     if checkpoint not in (None, "last") and not Path(str(checkpoint)).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: no such file or folder")
     name = values["data.source._target_"].rpartition(".")[2]
-    root = Path(given).expanduser()
+    root = Path(os.path.expanduser(given))
     if name == "image_folder" and not root.is_dir():
         raise ConfigError(f"data.root={given}: no such folder")
     if name in OWN_FILES and not any(root.glob(OWN_FILES[name])):

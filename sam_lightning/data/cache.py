@@ -80,7 +80,8 @@ class StoredImages:
         if self.like is not None:
             return self.like._first
         reasons = []
-        for i in range(min(NAMED, len(self.files.names))):
+        count = len(self.files.names)
+        for i in range(count if self.skip_broken else min(NAMED, count)):
             decoded = _decode(path := self.files.path(i), None, None)
             if not isinstance(decoded, str):
                 height, width, _ = decoded[0].shape
@@ -102,6 +103,8 @@ class StoredImages:
         path = self.cache_dir / f"images-{key.hexdigest()}.u8"
         changing = training and self.random is not None
         kept = None if changing else opened(path)
+        if kept is not None and self.fixed is None:
+            self._check_size(kept[0].shape[2], kept[0].shape[3], files.path(0))
         if changing or (
             kept is None and len(indices) * math.prod(self.shape[1:]) > self.most_bytes
         ):
@@ -116,10 +119,28 @@ class StoredImages:
         good[[i for i, _ in notes["broken"]]] = False
         return images, good.nonzero().squeeze(1)
 
+    def _check_size(self, height: int, width: int, path: str) -> None:
+        """Refuse an image of another size than the first one, which an earlier start may know."""
+        if self.like is None and "_first" not in self.__dict__:
+            self.__dict__["_first"] = (height, width), path
+        (tall, wide), first = self._first
+        if (height, width) != (tall, wide):
+            raise ConfigError(
+                f"data.image_size=null: {path} has {width} x {height} pixels and {first} has "
+                f"{wide} x {tall}; set data.image_size to bring them to one size"
+            )
+
     def _whole(self, indices: Tensor) -> Tensor:
         """Positions of the images whose files can be decoded, by decoding thumbnails, once."""
         small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
         _, positions = small.load(indices)
+        for side, length in zip(("height", "width"), self.shape[2:], strict=True):
+            least, _, largest = small.sizes[side]
+            if self.fixed is None and not least == length == largest:
+                raise ConfigError(
+                    f"data.image_size=null: {self._first[1]} has a {side} of {length} pixels, and "
+                    f"others of {least} to {largest}; set data.image_size to bring them to one size"
+                )
         self.broken, self.sizes = small.broken, small.sizes
         return positions
 
@@ -174,12 +195,7 @@ class StoredImages:
             if isinstance(decoded, str):
                 return decoded
             pixels, sizes[i] = decoded
-            if pixels.shape[:2] != (height, width):
-                raise ConfigError(
-                    f"data.image_size=null: {files.path(i)} has {pixels.shape[1]} x "
-                    f"{pixels.shape[0]} pixels and {self._first[1]} has {width} x {height}; "
-                    "set data.image_size to bring them to one size"
-                )
+            self._check_size(pixels.shape[0], pixels.shape[1], files.path(i))
             chunk[i % rows] = pixels.transpose(2, 0, 1)
             return None
 

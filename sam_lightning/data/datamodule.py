@@ -37,6 +37,13 @@ class ImageDataModule(ImageData, LightningDataModule):
                 f"device={self.device}: the trainer trains on {device.type}; set device to that "
                 "or to null"
             )
+        if device.type != "cpu":
+            for split in (self.train, self.val, self.test if "test" in self.pixels_of else None):
+                if split is not None and not isinstance(split.stored, Tensor):
+                    raise ValueError(
+                        f"device={self.device}: images are decoded each time they are needed (by "
+                        "data.view or data.memory_gb), so they cannot be kept there; set it to null"
+                    )
         self.train = self.train.to(device)
         self.val = None if self.val is None else self.val.to(device)
         if self.test is not None and "test" in self.pixels_of:

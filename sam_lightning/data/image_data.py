@@ -138,6 +138,13 @@ class ImageData:
         train, val = self._split_train(source)
         self.train, self.val = self._pixels("train", train, val)
         (self.test,) = self._pixels("test", source.test)
+        for gone in {*train.labels.unique().tolist()} - {*self.train.labels.unique().tolist()}:
+            raise ConfigError(
+                f"data.skip_broken=true: no training image of class {self.classes[gone]!r} can be "
+                "decoded"
+            )
+        if self.val is not None and not len(self.val):
+            raise ConfigError("data.skip_broken=true: no validation image can be decoded")
         self.left_out = {**source.left_out} | ({"broken": len(self.broken)} if self.broken else {})
         self._add_label_noise()
         mean, std = self.mean, self.std
@@ -171,7 +178,9 @@ class ImageData:
                 f"batch_size={self.batch_size}: must be <= {len(self._order)}, the number of "
                 "training images, with drop_last=true"
             )
-        for name, check in augment.check(self.train.take(torch.tensor([0])).seen()):
+        # To evaluate the test set, no training image is read: the first one may be broken.
+        tried = self.train.take(torch.tensor([0])).seen() if "train" in self.pixels_of else None
+        for name, check in () if tried is None else augment.check(tried):
             try:
                 with argument_errors(f"augment.{name}"):
                     check()
@@ -186,14 +195,16 @@ class ImageData:
         if name not in self.pixels_of:
             return [*splits]
         first = splits[0]
-        if name == "train" and getattr(first and first.stored, "random", None) is not None:
-            done = [*read_splits(first, training=True), *read_splits(*splits[1:])]
-        else:
-            done = read_splits(*splits)
-        for split, its in zip(splits, (name, "val"), strict=False):
-            self.broken |= getattr(split and split.stored, "broken", {})
-            if found := getattr(split and split.stored, "sizes", None):
-                self.sizes[its] = found
+        changing = name == "train" and getattr(first and first.stored, "random", None) is not None
+        done: list[Any] = []
+        for part in (splits[:1], splits[1:]) if changing else (splits,):
+            its = iter((name, "val")[len(done) :])
+            done += read_splits(*part, training=changing and not done)
+            for split in part:  # now: who reads the next part forgets what was found
+                key = next(its)
+                self.broken |= getattr(split and split.stored, "broken", {})
+                if found := getattr(split and split.stored, "sizes", None):
+                    self.sizes[key] = found
         return done
 
     def _split_train(self, source: ImageSource) -> tuple[Split, Split | None]:

@@ -1,5 +1,6 @@
 """Folders of image files, one folder per class."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def image_folder(
     listing = list_images(root, split)
     if split is not None:
         listing = divided(listing, split, split_seed)
-    cache = Path(cache_dir or "data/cache").expanduser()
+    cache = Path(os.path.expanduser(cache_dir or "data/cache"))
     splits: dict[str, Split] = {}
     first = None
     for name, files in listing.splits.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def _drawn(files: Files, split: Any, seed: int) -> dict[str, Tensor]:
 def _as_stored(names: Names, file: str, left_out: Counter[str]) -> dict[str, Tensor]:
     """The split that a run has written to its ``split.json``."""
     try:
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         if path.exists() and not path.is_file():  # a pipe would wait
             raise OSError("is no ordinary file")
         stored = json.loads(path.read_bytes())

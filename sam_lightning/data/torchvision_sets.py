@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _from_torchvision(
 
     dataset = getattr(datasets, name)
     root = os.path.expanduser(root)
-    is_new = not os.path.exists(root)
+    new = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
     try:
         splits, classes = [], [str(digit) for digit in range(10)]
         # The test set is opened first: it is quick to read and shows most problems.
@@ -74,8 +75,9 @@ def _from_torchvision(
             train = Split(images, torch.cat([train.labels, more.labels]))
         return ImageSource(train, test, classes)
     except Exception as error:  # URLError, pickle, tar and assertion errors: as many as causes
-        if is_new and os.path.isdir(root) and not os.listdir(root):
-            os.rmdir(root)  # torchvision makes it before it downloads
+        for folder in new:  # torchvision makes them before it downloads
+            with suppress(OSError):
+                folder.rmdir()
         advice = "check the network" if download else "set data.download=true"
         odd = [*_altered(dataset, root), *_altered_contents(dataset, root), one_line(error)]
         raise ConfigError(

@@ -3,6 +3,7 @@
 Nothing here loads torch: a wrong argument is refused at once.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ OUT = {"out": (None, Annotated[str, Rule("a folder, as in ./figures", bool)] | N
 
 def out_folder(options: DictConfig) -> Path | None:
     """The folder that ``out`` names, or None; a ``ConfigError`` if it is a file."""
-    out = None if options.out is None else Path(options.out).expanduser()
+    out = None if options.out is None else Path(os.path.expanduser(options.out))
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: is not a folder")
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
             f"split={options.split}: the run held out no {what} data; allowed are "
             f"{', '.join(there)}"
         )
-    folder = options.corruptions
-    files = None if folder is None else CorruptedImages(Path(folder).expanduser(), split.labels)
+    folder = options.corruptions and Path(os.path.expanduser(options.corruptions))
+    files = None if folder is None else CorruptedImages(folder, split.labels)
     batch_size = options.batch_size or data.eval_batch_size
     values = evaluate(trained, split, batch_size)
     confusion, predicted, likely = (values.pop(k) for k in ("confusion", "predicted", "likely"))

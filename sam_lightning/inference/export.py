@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.out is None:
         out = inside_run(file.with_suffix(suffix), file)
     else:
-        out = Path(options.out).expanduser()
+        out = Path(os.path.expanduser(options.out))
     if out.suffix != suffix or out.is_dir():
         raise ConfigError(f"out={out}: must be a file that ends in {suffix}")
     packages = ("onnx", "onnxscript", "onnxruntime")  # as in the extra of pyproject.toml

@@ -6,6 +6,7 @@ import csv
 import glob
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def find(given: str) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_dir():
         from sam_lightning.data.listing import images_below, told
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ABOUT, KEYS, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))
-    out = None if options.out is None else Path(options.out).expanduser()
+    out = None if options.out is None else Path(os.path.expanduser(options.out))
     if out is not None and out.is_dir():
         raise ConfigError(f"out={out}: is a folder; name a file")
 

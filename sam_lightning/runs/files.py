@@ -54,7 +54,7 @@ def checkpoint_file(ckpt_path: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(ckpt_path).expanduser()
+    path = Path(os.path.expanduser(ckpt_path))
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
         if not path.is_file():

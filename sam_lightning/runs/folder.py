@@ -39,9 +39,11 @@ class RunFolder(Callback):
         """Called by Hydra before it writes anything."""
         if (found := launched()) is not None and found.rank > 0:  # rank 0 alone has a folder
             return
+        part = config.hydra.output_subdir
+        if part not in (None, ".hydra"):
+            refuse(f"hydra.output_subdir={part}: allowed are .hydra, null")
         folder = folder_of(config, "hydra.run.dir")
         own(folder, "hydra.run.dir")
-        part = config.hydra.output_subdir
         if part is None:  # the run continues in its old folder
             return
         RunFolder.started = folder

@@ -25,7 +25,7 @@ from torch import nn
 
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, one_line
-from sam_lightning.runs.files import now, read_status, write_json
+from sam_lightning.runs.files import now, read_status, record_failure, write_json
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import Table, show
 
@@ -93,6 +93,9 @@ class Record:
     ) -> None:
         if self.trainer.global_rank != 0 or (error is not None and self.before):
             return
+        if error is not None and self._is_true():
+            record_failure(self.cfg, f"{type(error).__name__}: {one_line(error)}")
+            return
         status, reason = "completed", "completed"
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -108,6 +111,14 @@ class Record:
         if error is None:
             self._log_hparams()
             self._print_table(summary)
+
+    def _is_true(self) -> bool:
+        """Whether the folder has the record of a complete run, and nothing was saved since."""
+        if not read_status(self.path.parent).completed:
+            return False
+        written = self.path.stat().st_mtime_ns
+        saved = self.path.parent.glob("checkpoints/*.ckpt")
+        return all(file.stat().st_mtime_ns <= written for file in saved)
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
         trained, parts = self.throughput.seconds, self.throughput.parts

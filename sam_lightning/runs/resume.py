@@ -42,7 +42,7 @@ def resumed(arguments: list[str]) -> list[str]:
     sweeps = given.get("sweep", "null") != "null" or given.get("hydra.mode") == "MULTIRUN"
     if "ckpt_path" not in given or sweeps or {"-m", "--multirun"} & {*arguments}:
         return arguments
-    path = Path(given["ckpt_path"]).expanduser()
+    path = Path(os.path.expanduser(given["ckpt_path"]))
     if given["ckpt_path"] == "last":
         folder = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else _newest_run(given)
     elif given["ckpt_path"] and path.exists():

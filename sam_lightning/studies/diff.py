@@ -1,5 +1,6 @@
 """The command ``diff``: which settings of two runs differ, and what came out of each."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     runs = []
     for folder in argv:
-        run = read_status(Path(folder).expanduser())
+        run = read_status(Path(os.path.expanduser(folder)))
         if not run.summary:
             reason = run.reason or "there is no metrics.json in it"
             raise ConfigError(f"{folder}: is not the folder of a run that has ended ({reason})")

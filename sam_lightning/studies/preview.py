@@ -1,5 +1,6 @@
 """``python -m sam_lightning preview``: what a run would see of its data, before it is started."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ Show the data of a run: how many images each class has, their sizes, which files
 why, and pictures of images as the network sees them: augmented for training, and for evaluation.
 
   python -m sam_lightning preview data=image_folder data.root=photos data.image_size=224
-  python -m sam_lightning preview data=digits data.cutout=8 out=digits.png
+  python -m sam_lightning preview data=digits augment.cutout.side=8 out=digits.png
 
 All other arguments are those of train.py, for one run. Images are decoded as for training, and
 kept for it.
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = [a for a in argv if a not in own]
     if flags := [a for a in overrides if a.startswith("-")]:
         raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
-    out = Path(options.out).expanduser()
+    out = Path(os.path.expanduser(options.out))
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ConfigError(f"out={options.out}: must be a file that ends in .png")
     data = read(configuration(overrides))

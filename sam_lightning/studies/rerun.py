@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(ABOUT.strip())
         return
     run, *given = argv or [""]
-    stored = Path(run).expanduser() / ".hydra" / "overrides.yaml"
+    stored = Path(os.path.expanduser(run)) / ".hydra" / "overrides.yaml"
     if not run or not stored.is_file():
         raise ConfigError(f"{run or 'RUN'}: must be the folder of a run, with {stored.name} in it")
     trust_arguments(given)

@@ -1,6 +1,7 @@
 """A run: fitted, tested, recorded, and continued where an earlier one stopped."""
 
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -162,6 +163,11 @@ def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
 def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
+    except ConfigError as error:  # of a loading process, which puts its traceback before it
+        if " in DataLoader worker process " not in str(error):
+            raise
+        last = str(error).rpartition(f"{ConfigError.__name__}: ")[2]
+        raise ConfigError(last.strip()) from error
     except MisconfigurationException as error:  # of the trainer or a callback
         raise ConfigError(one_line(error)) from error
     except ValueError as error:
@@ -169,8 +175,9 @@ def _one_line_errors(cfg: DictConfig) -> Iterator[None]:
             raise
         raise ConfigError(f"trainer.val_check_interval: {one_line(error)}") from error
     except RuntimeError as error:
-        if str(error).startswith("Early stopping conditioned on metric"):
-            raise ConfigError(one_line(error)) from error
+        *_, raised = traceback.extract_tb(error.__traceback__)
+        if "lightning/pytorch/callbacks" in Path(raised.filename).as_posix():
+            raise ConfigError(one_line(error)) from error  # one that cannot work in this run
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             batches = f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}"
             raise TrainingError(
