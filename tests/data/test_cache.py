@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -353,3 +354,55 @@ def test_what_does_not_fit_is_decoded_each_time_to_the_same_pixels(tmp_path):
         read_splits(image_folder(str(root), memory_gb=0, **options).train)
     with pytest.raises(ConfigError, match=rf"data.root: {file}: cannot identify"):
         read.seen()
+
+
+def data_in(root, **options):
+    """A folder's data as a run reads it, with broken files left out."""
+    source = partial(
+        image_folder, str(root), cache_dir=f"{root}-cache", skip_broken=True, **options
+    )
+    data = ImageData(source, batch_size=4)
+    data.read()
+    return data
+
+
+@pytest.mark.parametrize("view", ["resize", "random_resized_crop"])
+def test_all_broken_files_are_named_where_a_part_is_for_validation(tmp_path, view):
+    root = write_images(tmp_path / "photos")
+    broken = {f"train/{cls}/0.png" for cls in ("zebra", "ant", "Bee")}
+    for name in broken:
+        (root / name).write_bytes(b"no image")
+    source = partial(image_folder, str(root), 10, f"{root}-cache", skip_broken=True, view=view)
+    data = ImageData(source, batch_size=4, val_size=0.5)
+    data.read()
+    assert {*data.broken} == broken
+    assert data.left_out["broken"] == 3
+    # The test set alone is read without looking at a training image, the first of which is broken.
+    alone = ImageData(source, mean=[0.5] * 3, std=[0.5] * 3, pixels_of=["test"])
+    alone.read()
+    assert torch.equal(alone.test.images, data.test.images)
+
+
+def test_a_class_of_broken_files_is_refused(tmp_path):
+    root = write_images(tmp_path / "photos")
+    for file in (root / "train" / "ant").rglob("*.[pP]*"):
+        file.write_bytes(b"no image")
+    said = one_line_error(data_in, root, image_size=10)
+    assert said == "data.skip_broken=true: no training image of class 'ant' can be decoded"
+
+
+@pytest.mark.parametrize("most", [8, 0])
+def test_a_cache_hides_no_image_of_another_size(tmp_path, most):
+    root = write_images(tmp_path / "photos")
+    data_in(root, memory_gb=8)
+    shutil.rmtree(root / "train")
+    write_images(tmp_path / "other", side=20)
+    (tmp_path / "other" / "train").rename(root / "train")
+    said = one_line_error(data_in, root, memory_gb=most)
+    assert said.startswith("data.image_size=null: ")
+    file = root / "train" / "ant" / "1.PNG"
+    shutil.copy(root / "test" / "ant" / "1.PNG", file)
+    shutil.rmtree(root / "test")
+    shutil.copytree(root / "train", root / "test")
+    said = one_line_error(data_in, root, memory_gb=most)
+    assert said.startswith("data.image_size=null: ")

@@ -152,3 +152,17 @@ def test_secrets_are_taken_out(text, without):
     if isinstance(text, dict):
         without = {"a": [{"token": "***", "tokens": 3}], "use_token": True}
     assert without_secrets(text) == (text if without is None else without)
+
+
+def test_a_record_stays_where_a_continuation_fails_before_it_saves(tmp_path):
+    assert forked(tmp_path, *SMALL, "hydra.run.dir=run").returncode == 0
+    before = summary(tmp_path / "run")
+    target = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    more = [f"+callbacks.more._target_={target}", "+callbacks.more.scheduling={1: 2}", "epochs=3"]
+    done = forked(tmp_path, "ckpt_path=run", *more)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    after = summary(tmp_path / "run")
+    assert "GradientAccumulationScheduler" in after.pop("refused")
+    assert after == before
