@@ -107,7 +107,7 @@ def test_only_images_that_are_used_are_decoded(tmp_path, decoded):
     cfg = configuration(*options, "data.subset=5", "test=true")
     data = build_data(cfg, ImageData)
     data.read()
-    assert len(decoded) == 12 + 1
+    assert len(decoded) == 12  # the size is that of the training images, which are kept
 
 
 def test_val_size_and_subset_are_no_copies(tmp_path):
