@@ -17,8 +17,8 @@ def let_end() -> None:
 def importing(discard: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Let Ctrl-C in the block end the process at once: one line, exit code 130.
 
-    As a KeyboardInterrupt amid imports it would be a long traceback. Where a library's C code
-    swallows it, the import fails later with an error that says nothing of Ctrl-C.
+    A KeyboardInterrupt during imports prints a long traceback. If a library's C code swallows it,
+    the import fails later with an error that does not mention Ctrl-C.
 
     Args:
         discard: called before the process ends.
