@@ -119,6 +119,7 @@ def test_plain_loop_moves_by_rho():
     assert (model.weight - before).norm().item() == pytest.approx(0.05, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

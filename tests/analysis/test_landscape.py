@@ -95,6 +95,7 @@ def test_directions_have_the_norms_of_the_filters():
 # ------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", ["stored", "batch"])
 def test_around_checkpoints(trained, tmp_path, capsys, batch_norm):
     paths = f"{trained}/sgd,{trained}/sam/checkpoints/last.ckpt"

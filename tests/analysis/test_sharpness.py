@@ -62,6 +62,7 @@ def everything(folder):
     return model, lambda: cross_entropy(model(model.preprocess(split.images)), split.labels)
 
 
+@pytest.mark.slow
 def test_the_command_measures_what_its_names_say(trained, capsys):
     main(f"ckpt_path={trained[0]},{trained[1]}/checkpoints/last.ckpt", "rho=0.1")
     printed = capsys.readouterr().out
@@ -89,6 +90,7 @@ def test_the_command_measures_what_its_names_say(trained, capsys):
         assert f"{found['lambda_max']:.4g}" in printed
 
 
+@pytest.mark.slow
 def test_curvature_is_that_of_the_seed(trained, tmp_path):
     main(
         *(f"ckpt_path={trained[1]}", "seed=3", "images=30", f"out={tmp_path}", "split=test"),

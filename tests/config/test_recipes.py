@@ -223,6 +223,7 @@ def name_of(model):
     return names[last_name(model._target_)]
 
 
+@pytest.mark.slow
 def test_every_combination_has_one_row(composed):
     models = "WRN-28-10", "PyramidNet-110", "ResNet-18"
     wanted = [*product(models, NAMES.values(), AUGMENTATIONS, (200, 1800))]

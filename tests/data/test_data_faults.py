@@ -156,6 +156,7 @@ def test_one_class_alone_is_refused(tmp_path):
     assert "needs two classes" in one_line_error(read, tmp_path / "photos")
 
 
+@pytest.mark.slow
 def test_images_that_memory_cannot_hold_are_counted(tmp_path):
     root = tmp_path / "photos"
     for split in ("train", "test"):
@@ -304,6 +305,7 @@ def test_results_that_cannot_be_written_are_said_so(tmp_path):
 # ------------------------------------------------------------------------------------------- clock
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
     now = [time.time()]
 

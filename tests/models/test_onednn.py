@@ -41,15 +41,18 @@ def not_here(isa):
     return isa == "AVX512_CORE" and torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
+@pytest.mark.slow
 def test_our_models_are_right_where_the_layer_is_broken():
     assert right("AVX2", "model", 1, MIN_CHANNELS - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", FIRST_RIGHT)
 def test_the_layer_itself_is_right_beyond_the_boundary(isa):
     assert right(isa, "layer", FIRST_RIGHT[isa], 17)
 
 
+@pytest.mark.slow
 def test_our_models_are_right_with_avx_512():
     assert right("AVX512_CORE", "model", 8, MIN_CHANNELS - 1)
 

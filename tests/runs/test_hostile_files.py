@@ -49,6 +49,7 @@ def light():
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_before_they_take_time_or_memory(folder, tmp_path):
     load(last(folder))  # what it loads once
     for name, path in bombs(last(folder), tmp_path / "bombs").items():

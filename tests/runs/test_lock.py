@@ -36,6 +36,7 @@ def stay(folder, there, joins):
     time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "outlives"), [("alone", False), ("loader", False), ("joined", True)]
 )
@@ -171,6 +172,7 @@ def test_a_second_start_writes_nothing_into_the_folder(tmp_path, how):
     assert not list(folder.rglob(".lock"))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_refused_while_a_job_outlives_an_earlier_one(tmp_path):
     there = FORK.Queue()
     job = tmp_path / "sweep" / "0_seed=0"

@@ -138,6 +138,7 @@ def test_a_report_names_its_classes_as_they_are_now(before):
         assert with_current_names(target) == target
 
 
+@pytest.mark.slow
 def test_per_rank_state_is_read_under_its_former_key_too(tmp_path):
     run(tmp_path / "first", "epochs=1", "test=false")
     checkpoint = torch.load(tmp_path / "first" / "checkpoints" / "last.ckpt", weights_only=True)

@@ -154,6 +154,7 @@ def test_secrets_are_taken_out(text, without):
     assert without_secrets(text) == (text if without is None else without)
 
 
+@pytest.mark.slow
 def test_a_record_stays_where_a_continuation_fails_before_it_saves(tmp_path):
     assert forked(tmp_path, *SMALL, "hydra.run.dir=run").returncode == 0
     before = summary(tmp_path / "run")

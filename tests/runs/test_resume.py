@@ -68,7 +68,7 @@ def test_checkpoints_do_not_change_a_run(unbroken, tmp_path):
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_amid_an_epoch(unbroken, tmp_path, number):
     folder = tmp_path / "run"
     # In the second pass of update 8 or 21: of epochs 1 and 3, between two checkpoints.
@@ -112,8 +112,9 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("name", "at"),
     [
-        ("SIGINT", "pass:32"),  # an epoch's last update
         ("SIGTERM", "pass:20"),
+        # An epoch's last update.
+        pytest.param("SIGINT", "pass:32", marks=pytest.mark.slow),
         pytest.param("SIGINT", "pass:19", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "between:10", marks=pytest.mark.slow),
     ],

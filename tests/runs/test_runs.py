@@ -235,6 +235,7 @@ def test_what_the_run_has_no_use_for(tmp_path, overrides, message):
     assert not (tmp_path / "metrics.csv").exists()  # found before it trains
 
 
+@pytest.mark.slow
 def test_metrics_that_only_some_runs_have_can_be_watched(tmp_path):
     own = "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
     best = ["callbacks.best.monitor=sharpness/trace", "callbacks.best.mode=min"]

@@ -423,6 +423,7 @@ def test_a_checkpoint_cannot_run_code_as_it_is_read(tmp_path):
     assert (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cannot_have_other_files_removed(tmp_path):
     run(tmp_path / "run", "data.val_size=100", "epochs=1")
     victim, other = tmp_path / "victim", tmp_path / "other.ckpt"

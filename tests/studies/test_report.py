@@ -714,6 +714,7 @@ def test_a_legend_covers_nothing(sweep, monkeypatch, length):
     assert axes.width > 200
 
 
+@pytest.mark.slow
 def test_a_figure_for_each_data_set(sweep, tmp_path):
     main([str(sweep), f"out={tmp_path / 'out'}", "formats=pdf"])
     (tmp_path / "out" / "own.pdf").touch()
@@ -824,6 +825,7 @@ def report(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_folders_with_an_equals_sign_and_the_default_place(sweep, tmp_path):
     done = report("multi=run", "formats=null", cwd=sweep.parent)
     assert (done.returncode, done.stderr) == (0, "")
@@ -888,6 +890,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(sweep, tmp_path,
     assert {path.name: path.read_text() for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_help_and_reports_need_no_torch(sweep, tmp_path):
     code = (
         "import sys; from sam_lightning.studies.report.command import main\n"

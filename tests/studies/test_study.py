@@ -311,6 +311,7 @@ def starts(name):
     return [line.split() for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_what_fails_takes_no_other_down_and_is_tried_again(stand_in, capsys):
     ends = {e: e for e in ("refuse", "raise", "die", "fail", "well")}
     file = write(arms(**ends))
@@ -465,6 +466,7 @@ def test_a_signal_ends_the_runs_and_the_study(stand_in, signum, code, second):
         assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_study_was_killed_is_waited_for_and_not_run_twice(stand_in, capsys):
     stand_in.write_text(STAND_IN.replace("time.sleep(60)", "time.sleep(2)"))
     file = write(arms(a="sleep", b="well"))
@@ -486,6 +488,7 @@ def at_work(folder, there):
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_started_by_hand_is_waited_for_and_keeps_its_settings(stand_in):
     file = write(arms(a="well"))
     folder = Path("logs/studies/noise/a,seed=0")
@@ -545,6 +548,7 @@ def finish(run, **metrics):
     (run.folder / "metrics.csv").write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_settings_stay_apart_and_the_best_radius_is_each_ones_own(here, capsys):
     file = write(FILE.replace("[0, 7]", "[0, 7, 9]"))
     rng = np.random.default_rng(0)
@@ -639,6 +643,7 @@ def test_runs_json_has_the_figures_of_metrics_json(here, capsys):
     assert Path("other/noise/report.md").is_file()
 
 
+@pytest.mark.slow
 def test_failed_runs_replace_no_results(stand_in, monkeypatch):
     monkeypatch.undo()
     os.chdir(stand_in.parent)

@@ -107,6 +107,7 @@ def test_a_sweep_of_many_keys(tmp_path):
 # ----------------------------------------------------------------------- jobs that are the same run
 
 
+@pytest.mark.slow
 def test_a_job_that_would_repeat_another_is_trained_once(tmp_path):
     """Jobs are refused as they start, so that none trains."""
     grid = ["method=sgd,sam", "rho=0,0.1", "seed=0,1", "data.num_workers=0,1"]
@@ -152,6 +153,7 @@ def test_a_setting_that_changes_nothing_is_named(given, said):
     assert unused(configuration(*given), [o.partition("=")[0] for o in given]) == said
 
 
+@pytest.mark.slow
 def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
     given = ["+logger.wandb.api_key=0123456789abcdef", "++data.cache_dir='s3://me:hidden@host/x'"]
     done = command(tmp_path, "-m", *SMALL, "epochs=0", *given, "rho=0.1,0.2")
@@ -215,6 +217,7 @@ def test_a_sweep_into_the_folder_of_another_counts_only_its_own_jobs(tmp_path):
 COMPLETED = json.dumps({"status": "completed", "metrics": {"test/acc": 0.9}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("left", "arguments", "reason", "status"),
     [

@@ -167,6 +167,7 @@ def test_a_loss_of_ones_own_is_what_is_trained_with():
     assert_close(state(ours), state(theirs), atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 def test_losses_by_target(tmp_path):
     focal = f"loss._target_={Focal.__module__}.Focal"
     none = ["loss=custom", "epochs=1"]

@@ -193,6 +193,7 @@ class CountGraphs(L.Callback):
         self.counts.append(self.counter.frame_count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory_format", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)]
 )

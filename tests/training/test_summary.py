@@ -97,6 +97,7 @@ def test_fast_runs_three_batches_of_everything(tmp_path):
         assert metrics[name] * 30 == pytest.approx(round(metrics[name] * 30), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_overfit_ends_once_all_images_are_learned(tmp_path, capsys):
     from sam_lightning.training.run import train
 
