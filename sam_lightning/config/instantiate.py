@@ -33,7 +33,9 @@ KINDS = {
     "logger.*": "lightning.pytorch.loggers.Logger",
 }
 # What a model gets from the data, if it takes it.
-SHAPE = ("num_classes", "in_channels")
+SHAPE = ("num_classes", "in_channels", "image_size")
+# What a model starts from: training puts that into the model when it is built.
+WEIGHTS = ("pretrained", "weights", "weights_of")
 
 
 def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
@@ -78,7 +80,12 @@ def factory(cfg: DictConfig, key: str, /, **kwargs: Any) -> Callable[..., Any]:
     options: Any = OmegaConf.to_container(node, resolve=True)
     target = options.pop("_target_")
     made, is_checked = _locate(key, target)
-    stored = {} if key != "model" or kwargs else {k: options.pop(k) for k in SHAPE if k in options}
+    stored = {}
+    if key == "model":
+        for name in WEIGHTS:
+            if not _takes(made, name):
+                options.pop(name, None)
+        stored = {} if kwargs else {k: options.pop(k) for k in SHAPE if k in options}
     check_names(key, options, made, kwargs)
     given = stored or kwargs
     if key in ("model", "loss"):
@@ -93,6 +100,11 @@ def not_taken(cfg: DictConfig, shape: Mapping[str, int]) -> str:
     made, _ = _locate("model", cfg.model._target_)
     names = [f"{name}={value}" for name, value in shape.items() if not _takes(made, name)]
     return f"model: {cfg.model._target_} has no parameter for {', '.join(names)}" if names else ""
+
+
+def takes(cfg: DictConfig, name: str) -> bool:
+    """Whether the model has this parameter."""
+    return _takes(_locate("model", cfg.model.get("_target_"))[0], name)
 
 
 def check_names(

@@ -5,6 +5,7 @@ Other arguments of ``_target_``s are checked by the signatures of their classes,
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -52,6 +53,9 @@ Metric = Literal[
     "test/loss", "train/acc", "train/loss",
 ]  # fmt: skip
 MethodName = Annotated[str, Rule("the name of a method", bool)]
+ModelName = Annotated[
+    str, Rule("a name of letters, digits, _ and .", lambda v: bool(re.fullmatch(r"[\w.]+", v)))
+]
 METRICS: tuple[str, ...] = get_args(Metric)
 BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
@@ -69,13 +73,21 @@ class Described(Section):
 class Model(Described):
     """The keys of our models."""
 
+    name: ModelName = ABSENT
+    pretrained: bool = ABSENT
+    weights: Text | None = ABSENT
+    weights_of: ModelName | None = ABSENT
+    drop_rate: BelowOne | None = ABSENT
+    drop_path_rate: BelowOne | None = ABSENT
+    stochastic_depth_prob: BelowOne | None = ABSENT
+    batch_norm_momentum: PartOfBatch | None = ABSENT
     width: Count = ABSENT
     depth: Count = ABSENT
     widen_factor: Count = ABSENT
     alpha: Count = ABSENT
     bottleneck: bool = ABSENT
     zero_init_residual: bool = ABSENT
-    dropout: BelowOne = ABSENT
+    dropout: BelowOne | None = ABSENT
     p_last: Fraction = ABSENT
 
 
@@ -309,6 +321,10 @@ def _check_files(values: Mapping[str, Any]) -> None:
     checkpoint, given = values["ckpt_path"], str(values.get("data.root"))
     if checkpoint not in (None, "last") and not Path(str(checkpoint)).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: no such file or folder")
+    weights = values.get("model.weights")  # a resumed run needs none
+    ours = is_in(TARGETS["model"], values["model._target_"])
+    if ours and weights and not checkpoint and not Path(os.path.expanduser(weights)).exists():
+        raise ConfigError(f"model.weights={weights}: no such file, and no folder of a run")
     name = values["data.source._target_"].rpartition(".")[2]
     root = Path(os.path.expanduser(given))
     if name == "image_folder" and not root.is_dir():

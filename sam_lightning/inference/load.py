@@ -163,7 +163,7 @@ class TrainedClassifier(nn.Module):
         return pil_to_tensor(image)
 
 
-def try_without_memory(cfg: DictConfig, weights: Mapping[str, torch.Size], **shape: int) -> None:
+def try_without_memory(cfg: DictConfig, weights: Mapping[str, torch.Size], **shape: Any) -> None:
     """Refuse a model that does not have these weights before it takes memory or much time.
 
     It is built on torch's meta device, whose tensors have only a shape, and left unfinished once

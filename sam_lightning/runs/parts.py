@@ -28,7 +28,7 @@ TABLE = {
         output_dir ckpt_path task_name experiment sweep test debug traceback optimized_metric
         checkpoint_every_n_steps logger
         callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
-        callbacks.sharpness
+        callbacks.sharpness model.pretrained model.weights model.weights_of
         data.root data.cache_dir data.memory_gb data.download data.num_workers data.device
         data.pin_memory data.eval_batch_size data.source.root data.source.cache_dir
         data.source.memory_gb data.source.download

@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, one_line
@@ -50,7 +49,7 @@ class Record:
         throughput: counts the images, the seconds of training, and those elapsed in all, and has
             the ``parts`` of the run.
         data: an ``ImageDataModule``, set up.
-        model: what is trained.
+        module: what is trained, with what the checkpoints keep of it in ``hparams``.
         changed: the settings that differ from the part of the run before, from ``runs.parts``.
         only_test: the run was trained before. Where its record is complete, only the test's metrics
             change in it.
@@ -62,7 +61,7 @@ class Record:
         trainer: L.Trainer,
         throughput: Any,
         data: Any,
-        model: nn.Module,
+        module: L.LightningModule,
         *,
         changed: Mapping[str, Any],
         only_test: bool,
@@ -72,7 +71,8 @@ class Record:
         self.throughput = throughput
         self.data = data
         throughput.start = _start(trainer) | ({"changed": dict(changed)} if changed else {})
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.weights = module.hparams.get("weights")
+        self.parameters = sum(p.numel() for p in module.parameters())
         self.path = Path(cfg.output_dir) / "metrics.json"
         before = read_status(self.path.parent) if only_test else None
         self.before = before.summary if before and before.completed else None
@@ -136,6 +136,7 @@ class Record:
             "images": self._images(),
             **self._left_out(),
             "parameters": self.parameters,
+            **({"weights": self.weights} if self.weights else {}),
             "seconds": self.throughput.elapsed,
             "train_seconds": trained,
             "images_per_second": self.throughput.images / trained if trained else None,

@@ -78,10 +78,13 @@ def estimate(cfg: DictConfig) -> Cost:
     import torch  # only for a configuration that is right
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sam_lightning.config.instantiate import build
+    from sam_lightning.config.instantiate import build, takes
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = build(cfg, "model", num_classes=classes, in_channels=channels)
+        shape: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
+        if str(cfg.model._target_).startswith("sam_lightning.") and takes(cfg, "image_size"):
+            shape["image_size"] = [height, width]
+        model = build(cfg, "model", **shape)
         model.eval()(torch.empty(1, channels, height, width))
     method: Any = OmegaConf.to_container(cfg.method, resolve=True)
     passes = passes_per_step(method) or 2.0

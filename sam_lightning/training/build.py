@@ -14,7 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
-from sam_lightning.config.instantiate import build, build_all, check_names, factory, not_taken
+from sam_lightning.config.instantiate import (
+    build,
+    build_all,
+    check_names,
+    factory,
+    not_taken,
+    takes,
+)
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
@@ -27,6 +34,7 @@ from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.module import SAMModule, steps
+from sam_lightning.training.weights import start_from_weights
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +99,11 @@ def make_data(cfg: DictConfig, trainer: L.Trainer) -> ImageDataModule:
 
 def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> SAMModule:
     """The model, its optimizer and schedule, and a checkpoint to resume that fits them."""
-    shape = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    ours = cfg.model._target_.startswith("sam_lightning.")
+    shape: dict[str, Any] = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     image_size = list(data.train.shape[-2:])
+    if ours and takes(cfg, "image_size"):
+        shape["image_size"] = image_size
     hparams: dict[str, Any] = {
         **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
         **{name: cfg[name] for name in SAVED_NUMBERS},
@@ -101,9 +112,14 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     }
     hparams["data"] = without_secrets(hparams["data"])  # evaluate takes data.root again
     hparams["model"] |= shape
+    # A checkpoint has all weights, so who builds the model again needs no others.
+    without: dict[str, Any] = {"pretrained": False, "weights": None, "weights_of": None}
+    hparams["model"] |= {k: v for k, v in without.items() if k in hparams["model"]}
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
-    if not cfg.model._target_.startswith("sam_lightning."):
+    if (started := start_from_weights(cfg, model, shape, trainer)) is not None:
+        hparams["weights"] = started
+    if not ours or "name" in cfg.model:  # others than those written here
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
     for name in subsample_first(model):
         log.info("layer %s subsamples before its convolution (oneDNN issue 6035)", name)
@@ -247,7 +263,7 @@ def memory_format(asked: str, model: nn.Module, shape: Sequence[int], device: st
     return "contiguous" if wrong or device == "mps" else "channels_last"
 
 
-def _checked_weights(cfg: DictConfig, shape: dict[str, int]) -> dict[str, torch.Size] | None:
+def _checked_weights(cfg: DictConfig, shape: dict[str, Any]) -> dict[str, torch.Size] | None:
     """The shapes of the weights to resume from, before a model of any size is built."""
     if (path := cfg.ckpt_path) is None:
         return None

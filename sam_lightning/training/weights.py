@@ -1,0 +1,121 @@
+"""The weights that a run starts from: published ones, those of a file, or those of another run."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
+from sam_lightning.config.instantiate import takes
+from sam_lightning.data.views import evaluation_view
+from sam_lightning.models import preprocessing
+from sam_lightning.models.pretrained import architecture, load_weights, published
+from sam_lightning.models.weights import Weights, read_weights, sha256
+from sam_lightning.runs.checkpoint import newest, read
+
+log = logging.getLogger(__name__)
+
+
+def start_from_weights(
+    cfg: DictConfig, model: nn.Module, shape: Mapping[str, Any], trainer: L.Trainer
+) -> dict[str, Any] | None:
+    """Put the weights into a new model that ``model.pretrained`` or ``model.weights`` name.
+
+    A run that continues has its own, so it needs neither.
+
+    Args:
+        cfg: the run's configuration.
+        model: built from it; is changed in place.
+        shape: what the model got from the data.
+        trainer: one process of a machine downloads.
+
+    Returns:
+        what the record says of them: ``from``, ``sha256`` of the file, and ``new``, the tensors
+        that they do not have; None if the model starts from random weights.
+
+    Raises:
+        ConfigError: there are no such weights, or they are of another model.
+    """
+    if cfg.ckpt_path is not None:
+        return read(cfg.ckpt_path, mmap=True)["hyper_parameters"].get("weights")
+    config: Any = {**OmegaConf.to_container(cfg.model, resolve=True), **shape}  # type: ignore[dict-item]
+    given = None if takes(cfg, "weights") else config.get("weights")
+    asked = bool(config.get("pretrained")) and not takes(cfg, "pretrained")
+    if given is None and not asked:
+        return None
+    with argument_errors("model"):
+        if given is not None:
+            key, name, weights = f"model.weights={given}", str(given), _read(str(given))
+        else:
+            if trainer.local_rank == 0:
+                published(config)
+            trainer.strategy.barrier("weights")
+            name, file = published(config)
+            key, weights = "model.pretrained=true", read_weights(file)
+    try:
+        new = load_weights(model, weights, config, of=config.get("weights_of"))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {one_line(error)}") from error
+    had = len(model.state_dict()) - len(new)
+    log.info(
+        "starting from %s (SHA-256 %s): %d tensors; new: %s",
+        *(name, weights.sha256[:12], had, ", ".join(new) or "none"),
+    )
+    return {"from": name, "sha256": weights.sha256, "new": new}
+
+
+def weights_preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As ``models.preprocessing``, also for ``weights=RUN``, whose images were prepared so.
+
+    Raises:
+        ConfigError: no such model or run, or the model's package is not installed.
+    """
+    file = _of_run(config.get("weights"))
+    if file is None:
+        with argument_errors("model"):
+            return preprocessing(config)
+    hparams = read(file, mmap=True)["hyper_parameters"]
+    try:
+        height, width = (int(side) for side in hparams["image_size"])
+        view = evaluation_view((height, width), **hparams["data"])
+        return {
+            "image_size": [height, width],
+            "mean": [float(v) for v in hparams["mean"]],
+            "std": [float(v) for v in hparams["std"]],
+            "interpolation": view.interpolation,
+            "crop_fraction": view.fraction,
+            "crop_mode": "center",
+        }
+    except (LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"model.weights={config['weights']}: {said}") from error
+
+
+def _of_run(given: Any) -> Path | None:
+    """The checkpoint that ``weights`` names, if it is a run's."""
+    path = Path(os.path.expanduser(str(given)))
+    if path.is_dir():
+        inside = path / "checkpoints"
+        if (found := newest(inside if inside.is_dir() else path)) is None:
+            raise ConfigError(f"model.weights={given}: there is no checkpoint of a run in it")
+        return found
+    return path if path.suffix == ".ckpt" else None
+
+
+def _read(given: str) -> Weights:
+    file = _of_run(given)
+    if file is None:
+        return read_weights(Path(os.path.expanduser(given)))
+    try:
+        checkpoint = read(file)
+        tensors = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+        theirs = architecture(checkpoint["hyper_parameters"]["model"])
+    except (ConfigError, LookupError, TypeError, ValueError) as error:
+        reason = one_line(error).removeprefix(f"ckpt_path={file}: ")
+        raise ConfigError(f"model.weights={given}: {reason}") from error
+    return Weights(tensors, file, sha256(file), theirs)
