@@ -16,6 +16,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import with_quoted_places
 from sam_lightning.data import image_folder
 from sam_lightning.data.source import Names, read_splits
+from sam_lightning.data.splitting import split_names
 from sam_lightning.studies import cost
 from sam_lightning.studies.plan import configuration
 
@@ -29,6 +30,10 @@ def classes(folder, counts, seed=0):
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
     return folder
+
+
+def nfc(name):
+    return unicodedata.normalize("NFC", name)
 
 
 def counts(source):
@@ -167,6 +172,38 @@ def test_a_stored_split_is_taken_again_after_images_were_added(tmp_path):
     (tmp_path / "photos" / before["test"][0]).unlink()
     said = one_line_error(image_folder, str(tmp_path / "photos"), split=str(file))
     assert f"1 of its images are not there, such as {before['test'][0]!r}" in said
+
+
+def test_names_in_two_forms_of_unicode_keep_their_splits(tmp_path):
+    root = classes(tmp_path / "photos", {"a": 8, "b": 8})
+    accented = root / "b" / "e\u0301 1.png"  # as macOS writes it
+    (root / "b" / "000.png").rename(accented)
+    for i in range(8):  # two files that look the same
+        (root / "a" / f"{i:03}.png").rename(root / "a" / f"\u00e9{i}.png")
+        Image.new("RGB", (8, 8)).save(root / "a" / f"e\u0301{i}.png")
+    of_b = sorted(f"b/{file.name}" for file in (root / "b").iterdir())
+    before = {  # and each in its own split
+        "train": [*of_b[:4], *(f"a/\u00e9{i}.png" for i in range(8))],
+        "test": [*(f"a/e\u0301{i}.png" for i in range(8)), *of_b[4:]],
+    }
+    before = {split: sorted(names) for split, names in before.items()}
+    assert f"b/{accented.name}" in before["test"]
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(split_names(before)))
+    assert names_of(image_folder(str(root), split=str(file))) == before
+    accented.rename(root / "b" / "\u00e9 1.png")  # a copy on Linux
+    taken = names_of(image_folder(str(root), split=str(file)))
+    assert {s: [*map(nfc, of)] for s, of in taken.items()} == {
+        s: [*map(nfc, of)] for s, of in before.items()
+    }
+    name = next(n for n in before["test"] if n.startswith("a/e\u0301"))
+    (root / name).unlink()
+    said = one_line_error(image_folder, str(root), split=str(file))  # and not the other one
+    assert f"1 of its images are not there, such as {name!r}" in said
+    before["train"].append(before["test"][0])
+    file.write_text(json.dumps(before))
+    said = one_line_error(image_folder, str(root), split=str(file))
+    assert f"has {before['test'][0]!r} more than once" in said
 
 
 @pytest.mark.parametrize(
