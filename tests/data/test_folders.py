@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import unicodedata
 from typing import Any
 
@@ -235,6 +236,15 @@ def test_parts_of_a_split_share_its_images(tmp_path):
     taken = one.take(torch.tensor([2, 0]))
     assert torch.equal(taken.images, whole[[3, 7]])
     assert taken.labels.tolist() == source.train.labels[[3, 7]].tolist()
+
+
+def test_an_index_takes_forty_bytes_an_image(tmp_path):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(1000):
+            (tmp_path / name / f"{i:06}.jpg").touch()
+    source = image_folder(str(tmp_path), 224)
+    assert len(pickle.dumps(source.train)) < 2000 * 40 + 4000
 
 
 def test_names_are_those_given():
