@@ -18,7 +18,7 @@ from sam_lightning.data.mapped import Notes, Write, made, opened
 from sam_lightning.data.pixels import decode, open_image
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
-VERSION = 1  # of what a file becomes; with another one all is decoded again
+VERSION = 2  # of what a file becomes; with another one all is decoded again
 CHUNK = 2**25  # bytes that are decoded before they are written
 THUMBNAIL = CenterCrop((4, 4))
 NAMED = 10  # broken files that an error names
