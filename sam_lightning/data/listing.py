@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.pixels import suffixes
 from sam_lightning.data.source import Names
 
@@ -29,7 +29,8 @@ LAYOUT = (
     "<class>/* with data.split=[0.8,0.1,0.1]"
 )
 # What systems and editors put beside files, beside what begins with a dot.
-OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
+OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin")
+OF_SYSTEMS += ("lost+found", "@eadir", "#recycle", "#snapshot")  # and network drives
 HIDDEN = "hidden"
 WHOLE = "all"  # the split of a folder that is to be divided
 
@@ -83,6 +84,7 @@ def list_images(root: str, split: Any = None) -> Listing:
 
     Raises:
         ConfigError: as ``image_folder`` says.
+        OSError: a folder cannot be read.
     """
     base = os.path.expanduser(root)
     left_out: Counter[str] = Counter()
@@ -143,7 +145,8 @@ def list_images(root: str, split: Any = None) -> Listing:
 def told(left_out: dict[str, int]) -> str:
     """``; left out: 3 hidden, 2 .txt``, or nothing."""
     counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-    return f"; left out: {counts}" if counts else ""
+    advice = " (convert HEIC to JPEG)" if {".heic", ".heif"} & {*left_out} else ""
+    return f"; left out: {counts}{advice}" if counts else ""
 
 
 def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
@@ -158,10 +161,7 @@ def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
 
 def _split_folders(root: str, base: str) -> dict[str, str]:
     """The names of the folders of splits by split, in the order train, test, val."""
-    try:
-        present = [name for name, _ in _subfolders(base)]
-    except OSError as error:
-        raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
+    present = [name for name, _ in _subfolders(base)]
     folders = {}
     for split in ("train", "test", "val"):
         found = [name for name in present if name.lower() in SPLITS[split]]

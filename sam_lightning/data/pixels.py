@@ -58,7 +58,7 @@ def open_image(file: str | Path | bytes) -> Image.Image:
         OSError, ValueError, SyntaxError and others of Pillow: the file cannot be read, is no
             image, is truncated, is too large to be one, or ``visible`` refuses it.
     """
-    with _opened(file) as image:
+    with _opened(file if isinstance(file, bytes) else Path(file).read_bytes()) as image:
         return visible(image)
 
 
@@ -80,11 +80,13 @@ def decode(content: bytes) -> Tensor:
         return torch.from_numpy(np.array(visible(image))).permute(2, 0, 1)
 
 
-def _opened(file: str | Path | bytes) -> Image.Image:
+def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
+        return Image.open(io.BytesIO(content), "r", formats())
     except UnidentifiedImageError as error:  # which would name an address in memory
-        raise UnidentifiedImageError("cannot identify image file") from error
+        heic = " (it is HEIC, which is not read: convert it to JPEG)"
+        said = heic if content[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif") else ""
+        raise UnidentifiedImageError(f"cannot identify image file{said}") from error
 
 
 def _orientation(image: Image.Image) -> int | None:

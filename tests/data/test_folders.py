@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import unicodedata
 from typing import Any
 
@@ -85,6 +86,9 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
     for junk in (".ipynb_checkpoints/x.png", "a/.DS_Store", "a/._000.png", "b/__MACOSX/x.png"):
         (train / junk).parent.mkdir(exist_ok=True)
         (train / junk).write_bytes(b"junk")
+    for junk in ("a/@eaDir/000.png/THUMB.png", "lost+found/x.png"):
+        (train / junk).parent.mkdir(parents=True)
+        (train / junk).write_bytes(b"junk")
     for junk in ("a/Thumbs.db", "a/notes.txt", "b/x.TXT", "b/x.heic", "b/README", "x.png"):
         (train / junk).write_bytes(b"junk")
     (tmp_path / "unlabelled").mkdir()
@@ -97,16 +101,30 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
         *(f"train/b/{n}.png" for n in ("000", "001")),
     ]
     assert source.left_out == {
-        **{"hidden": 5, ".txt": 2, "other folders": 1, ".heic": 1, "without suffix": 1},
+        **{"hidden": 7, ".txt": 2, "other folders": 1, ".heic": 1, "without suffix": 1},
         "beside the class folders": 1,
     }
     for file in (train / "b").glob("0*"):
         file.rename(file.with_suffix(".heic"))
-    assert "no image of class 'b' in it; left out: 1 hidden, 1 .txt, 3 .heic" in one_line_error(
-        image_folder, str(tmp_path)
-    ).replace("3 .heic, 1 hidden, 1 .txt", "1 hidden, 1 .txt, 3 .heic").replace(
-        ", 1 without suffix", ""
-    )
+    said = one_line_error(image_folder, str(tmp_path))
+    assert "no image of class 'b' in it; left out: " in said
+    assert "3 .heic" in said
+    assert said.endswith("(convert HEIC to JPEG)")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    """As one without permission, which tests that run as root cannot have."""
+    for split in ("train", "test"):
+        classes(tmp_path / split, {"a": 2, "b": 2})
+    here = os.open(tmp_path / "train" / "a", os.O_RDONLY)
+    for _ in range(50):  # a path longer than systems allow
+        os.mkdir("d" * 100, dir_fd=here)
+        above, here = here, os.open("d" * 100, os.O_RDONLY, dir_fd=here)
+        os.close(above)
+    os.close(here)
+    said = one_line_error(image_folder, str(tmp_path))
+    assert said.startswith(f"data.root={str(tmp_path)!r}: cannot be read ([Errno 36] File name")
+    shutil.rmtree(tmp_path / "train")
 
 
 def test_class_names_in_two_forms_of_unicode_are_one(tmp_path):

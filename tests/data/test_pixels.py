@@ -196,6 +196,7 @@ def test_the_first_of_several_frames_counts(form):
         (half("WEBP"), "could not create decoder"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
         (b"", "cannot identify"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC"),
     ],
 )
 def test_what_is_no_picture_is_an_error(content, said):
