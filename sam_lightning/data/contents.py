@@ -83,9 +83,9 @@ def each(call: Callable[[int], object], indices: Sequence[int], files: Files) ->
     if files.size <= SMALL:
         yield from map(call, indices)
         return
-    has_affinity = hasattr(os, "sched_getaffinity")
-    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
+    from joblib import cpu_count  # heeds affinity and the limits of containers
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
         yield from pool.map(call, indices)
 
 

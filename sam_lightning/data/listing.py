@@ -29,8 +29,8 @@ LAYOUT = (
     "<class>/* with data.split=[0.8,0.1,0.1]"
 )
 # What systems and editors put beside files, beside what begins with a dot.
-OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin")
-OF_SYSTEMS += ("lost+found", "@eadir", "#recycle", "#snapshot")  # and network drives
+OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin"}
+OF_SYSTEMS |= {"lost+found", "@eadir", "#recycle", "#snapshot"}  # the last ones network drives
 HIDDEN = "hidden"
 WHOLE = "all"  # the split of a folder that is to be divided
 
