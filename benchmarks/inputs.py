@@ -164,7 +164,7 @@ def images_per_second(
 def batched_epochs(images: int, on: torch.device, **options: Any) -> Callable[[], float]:
     """The data module's training loader and what it does to a batch after the transfer."""
     trainer = L.Trainer(accelerator=on.type, devices=1, logger=False, enable_checkpointing=False)
-    data = data_module(images, trainer=trainer, **options)
+    data = data_module(images, trainer=trainer, **{"num_workers": 0, **options})
     clock = clock_of(on)
     loader = data.train_dataloader()
     # An epoch without a policy is too short to time.

@@ -73,7 +73,10 @@ def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
     """Random resized crops of JPEGs to 224 pixels, by ours and by torchvision's pipeline."""
     write_photographs(root, count)
     source = partial(image_folder, str(root), 224, str(root / "cache"), view="random_resized_crop")
-    data = ImageData(source, count, mean=[0.5] * 3, std=[0.5] * 3, augment={}, pixels_of=["train"])
+    mean = std = [0.5] * 3
+    data = ImageData(
+        source, count, mean=mean, std=std, augment={}, num_workers=0, pixels_of=["train"]
+    )
     data.read()
     view = T.Compose([T.RandomResizedCrop(224), T.PILToTensor()])
     theirs = DataLoader(ImageFolder(str(root / "train"), view), count)

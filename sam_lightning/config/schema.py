@@ -61,7 +61,7 @@ BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
 PartOfAll = Annotated[float, Rule("a fraction below 1", lambda v: 0 < v < 1)]
 PartOfBatch = Annotated[float, within(0, 1, above=True)]
-PROCESSORS = os.cpu_count() or 1
+Workers = Annotated[int, within(0, 16 * (os.cpu_count() or 1), ", 16 for each processor")]
 
 
 class Described(Section):
@@ -133,7 +133,7 @@ class Data(Section):
     repeats: Count = ABSENT
     flip: Fraction = ABSENT
     eval_batch_size: BatchSize = ABSENT
-    num_workers: Annotated[int, within(0, 16 * PROCESSORS, ", 16 for each processor")] = ABSENT
+    num_workers: Workers | Literal["auto"] = ABSENT
     device: Literal["cpu", "cuda"] | None = ABSENT
     drop_last: bool = ABSENT
     root: Folder = ABSENT

@@ -18,7 +18,7 @@ from sam_lightning.data.mapped import Notes, Write, made, opened
 from sam_lightning.data.pixels import decode, open_image
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
-VERSION = 1  # of what a file becomes; with another one all is decoded again
+VERSION = 2  # of what a file becomes; with another one all is decoded again
 CHUNK = 2**25  # bytes that are decoded before they are written
 THUMBNAIL = CenterCrop((4, 4))
 NAMED = 10  # broken files that an error names
@@ -152,22 +152,22 @@ class StoredImages:
         """
         _, channels, height, width = self.shape
         # In the memory order of decoded images: to turn them would take a tenth of the time.
-        images = torch.empty(len(indices), height, width, channels, dtype=torch.uint8)
+        images = np.empty((len(indices), height, width, channels), np.uint8)
         for place, i in enumerate(indices.tolist()):
             path = self.files.path(i)
             try:
                 content, _ = content_of(path)
                 if seeds is None or self.random is None:
                     image = open_image(content)
-                    seen = torch.from_numpy(np.array(self.fixed(image) if self.fixed else image))
+                    seen = np.asarray(self.fixed(image) if self.fixed else image)
                 else:
-                    seen = self.random(decode(content), seeds[place]).permute(1, 2, 0)
+                    seen = self.random(decode(content), seeds[place]).permute(1, 2, 0).numpy()
                 if seen.shape != images.shape[1:]:
                     raise ValueError(f"is not of {width} x {height} pixels any more")
                 images[place] = seen
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
                 raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
-        return images.permute(0, 3, 1, 2)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""

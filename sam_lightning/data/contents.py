@@ -6,6 +6,7 @@ program can set the time at which an inode changed, so unpacking an archive cann
 
 import hashlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from sam_lightning.config.progress import progress
-from sam_lightning.data.listing import Files, status_of
+from sam_lightning.data.listing import Files, stamp_of
 
 SIZE = 16  # bytes of a hash
 SMALL = 8_000  # bytes of a file that is read without threads, which would wait for the GIL
 SETTLED = 2 * 10**9  # ns after which another change to a file has another time for sure
-_KNOWN = np.dtype([("status", np.int64, 5), ("hash", np.uint8, SIZE)])
+_KNOWN = np.dtype([("stamp", np.int64), ("hash", np.uint8, SIZE)])
 
 
-def content_of(path: str) -> tuple[bytes, tuple[int, ...]]:
-    """The bytes of a file, and its row of ``Files.status``; an OSError if there are none."""
+def content_of(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, and what it is; an OSError if there are none."""
     # A pipe would wait for somebody who writes to it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = status_of(os.fstat(file.fileno()))
-        if not any(status):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError("is no ordinary file")
         return file.read(), status
 
@@ -49,10 +50,10 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
     base = os.fsencode(os.path.realpath(files.base))
     index = folder / f"contents-{hashlib.blake2b(base, digest_size=16).hexdigest()}.npy"
     known = _known(index)
-    where = {row: i for i, row in enumerate(_rows(known["status"]))}
-    places = np.array([where.get(row, -1) for row in _rows(files.status)])
+    where = {stamp: i for i, stamp in enumerate(known["stamp"].tolist())}
+    places = np.array([where.get(stamp, -1) for stamp in files.stamps.tolist()])
     found = np.zeros(len(places), _KNOWN)
-    found["status"] = files.status
+    found["stamp"] = files.stamps
     found["hash"][places >= 0] = known["hash"][places[places >= 0]]
     unknown = np.flatnonzero(places < 0).tolist()
     now, settled = time.time_ns(), np.zeros(len(found), bool)
@@ -61,7 +62,8 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
         with suppress(OSError):  # it stays zero; who decodes it is told why
             content, status = content_of(files.path(i))
             found["hash"][i] = np.frombuffer(hash_of(content), np.uint8)
-            settled[i] = status == (*files.status[i],) and max(status[3:]) < now - SETTLED
+            changed = max(status.st_mtime_ns, status.st_ctime_ns)
+            settled[i] = stamp_of(status) == files.stamps[i] and changed < now - SETTLED
 
     if unknown:
         with progress("reading", len(unknown)) as advance:
@@ -78,13 +80,12 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
 
 def each(call: Callable[[int], object], indices: Sequence[int], files: Files) -> Iterator[object]:
     """``call`` with each of the indices of files, in several threads unless the files are tiny."""
-    tiny = np.median(files.status[indices, 2]) <= SMALL
-    if tiny:
+    if files.size <= SMALL:
         yield from map(call, indices)
         return
-    has_affinity = hasattr(os, "sched_getaffinity")
-    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
+    from joblib import cpu_count  # heeds affinity and the limits of containers
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
         yield from pool.map(call, indices)
 
 
@@ -95,9 +96,3 @@ def _known(index: Path) -> np.ndarray:
         if found.dtype == _KNOWN and found.ndim == 1:
             return found
     return np.zeros(0, _KNOWN)
-
-
-def _rows(status: np.ndarray) -> list[bytes]:
-    """Each row of an array as what a dictionary can have for a key."""
-    rows: list[bytes] = np.ascontiguousarray(status).view(f"V{status.itemsize * 5}")[:, 0].tolist()
-    return rows

@@ -88,6 +88,10 @@ class ImageDataModule(ImageData, LightningDataModule):
         ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # type: ignore[union-attr]
         return ready
 
+    def _processes(self) -> int:
+        trainer = self.trainer
+        return super()._processes() if trainer is None else trainer.world_size // trainer.num_nodes
+
     def _pin_memory(self) -> bool:
         accelerator = getattr(self.trainer, "accelerator", None)
         return isinstance(accelerator, CUDAAccelerator) and self.device is None

@@ -4,6 +4,7 @@ Every random choice has its own stream, a hash of the seed and of what is drawn,
 a seed see the same batches bit for bit, whatever else they do with random numbers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -13,11 +14,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from sam_lightning.config.cluster import number
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import build_all, check_names, factory
 from sam_lightning.data.augment import BatchAugment, MixedLabels, crop_flip
 from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.loading import (
+    AUTO,
     SAMPLERS,
     EpochOrder,
     EvalShard,
@@ -25,6 +28,7 @@ from sam_lightning.data.loading import (
     TrainDataset,
     TrainLoader,
     TrainSampler,
+    suggested_workers,
 )
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import ImageSource, Split, read_splits, stratified_split
@@ -61,7 +65,8 @@ class ImageData:
         augment: the entries of a ``BatchAugment`` by name; crop and flip by default.
         sampler: ``shuffled`` or ``balanced``, see ``EpochOrder``.
         repeats: how often an image comes in a row, each time augmented differently.
-        num_workers: loading processes; 0 is fast, unless single images are augmented.
+        num_workers: loading processes; "auto": none, or ``suggested_workers`` where images are
+            decoded each time or single images are augmented. The batches are the same.
         drop_last: leave out the last training batch of an epoch if it is not full.
         pin_memory: None: if the batches go to a CUDA device and the images are not there yet.
         device: "cuda" keeps all images, as bytes, on the device that a CUDA trainer trains on, and
@@ -92,7 +97,7 @@ class ImageData:
     augment: Mapping[str, Any] = field(default_factory=crop_flip)
     sampler: str = "shuffled"
     repeats: int = 1
-    num_workers: int = 0
+    num_workers: int | str = AUTO
     drop_last: bool = False
     pin_memory: bool | None = None
     device: str | None = None
@@ -100,13 +105,14 @@ class ImageData:
 
     def __post_init__(self) -> None:
         super().__init__()
+        workers = 0 if self.num_workers == AUTO else self.num_workers
         for key, ok, allowed in [
             ("batch_size", self.batch_size >= 1, "an integer >= 1"),
             ("eval_batch_size", self.eval_batch_size >= 1, "an integer >= 1"),
             ("val_size", self.val_size >= 0, "a number of images, or a fraction in [0, 1)"),
             ("subset", self.subset > 0, "a fraction in (0, 1], or a number of images"),
             ("label_noise", 0 <= self.label_noise <= 1, "a fraction in [0, 1]"),
-            ("num_workers", self.num_workers >= 0, "an integer >= 0"),
+            ("num_workers", isinstance(workers, int) and workers >= 0, "an integer >= 0, or auto"),
             ("repeats", self.repeats >= 1, "an integer >= 1"),
         ]:
             if not ok:
@@ -117,7 +123,7 @@ class ImageData:
             raise ValueError(f"sampler={self.sampler!r}: must be one of {[*SAMPLERS]}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: there is no CUDA device here; set it to null")
-        if self.device is not None and self.num_workers:
+        if self.device is not None and self.num_workers not in (0, AUTO):
             raise ValueError(
                 f"num_workers={self.num_workers}: must be 0 with device={self.device}, as other "
                 "processes cannot load from there"
@@ -254,7 +260,8 @@ class ImageData:
         dataset = TrainDataset(self.train, self._order, self._augment, self.batch_size, world_size)
         sampler = TrainSampler(dataset, world_size, rank, drop_last=self.drop_last)
         sampler.set_epoch(epoch)
-        options = self._loader_options(sampler, self.batch_size // world_size, pin_memory)
+        batch = self.batch_size // world_size
+        options = self._loader_options(self.train, sampler, batch, pin_memory)
         return TrainLoader(dataset, drop_last=self.drop_last, **options)
 
     def eval_loader(
@@ -263,21 +270,37 @@ class ImageData:
         """One process's share of a split, in order."""
         dataset = SplitDataset(split)
         sampler = EvalShard(dataset, world_size, rank)
-        return DataLoader(
-            dataset, **self._loader_options(sampler, self.eval_batch_size, pin_memory)
-        )
+        options = self._loader_options(split, sampler, self.eval_batch_size, pin_memory)
+        return DataLoader(dataset, **options)
 
     def _loader_options(
-        self, sampler: DistributedSampler[Any], batch_size: int, pin_memory: bool
+        self, split: Split, sampler: DistributedSampler[Any], batch_size: int, pin_memory: bool
     ) -> dict[str, Any]:
+        workers = self.workers(split)
         return {
             "batch_size": batch_size,
             "sampler": sampler,
-            "num_workers": self.num_workers,
+            "num_workers": workers,
             "collate_fn": tuple,  # the dataset returns whole batches
             "pin_memory": pin_memory if self.pin_memory is None else self.pin_memory,
-            "persistent_workers": self.num_workers > 0,
+            "persistent_workers": workers > 0,
         }
+
+    def workers(self, split: Split) -> int:
+        """The number of processes that load a split, for each process that trains."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        assert self._augment is not None
+        training = split is self.train
+        if isinstance(split.stored, Tensor) and not (training and self._augment.loads):
+            return 0  # a batch takes no time
+        processes = self._processes()
+        images = self.batch_size if training else self.eval_batch_size * processes
+        return suggested_workers(processes, images * math.prod(split.shape))
+
+    def _processes(self) -> int:
+        """How many processes of a run are on this machine."""
+        return number("LOCAL_WORLD_SIZE", 1)
 
     def finish(
         self, images: Tensor, labels: Tensor, key: BatchKey

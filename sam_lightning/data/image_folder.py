@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam_lightning.config.errors import ConfigError, argument_errors
+from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.source import ImageSource, Split
@@ -76,7 +76,10 @@ def image_folder(
             fixed = evaluation_view((image_size, image_size), view, crop_fraction, interpolation)
             if view == "random_resized_crop":
                 random = RandomResizedCrop(image_size, crop_scale, crop_ratio, interpolation)
-    listing = list_images(root, split)
+    try:
+        listing = list_images(root, split)
+    except OSError as error:
+        raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
     if split is not None:
         listing = divided(listing, split, split_seed)
     cache = Path(os.path.expanduser(cache_dir or "data/cache"))

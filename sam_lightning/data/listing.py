@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.pixels import suffixes
 from sam_lightning.data.source import Names
 
@@ -29,7 +29,8 @@ LAYOUT = (
     "<class>/* with data.split=[0.8,0.1,0.1]"
 )
 # What systems and editors put beside files, beside what begins with a dot.
-OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
+OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin"}
+OF_SYSTEMS |= {"lost+found", "@eadir", "#recycle", "#snapshot"}  # the last ones network drives
 HIDDEN = "hidden"
 WHOLE = "all"  # the split of a folder that is to be divided
 
@@ -42,14 +43,15 @@ class Files:
         base: the folder that the names are relative to.
         names: N names such as ``train/cat/1.jpg``, always with ``/``.
         labels: int64, N.
-        status: int64, N x 5: device, inode, size in bytes, times of change of the content and of
-            the inode in ns; zeros for what is no ordinary file.
+        stamps: int64, N, as ``stamp_of`` has them.
+        size: mean of the files' bytes.
     """
 
     base: str
     names: Names
     labels: Tensor
-    status: np.ndarray
+    stamps: np.ndarray
+    size: float
 
     def path(self, index: int) -> str:
         """Where a file is."""
@@ -61,7 +63,8 @@ class Files:
             self.base,
             self.names.take(indices),
             self.labels[indices],
-            self.status[indices.numpy()],
+            self.stamps[indices.numpy()],
+            self.size,
         )
 
 
@@ -81,6 +84,7 @@ def list_images(root: str, split: Any = None) -> Listing:
 
     Raises:
         ConfigError: as ``image_folder`` says.
+        OSError: a folder cannot be read.
     """
     base = os.path.expanduser(root)
     left_out: Counter[str] = Counter()
@@ -119,7 +123,7 @@ def list_images(root: str, split: Any = None) -> Listing:
     splits = {}
     for name, found in by_split.items():
         names: list[str] = []
-        status: list[tuple[int, ...]] = []
+        status: list[tuple[int, int]] = []
         labels = []
         for label, cls in enumerate(classes):
             before, out_before = len(names), left_out.copy()
@@ -130,8 +134,9 @@ def list_images(root: str, split: Any = None) -> Listing:
                     f"no image of class {cls!r} in it{told(left_out - out_before)}"
                 )
             labels += [label] * (len(names) - before)
+        stamps, sizes = np.array(status, np.int64).T
         splits[name] = Files(
-            base, Names.of(names), torch.tensor(labels), np.array(status, np.int64)
+            base, Names.of(names), torch.tensor(labels), stamps.copy(), float(sizes.mean())
         )
         _count_beside(os.path.join(base, folders[name]), left_out)
     return Listing(splits, classes, dict(left_out.most_common()))
@@ -140,25 +145,23 @@ def list_images(root: str, split: Any = None) -> Listing:
 def told(left_out: dict[str, int]) -> str:
     """``; left out: 3 hidden, 2 .txt``, or nothing."""
     counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-    return f"; left out: {counts}" if counts else ""
+    advice = " (convert HEIC to JPEG)" if {".heic", ".heif"} & {*left_out} else ""
+    return f"; left out: {counts}{advice}" if counts else ""
 
 
 def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """All image files of a folder and those below it, in order, and what is left out."""
     names: list[str] = []
-    status: list[tuple[int, ...]] = []
+    status: list[tuple[int, int]] = []
     left_out: Counter[str] = Counter()
     _walk(str(folder), str(folder), names, status, left_out)
-    files = [folder / name for name, row in zip(names, status, strict=True) if any(row)]
+    files = [folder / name for name, (stamp, _) in zip(names, status, strict=True) if stamp]
     return sorted(files), dict(left_out.most_common())
 
 
 def _split_folders(root: str, base: str) -> dict[str, str]:
     """The names of the folders of splits by split, in the order train, test, val."""
-    try:
-        present = [name for name, _ in _subfolders(base)]
-    except OSError as error:
-        raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
+    present = [name for name, _ in _subfolders(base)]
     folders = {}
     for split in ("train", "test", "val"):
         found = [name for name in present if name.lower() in SPLITS[split]]
@@ -226,7 +229,7 @@ def _walk(
     folder: str,
     base: str,
     names: list[str],
-    status: list[tuple[int, ...]],
+    status: list[tuple[int, int]],
     left_out: Counter[str],
 ) -> None:
     """Append the images of a folder and those below, in the order of torchvision's ImageFolder."""
@@ -262,19 +265,24 @@ def _leads_up(link: str) -> bool:
     return f"{os.path.realpath(os.path.dirname(link))}/".startswith(f"{os.path.realpath(link)}/")
 
 
-def _status(entry: os.DirEntry[str]) -> tuple[int, ...]:
+def _status(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
-        return status_of(entry.stat())
+        found = entry.stat()
     except OSError:  # a link to nowhere
-        return (0,) * 5
+        return 0, 0
+    return stamp_of(found), found.st_size
 
 
-def status_of(found: os.stat_result) -> tuple[int, ...]:
-    """A row of ``Files.status``."""
+def stamp_of(found: os.stat_result) -> int:
+    """A hash of what tells a file from others and from itself before a change.
+
+    Of its device, inode, size and times of change of the content and of the inode; 0 if it is no
+    ordinary file.
+    """
     if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
-        return (0,) * 5
-    inode = found.st_ino & (2**63 - 1)
-    return (found.st_dev, inode, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return 0
+    of = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return hash(of)  # of integers: the same in each process
 
 
 def _count_beside(folder: str, left_out: Counter[str]) -> None:

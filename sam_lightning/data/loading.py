@@ -1,6 +1,9 @@
 """What a ``DataLoader`` asks for examples and for their order: data sets and samplers."""
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +12,38 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sam_lightning.config.cluster import launched, number
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.augment.draws import Integers
 from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.source import Split
 
 SAMPLERS = ("shuffled", "balanced")
+AUTO = "auto"  # as the number of loading processes: ``suggested_workers`` where there is work
+MOST_WORKERS = 16
 _EPOCH = 40  # bits of a position in an epoch, below the number of the epoch
+
+
+def suggested_workers(processes: int, batch_bytes: int) -> int:
+    """How many loading processes each of the ``processes`` that train on this machine starts.
+
+    Its share of the processors, less one, from 1 to ``MOST_WORKERS``; fewer if the batches that
+    they hold ready would fill half of the shared memory, through which they pass. ``batch_bytes``
+    are those of the batches of all processes together.
+    """
+    from joblib import cpu_count  # heeds affinity and the limits of containers
+
+    if multiprocessing.current_process().daemon:  # which may start none
+        return 0
+    found, processors = launched(), cpu_count()
+    own = number("SLURM_CPUS_PER_TASK", 0) if found and found.launcher == "SLURM" else 0
+    share = min(processors, own) if own else processors // processes
+    most = min(MOST_WORKERS, max(1, share - 1))
+    with suppress(OSError):  # a system without it
+        shared = os.statvfs("/dev/shm")
+        held = 3 * batch_bytes  # two batches are ready and one is made
+        most = min(most, shared.f_bavail * shared.f_frsize // 2 // held)
+    return most
 
 
 class SplitDataset(Dataset[tuple[Tensor, Tensor]]):

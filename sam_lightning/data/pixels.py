@@ -15,6 +15,13 @@ from torch import Tensor
 NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 COMMON = ("JPEG", "PNG")  # tried first, which is faster
 BACKGROUND = (255, 255, 255)  # white, below what is transparent
+# What a transparent level of a PNG is in 8 bits; Pillow leaves it as the file has it.
+CLEAR = {
+    "L;2": lambda level: level * 85,
+    "L;4": lambda level: level * 17,
+    "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
+}
+PHOTOMETRIC = 262  # TIFF: 0 if white is zero, which Pillow knows of 1 to 8 bits
 ORIENTATION = 0x0112  # EXIF: which side of the stored image is up
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,7 +58,7 @@ def open_image(file: str | Path | bytes) -> Image.Image:
         OSError, ValueError, SyntaxError and others of Pillow: the file cannot be read, is no
             image, is truncated, is too large to be one, or ``visible`` refuses it.
     """
-    with _opened(file) as image:
+    with _opened(file if isinstance(file, bytes) else Path(file).read_bytes()) as image:
         return visible(image)
 
 
@@ -73,11 +80,13 @@ def decode(content: bytes) -> Tensor:
         return torch.from_numpy(np.array(visible(image))).permute(2, 0, 1)
 
 
-def _opened(file: str | Path | bytes) -> Image.Image:
+def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
+        return Image.open(io.BytesIO(content), "r", formats())
     except UnidentifiedImageError as error:  # which would name an address in memory
-        raise UnidentifiedImageError("cannot identify image file") from error
+        heic = " (it is HEIC, which is not read: convert it to JPEG)"
+        said = heic if content[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif") else ""
+        raise UnidentifiedImageError(f"cannot identify image file{said}") from error
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -99,9 +108,12 @@ def visible(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: floating-point pixels, or integers of more than 16 bits.
     """
+    tiles: Any = getattr(image, "tile", None)
+    stored_as = tiles[0][3] if tiles else None
     image.load()
-    if (orientation := _orientation(image)) in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    if image.format == "PNG" and stored_as in CLEAR and "transparency" in image.info:
+        image.info["transparency"] = CLEAR[stored_as](image.info["transparency"])
+    turn = UPRIGHT.get(_orientation(image) or 0)
     if image.mode == "F":
         raise ValueError(
             "pixels are floating-point numbers (mode F), of which nothing says what is black and "
@@ -109,6 +121,8 @@ def visible(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.has_transparency_data:
         for mode in ("LA", "RGBA") if image.mode == "La" else ("RGBA",):  # one has no other way
             image = image.convert(mode)
@@ -120,11 +134,14 @@ def visible(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey, in 16 or 32 bits, as L, or as LA if one of its levels is transparent."""
     levels: Any = np.asarray(image).astype(np.int64)
-    if not 0 <= (least := levels.min()) <= (most := levels.max()) <= 65535:
+    least, most = levels.min(), levels.max()
+    if not 0 <= least <= most <= 65535:
         raise ValueError(
             f"pixels are integers from {least} to {most} (mode {image.mode}), and only those from "
             "0 to 65535 are taken for grey"
         )
+    if image.mode != "I" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+        levels = 65535 - levels
     grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is not None:

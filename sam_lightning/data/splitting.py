@@ -54,7 +54,7 @@ def _drawn(files: Files, split: Any, seed: int) -> dict[str, Tensor]:
     keys = torch.tensor(
         [
             int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "big") >> 1
-            for named in (f"{seed}:{_portable(name)}" for name in files.names)
+            for named in (f"{seed}:{_text(_nfc(name))}" for name in files.names)
         ]
     )
     total, sizes = len(keys), [0] + [round(len(keys) * part) for part in parts[1:]]
@@ -77,8 +77,14 @@ def _as_stored(names: Names, file: str, left_out: Counter[str]) -> dict[str, Ten
         wanted = {split: [str(name) for name in stored.get(split, [])] for split in SPLITS}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"data.split={file}: cannot be read ({one_line(error)})") from error
-    where = {_portable(name): i for i, name in enumerate(names)}
-    missing = [name for split in wanted.values() for name in split if name not in where]
+    all_wanted = Counter(name for split in wanted.values() for name in split)
+    for name in (name for name, count in all_wanted.items() if count > 1):
+        raise ConfigError(f"data.split={file}: has {name!r} more than once")
+    there = {_text(name): i for i, name in enumerate(names)}
+    # A copy on another system may have all names in another form of Unicode.
+    left = {_nfc(name): i for name, i in there.items() if name not in all_wanted}
+    where = {n: there[n] if n in there else left.pop(_nfc(n), -1) for n in all_wanted}
+    missing = [name for name, i in where.items() if i < 0]
     if missing:
         some = ", ".join(map(repr, missing[:3]))
         raise ConfigError(
@@ -94,9 +100,14 @@ def _as_stored(names: Names, file: str, left_out: Counter[str]) -> dict[str, Ten
 
 def split_names(splits: dict[str, Any]) -> dict[str, list[str]]:
     """What ``split.json`` has: the names of each split's images."""
-    return {name: [*map(_portable, of)] for name, of in splits.items() if of is not None}
+    return {name: [*map(_text, of)] for name, of in splits.items() if of is not None}
 
 
-def _portable(name: str) -> str:
-    """The same on systems that keep names in another form of Unicode, or not in UTF-8."""
-    return unicodedata.normalize("NFC", name).encode("utf-8", "backslashreplace").decode()
+def _nfc(name: str) -> str:
+    """The same on systems that keep names in other forms of Unicode."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _text(name: str) -> str:
+    """A name that may have bytes that are not UTF-8, as text that JSON can have."""
+    return name.encode("utf-8", "backslashreplace").decode()

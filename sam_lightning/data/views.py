@@ -140,11 +140,13 @@ def _check(size: int, interpolation: str) -> None:
 def _resized(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
     if image.shape[-2:] == (height, width):
         return image
+    # Copied by NumPy: for a copy of this size torch would start its threads and wait for them.
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     if interpolation == "bilinear":
         # torch resizes uint8 in channels_last, the memory order of decoded images, several times
         # faster than in planes, and faster than Pillow.
-        return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        part = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        return interpolate(part, (height, width), mode="bilinear", antialias=True)[0]
     # torch's bicubic weights have 16 bits, which is up to two levels off.
-    pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    resized = pixels.resize((width, height), INTERPOLATIONS[interpolation])
+    resized = Image.fromarray(pixels).resize((width, height), INTERPOLATIONS[interpolation])
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import unicodedata
 from typing import Any
 
@@ -16,6 +18,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import with_quoted_places
 from sam_lightning.data import image_folder
 from sam_lightning.data.source import Names, read_splits
+from sam_lightning.data.splitting import split_names
 from sam_lightning.studies import cost
 from sam_lightning.studies.plan import configuration
 
@@ -29,6 +32,10 @@ def classes(folder, counts, seed=0):
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
     return folder
+
+
+def nfc(name):
+    return unicodedata.normalize("NFC", name)
 
 
 def counts(source):
@@ -79,6 +86,9 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
     for junk in (".ipynb_checkpoints/x.png", "a/.DS_Store", "a/._000.png", "b/__MACOSX/x.png"):
         (train / junk).parent.mkdir(exist_ok=True)
         (train / junk).write_bytes(b"junk")
+    for junk in ("a/@eaDir/000.png/THUMB.png", "lost+found/x.png"):
+        (train / junk).parent.mkdir(parents=True)
+        (train / junk).write_bytes(b"junk")
     for junk in ("a/Thumbs.db", "a/notes.txt", "b/x.TXT", "b/x.heic", "b/README", "x.png"):
         (train / junk).write_bytes(b"junk")
     (tmp_path / "unlabelled").mkdir()
@@ -91,16 +101,30 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
         *(f"train/b/{n}.png" for n in ("000", "001")),
     ]
     assert source.left_out == {
-        **{"hidden": 5, ".txt": 2, "other folders": 1, ".heic": 1, "without suffix": 1},
+        **{"hidden": 7, ".txt": 2, "other folders": 1, ".heic": 1, "without suffix": 1},
         "beside the class folders": 1,
     }
     for file in (train / "b").glob("0*"):
         file.rename(file.with_suffix(".heic"))
-    assert "no image of class 'b' in it; left out: 1 hidden, 1 .txt, 3 .heic" in one_line_error(
-        image_folder, str(tmp_path)
-    ).replace("3 .heic, 1 hidden, 1 .txt", "1 hidden, 1 .txt, 3 .heic").replace(
-        ", 1 without suffix", ""
-    )
+    said = one_line_error(image_folder, str(tmp_path))
+    assert "no image of class 'b' in it; left out: " in said
+    assert "3 .heic" in said
+    assert said.endswith("(convert HEIC to JPEG)")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    """As one without permission, which tests that run as root cannot have."""
+    for split in ("train", "test"):
+        classes(tmp_path / split, {"a": 2, "b": 2})
+    here = os.open(tmp_path / "train" / "a", os.O_RDONLY)
+    for _ in range(50):  # a path longer than systems allow
+        os.mkdir("d" * 100, dir_fd=here)
+        above, here = here, os.open("d" * 100, os.O_RDONLY, dir_fd=here)
+        os.close(above)
+    os.close(here)
+    said = one_line_error(image_folder, str(tmp_path))
+    assert said.startswith(f"data.root={str(tmp_path)!r}: cannot be read ([Errno 36] File name")
+    shutil.rmtree(tmp_path / "train")
 
 
 def test_class_names_in_two_forms_of_unicode_are_one(tmp_path):
@@ -169,6 +193,38 @@ def test_a_stored_split_is_taken_again_after_images_were_added(tmp_path):
     assert f"1 of its images are not there, such as {before['test'][0]!r}" in said
 
 
+def test_names_in_two_forms_of_unicode_keep_their_splits(tmp_path):
+    root = classes(tmp_path / "photos", {"a": 8, "b": 8})
+    accented = root / "b" / "e\u0301 1.png"  # as macOS writes it
+    (root / "b" / "000.png").rename(accented)
+    for i in range(8):  # two files that look the same
+        (root / "a" / f"{i:03}.png").rename(root / "a" / f"\u00e9{i}.png")
+        Image.new("RGB", (8, 8)).save(root / "a" / f"e\u0301{i}.png")
+    of_b = sorted(f"b/{file.name}" for file in (root / "b").iterdir())
+    before = {  # and each in its own split
+        "train": [*of_b[:4], *(f"a/\u00e9{i}.png" for i in range(8))],
+        "test": [*(f"a/e\u0301{i}.png" for i in range(8)), *of_b[4:]],
+    }
+    before = {split: sorted(names) for split, names in before.items()}
+    assert f"b/{accented.name}" in before["test"]
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(split_names(before)))
+    assert names_of(image_folder(str(root), split=str(file))) == before
+    accented.rename(root / "b" / "\u00e9 1.png")  # a copy on Linux
+    taken = names_of(image_folder(str(root), split=str(file)))
+    assert {s: [*map(nfc, of)] for s, of in taken.items()} == {
+        s: [*map(nfc, of)] for s, of in before.items()
+    }
+    name = next(n for n in before["test"] if n.startswith("a/e\u0301"))
+    (root / name).unlink()
+    said = one_line_error(image_folder, str(root), split=str(file))  # and not the other one
+    assert f"1 of its images are not there, such as {name!r}" in said
+    before["train"].append(before["test"][0])
+    file.write_text(json.dumps(before))
+    said = one_line_error(image_folder, str(root), split=str(file))
+    assert f"has {before['test'][0]!r} more than once" in said
+
+
 @pytest.mark.parametrize(
     ("split", "said"),
     [
@@ -198,6 +254,15 @@ def test_parts_of_a_split_share_its_images(tmp_path):
     taken = one.take(torch.tensor([2, 0]))
     assert torch.equal(taken.images, whole[[3, 7]])
     assert taken.labels.tolist() == source.train.labels[[3, 7]].tolist()
+
+
+def test_an_index_takes_forty_bytes_an_image(tmp_path):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(1000):
+            (tmp_path / name / f"{i:06}.jpg").touch()
+    source = image_folder(str(tmp_path), 224)
+    assert len(pickle.dumps(source.train)) < 2000 * 40 + 4000
 
 
 def test_names_are_those_given():

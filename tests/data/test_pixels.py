@@ -1,7 +1,9 @@
 """Image files of all kinds against Pillow's own conversions: what is loaded is what one sees."""
 
 import io
+import struct
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,49 @@ def test_sixteen_bits_are_scaled_to_eight(form):
     assert_close(seen(content), np.repeat(GREY16[..., None] / 257, 3, axis=2), 0.5)
 
 
+def png(levels, bits, colour, clear):
+    """As Pillow does not write it: levels H x W (x 3) in so many bits, one of them transparent."""
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    height, width = levels.shape[:2]
+    # Each number as its bits, which fill whole bytes as all widths here are multiples of 8.
+    ones = (levels.reshape(height, -1, 1) >> np.arange(bits)[::-1]) & 1
+    packed = np.packbits(ones.reshape(height, -1).astype(np.uint8), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", np.atleast_1d(clear).astype(">u2").tobytes())]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_level_counts_in_the_bits_of_its_file(bits):
+    most = 2**bits - 1
+    levels = RNG.integers(0, most + 1, (20, 32))
+    clear = levels[3, 4]
+    expected = np.where(levels == clear, 255, levels * 255 / most)
+    content = png(levels, bits, 0, clear)
+    assert_close(seen(content), np.repeat(expected[..., None], 3, axis=2), 0.5)
+    if bits == 16:
+        levels = RNG.integers(0, 65536, (20, 32, 3))
+        expected = levels / 257
+        expected[3, 4] = 255
+        assert_close(seen(png(levels, bits, 2, levels[3, 4])), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16"])
+def test_white_may_be_zero(mode):
+    image = Image.fromarray(GREY16) if mode == "I;16" else RGB.convert(mode)
+    content = bytearray(written(image, "TIFF"))
+    entry = content.index(struct.pack("<HHI", 262, 3, 1)) + 8  # which says what zero is
+    content[entry] = 1 - content[entry]
+    expected = 255 - np.asarray(open_image(written(image, "TIFF"))).astype(float)
+    assert_close(seen(bytes(content)), expected, 0)
+
+
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_the_first_of_several_frames_counts(form):
     frames = [Image.new("RGB", (12, 10), colour) for colour in ("red", "lime", "blue")]
@@ -146,10 +191,12 @@ def test_the_first_of_several_frames_counts(form):
             written(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"),
             "to 70000",
         ),
+        (written(Image.fromarray(np.full((4, 4), -1, np.int32)), "TIFF"), "from -1 to -1"),
         *[(half(f), "truncated") for f in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "GIF")],
         (half("WEBP"), "could not create decoder"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
         (b"", "cannot identify"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC"),
     ],
 )
 def test_what_is_no_picture_is_an_error(content, said):

@@ -42,8 +42,11 @@ class RunSummary(Callback):
             for name in ("train", "val", "test"):
                 split = getattr(data, name)
                 lines[name] = "no images" if split is None else images(split, data.classes)
-                if split is not None and not isinstance(split.stored, Tensor):
-                    lines[name] += f"; decoded each time, data.num_workers={data.num_workers}"
+                if split is not None and (name != "test" or name in data.pixels_of):
+                    if not isinstance(split.stored, Tensor):
+                        lines[name] += "; decoded each time"
+                    if workers := data.workers(split):
+                        lines[name] += f"; loading processes: {workers} (data.num_workers)"
             if data.left_out:
                 lines["unused"] = left_out(data)
         every = [p.numel() for p in pl_module.model.parameters()]
