@@ -144,7 +144,8 @@ class Data(Section):
     crop_scale: list[Annotated[float, within(0, 1, above=True)]] = ABSENT
     crop_ratio: list[Positive] = ABSENT
     crop_fraction: Annotated[float, within(0, 1, above=True)] | None = ABSENT
-    interpolation: Literal["bilinear", "bicubic"] = ABSENT
+    interpolation: Literal["bilinear", "bicubic"] | None = ABSENT
+    crop_mode: Literal["center", "squash"] | None = ABSENT
     memory_gb: NonNegative = ABSENT
     skip_broken: bool = ABSENT
 

@@ -37,7 +37,8 @@ SAMPLE = 2000  # images that mean and std are computed from where not all are in
 DEVICES = (None, "cpu", "cuda")  # where images are kept
 # Keys of the data configuration that belong to its source; the rest are fields of ImageData.
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir", "split", "skip_broken"}
-SOURCE_KEYS |= {"view", "crop_scale", "crop_ratio", "crop_fraction", "interpolation", "memory_gb"}
+SOURCE_KEYS |= {"view", "crop_scale", "crop_ratio", "crop_fraction", "crop_mode", "interpolation"}
+SOURCE_KEYS.add("memory_gb")
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)

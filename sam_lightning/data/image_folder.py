@@ -23,7 +23,8 @@ def image_folder(
     crop_scale: Sequence[float] = (0.08, 1.0),
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
     crop_fraction: float | None = None,
-    interpolation: str = "bilinear",
+    interpolation: str | None = None,
+    crop_mode: str | None = None,
     memory_gb: float = 8.0,
 ) -> ImageSource:
     """Image files in folders, as people have them.
@@ -57,7 +58,8 @@ def image_folder(
         crop_scale, crop_ratio: smallest and largest area of that part, as fractions of the image,
             and of its width / height.
         crop_fraction: None: 0.875 for ``random_resized_crop``, and else 1.
-        interpolation: ``bilinear`` or ``bicubic``, both with antialiasing.
+        interpolation: ``bilinear`` or ``bicubic``, both with antialiasing; None: bilinear.
+        crop_mode: of evaluation, as in ``views.CenterCrop``; None: ``center``.
         memory_gb: most that the decoded images of a split may take, in 10^9 bytes. Those of a
             larger one are decoded each time they are needed.
 
@@ -73,9 +75,10 @@ def image_folder(
     fixed = random = None
     if image_size is not None:
         with argument_errors("data"):
-            fixed = evaluation_view((image_size, image_size), view, crop_fraction, interpolation)
+            size = (image_size, image_size)
+            fixed = evaluation_view(size, view, crop_fraction, interpolation, crop_mode)
             if view == "random_resized_crop":
-                random = RandomResizedCrop(image_size, crop_scale, crop_ratio, interpolation)
+                random = RandomResizedCrop(image_size, crop_scale, crop_ratio, fixed.interpolation)
     try:
         listing = list_images(root, split)
     except OSError as error:

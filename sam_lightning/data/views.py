@@ -21,6 +21,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 MOST_RESIZED = 2**26  # pixels of a whole image that is resized before it is cropped
+CROP_MODES = ("center", "squash")
 ATTEMPTS = 10  # to draw a window that fits, as torchvision's RandomResizedCrop makes
 
 
@@ -82,6 +83,8 @@ class CenterCrop:
         size: height and width of what is cut out, in pixels.
         fraction: what is cut out over what is resized, in (0, 1].
         interpolation: one of ``INTERPOLATIONS``.
+        mode: ``center`` keeps the shape of things; ``squash`` resizes height and width each to
+            size / fraction, so that all of the image is seen, as some published models want it.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -90,10 +93,13 @@ class CenterCrop:
     size: tuple[int, int]
     fraction: float = 1.0
     interpolation: str = "bilinear"
+    mode: str = "center"
 
     def __post_init__(self) -> None:
         for side in self.size:
             _check(side, self.interpolation)
+        if self.mode not in CROP_MODES:
+            raise ValueError(f"crop_mode={self.mode}: allowed are {', '.join(CROP_MODES)}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"crop_fraction={self.fraction}: must be a number in (0, 1]")
 
@@ -101,10 +107,11 @@ class CenterCrop:
         """Resize and crop an image."""
         height, width = self.size
         tall, wide = (math.floor(side / self.fraction) for side in self.size)
-        if image.height * wide <= image.width * tall:
-            wide = max(wide, int(tall * image.width / image.height))
-        else:
-            tall = max(tall, int(wide * image.height / image.width))
+        if self.mode == "center":
+            if image.height * wide <= image.width * tall:
+                wide = max(wide, int(tall * image.width / image.height))
+            else:
+                tall = max(tall, int(wide * image.height / image.width))
         top, left = round((tall - height) / 2), round((wide - width) / 2)
         method = INTERPOLATIONS[self.interpolation]
         if tall * wide > MOST_RESIZED:  # a thin line: resize no more of it than is kept
@@ -119,7 +126,8 @@ def evaluation_view(
     size: tuple[int, int],
     view: str = "resize",
     crop_fraction: float | None = None,
-    interpolation: str = "bilinear",
+    interpolation: str | None = None,
+    crop_mode: str | None = None,
     **others: Any,
 ) -> CenterCrop:
     """What evaluation sees where training sees ``view``; the arguments are keys of ``data``."""
@@ -127,7 +135,7 @@ def evaluation_view(
         raise ValueError(f"view={view}: allowed are resize, random_resized_crop")
     if crop_fraction is None:
         crop_fraction = 0.875 if view == "random_resized_crop" else 1.0
-    return CenterCrop(size, crop_fraction, interpolation)
+    return CenterCrop(size, crop_fraction, interpolation or "bilinear", crop_mode or "center")
 
 
 def _check(size: int, interpolation: str) -> None:

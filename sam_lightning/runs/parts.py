@@ -43,7 +43,7 @@ TABLE = {
     EPOCHS: """
         augment seed batch_size data data.source.image_size data.source.skip_broken training_images
         data.source.view data.source.crop_scale data.source.crop_ratio data.source.crop_fraction
-        data.source.interpolation
+        data.source.interpolation data.source.crop_mode
         trainer.accumulate_grad_batches trainer.limit_train_batches trainer.overfit_batches
         trainer.max_steps
     """,

@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options, overrides = split(ABOUT, KEYS, argv)
     rate = float(options.flops_per_second)
-    cost = estimate(configuration(overrides))
+    cfg = configuration(overrides)
+    from sam_lightning.training.weights import prepare_as_weights  # loads torch
+
+    prepare_as_weights(cfg)
+    cost = estimate(cfg)
     flops = 3 * math.prod(cost)  # a backward pass costs two forward passes
     for name, value in {
         "a forward pass of one image": f"{cost.forward / 1e9:,.3f} GFLOPs",

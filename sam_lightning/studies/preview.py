@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read(cfg: DictConfig) -> "ImageData":
     """The data of a run in host memory, without files that are broken."""
     from sam_lightning.data.image_data import ImageData, build_data
+    from sam_lightning.training.weights import prepare_as_weights
 
+    prepare_as_weights(cfg)
     cfg.data.update(num_workers=0, device=None)
     if "skip_broken" in cfg.data:
         cfg.data.skip_broken = True

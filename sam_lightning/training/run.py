@@ -31,6 +31,7 @@ from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, Sto
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
 from sam_lightning.training.launch import init_process_group, launch, local_processes
 from sam_lightning.training.watched import check_watched
+from sam_lightning.training.weights import prepare_as_weights
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     # Rank 0 alone has a folder.
     with owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext():
         resume(cfg)
+        prepare_as_weights(cfg)
         if world_size > 1 and found is None:
             prepare_data(cfg)  # only in this process, so that no other waits
             return launch(cfg, processes, _train_rank)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -20,9 +19,48 @@ from sam_lightning.runs.checkpoint import newest, read
 
 log = logging.getLogger(__name__)
 
+# Keys of ``data`` that weights have a value for.
+PREPARED = ("image_size", "mean", "std", "interpolation", "crop_fraction", "crop_mode")
+
+
+def prepare_as_weights(cfg: DictConfig) -> None:
+    """Give ``data`` what it leaves open as the weights want it that the model starts from.
+
+    A run that continues goes on with what it had. What is given and differs is logged.
+
+    Args:
+        cfg: the run's configuration, whose ``ckpt_path`` is null or a file; is changed in place.
+
+    Raises:
+        ConfigError: as of ``weights_preprocessing``; or the images must have another shape than
+            ``data`` can make.
+    """
+    config: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    if not config.get("pretrained") and config.get("weights") is None:
+        return
+    if cfg.ckpt_path is not None:
+        hparams = read(cfg.ckpt_path, mmap=True)["hyper_parameters"]
+        wanted = {**hparams["data"], **{key: hparams.get(key) for key in ("mean", "std")}}
+    else:
+        wanted = weights_preprocessing(config) or {}
+        if "image_size" in wanted:
+            height, width = wanted["image_size"]
+            if height != width and cfg.data.get("image_size", 0) is None:
+                size = f"{height} x {width}"
+                raise ConfigError(f"data.image_size=null: the weights want {size}; give one number")
+            wanted["image_size"] = height
+    for key in (key for key in PREPARED if key in cfg.data and key in wanted):
+        if cfg.data[key] is None:
+            cfg.data[key] = wanted[key]
+        elif cfg.data[key] != wanted[key]:
+            log.info(
+                "data.%s=%s: the weights were trained with %s; data.%s=null takes that",
+                *(key, cfg.data[key], wanted[key], key),
+            )
+
 
 def start_from_weights(
-    cfg: DictConfig, model: nn.Module, shape: Mapping[str, Any], trainer: L.Trainer
+    cfg: DictConfig, model: nn.Module, shape: Mapping[str, Any], trainer: Any
 ) -> dict[str, Any] | None:
     """Put the weights into a new model that ``model.pretrained`` or ``model.weights`` name.
 
@@ -89,7 +127,7 @@ def weights_preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
             "std": [float(v) for v in hparams["std"]],
             "interpolation": view.interpolation,
             "crop_fraction": view.fraction,
-            "crop_mode": "center",
+            "crop_mode": view.mode,
         }
     except (LookupError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {one_line(error)}"
