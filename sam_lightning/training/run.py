@@ -158,15 +158,15 @@ def _open_loggers(cfg: DictConfig, trainer: L.Trainer) -> None:
     checkpoint: Any = torch.load(path, weights_only=True, mmap=True) if path else {}
     step = checkpoint.get("global_step", -1)
     saved = checkpoint.get("callbacks", {}).get(LastCheckpoint.__qualname__, {})
+    chosen = [name for name, node in (cfg.get("logger") or {}).items() if node is not None]
+    for name, logger in zip(chosen, trainer.loggers, strict=False):  # debug=fast has none
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1
+        with errors_of(cfg, f"logger.{name}"):
+            getattr(logger, "experiment", None)  # made here
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV) and path:
             logger.continue_from(step, next(iter(saved.get("rows", [])), None))
-        elif isinstance(logger, TensorBoardLogger):
-            logger._kwargs["purge_step"] = step + 1
-    chosen = [name for name, node in (cfg.get("logger") or {}).items() if node is not None]
-    for name, logger in zip(chosen, trainer.loggers, strict=False):  # debug=fast has none
-        with errors_of(cfg, f"logger.{name}"):
-            getattr(logger, "experiment", None)  # made here
 
 
 @contextmanager
