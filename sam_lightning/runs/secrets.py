@@ -14,7 +14,7 @@ HIDDEN = "***"  # in the place of a secret
 NAMED = r"(?i:(?:^|(?<=[^a-zA-Z0-9]))(?:api)?(?:key|token|password|passwd|pwd|secret|credentials?))"
 KEY = re.compile(rf"{NAMED}$")
 # key=value and key: value, also in a URL or in braces.
-GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,&}}\])\"']+)")
+GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:[^\s,&}}\])\"':]|:(?!\s))+)")
 LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")  # user:password@ of a URL
 SHORTEST = 8  # characters of a secret in the environment; shorter ones may be anywhere
 

@@ -232,6 +232,10 @@ def summarized() -> Iterator[None]:
     early: Exception | None = None
     try:
         yield
+    except KeyboardInterrupt:
+        if SweepFolder.started is not None:  # of which there may be nothing to tell
+            SweepFolder.started.discard()
+        raise
     except Exception as error:  # a launcher's or sweeper's; after failed jobs, it is about them
         early = error
     finally:

@@ -216,7 +216,13 @@ def test_what_rank_0_logs_is_in_the_log_of_the_run(tmp_path):
     code += "    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
     (tmp_path / "own_net.py").write_text(code)
     (cwd := tmp_path / "cwd").mkdir()
-    given = [*SMALL[:2], "trainer=ddp_cpu", "epochs=1", "model=custom", "model._target_=own_net.net"]
+    given = [
+        *SMALL[:2],
+        "trainer=ddp_cpu",
+        "epochs=1",
+        "model=custom",
+        "model._target_=own_net.net",
+    ]
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     done = command(cwd, *given, env=os.environ | {"PYTHONPATH": path})
     assert (done.returncode, done.stderr) == (0, "")
