@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from sam_lightning.config.hydra_errors import (
 )
 from sam_lightning.config.interrupts import importing
 from sam_lightning.config.streams import outlive_pipes
-from sam_lightning.runs.secrets import check_whole
+from sam_lightning.runs.secrets import given_again, hide_secrets_of, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +142,12 @@ def run(cfg: DictConfig) -> float | None:
     _begun = True
     hydra = HydraConfig.get()
     try:
+        with suppress(OmegaConfBaseException):  # it cannot be resolved, which is refused next
+            hide_secrets_of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         check(cfg, top_level())
-        check_whole(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        for key, secret in given_again(plain).items():
+            OmegaConf.update(cfg, key, secret)
         from sam_lightning.studies.identical import unused
 
         why = unused(cfg, [key_of(o) for o in hydra.overrides.task])
@@ -173,13 +176,12 @@ def run(cfg: DictConfig) -> float | None:
             log.error("%s", one_line(error))
             fail(cfg, hydra, error)
             return None
-        if hydra.output_subdir is not None:  # otherwise the folder is an earlier run's
-            os.chdir(hydra.runtime.cwd)  # leave that folder: hydra.job.chdir=true
-            with suppress(FileNotFoundError):
-                _discard(Path(hydra.runtime.output_dir))
+        os.chdir(hydra.runtime.cwd)  # leave that folder: hydra.job.chdir=true
+        _discard_started()
         if cfg.get("traceback") is True:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)  # Hydra would print another line
+        said = without_secrets(one_line(error))
+        print(f"error: {said}", file=sys.stderr)  # Hydra would print another line
         sys.exit(1 if isinstance(error, TrainingError | OSError) else 2)
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty
@@ -204,33 +206,12 @@ def _check_job(folder: Path) -> None:
 
 
 def _discard_started() -> None:
-    """Remove the folder of the run or sweep that this process has started, as ``_discard`` does."""
+    """Leave the folder of the run or sweep that this process has started as it was before."""
     from sam_lightning.runs.folder import RunFolder
     from sam_lightning.studies.sweep import SweepFolder
 
-    for folder in filter(None, (RunFolder.started, SweepFolder.path)):
-        with suppress(FileNotFoundError):
-            _discard(folder)
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder that holds only what Hydra wrote at the start."""
-    found = list(folder.iterdir())
-    names = (".hydra", ".lock", "train.log", "multirun.yaml", "optuna.db")
-    written = [e for e in found if e.name in names]
-    if (folder / "multirun.yaml").is_file():  # a sweep's, and so are the empty folders of jobs
-        written += [e for e in found if e.name[0].isdigit() and e.is_dir() and not any(e.iterdir())]
-    if not {*found} <= {*written}:
-        return
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # hydra.run.dir=.
-        for entry in written:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return
-    shutil.rmtree(folder)
-    for parent in folder.absolute().parents:
-        if Path.cwd() not in parent.parents or any(parent.iterdir()):
-            break
-        parent.rmdir()
+    for folder in filter(None, (RunFolder.started, SweepFolder.started)):
+        folder.discard()
 
 
 def settings_first(arguments: list[str]) -> list[str]:

@@ -90,6 +90,10 @@ def explain(error: Exception, arguments: list[str]) -> str:
         said = no_such_key(key, known)
         is_open = described(key.rpartition(".")[0]) in TARGETS and "did you mean" not in said
         return f"{argument}: {said}" + (f"; to add it, type +{argument}" if is_open else "")
+    if "--multirun" in text:
+        argument = next((a for a in arguments if f"'{a}'" in text), text)
+        others = "a list is [a,b], a text with a comma 'a,b'"
+        return f"{argument}: several values are a sweep, python train.py -m; {others}"
     if "Could not find 'hydra/sweeper/optuna'" in text:
         return "sweep=rho_optuna: needs the Optuna sweeper; run pip install -e '.[sweep]'"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):

@@ -7,7 +7,8 @@ kind that its key describes.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any, get_type_hints
@@ -50,13 +51,23 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
         ConfigError: the target is missing or not allowed, or does not take its arguments.
     """
     make = factory(cfg, key, **kwargs)
-    try:
+    with errors_of(cfg, key):
         return make()
+
+
+@contextmanager
+def errors_of(cfg: DictConfig, key: str) -> Iterator[None]:
+    """Turn any error of the object that ``cfg[key]`` describes into a ConfigError about its key."""
+    try:
+        yield
     except ConfigError:
         raise
     except Exception as error:  # of the class named, so of any type
         text = one_line(error)
-        if re.match(r"\w+=", text):  # of an argument
+        passed_on = re.search(r"unexpected keyword argument '(\w+)'", text)
+        if passed_on and passed_on[1] in (node := OmegaConf.select(cfg, key)):
+            text = f"{key}.{passed_on[1]}={node[passed_on[1]]}: {text}"
+        elif re.match(r"\w+=", text):  # of an argument
             text = f"{key}.{text}"
         elif not text.startswith(key):
             text = f"{key}: {text}"

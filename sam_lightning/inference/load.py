@@ -22,7 +22,7 @@ from sam_lightning.data.pixels import visible
 from sam_lightning.data.views import evaluation_view
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.runs.checkpoint import read
-from sam_lightning.runs.secrets import check_whole
+from sam_lightning.runs.secrets import given_again, without_secrets
 
 SPLIT = "split.json"  # of a run whose splits were drawn: the names of each one's images
 DOWNLOADS = "data"  # where conf has data sets downloaded to; no other place that is stored will do
@@ -79,6 +79,8 @@ class TrainedClassifier(nn.Module):
         with argument_errors("data"):
             self.normalize = BatchAugment(self.mean, self.std).normalize
         stored = _stored(config, "model")
+        for key, secret in given_again({"model": config["model"]}, how="").items():
+            OmegaConf.update(stored, key, secret)
         named = checkpoint["state_dict"].items()
         weights = {name.removeprefix("model."): weight for name, weight in named}
         try_without_memory(stored, {name: weight.shape for name, weight in weights.items()})
@@ -204,7 +206,7 @@ def try_without_memory(cfg: DictConfig, weights: Mapping[str, torch.Size], **sha
 
 def misfit(config: Mapping[Any, Any]) -> str:
     """What to say where weights and model do not belong together."""
-    return f"weights are not of {config['model']}"
+    return f"weights are not of {without_secrets({**config['model']})}"
 
 
 def torch_device(name: str) -> torch.device:
@@ -285,7 +287,9 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
         stored.data[key] = value
     plain: Any = OmegaConf.to_container(stored.data)
     check_places({"data": plain})
-    check_whole({"data": dict(sorted(plain.items(), key=lambda item: item[0] == "source"))})
+    plain = {"data": dict(sorted(plain.items(), key=lambda item: item[0] == "source"))}
+    for key, secret in given_again(plain).items():
+        OmegaConf.update(stored, key, secret)
     data = build_data(stored, ImageData)
     with argument_errors("data"):
         data.read()

@@ -17,6 +17,7 @@ from sam_lightning.runs.old_names import with_current_names
 
 log = logging.getLogger(__name__)
 
+RESUMED = ("last", "new", "previous")  # the names of those that ``LastCheckpoint`` writes
 MOST_DESCRIBED = 2**22  # bytes beside the tensors; the names of 20,000 classes are a part of it
 MOST_VALUES = 2**19  # in a checkpoint, where 16 letters of a text count as one
 
@@ -141,7 +142,7 @@ def newest(folder: Path) -> Path | None:
     for path in folder.glob("*.ckpt"):
         try:
             step, name = read(path, mmap=True)["global_step"], path.stem
-            found.append((name in ("last", "new", "previous"), step, name == "last", path))
+            found.append((name in RESUMED, step, name == "last", path))
         except ConfigError as error:
             log.warning("%s", one_line(error))
             damaged.append(path.name)

@@ -1,7 +1,10 @@
 """The folder of a run: writable, and not another run's."""
 
+import os
 import re
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,13 +30,54 @@ TaskName = Annotated[
 ]
 
 
+# What Hydra and a run write into the folder of a run or sweep, and what is a result of it.
+WRITTEN = {".hydra", ".lock", "train.log", "tensorboard", "checkpoints", "split.json"}
+WRITTEN |= {"metrics.csv", "metrics.json", "multirun.yaml", "optuna.db", "sweep.json"}
+RESULTS = ("metrics.csv", "metrics.json", "*.ckpt", "sweep.json")
+
+
+class Started:
+    """A folder that a process begins to write to.
+
+    Args:
+        path: of the folder, which need not be there yet.
+        jobs_elsewhere: whether other processes write to folders in it.
+    """
+
+    def __init__(self, path: Path, jobs_elsewhere: bool = False) -> None:
+        self.path, self.jobs_elsewhere = path.absolute(), jobs_elsewhere
+        self.missing = [part for part in (self.path, *self.path.parents) if not part.exists()]
+        self.before = set[str]() if self.missing else {*os.listdir(self.path)}
+
+    def discard(self) -> None:
+        """Leave the folder as it was, or not at all, unless there is a result in it by now."""
+        if not self.path.is_dir() or (self.jobs_elsewhere and any(self.path.glob("*/*"))):
+            return
+        new = [e for e in self.path.iterdir() if e.name not in self.before]
+        written = [e for e in new if e.name in WRITTEN or _is_of_job(e)]
+        found = (file for entry in written for file in (entry, *entry.rglob("*")))
+        if any(file.match(name) for file in found for name in RESULTS):
+            return
+        for entry in written:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        with suppress(OSError):  # something else is there
+            for part in self.missing:
+                part.rmdir()
+
+
+def _is_of_job(entry: Path) -> bool:
+    """Whether Hydra has made it for a job of a sweep."""
+    named = entry.name[0].isdigit() and entry.is_dir()
+    return named and ((entry / ".hydra").is_dir() or not any(entry.iterdir()))
+
+
 class RunFolder(Callback):
     """Makes the folder before Hydra does, because Hydra's errors name no key and no remedy.
 
     Owns it too, because Hydra would write to it even where another process is at work.
     """
 
-    started: Path | None = None  # by the run of this process
+    started: Started | None = None  # by the run of this process
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
@@ -43,10 +87,17 @@ class RunFolder(Callback):
         if part not in (None, ".hydra"):
             refuse(f"hydra.output_subdir={part}: allowed are .hydra, null")
         folder = folder_of(config, "hydra.run.dir")
+        if (folder.parent / "multirun.yaml").is_file() and not (folder / ".hydra").exists():
+            try:  # a sweep at work there would come to this folder later
+                with owned(folder.parent, "hydra.run.dir"):
+                    pass
+            except ConfigError as error:
+                refuse(str(error))
+        started = Started(folder)
         own(folder, "hydra.run.dir")
+        RunFolder.started = started
         if part is None:  # the run continues in its old folder
             return
-        RunFolder.started = folder
         plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
         again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
         try:

@@ -58,7 +58,7 @@ def resumed(arguments: list[str]) -> list[str]:
     if not stored.is_file():
         return arguments
     trust_arguments(arguments)
-    kept = replayable(stored, top_level(), given)
+    kept = replayable(stored, top_level(), arguments)
     if "hydra.run.dir" not in given:
         arguments = [*arguments, f"hydra.run.dir={quoted(str(folder))}"]
     if Path(given.get("hydra.run.dir", folder)).resolve() == folder:
@@ -83,12 +83,13 @@ def _newest_run(given: dict[str, str]) -> Path:
 
 
 def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ()) -> list[str]:
-    """The overrides in a run's ``.hydra/overrides.yaml``, without the keys that are ``given`` now.
+    """The overrides in a run's ``.hydra/overrides.yaml``, without values that are ``given`` now.
 
     Args:
         file: the list of overrides as Hydra stored it.
         settings: the keys that may stand at the top of a configuration.
-        given: keys whose stored values are ignored, so they may be anything.
+        given: arguments, or keys, whose stored values are ignored, so they may be anything. A key
+            that was added with + is there still, so what is given can change or delete it.
 
     Raises:
         ConfigError: the file cannot be read, or an override is none of the run's own settings: one
@@ -105,7 +106,8 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
         reason = clean(explain(error, []))
         raise ConfigError(f"{file}: not a list of overrides ({reason})") from error
     allowed = {*settings} - {"output_dir", "ckpt_path"}
-    kept = [o for o in overrides if o.key_or_group not in (*given, "ckpt_path")]
+    replaced = {key_of(a): a for a in given}
+    kept = [o for o in overrides if o.key_or_group not in (*replaced, "ckpt_path")]
     for override in kept:
         if not _is_setting(override, allowed):
             raise ConfigError(
@@ -122,7 +124,13 @@ def replayable(file: Path, settings: Iterable[str], given: Collection[str] = ())
             check_places(plain, folder)
         except ConfigError as error:
             raise ConfigError(f"{file}: {one_line(error)}") from error
-    replayed = [str(override.input_line) for override in kept]
+    replayed = []
+    for override in overrides:
+        key, added = override.key_or_group, override.is_add() or override.is_force_add()
+        if override in kept:
+            replayed.append(str(override.input_line))
+        elif added and key.partition(".")[0] in allowed and not replaced[key].startswith("+"):
+            replayed.append(f"++{key}=0")
     # A place from there is read; only a place that is typed gets files that are missing.
     return [*replayed, "++data.download=false"] if any("root" in o for o in replayed) else replayed
 

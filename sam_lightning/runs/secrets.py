@@ -1,5 +1,6 @@
 """Records of a run without tokens and passwords."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -13,28 +14,62 @@ HIDDEN = "***"  # in the place of a secret
 NAMED = r"(?i:(?:^|(?<=[^a-zA-Z0-9]))(?:api)?(?:key|token|password|passwd|pwd|secret|credentials?))"
 KEY = re.compile(rf"{NAMED}$")
 # key=value and key: value, also in a URL or in braces.
-GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,&}}\])\"']+)")
+GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:[^\s,&}}\])\"':]|:(?!\s))+)")
 LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")  # user:password@ of a URL
 SHORTEST = 8  # characters of a secret in the environment; shorter ones may be anywhere
 
 
-def check_whole(content: Mapping[str, Any]) -> None:
-    """Refuse nested settings that were stored without a secret; names the first such key."""
+_known: set[str] = set()  # secrets of this process's run
+
+
+def given_again(content: Mapping[str, Any], how: str = "give it again, or") -> dict[str, str]:
+    """The values that nested settings were stored without, by key, from the environment.
+
+    Args:
+        content: the settings.
+        how: else they can be given, for the message.
+
+    Raises:
+        ConfigError: names the first that is not there.
+    """
+    found = {}
     for key, value in flat(content).items():
         if isinstance(value, str) and HIDDEN in value:
-            raise ConfigError(f"{key}={value}: was not stored; give it again")
+            name = f"SAM_LIGHTNING_{re.sub(r'[^a-zA-Z0-9]', '_', key).upper()}"
+            if name not in os.environ:
+                advice = f"{how} set {name} in the environment"
+                raise ConfigError(f"{key}={value}: was not stored; {advice}")
+            found[key] = os.environ[name]
+    return found
+
+
+def hide_secrets_of(content: Mapping[str, Any]) -> None:
+    """Keep the secrets in nested settings out of the log, and of all that is recorded from now."""
+    for key, value in flat(content).items():
+        if KEY.search(key) and isinstance(value, str) and len(value) >= SHORTEST:
+            _known.add(value)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_hide)
+
+
+def _hide(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_secrets(record.getMessage()), None
+    if record.exc_info:
+        text = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = without_secrets(text)
+    return True
 
 
 def without_secrets(content: Any) -> Any:
     """Texts, lists and dictionaries with ``***`` for every secret.
 
     Secrets are values of keys that are called key, token, password and the like, logins in URLs,
-    and the values of environment variables of such names.
+    the values of environment variables of such names, and what ``hide_secrets_of`` was given.
     """
     named = {
         k: v for k, v in os.environ.items() if KEY.search(k) and k != "PWD"
     }  # that is a folder
-    known = [value for value in named.values() if len(value) >= SHORTEST]
+    known = {*_known, *(value for value in named.values() if len(value) >= SHORTEST)}
 
     def cleaned(value: Any, key: str = "") -> Any:
         if KEY.search(key) and type(value) in (str, int, float):

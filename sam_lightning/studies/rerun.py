@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING, key_of
+from sam_lightning.config.hydra_errors import COMPOSING
 from sam_lightning.config.trust import trust_arguments
 from sam_lightning.runs.old_names import with_current_names
 from sam_lightning.runs.resume import replayable
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not run or not stored.is_file():
         raise ConfigError(f"{run or 'RUN'}: must be the folder of a run, with {stored.name} in it")
     trust_arguments(given)
-    kept = replayable(stored, top_level(), {key_of(a) for a in given})
+    kept = replayable(stored, top_level(), given)
     if changed := changed_since(stored):
         print(f"conf has changed since: {changed}", file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, str(TRAIN), *kept, *given])

@@ -25,7 +25,7 @@ from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
-from sam_lightning.runs.folder import folder_of, own, refuse
+from sam_lightning.runs.folder import Started, folder_of, own, refuse
 from sam_lightning.runs.lock import NAME, OwnedError, kept, owned
 from sam_lightning.runs.secrets import without_secrets
 
@@ -100,6 +100,7 @@ class SweepFolder(Callback):
     """Remembers where a sweep writes, and which jobs were there before the first one."""
 
     path: Path | None = None
+    started: Started | None = None
     metric: str | None = None
     storage: str | None = None  # the URL of a search's database
     earlier: dict[Path, int]
@@ -128,7 +129,10 @@ class SweepFolder(Callback):
                 raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
         except ConfigError as error:
             refuse(str(error))
+        elsewhere = not config.hydra.launcher._target_.endswith(".BasicLauncher")
+        started = Started(path, jobs_elsewhere=elsewhere)
         own(path, "hydra.sweep.dir")
+        SweepFolder.started = started
         try:
             for lock in path.rglob(NAME):  # of jobs that outlive their sweep
                 with owned(lock.parent):
@@ -228,6 +232,10 @@ def summarized() -> Iterator[None]:
     early: Exception | None = None
     try:
         yield
+    except KeyboardInterrupt:
+        if SweepFolder.started is not None:  # of which there may be nothing to tell
+            SweepFolder.started.discard()
+        raise
     except Exception as error:  # a launcher's or sweeper's; after failed jobs, it is about them
         early = error
     finally:

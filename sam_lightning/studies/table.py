@@ -72,9 +72,16 @@ class Table:
 
 
 def title(column: str, columns: Iterable[str]) -> str:
-    """A column's name without its parents, unless another one ends the same way."""
-    name = column.rpartition(".")[2]
-    return name if [c.rpartition(".")[2] for c in columns].count(name) == 1 else column
+    """A column's name without its parents, unless another one ends the same way.
+
+    Arguments of augmentations keep the entry's name: ``crop.padding``, ``flip.p``.
+    """
+
+    def short(name: str) -> str:
+        own = name.removeprefix("augment.")
+        return own if own != name else name.rpartition(".")[2]
+
+    return name if [*map(short, columns)].count(name := short(column)) == 1 else column
 
 
 def typed(value: Any) -> str:

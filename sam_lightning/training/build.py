@@ -2,12 +2,14 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +20,7 @@ from sam_lightning.config.instantiate import (
     build,
     build_all,
     check_names,
+    errors_of,
     factory,
     not_taken,
     takes,
@@ -27,8 +30,9 @@ from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
 from sam_lightning.optim.sam import SAM
-from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.checkpoint import RESUMED, read
 from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.fit_loop import FitLoop
@@ -56,17 +60,19 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     if processes * options["num_nodes"] > 1:
         # Running statistics stay local while training and are averaged for evaluation.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
-    callbacks = [*build_all(cfg, "callbacks").values()]
+    callbacks = build_all(cfg, "callbacks")
+    for name, callback in callbacks.items():  # what it passes on may be wrong too
+        callback.setup = errors_of(cfg, f"callbacks.{name}")(callback.setup)
     own = {
         "max_epochs": cfg.epochs,
         "default_root_dir": cfg.output_dir,
         "logger": [*build_all(cfg, "logger").values()],
-        "callbacks": [*callbacks, throughput],
+        "callbacks": [*callbacks.values(), throughput],
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": sys.stdout.isatty(),
-        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks.values()),
         "plugins": [AtomicCheckpointIO()],
     }
     check_names("trainer", options, L.Trainer, own)
@@ -75,7 +81,24 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
     trainer.fit_loop = FitLoop(trainer)
+    _check_checkpoints(callbacks, trainer)
     return trainer
+
+
+def _check_checkpoints(callbacks: Mapping[str, Any], trainer: L.Trainer) -> None:
+    """Refuse a callback that would write over the checkpoints that a run continues from."""
+    own = {c.dirpath.resolve() for c in callbacks.values() if isinstance(c, LastCheckpoint)}
+    for name, callback in callbacks.items():
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        folder = Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+        files = {"filename": callback.filename in RESUMED, "save_last": callback.save_last}
+        for key, value in files.items():
+            if value and folder.resolve() in own:
+                raise ConfigError(
+                    f"callbacks.{name}.{key}={getattr(callback, key)}: would write over the run's "
+                    f"own {folder / 'last.ckpt'}; leave it out, or give another dirpath"
+                )
 
 
 def prepare_data(cfg: DictConfig) -> ImageDataModule:
@@ -105,12 +128,11 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     if ours and takes(cfg, "image_size"):
         shape["image_size"] = image_size
     hparams: dict[str, Any] = {
-        **{part: OmegaConf.to_container(cfg[part], resolve=True) for part in SAVED_PARTS},
+        **{p: without_secrets(OmegaConf.to_container(cfg[p], resolve=True)) for p in SAVED_PARTS},
         **{name: cfg[name] for name in SAVED_NUMBERS},
         "image_size": image_size,
         **{name: list(getattr(data, name)) for name in ("classes", "mean", "std")},
     }
-    hparams["data"] = without_secrets(hparams["data"])  # evaluate takes data.root again
     hparams["model"] |= shape
     # A checkpoint has all weights, so who builds the model again needs no others.
     without: dict[str, Any] = {"pretrained": False, "weights": None, "weights_of": None}
@@ -159,38 +181,41 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
 
 
 def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
-    """Take a step from the optimizer's stored state, on tensors that have only a shape.
+    """Take a step from the optimizer's stored state: on tensors that have only a shape, if it can.
 
-    An optimizer of the user's own that cannot take one there is not tried.
+    Otherwise on zeros, which take memory and time. An optimizer of the user's own that cannot take
+    a step on those either is not tried.
 
     Raises:
         ConfigError: the state is not one that this optimizer can go on from.
     """
 
-    def step(state: Any) -> None:
+    def step(device: str, state: Any = None) -> None:
         named = module.model.named_parameters()
-        weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
+        weights = [(n, torch.zeros_like(p, device=device)) for n, p in named if p.requires_grad]
         sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
         state = state or sam.state_dict()
         kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
         groups = [{**group, **kernels} for group in state["param_groups"]]
         sam.load_state_dict({**state, "param_groups": groups})
-        for values in sam.state.values():
+        for values in sam.state.values() if device == "meta" else ():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 0:  # a number, which is read
                     values[name] = torch.ones((), dtype=value.dtype)
         for _, weight in weights:
-            weight.grad = torch.empty_like(weight)
+            weight.grad = torch.zeros_like(weight)
             for value in sam.method_state[weight].values():
                 torch.broadcast_to(value, weight.shape)
         sam.base_optimizer.step()
 
-    try:
-        step(None)
-    except Exception:
+    for device in ("meta", "cpu"):
+        with suppress(Exception):
+            step(device)
+            break
+    else:
         return
     try:
-        step(read(cfg.ckpt_path, mmap=True)["optimizer_states"][0])
+        step(device, read(cfg.ckpt_path, mmap=True)["optimizer_states"][0])
     except Exception as error:  # of whatever anyone may have written
         reason = f"optimizer: {type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: cannot be continued ({reason})") from error

@@ -6,7 +6,7 @@ ends all. They find each other through files in a private folder and talk over t
 interface, so no other host can reach them.
 """
 
-import logging
+import logging.config
 import multiprocessing
 import os
 import signal
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing import (
@@ -175,6 +176,10 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
     # Otherwise each process would use as many threads as there are cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     config = OmegaConf.to_container(cfg, resolve=True)
+    logs: Any = None
+    if HydraConfig.initialized():
+        logs = HydraConfig.get().job_logging
+        logs = OmegaConf.to_container(logs, resolve=True)
     ranks, run_id = range(processes), Path(folder).name
     # Ctrl-C amid the imports of a new process would print a traceback. It waits for ``let_end``.
     resource_tracker.ensure_running()  # started later, it would let the signal through
@@ -182,7 +187,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
     context = start_processes(
         "run",
         _worker,
-        args=dict.fromkeys(ranks, (work, config, threads, folder, os.getpid())),
+        args=dict.fromkeys(ranks, (work, config, logs, threads, folder, os.getpid())),
         envs={rank: _environment(rank, processes, run_id) for rank in ranks},
         logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
@@ -228,9 +233,11 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 
 def _worker(
-    work: Work, config: dict[str, Any], threads: int, folder: str, parent: int
+    work: Work, config: dict[str, Any], logs: Any, threads: int, folder: str, parent: int
 ) -> dict[str, float]:
     let_end()  # until training listens
+    if logs and number("RANK", 0) == 0:  # the others would say the same
+        logging.config.dictConfig(logs)
     if os.getppid() != parent:  # killed before torch could ask for a signal at its end
         raise SystemExit
     # Undo the start method of this process, with which each of its loading processes

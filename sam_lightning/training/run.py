@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
+from sam_lightning.config.instantiate import errors_of
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.splitting import split_names
 from sam_lightning.inference.load import SPLIT
@@ -25,7 +26,7 @@ from sam_lightning.runs.files import write_json
 from sam_lightning.runs.lock import joined, owned
 from sam_lightning.runs.parts import changes, settings_of
 from sam_lightning.runs.record import Record
-from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.runs.secrets import hide_secrets_of, without_secrets
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
@@ -75,6 +76,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def _train_rank(cfg: DictConfig) -> dict[str, float]:
     """One process of a run that another one has started."""
     _quieten()
+    hide_secrets_of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     with joined(Path(cfg.output_dir)):
         return _train(cfg)
 
@@ -94,6 +96,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     _check_images(cfg, data, trainer.world_size)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     stop = savers[0].stop if savers else StopSignal()
+    _open_loggers(cfg, trainer)
     _write_split(cfg, trainer, data)
     record = Record(cfg, trainer, throughput, data, module, changed=changed, only_test=ended)
     connector = trainer._checkpoint_connector
@@ -104,7 +107,6 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     ):  # Lightning, and the module, take up what anyone may have written
         setattr(owner, method, _restoring(cfg.ckpt_path)(getattr(owner, method)))
     with record, stop, _one_line_errors(cfg):
-        _continue_logs(cfg, trainer)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         if trainer.global_step == 0:
             raise TrainingError("the trainer stopped before the first step; nothing was trained")
@@ -148,17 +150,25 @@ def _newest_of_run(cfg: DictConfig) -> str | None:
     return None if path is None else str(path)
 
 
-def _continue_logs(cfg: DictConfig, trainer: L.Trainer) -> None:
-    """Drop the rows after the checkpoint's step, which are lost work, from the run's logs."""
+def _open_loggers(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Let the loggers begin to write, without rows after the checkpoint's step: lost work.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
     path = cfg.ckpt_path
     checkpoint: Any = torch.load(path, weights_only=True, mmap=True) if path else {}
     step = checkpoint.get("global_step", -1)
     saved = checkpoint.get("callbacks", {}).get(LastCheckpoint.__qualname__, {})
+    chosen = [name for name, node in (cfg.get("logger") or {}).items() if node is not None]
+    for name, logger in zip(chosen, trainer.loggers, strict=False):  # debug=fast has none
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1
+        with errors_of(cfg, f"logger.{name}"):
+            getattr(logger, "experiment", None)  # made here
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV) and path:
             logger.continue_from(step, next(iter(saved.get("rows", [])), None))
-        elif isinstance(logger, TensorBoardLogger):
-            logger._kwargs["purge_step"] = step + 1
 
 
 @contextmanager

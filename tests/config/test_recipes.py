@@ -489,6 +489,7 @@ def test_known_numbers_of_images_are_right():
         ("modle=resnet18", "modle=resnet18: no such key; did you mean model?"),
         ("model.p_last=2", "model.p_last=2: no such key"),
         ("-m experiment=wrn28_10", "-m: no such flag"),
+        ("rho=0.1,0.2", "rho=0.1,0.2: several values are a sweep, python train.py -m; a list is"),
         ("model=pyramidnet110 model.p_last=2", "model.p_last=2: allowed is a number from 0 to 1"),
         ("data=image_folder data.root=.", "data.root='.': no folder ./train; need train/<class>"),
         ("data=digits data.source._target_=a.b", "the number of images is known of cifar10, "),

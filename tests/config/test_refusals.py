@@ -153,7 +153,7 @@ LIGHT = [
     ("-m ~=1,2", "'~=1,2': not of the form key=value"),
     ("rho", "rho: not of the form key=value"),
     ("rho=0.1,0.2", "rho=0.1,0.2", "To sweep over it, add --multirun"),
-    ("rho=range(0,1)", "rho=range(0,1)", "requires --multirun"),
+    ("rho=range(0,1)", "rho=range(0,1)", "several values are a sweep"),
     ("hydra.mode=FOO", "hydra.mode=FOO: Invalid value 'FOO', expected one of [RUN, MULTIRUN]"),
     ("hydra/launcher=nope", "hydra/launcher=nope: allowed are basic"),
     # flags

@@ -110,6 +110,24 @@ def test_an_optimizer_state_that_no_step_can_use_is_refused(folder, tmp_path, wr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), [("ASGD", "ax"), ("Adafactor", "row_var")])
+def test_so_is_that_of_an_optimizer_that_reads_its_numbers(tmp_path, name, part):
+    own = [f"optimizer._target_=torch.optim.{name}", "~optimizer.momentum", "~optimizer.nesterov"]
+    own += ["~optimizer.fused", "epochs=2"]
+    run(tmp_path / "run", *own, "epochs=1")
+    path = last(tmp_path / "run")
+
+    def change(checkpoint):
+        checkpoint["optimizer_states"][0]["state"][0][part] = torch.zeros(3, 5, 7)
+
+    changed(path, broken := path.with_name("broken.ckpt"), change)
+    message = one_line_error(run, tmp_path / "run", *own, f"ckpt_path={broken}")
+    assert message.startswith(f"ckpt_path={broken}: cannot be continued (optimizer: ")
+    run(tmp_path / "run", *own, f"ckpt_path={path}")
+    assert summary(tmp_path / "run")["epochs"] == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["landscape", "tensorboard"])
 def test_a_command_writes_to_no_link_out_of_a_run(folder, tmp_path, place):
     shutil.copytree(folder, own := tmp_path / "run")

@@ -140,6 +140,7 @@ def test_no_record_of_a_run_has_a_password_and_it_continues_without(tmp_path, mo
     ("text", "without"),
     [
         ("logger.wandb.api_key=abc", "logger.wandb.api_key=***"),
+        ("model.token=a:b: no such key", "model.token=***: no such key"),
         ("{api_key: 'a b', project: x}", "{api_key: ***, project: x}"),
         ("s3://me:pass@host/a?token=abc&b=c", "s3://***@host/a?token=***&b=c"),
         ("aws_secret_access_key=a PASSWORD=b", "aws_secret_access_key=*** PASSWORD=***"),

@@ -9,7 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs import SMALL, command, configuration, equal, only_run, weights
+from sam_lightning.config.conf import top_level
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.trust import trust_arguments
+from sam_lightning.runs.resume import replayable
 from sam_lightning.studies import diff, rerun
 from sam_lightning.studies.runner import TRAIN
 
@@ -48,6 +51,15 @@ def test_what_is_given_replaces_what_is_stored(tmp_path, started, capsys):
     kept = ["method=asam", "+trainer.max_steps=5"]
     assert started == [[sys.executable, str(TRAIN), *kept, "rho=1", "-m", "seed=1,2"]]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("added", ["x={_target_: a.B, c: 1}", "x._target_=a.B"])
+@pytest.mark.parametrize("given", ["callbacks.x=null", "~callbacks.x", "++callbacks.x=null"])
+def test_what_was_added_can_be_left_out(tmp_path, added, given):
+    run = earlier(tmp_path / "run", [f"+callbacks.{added}"])
+    trust_arguments(["a._target_=a.B"])
+    replayed = replayable(run / ".hydra" / "overrides.yaml", top_level(), [given])
+    assert configuration(*replayed, given).callbacks.get("x") is None
 
 
 def test_what_has_changed_in_conf_is_named(tmp_path, started, capsys):

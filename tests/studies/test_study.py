@@ -189,7 +189,7 @@ QUICK = f"common: {{experiment: quickstart}}\n{ARMS}"
         ),
         (FILE, ["ckpt_path=x"], "ckpt_path=x: may not be given; a run goes on from its own"),
         (FILE, ["hydra.run.dir=x"], "hydra.run.dir=x: may not be given"),
-        (FILE, ["lr=0.1,0.2"], "arms.sgd: Ambiguous value for argument 'lr=0.1,0.2'"),
+        (FILE, ["lr=0.1,0.2"], "arms.sgd: lr=0.1,0.2: several values are a sweep"),
         (FILE, ["lr=-1"], "arms.sgd: lr=-1: allowed is a number > 0"),
         (FILE, ["job=2"], "job=2: no such key; did you mean jobs?"),
         (FILE, ["jobs=0"], "jobs=0: allowed is a whole number >= 1"),

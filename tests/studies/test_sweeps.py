@@ -165,7 +165,8 @@ def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
         assert "hidden" not in text + str(path)
     assert "+logger.wandb.api_key=***" in json.dumps(table(only_sweep(tmp_path)))
     replayed = command(tmp_path, *SMALL, "+logger.csv.api_key='***'")  # as a resume would
-    assert replayed.stderr == "error: logger.csv.api_key=***: was not stored; give it again\n"
+    advice = "give it again, or set SAM_LIGHTNING_LOGGER_CSV_API_KEY in the environment"
+    assert replayed.stderr == f"error: logger.csv.api_key=***: was not stored; {advice}\n"
 
 
 # ----------------------------------------------------------------------------- jobs that do not end

@@ -209,6 +209,27 @@ def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     assert not any("gloo" in names for names in threads)
 
 
+@pytest.mark.slow
+def test_what_rank_0_logs_is_in_the_log_of_the_run(tmp_path):
+    code = "from torch import nn\n"
+    code += "def net() -> nn.Module:\n"
+    code += "    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
+    (tmp_path / "own_net.py").write_text(code)
+    (cwd := tmp_path / "cwd").mkdir()
+    given = [
+        *SMALL[:2],
+        "trainer=ddp_cpu",
+        "epochs=1",
+        "model=custom",
+        "model._target_=own_net.net",
+    ]
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = command(cwd, *given, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    said = "own_net.net has no parameter for num_classes=10, in_channels=1\n"
+    assert (only_run(cwd) / "train.log").read_text().count(said) == done.stdout.count(said) == 1
+
+
 @pytest.mark.long
 def test_two_nodes_of_slurm_are_one_run(tmp_path):
     port = free_port()

@@ -65,6 +65,11 @@ class Throughput(Callback):
         self.start: dict[str, Any] = {}  # ``Record`` says when, how and where the process started
 
     @property
+    def began(self) -> bool:
+        """Whether this start of the run has come to its training, if any was left."""
+        return self._first_step is not None
+
+    @property
     def elapsed(self) -> float:
         """Seconds from the start of the run until now, evaluation included."""
         return self._earlier + _since(self._began)
