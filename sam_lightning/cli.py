@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import top_level, usage
+from sam_lightning.config.conf import LOADER, top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
@@ -34,6 +35,7 @@ from sam_lightning.config.streams import outlive_pipes
 from sam_lightning.runs.secrets import check_whole
 
 log = logging.getLogger(__name__)
+yaml.SafeLoader = LOADER  # Hydra reads the files of conf with it, twice; libyaml is much faster
 
 _begun = False  # whether ``run`` was called in this process
 

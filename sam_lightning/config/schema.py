@@ -247,13 +247,11 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *given):
         if given.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    for key, value in given.items():
-        try:
-            if isinstance(value, str):
-                OmegaConf.select(cfg, key)
-        except OmegaConfBaseException as error:  # an interpolation of a missing key
-            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
-    values = flat(OmegaConf.to_container(cfg, resolve=True))
+    try:
+        values = flat(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
+        key, said = str(error.full_key).partition("[")[0], str(error).splitlines()[0]
+        raise ConfigError(f"{key}={given.get(key)}: {said}") from error
     for key, hint in HINTS.items():
         if key in values and not _is_of_others(values, key):
             check_value(key, values[key], hint)

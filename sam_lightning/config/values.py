@@ -6,9 +6,8 @@ have no unions with lists. Here a value has the annotated type already, and ever
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,8 +20,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """In ``Annotated``: which values of the type are allowed; ``{}`` in the words is the type."""
 
     words: str

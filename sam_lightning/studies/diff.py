@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sam_lightning.config.conf import mapped
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.files import RunStatus, read_status
-from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.terminal import show
 from sam_lightning.studies.identical import MISSING, PLACES, differing
 from sam_lightning.studies.table import WIDTH, Table, typed
