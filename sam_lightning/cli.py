@@ -30,8 +30,7 @@ from sam_lightning.config.hydra_errors import (
     unreadable,
     with_quoted_places,
 )
-from sam_lightning.config.interrupts import importing
-from sam_lightning.config.streams import outlive_pipes
+from sam_lightning.config.process import importing, outlive_pipes
 from sam_lightning.runs.secrets import check_whole
 
 log = logging.getLogger(__name__)

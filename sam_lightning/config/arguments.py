@@ -8,14 +8,14 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.errors import ConfigError, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, named_errors, no_such_key
 from sam_lightning.config.trust import trust
 from sam_lightning.config.values import ABSENT, check_values, fits
 
 Keys = Mapping[str, tuple[Any, Any]]  # of each key its default and an annotation
 
 
-def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConfig:
+def parse(about: str, keys: Keys, argv: Sequence[str]) -> DictConfig:
     """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
 
     A command with ``ckpt_path`` also takes ``trust``: the user's own code that the checkpoint may
@@ -24,12 +24,11 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
     Args:
         about: what the command does, with an example.
         keys: every key with its default, ``"???"`` if it must be given, and an annotation.
-        argv: ``sys.argv[1:]`` if None.
+        argv: the arguments.
 
     Raises:
         ConfigError: an argument is not ``key=value``, or its key or value is not allowed.
     """
-    argv = sys.argv[1:] if argv is None else argv
     defaults = {key: default for key, (default, _) in keys.items()}
     if "ckpt_path" in defaults:
         defaults["trust"] = None
@@ -49,11 +48,9 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
             raise ConfigError(f"{argument}: not of the form key=value")
         if key not in defaults:
             raise ConfigError(f"{argument}: {no_such_key(key, defaults)}")
-        try:
+        with named_errors(argument, Exception):  # of YAML and OmegaConf
             OmegaConf.update(options, key, _read(text, keys[key][1] if key in keys else Any))
             OmegaConf.to_container(options, resolve=True)
-        except Exception as error:  # an error of YAML or OmegaConf
-            raise ConfigError(f"{argument}: {one_line(error)}") from error
     for key in defaults:
         if OmegaConf.select(options, key, default=ABSENT) is ABSENT:  # so is "???"
             raise ConfigError(f"{key}: must be given, as in {key}=...")

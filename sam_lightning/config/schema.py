@@ -178,9 +178,7 @@ class Trainer(Section):
     """The keys of ``trainer`` in conf; the signature of ``lightning.Trainer`` has others."""
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"]
-    devices: (
-        Count | Annotated[list[Index], Rule("a list of device indices", distinct)] | Literal["auto"]
-    )
+    devices: Count | Devices | Literal["auto"]
     num_nodes: Count
     log_every_n_steps: Count
     gradient_clip_val: Positive | None

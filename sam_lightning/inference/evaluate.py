@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
@@ -161,7 +161,7 @@ def _outputs(
         yield trained(trained.preprocess(part.seen())), part.labels.to(device)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Evaluate as the arguments say; print the result, and write it."""
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))

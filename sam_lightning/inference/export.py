@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, inside_run, replacing
@@ -158,7 +158,7 @@ def _largest_difference(
     return difference
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Export as the arguments say, and print the largest difference of logits."""
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))

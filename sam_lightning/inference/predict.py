@@ -16,7 +16,7 @@ from rich.table import Column
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, one_line
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
@@ -118,7 +118,7 @@ def find(given: str) -> list[Path]:
     return files
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Classify as the arguments say; exit with 1 if there was a file that is no image."""
     options = parse(ABOUT, KEYS, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))

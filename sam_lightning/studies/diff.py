@@ -1,7 +1,6 @@
 """The command ``diff``: which settings of two runs differ, and what came out of each."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ records, such as device, versions and seconds.
 APART = ("config", "metrics", "finished", "parts")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read both records and print what differs."""
-    argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         print(ABOUT.strip())
         return
