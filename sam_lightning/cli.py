@@ -1,5 +1,6 @@
 """The command line around a run: errors in one line, no folder left by a refused run, resume."""
 
+import gc
 import logging
 import math
 import os
@@ -49,6 +50,7 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
+    gc.disable()  # until a run or a sweep begins: what Hydra makes of the configuration stays
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
@@ -142,6 +144,7 @@ def run(cfg: DictConfig) -> float | None:
 
     global _begun
     _begun = True
+    gc.enable()
     hydra = HydraConfig.get()
     try:
         check(cfg, top_level())
