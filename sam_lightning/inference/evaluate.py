@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -85,18 +84,14 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
         2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
     """
     import torch
-    from torchmetrics import MeanMetric, MetricCollection, classification
+    from torchmetrics import classification
+
+    from sam_lightning.inference.metrics import EvalMetrics
 
     device, classes = next(trained.parameters()).device, len(trained.classes)
-    # Loss and accuracies as in the run's own evaluation, so that they are equal to the bit.
-    accuracy = partial(classification.MulticlassAccuracy, classes, average="micro")
-    metrics: dict[str, Any] = {"acc": accuracy()}
-    if classes >= 10:
-        metrics["acc5"] = accuracy(top_k=5)
-    metrics["confusion"] = classification.MulticlassConfusionMatrix(classes)
-    of_logits = MetricCollection(metrics, compute_groups=False).to(device)
+    metrics = EvalMetrics(classes).to(device)
+    confusion = classification.MulticlassConfusionMatrix(classes).to(device)
     calibration_error = classification.MulticlassCalibrationError(classes, n_bins=15).to(device)
-    loss = MeanMetric(nan_strategy="disable").to(device)
     predicted, likely = [], []
     count = -(-len(split) // batch_size)
     with torch.inference_mode(), progress("batches", count) as advance:
@@ -105,13 +100,13 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
             top = probabilities.topk(classes if classes <= EACH else TOP)
             likely.append((top.values.cpu(), top.indices.cpu()))
             predicted.append(logits.argmax(1).cpu())
-            loss.update(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-            of_logits.update(logits, labels)
+            metrics.update(logits, labels)
+            confusion.update(logits, labels)
             # Logits that all happen to lie in 0..1 would be taken for probabilities.
             calibration_error.update(probabilities, labels)
             advance()
-    values = {"loss": loss.compute(), **of_logits.compute()}
-    values |= {"error": 1 - values["acc"], **_by_class(values["confusion"].double())}
+    counts = confusion.compute()
+    values = {**metrics.compute(), "confusion": counts, **_by_class(counts.double())}
     values["calibration_error"] = calibration_error.compute()
     return {
         "predicted": torch.cat(predicted),
