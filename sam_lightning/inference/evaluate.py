@@ -44,26 +44,19 @@ prediction and the probability of that; then the probability of each class, or f
 the 5 most likely.
 
 Computed in float32, on one device: equal to the run's own test where that was too.
-
-  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
-  split          test, val or train: as the run had them, wrong labels included
-  data.root      where the data are now; null: where the run found them
-  batch_size     null: as in the run's evaluation
-  device         auto, cpu or cuda
-  corruptions    the folder with labels.npy and gaussian_noise.npy to jpeg_compression.npy
-  out            the folder to write to; null: the run's
 """
 
+SplitName = Literal["test", "val", "train"]
+Files = Annotated[str, Rule("a folder, as in CIFAR-10-C", bool)]
 KEYS: Keys = {
     **command.CKPT_PATH,
-    "split": ("test", Literal["test", "val", "train"]),
+    "split": ("test", SplitName, "test, val or train as the run had them, wrong labels included"),
     **command.ROOT,
-    "batch_size": (None, Count | None),
+    "batch_size": (None, Count | None, "null: as in the run's evaluation"),
     **command.DEVICE,
-    "corruptions": (None, Annotated[str, Rule("a folder, as in CIFAR-10-C", bool)] | None),
+    "corruptions": (None, Files | None, "with labels.npy, gaussian_noise.npy and the others"),
     **command.OUT,
 }
-
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
 EACH = 20  # with more classes, predictions.csv has only the most likely

@@ -29,13 +29,11 @@ why, and pictures of images as the network sees them: augmented for training, an
 
 All other arguments are those of train.py, for one run. Images are decoded as for training, and
 kept for it.
-
-  out            the PNG to write
-  images         pictures of training, and as many of evaluation
 """
+File = Annotated[str, Rule("a file, as in preview.png", bool)]
 KEYS: Keys = {
-    "out": ("preview.png", Annotated[str, Rule("a file, as in preview.png", bool)]),
-    "images": (16, Count),
+    "out": ("preview.png", File, "the PNG to write"),
+    "images": (16, Count, "pictures of training, and as many of evaluation"),
 }
 COLUMNS = 8  # pictures in a row
 SHOWN = 30  # classes in the table
