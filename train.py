@@ -1,6 +1,6 @@
 """Train an image classifier: python train.py rho=0.1 trainer.devices=4."""
 
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 
 with importing():
     import hydra

@@ -1,6 +1,7 @@
 """``python images/sam_update.py``: what one step of SAM does, as a figure."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -166,11 +167,11 @@ KEYS: Keys = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Draw the figure that the arguments describe."""
     print(*map(os.path.relpath, draw(parse(ABOUT, KEYS, argv))))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """``python -m sam_lightning COMMAND``, installed as ``sam-lightning COMMAND`` too."""
 
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 
 with importing():
     import logging

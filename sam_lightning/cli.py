@@ -1,5 +1,6 @@
 """The command line around a run: errors in one line, no folder left by a refused run, resume."""
 
+import gc
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -18,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import top_level, usage
+from sam_lightning.config.conf import LOADER, top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
@@ -28,11 +30,11 @@ from sam_lightning.config.hydra_errors import (
     unreadable,
     with_quoted_places,
 )
-from sam_lightning.config.interrupts import importing
-from sam_lightning.config.streams import outlive_pipes
+from sam_lightning.config.process import importing, outlive_pipes
 from sam_lightning.runs.secrets import given_again, hide_secrets_of, without_secrets
 
 log = logging.getLogger(__name__)
+yaml.SafeLoader = LOADER  # Hydra reads the files of conf with it, twice; libyaml is much faster
 
 _begun = False  # whether ``run`` was called in this process
 
@@ -47,6 +49,7 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
+    gc.disable()  # until a run or a sweep begins: what Hydra makes of the configuration stays
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
@@ -140,6 +143,7 @@ def run(cfg: DictConfig) -> float | None:
 
     global _begun
     _begun = True
+    gc.enable()
     hydra = HydraConfig.get()
     try:
         with suppress(OmegaConfBaseException):  # it cannot be resolved, which is refused next

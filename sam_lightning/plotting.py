@@ -38,9 +38,20 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def plain(text: str) -> str:
-    """Text of a user's for a figure, in which matplotlib would take what is between $ for maths."""
-    return text.replace("$", r"\$")
+def plain(text: str, most: int | None = None) -> str:
+    """Text of a user's for a figure, of ``most`` letters; matplotlib takes $...$ for formulas."""
+    shown = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+    return shown.replace("$", r"\$")
+
+
+def pixels(images: Any, mean: Any, std: Any) -> Any:
+    """Normalised images as they were: a uint8 tensor N x C x H x W, C = 1 or 3, on the CPU."""
+    images = images.float().cpu()
+    shift, scale = (images.new_tensor([*of])[:, None, None] for of in (mean, std))
+    shown = (images * scale + shift).mul(255).round().clamp(0, 255)
+    if shown.shape[1] not in (1, 3):
+        shown = shown.mean(1, keepdim=True)
+    return shown.byte()
 
 
 @contextmanager

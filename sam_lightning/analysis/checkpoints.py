@@ -4,15 +4,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.values import Count, Seed
 from sam_lightning.inference import command
@@ -34,8 +33,7 @@ SHARED_KEYS: Keys = {
 }
 
 
-@dataclass(frozen=True)
-class LoadedCheckpoint:
+class LoadedCheckpoint(NamedTuple):
     """A checkpoint's file, the loaded model, and where its results go."""
 
     file: Path

@@ -50,7 +50,7 @@ KEYS: Keys = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Compute the losses, write them, and draw them."""
     options = parse(ABOUT, KEYS, argv)
     loaded = load_checkpoints(options)

@@ -6,6 +6,7 @@ mode of every module.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sam_lightning.optim.batch_norm import frozen_running_stats
 Batch = tuple[Tensor, Tensor]
 
 
+@dataclass(eq=False)
 class LossSurface:
     """L(w), the mean loss over all examples of some batches, without dropout.
 
@@ -36,28 +38,20 @@ class LossSurface:
         tick: called after each pass over a batch, for a progress bar.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
-        *,
-        batch_norm: str = "stored",
-        tick: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.model = model
-        self.batches = batches
-        self.criterion = criterion
-        self.batch_norm = batch_norm
-        self.tick = tick
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+    model: nn.Module
+    batches: Sequence[Batch]
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    batch_norm: str = "stored"
+    tick: Callable[[], object] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.size = sum(w.numel() for w in self.weights)
-        self.examples = sum(len(targets) for _, targets in batches)
+        self.examples = sum(len(targets) for _, targets in self.batches)
 
     def of(self, batches: Sequence[Batch]) -> "LossSurface":
         """The loss of the same model on other batches."""
-        options: Any = {"batch_norm": self.batch_norm, "tick": self.tick}
-        return LossSurface(self.model, batches, self.criterion, **options)
+        return replace(self, batches=batches)
 
     def in_batches_of(self, size: int) -> "LossSurface":
         """The same loss, with ``size`` examples in each batch."""

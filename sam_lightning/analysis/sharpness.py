@@ -54,7 +54,7 @@ KEYS: Keys = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Measure, print a table and write ``sharpness.json``."""
     options = parse(ABOUT, KEYS, argv)
     if options.max_steps < options.top_k:

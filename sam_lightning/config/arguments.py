@@ -8,14 +8,16 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.errors import ConfigError, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, named_errors, no_such_key
 from sam_lightning.config.trust import trust
 from sam_lightning.config.values import ABSENT, check_values, fits
 
-Keys = Mapping[str, tuple[Any, Any]]  # of each key its default and an annotation
+# Of each key its default, an annotation and, where that does not tell, what it means.
+Keys = Mapping[str, tuple[Any, Any] | tuple[Any, Any, str]]
+TRUST = (None, Any, "your own code that it names, as in trust=my_project.Net; conf is trusted")
 
 
-def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConfig:
+def parse(about: str, keys: Keys, argv: Sequence[str]) -> DictConfig:
     """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
 
     A command with ``ckpt_path`` also takes ``trust``: the user's own code that the checkpoint may
@@ -23,22 +25,20 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
 
     Args:
         about: what the command does, with an example.
-        keys: every key with its default, ``"???"`` if it must be given, and an annotation.
-        argv: ``sys.argv[1:]`` if None.
+        keys: every key; its default is ``"???"`` if it must be given.
+        argv: the arguments.
 
     Raises:
         ConfigError: an argument is not ``key=value``, or its key or value is not allowed.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    defaults = {key: default for key, (default, _) in keys.items()}
-    if "ckpt_path" in defaults:
-        defaults["trust"] = None
+    if "ckpt_path" in keys:
+        keys = {**keys, "trust": TRUST}
+    defaults = {key: default for key, (default, *_) in keys.items()}
     if {"-h", "--help"} & {*argv}:
         print(about.strip(), "", "Keys, here with their defaults (???: must be given):", sep="\n")
-        print(*(f"  {k}={'null' if v is None else v}" for k, v in defaults.items()), sep="\n")
-        if "trust" in defaults:
-            print("\ntrust: your own code that the checkpoint names, as in trust=my_project.Net;")
-            print("what is in conf is trusted already")
+        for key, (default, _, *meaning) in keys.items():
+            shown = f"{key}={'null' if default is None else default}"
+            print(f"  {shown:<22} {''.join(meaning)}".rstrip())
         sys.exit(0)
     options = OmegaConf.create({})
     for key, default in defaults.items():
@@ -49,17 +49,15 @@ def parse(about: str, keys: Keys, argv: Sequence[str] | None = None) -> DictConf
             raise ConfigError(f"{argument}: not of the form key=value")
         if key not in defaults:
             raise ConfigError(f"{argument}: {no_such_key(key, defaults)}")
-        try:
-            OmegaConf.update(options, key, _read(text, keys[key][1] if key in keys else Any))
+        with named_errors(argument, Exception):  # of YAML and OmegaConf
+            OmegaConf.update(options, key, _read(text, keys[key][1]))
             OmegaConf.to_container(options, resolve=True)
-        except Exception as error:  # an error of YAML or OmegaConf
-            raise ConfigError(f"{argument}: {one_line(error)}") from error
     for key in defaults:
         if OmegaConf.select(options, key, default=ABSENT) is ABSENT:  # so is "???"
             raise ConfigError(f"{key}: must be given, as in {key}=...")
     if "ckpt_path" in defaults:
         trust(options.pop("trust"))
-    check_values(options, {key: hint for key, (_, hint) in keys.items()})
+    check_values(options, {key: hint for key, (_, hint, *_) in keys.items()})
     return options
 
 

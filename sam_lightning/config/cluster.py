@@ -1,13 +1,12 @@
 """What torchrun or SLURM says about the processes it started, read without torch."""
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sam_lightning.config.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Launched:
+class Launched(NamedTuple):
     """This process is one of several; ``per_node`` is None if the launcher does not say."""
 
     launcher: str

@@ -1,6 +1,7 @@
 """The files in ``conf``: groups, choices, keys, and the help made from them."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(child, dict):
             values |= flat(child, f"{prefix}{name}.")
     return values
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested dictionaries and lists with every key and value changed."""
+    if isinstance(value, dict):
+        return {change(key): mapped(change, child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(change, child) for child in value]
+    return change(value)
 
 
 def usage() -> str:

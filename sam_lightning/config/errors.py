@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-from sam_lightning.config.streams import outlive_pipes
+from sam_lightning.config.process import outlive_pipes
 from sam_lightning.config.text import clean
 
 # Keys of earlier versions.
@@ -56,6 +56,16 @@ def argument_errors(key: str) -> Iterator[None]:
         if not re.match(r"\w+=", str(error)):
             raise
         raise ConfigError(f"{key}.{error}") from error
+
+
+@contextmanager
+def named_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds, by default ConfigErrors, into a ConfigError ``name: ...``."""
+    caught = kinds or (ConfigError,)
+    try:
+        yield
+    except caught as error:
+        raise ConfigError(f"{name}: {one_line(error)}") from error
 
 
 @contextmanager

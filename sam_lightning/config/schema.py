@@ -20,7 +20,6 @@ from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
 from sam_lightning.config.values import (
-    ABSENT,
     BelowOne,
     Count,
     Folder,
@@ -29,12 +28,10 @@ from sam_lightning.config.values import (
     NonNegative,
     Positive,
     Rule,
-    Section,
     Seed,
     Text,
     check_value,
     distinct,
-    keys,
     within,
 )
 
@@ -60,186 +57,131 @@ METRICS: tuple[str, ...] = get_args(Metric)
 BatchSize = Annotated[int, within(1, 10**9)]
 Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
 PartOfAll = Annotated[float, Rule("a fraction below 1", lambda v: 0 < v < 1)]
-PartOfBatch = Annotated[float, within(0, 1, above=True)]
+Part = Annotated[float, within(0, 1, above=True)]
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "64", 32, 64]
 Workers = Annotated[int, within(0, 16 * (os.cpu_count() or 1), ", 16 for each processor")]
 
 
-class Described(Section):
-    """An object to build; the signature of its class says which other keys there are."""
-
-    _target_: Any
-
-
-class Model(Described):
-    """The keys of our models."""
-
-    name: ModelName = ABSENT
-    pretrained: bool = ABSENT
-    weights: Text | None = ABSENT
-    weights_of: ModelName | None = ABSENT
-    drop_rate: BelowOne | None = ABSENT
-    drop_path_rate: BelowOne | None = ABSENT
-    stochastic_depth_prob: BelowOne | None = ABSENT
-    batch_norm_momentum: PartOfBatch | None = ABSENT
-    width: Count = ABSENT
-    depth: Count = ABSENT
-    widen_factor: Count = ABSENT
-    alpha: Count = ABSENT
-    bottleneck: bool = ABSENT
-    zero_init_residual: bool = ABSENT
-    dropout: BelowOne | None = ABSENT
-    p_last: Fraction = ABSENT
-
-
-class Perturbation(Described):
-    """The keys of our perturbations."""
-
-    eta: NonNegative = ABSENT
-    sigma: NonNegative = ABSENT
-    decay: BelowOne = ABSENT
-    beta: PartOfBatch = ABSENT
-    normalize_bias: bool = ABSENT
-
-
-class Loss(Described):
-    """The keys of our losses."""
-
-    smoothing: BelowOne = ABSENT
-    class_weights: list[NonNegative] | Literal["balanced"] | None = ABSENT
-
-
-class Scheduler(Described):
-    """The keys of our schedules."""
-
-    warmup_epochs: NonNegative = ABSENT
-    final: Fraction = ABSENT
-    milestones: list[Fraction] = ABSENT
-    gamma: Positive = ABSENT
-
-
-class Data(Section):
-    """The keys of ``data``."""
-
-    source: Described
-    label_noise: Annotated[float, within(0, 1, ", a fraction of the labels")]
-    val_size: Annotated[float, within(0, None, ", below 1 a fraction of the images")] = ABSENT
-    subset: Annotated[float, within(0, None, ", up to 1 a fraction of the images", above=True)] = (
-        ABSENT
-    )
-    split_seed: Index = ABSENT
-    mean: list[Fraction] | None = ABSENT
-    std: list[Annotated[float, within(0, 1, above=True)]] | None = ABSENT
-    sampler: Literal["shuffled", "balanced"] = ABSENT
-    repeats: Count = ABSENT
-    flip: Fraction = ABSENT
-    eval_batch_size: BatchSize = ABSENT
-    num_workers: Workers | Literal["auto"] = ABSENT
-    device: Literal["cpu", "cuda"] | None = ABSENT
-    drop_last: bool = ABSENT
-    root: Folder = ABSENT
-    download: bool = ABSENT
-    image_size: Count | None = ABSENT
-    split: PartOfAll | list[PartOfAll] | Text | None = ABSENT
-    view: Literal["resize", "random_resized_crop"] = ABSENT
-    crop_scale: list[Annotated[float, within(0, 1, above=True)]] = ABSENT
-    crop_ratio: list[Positive] = ABSENT
-    crop_fraction: Annotated[float, within(0, 1, above=True)] | None = ABSENT
-    interpolation: Literal["bilinear", "bicubic"] | None = ABSENT
-    crop_mode: Literal["center", "squash"] | None = ABSENT
-    memory_gb: NonNegative = ABSENT
-    skip_broken: bool = ABSENT
-
-
-class Method(Section):
-    """The keys of ``method``; ``SAMModule`` explains them."""
-
-    name: Text
-    perturbation: Perturbation
-    rho: NonNegative
-    rho_min: NonNegative | None = ABSENT
-    passes: Positive | None = ABSENT
-    perturbed_layers: Literal["all", "normalization"] = ABSENT
-    decay_in_ascent: bool = ABSENT
-    ascent_steps: Count = ABSENT
-    every: Count = ABSENT
-    ascent_fraction: PartOfBatch = ABSENT
-    descent_fraction: PartOfBatch = ABSENT
-    same_randomness: bool = ABSENT
-    sync_perturbation: bool = ABSENT
-    ascent_per_micro_batch: bool = ABSENT
-
-
-class Optimizer(Section):
-    """The keys of ``optimizer`` that PyTorch's optimizers share."""
-
-    _target_: Annotated[
+# The keys that every configuration has, and what they allow; conf/train.yaml and the files of the
+# groups explain them.
+REQUIRED: dict[str, Any] = {
+    "seed": Seed,
+    "rho": NonNegative,
+    "epochs": Count,
+    "batch_size": BatchSize,
+    "lr": Positive,
+    "weight_decay": NonNegative,
+    "label_smoothing": BelowOne,
+    "compile": bool,
+    "memory_format": Literal["auto", "contiguous", "channels_last"],
+    "max_skipped_steps": Count,
+    "test": bool,
+    "ckpt_path": Any,
+    "checkpoint_every_n_steps": Count | None,
+    "traceback": bool,
+    "task_name": Any,
+    "output_dir": Folder,
+    "optimized_metric": Metric | None,
+    "data.source._target_": Any,
+    "data.label_noise": Annotated[float, within(0, 1, ", a fraction of the labels")],
+    "model._target_": Any,
+    "method.name": Text,
+    "method.perturbation._target_": Any,
+    "method.rho": NonNegative,
+    "loss._target_": Any,
+    "optimizer._target_": Annotated[
         Any,
         Rule(
             "an optimizer that takes dense gradients and no closure",
             lambda v: v not in ("torch.optim.LBFGS", "torch.optim.SparseAdam"),
         ),
-    ]
-    lr: Positive = ABSENT
-    momentum: NonNegative = ABSENT
-    nesterov: bool = ABSENT
-    betas: tuple[BelowOne, BelowOne] = ABSENT
-    weight_decay: NonNegative = ABSENT
-    fused: bool | None = ABSENT
-
-
-class Trainer(Section):
-    """The keys of ``trainer`` in conf; the signature of ``lightning.Trainer`` has others."""
-
-    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"]
-    devices: (
-        Count | Annotated[list[Index], Rule("a list of device indices", distinct)] | Literal["auto"]
-    )
-    num_nodes: Count
-    log_every_n_steps: Count
-    gradient_clip_val: Positive | None
-    accumulate_grad_batches: Count
-    timeout: Annotated[float, within(1, 10**7, ", in seconds")] = ABSENT
-    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "64", 32, 64] = ABSENT
-    sync_batchnorm: bool = ABSENT
-    deterministic: bool | Literal["warn"] = ABSENT
-    check_val_every_n_epoch: Count | None = ABSENT
-    val_check_interval: Positive | None = ABSENT
-    min_epochs: Index | None = ABSENT
-    min_steps: Index | None = ABSENT
-    gradient_clip_algorithm: Literal["norm"] = ABSENT
-
-
-class Train(Section):
-    """The configuration of a run; conf/train.yaml explains the keys."""
-
-    seed: Seed
-    rho: NonNegative
-    epochs: Count
-    batch_size: BatchSize
-    lr: Positive
-    weight_decay: NonNegative
-    label_smoothing: BelowOne
-    compile: bool
-    memory_format: Literal["auto", "contiguous", "channels_last"]
-    max_skipped_steps: Count
-    test: bool
-    ckpt_path: Any
-    checkpoint_every_n_steps: Count | None
-    traceback: bool
-    task_name: Any
-    output_dir: Folder
-    optimized_metric: Metric | None
-    data: Data
-    model: Model
-    method: Method
-    loss: Loss
-    optimizer: Optimizer
-    scheduler: Scheduler
-    trainer: Trainer
-
-
-HINTS = {key: hint for key, hint, _ in keys(Train)}
-REQUIRED = [key for key, _, required in keys(Train) if required]
+    ],
+    "scheduler._target_": Any,
+    "trainer.accelerator": Literal["auto", "cpu", "cuda", "gpu", "mps"],
+    "trainer.devices": Count | Devices | Literal["auto"],
+    "trainer.num_nodes": Count,
+    "trainer.log_every_n_steps": Count,
+    "trainer.gradient_clip_val": Positive | None,
+    "trainer.accumulate_grad_batches": Count,
+}
+# Keys that only some files of a group have, or that can be added: of our own classes, of PyTorch's
+# optimizers and of ``lightning.Trainer``.
+HINTS: dict[str, Any] = REQUIRED | {
+    **dict.fromkeys(("model.width", "model.depth", "model.widen_factor", "model.alpha"), Count),
+    "model.bottleneck": bool,
+    "model.zero_init_residual": bool,
+    **dict.fromkeys(("model.drop_rate", "model.drop_path_rate", "model.dropout"), BelowOne | None),
+    "model.stochastic_depth_prob": BelowOne | None,
+    "model.batch_norm_momentum": Part | None,
+    "model.name": ModelName,
+    "model.pretrained": bool,
+    "model.weights": Text | None,
+    "model.weights_of": ModelName | None,
+    "model.p_last": Fraction,
+    "loss.smoothing": BelowOne,
+    "loss.class_weights": list[NonNegative] | Literal["balanced"] | None,
+    "scheduler.warmup_epochs": NonNegative,
+    "scheduler.final": Fraction,
+    "scheduler.milestones": list[Fraction],
+    "scheduler.gamma": Positive,
+    "data.val_size": Annotated[float, within(0, None, ", below 1 a fraction of the images")],
+    "data.subset": Annotated[
+        float, within(0, None, ", up to 1 a fraction of the images", above=True)
+    ],
+    "data.split_seed": Index,
+    "data.mean": list[Fraction] | None,
+    "data.std": list[Part] | None,
+    "data.sampler": Literal["shuffled", "balanced"],
+    "data.repeats": Count,
+    "data.flip": Fraction,
+    "data.eval_batch_size": BatchSize,
+    "data.num_workers": Workers | Literal["auto"],
+    "data.device": Literal["cpu", "cuda"] | None,
+    "data.drop_last": bool,
+    "data.root": Folder,
+    "data.download": bool,
+    "data.image_size": Count | None,
+    "data.split": PartOfAll | list[PartOfAll] | Text | None,
+    "data.view": Literal["resize", "random_resized_crop"],
+    "data.crop_scale": list[Part],
+    "data.crop_ratio": list[Positive],
+    "data.crop_fraction": Part | None,
+    "data.interpolation": Literal["bilinear", "bicubic"] | None,
+    "data.crop_mode": Literal["center", "squash"] | None,
+    "data.memory_gb": NonNegative,
+    "data.skip_broken": bool,
+    "method.perturbation.eta": NonNegative,
+    "method.perturbation.sigma": NonNegative,
+    "method.perturbation.decay": BelowOne,
+    "method.perturbation.beta": Part,
+    "method.perturbation.normalize_bias": bool,
+    "method.rho_min": NonNegative | None,
+    "method.passes": Positive | None,
+    "method.perturbed_layers": Literal["all", "normalization"],
+    "method.decay_in_ascent": bool,
+    "method.ascent_steps": Count,
+    "method.every": Count,
+    "method.ascent_fraction": Part,
+    "method.descent_fraction": Part,
+    "method.same_randomness": bool,
+    "method.sync_perturbation": bool,
+    "method.ascent_per_micro_batch": bool,
+    "optimizer.lr": Positive,
+    "optimizer.momentum": NonNegative,
+    "optimizer.nesterov": bool,
+    "optimizer.betas": tuple[BelowOne, BelowOne],
+    "optimizer.weight_decay": NonNegative,
+    "optimizer.fused": bool | None,
+    "trainer.timeout": Annotated[float, within(1, 10**7, ", in seconds")],
+    "trainer.precision": Precision,
+    "trainer.sync_batchnorm": bool,
+    "trainer.deterministic": bool | Literal["warn"],
+    "trainer.check_val_every_n_epoch": Count | None,
+    "trainer.val_check_interval": Positive | None,
+    "trainer.min_epochs": Index | None,
+    "trainer.min_steps": Index | None,
+    "trainer.gradient_clip_algorithm": Literal["norm"],
+}
 
 
 def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
@@ -260,13 +202,11 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     for key in (*(k for k in known if k not in OPTIONAL), *REQUIRED, *given):
         if given.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
-    for key, value in given.items():
-        try:
-            if isinstance(value, str):
-                OmegaConf.select(cfg, key)
-        except OmegaConfBaseException as error:  # an interpolation of a missing key
-            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
-    values = flat(OmegaConf.to_container(cfg, resolve=True))
+    try:
+        values = flat(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
+        key, said = str(error.full_key).partition("[")[0], str(error).splitlines()[0]
+        raise ConfigError(f"{key}={given.get(key)}: {said}") from error
     for key, hint in HINTS.items():
         if key in values and not _is_of_others(values, key):
             check_value(key, values[key], hint)

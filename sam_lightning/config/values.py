@@ -5,10 +5,9 @@ have no unions with lists. Here a value has the annotated type already, and ever
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,8 +20,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """In ``Annotated``: which values of the type are allowed; ``{}`` in the words is the type."""
 
     words: str
@@ -106,19 +104,6 @@ def words(hint: Any) -> str:
         of = words(arguments[0]).removeprefix("a ").replace("number", "numbers", 1)
         return f"{many} {of}"
     return NAMES.get(hint, "something else")
-
-
-class Section:
-    """Keys of a configuration with their annotations; those that are ``ABSENT`` may be left out."""
-
-
-def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """The keys of a section, in dotted form, with annotation and whether they must be given."""
-    for name, hint in get_type_hints(section, include_extras=True).items():
-        if isinstance(hint, type) and issubclass(hint, Section):
-            yield from keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", hint, not hasattr(section, name)
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:

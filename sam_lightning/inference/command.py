@@ -14,10 +14,13 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.values import Rule
 from sam_lightning.runs.terminal import Table
 
-CKPT_PATH = {"ckpt_path": ("???", Any)}
-ROOT = {"data.root": (None, Any)}
-DEVICE = {"device": ("auto", Literal["auto", "cpu", "cuda"])}
-OUT = {"out": (None, Annotated[str, Rule("a folder, as in ./figures", bool)] | None)}
+Folder = Annotated[str, Rule("a folder, as in ./figures", bool)]
+CKPT_PATH = {
+    "ckpt_path": ("???", Any, "a checkpoint, or a run's folder for its checkpoints/last.ckpt")
+}
+ROOT = {"data.root": (None, Any, "where the data are now; null: where the run found them")}
+DEVICE = {"device": ("auto", Literal["auto", "cpu", "cuda"], "auto, cpu or cuda")}
+OUT = {"out": (None, Folder | None, "the folder to write to; null: the run's")}
 
 
 def out_folder(options: DictConfig) -> Path | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
@@ -45,26 +44,19 @@ prediction and the probability of that; then the probability of each class, or f
 the 5 most likely.
 
 Computed in float32, on one device: equal to the run's own test where that was too.
-
-  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
-  split          test, val or train: as the run had them, wrong labels included
-  data.root      where the data are now; null: where the run found them
-  batch_size     null: as in the run's evaluation
-  device         auto, cpu or cuda
-  corruptions    the folder with labels.npy and gaussian_noise.npy to jpeg_compression.npy
-  out            the folder to write to; null: the run's
 """
 
+SplitName = Literal["test", "val", "train"]
+Files = Annotated[str, Rule("a folder, as in CIFAR-10-C", bool)]
 KEYS: Keys = {
     **command.CKPT_PATH,
-    "split": ("test", Literal["test", "val", "train"]),
+    "split": ("test", SplitName, "test, val or train as the run had them, wrong labels included"),
     **command.ROOT,
-    "batch_size": (None, Count | None),
+    "batch_size": (None, Count | None, "null: as in the run's evaluation"),
     **command.DEVICE,
-    "corruptions": (None, Annotated[str, Rule("a folder, as in CIFAR-10-C", bool)] | None),
+    "corruptions": (None, Files | None, "with labels.npy, gaussian_noise.npy and the others"),
     **command.OUT,
 }
-
 
 SHOWN = 20  # classes in the printed table; evaluation.json has all
 EACH = 20  # with more classes, predictions.csv has only the most likely
@@ -85,18 +77,14 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
         2017, arXiv 1706.04599); ``confusion``: counts, one row per true class.
     """
     import torch
-    from torchmetrics import MeanMetric, MetricCollection, classification
+    from torchmetrics import classification
+
+    from sam_lightning.inference.metrics import EvalMetrics
 
     device, classes = next(trained.parameters()).device, len(trained.classes)
-    # Loss and accuracies as in the run's own evaluation, so that they are equal to the bit.
-    accuracy = partial(classification.MulticlassAccuracy, classes, average="micro")
-    metrics: dict[str, Any] = {"acc": accuracy()}
-    if classes >= 10:
-        metrics["acc5"] = accuracy(top_k=5)
-    metrics["confusion"] = classification.MulticlassConfusionMatrix(classes)
-    of_logits = MetricCollection(metrics, compute_groups=False).to(device)
+    metrics = EvalMetrics(classes).to(device)
+    confusion = classification.MulticlassConfusionMatrix(classes).to(device)
     calibration_error = classification.MulticlassCalibrationError(classes, n_bins=15).to(device)
-    loss = MeanMetric(nan_strategy="disable").to(device)
     predicted, likely = [], []
     count = -(-len(split) // batch_size)
     with torch.inference_mode(), progress("batches", count) as advance:
@@ -105,13 +93,13 @@ def evaluate(trained: TrainedClassifier, split: Split, batch_size: int = 512) ->
             top = probabilities.topk(classes if classes <= EACH else TOP)
             likely.append((top.values.cpu(), top.indices.cpu()))
             predicted.append(logits.argmax(1).cpu())
-            loss.update(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-            of_logits.update(logits, labels)
+            metrics.update(logits, labels)
+            confusion.update(logits, labels)
             # Logits that all happen to lie in 0..1 would be taken for probabilities.
             calibration_error.update(probabilities, labels)
             advance()
-    values = {"loss": loss.compute(), **of_logits.compute()}
-    values |= {"error": 1 - values["acc"], **_by_class(values["confusion"].double())}
+    counts = confusion.compute()
+    values = {**metrics.compute(), "confusion": counts, **_by_class(counts.double())}
     values["calibration_error"] = calibration_error.compute()
     return {
         "predicted": torch.cat(predicted),
@@ -161,7 +149,7 @@ def _outputs(
         yield trained(trained.preprocess(part.seen())), part.labels.to(device)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Evaluate as the arguments say; print the result, and write it."""
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
 from sam_lightning.runs.files import checkpoint_file, inside_run, replacing
@@ -31,24 +31,17 @@ python -m sam_lightning export ckpt_path=RUN format=pt2 batch=1  # for torch.exp
 The file takes images, float32 N x C x H x W, and returns logits N x classes. The names of the
 classes, a JSON list, are the entry "classes" of ONNX's metadata and of the extra files of pt2.
 Nothing is written if the logits of random images are not those of the checkpoint.
-
-  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
-  format         onnx (torch 2.7 or newer), or pt2 (torch.export)
-  normalize      true: takes pixels in 0..1; false: pixels from which mean and std have been taken
-  batch          dynamic, or the number N of images
-  image_size     side of the images in pixels; null: that of the run
-  out            the file to write to; null: beside the checkpoint
 """
 
+File = Annotated[str, Rule("a file, as in ./model.onnx", bool)]
 KEYS: Keys = {
     **command.CKPT_PATH,
-    "format": ("???", Literal["onnx", "pt2"]),
-    "normalize": (True, bool),
-    "batch": ("dynamic", Literal["dynamic"] | Count),
-    "image_size": (None, Count | None),
-    "out": (None, Annotated[str, Rule("a file, as in ./model.onnx", bool)] | None),
+    "format": ("???", Literal["onnx", "pt2"], "onnx (torch 2.7 or newer), or pt2 (torch.export)"),
+    "normalize": (True, bool, "takes pixels in 0..1; false: pixels normalised already"),
+    "batch": ("dynamic", Literal["dynamic"] | Count, "dynamic, or the number N of images"),
+    "image_size": (None, Count | None, "side of the images in pixels; null: that of the run"),
+    "out": (None, File | None, "the file to write to; null: beside the checkpoint"),
 }
-
 
 TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order stay far below
 
@@ -158,7 +151,7 @@ def _largest_difference(
     return difference
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Export as the arguments say, and print the largest difference of logits."""
     options = parse(ABOUT, KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))

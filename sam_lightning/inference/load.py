@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_torch
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from sam_lightning.config.errors import ConfigError, argument_errors, one_line
+from sam_lightning.config.errors import ConfigError, argument_errors, named_errors, one_line
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.trust import TARGETS, check_places, check_targets, is_in
 from sam_lightning.config.trust import trust as trust_names
@@ -235,10 +235,8 @@ def load(
     trust_names(trust)
     where = torch_device(device)
     checkpoint = read(ckpt_path)
-    try:
+    with named_errors(f"ckpt_path={ckpt_path}"):
         return TrainedClassifier(checkpoint).to(where)
-    except ConfigError as error:
-        raise ConfigError(f"ckpt_path={ckpt_path}: {one_line(error)}") from error
 
 
 def data_of(

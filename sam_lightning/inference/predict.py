@@ -16,7 +16,7 @@ from rich.table import Column
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.errors import ConfigError, one_line
-from sam_lightning.config.interrupts import importing
+from sam_lightning.config.process import importing
 from sam_lightning.config.progress import progress
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
@@ -38,23 +38,17 @@ Images are read as for training: upright, transparency on white, 16 bits scaled 
 those of the run were. They are resized until they cover the size that the run was trained on, and
 their centre is cropped; results are best for images like those.
 A file that is no image is named, gets a row with the error, and makes the exit code 1.
-
-  ckpt_path      a checkpoint, or a run's folder for its checkpoints/last.ckpt
-  input          an image, a folder (with those below it), or a pattern such as ./*.png
-  top_k          the most likely classes to name
-  format         table, json, or csv (a row for each file and class)
-  out            the file to write to; null: the terminal
-  batch_size     images at a time
-  device         auto, cpu or cuda
 """
 
+Format = Literal["table", "json", "csv"]
+File = Annotated[str, Rule("a file, as in ./a.csv", bool)]
 KEYS: Keys = {
     **command.CKPT_PATH,
-    "input": ("???", Any),
-    "top_k": (5, Count),
-    "format": ("table", Literal["table", "json", "csv"]),
-    "out": (None, Annotated[str, Rule("a file, as in ./a.csv", bool)] | None),
-    "batch_size": (128, Count),
+    "input": ("???", Any, "an image, a folder with those below it, or a pattern such as ./*.png"),
+    "top_k": (5, Count, "the most likely classes to name"),
+    "format": ("table", Format, "table, json, or csv with a row for each file and class"),
+    "out": (None, File | None, "the file to write to; null: the terminal"),
+    "batch_size": (128, Count, "images at a time"),
     **command.DEVICE,
 }
 
@@ -118,7 +112,7 @@ def find(given: str) -> list[Path]:
     return files
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Classify as the arguments say; exit with 1 if there was a file that is no image."""
     options = parse(ABOUT, KEYS, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))

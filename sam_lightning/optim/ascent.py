@@ -73,10 +73,6 @@ def check_choices(sam: Any) -> None:
     Raises:
         ValueError: names the argument that cannot.
     """
-    if getattr(sam.perturbation, "along", None) == "momentum":  # what it was called once
-        raise ValueError(
-            'perturbation: write needs_gradient = False in place of along = "momentum"'
-        )
     defaults = sam.base_optimizer.defaults
     if not (sam.needs_gradient or defaults.get("momentum") or "betas" in defaults):
         raise ValueError(

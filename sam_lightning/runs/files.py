@@ -17,10 +17,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.conf import LOADER
+from sam_lightning.config.conf import LOADER, mapped
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
-from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.secrets import without_secrets
 
 # The largest files of a run that are read, and how deep what is in them may be. A run writes some

@@ -98,8 +98,8 @@ class RunFolder(Callback):
         RunFolder.started = started
         if part is None:  # the run continues in its old folder
             return
-        plain = OmegaConf.to_container(config, resolve=False)  # a wrong "${...}" is refused later
-        again = plain.get("ckpt_path") == "last"  # type: ignore[union-attr]
+        # A wrong "${...}" is refused later.
+        again = not OmegaConf.is_interpolation(config, "ckpt_path") and config.ckpt_path == "last"
         try:
             # A run that restarts again and again with ckpt_path=last may find what was killed
             # before it had written anything.

@@ -1,8 +1,9 @@
 """Names that earlier versions wrote into checkpoints and run folders, and their new names."""
 
 import re
-from collections.abc import Callable
 from typing import Any
+
+from sam_lightning.config.conf import mapped
 
 OLD_NAMES = {
     "sam_lightning.callbacks": "sam_lightning.training.callbacks.progress",
@@ -71,12 +72,3 @@ def _with_augment(config: Any) -> Any:
         "cutout": {"_target_": f"{_AUGMENT}Cutout", "side": data.get("cutout", 0)},
     }
     return {**config, "data": kept, "augment": augment}
-
-
-def mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Nested dictionaries and lists with every key and value changed."""
-    if isinstance(value, dict):
-        return {change(key): mapped(change, child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [mapped(change, child) for child in value]
-    return change(value)

@@ -1,7 +1,6 @@
 """``python -m sam_lightning cost``: what a run will cost, before it is started."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,9 +47,8 @@ class Cost(NamedTuple):
     epochs: int
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the cost of the run that the arguments describe."""
-    argv = sys.argv[1:] if argv is None else argv
     options, overrides = split(ABOUT, KEYS, argv)
     rate = float(options.flops_per_second)
     cfg = configuration(overrides)

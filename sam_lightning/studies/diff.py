@@ -1,14 +1,13 @@
 """The command ``diff``: which settings of two runs differ, and what came out of each."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sam_lightning.config.conf import mapped
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.files import RunStatus, read_status
-from sam_lightning.runs.old_names import mapped
 from sam_lightning.runs.terminal import show
 from sam_lightning.studies.identical import MISSING, PLACES, differing
 from sam_lightning.studies.table import WIDTH, Table, typed
@@ -23,9 +22,8 @@ records, such as device, versions and seconds.
 APART = ("config", "metrics", "finished", "parts")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read both records and print what differs."""
-    argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         print(ABOUT.strip())
         return

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys, parse
 from sam_lightning.config.conf import CONF, top_level
-from sam_lightning.config.errors import ConfigError, no_such_key, one_line
+from sam_lightning.config.errors import ConfigError, named_errors, no_such_key, one_line
 from sam_lightning.config.hydra_errors import explain, key_of, quoted, with_quoted_places
 from sam_lightning.config.schema import MethodName, Metric, check
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
@@ -87,12 +87,10 @@ def read(path: Path, given: Sequence[str] = ()) -> Plan:
         _check_own(f"{key}={value}", key)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    try:
+    with named_errors(str(path)):
         _check_name(path.stem)
         content = _content(path)
         runs = list(_checked(_expanded({**PARTS, **content}, extra, FOLDER / path.stem)))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
     return Plan(path.stem, content, given, runs)
 
 
@@ -215,7 +213,7 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
     known: dict[str, tuple[Any, Any]] = {}  # what a run acts on, and its configuration
     for run in runs:
         name = run.folder.name
-        try:
+        with named_errors(f"arms.{run.arm}"):
             if len(name.encode()) > LONGEST_NAME:
                 raise ConfigError(f"{name}: too long for the name of a folder")
             if name in names:
@@ -233,7 +231,5 @@ def _checked(runs: Iterable[RunSpec]) -> Iterator[RunSpec]:
                         same = f"{name} and {other} are identical runs"
                         raise ConfigError(f"{same}, because {why}; remove one")
                 known[name] = effective, config
-        except ConfigError as error:
-            raise ConfigError(f"arms.{run.arm}: {error}") from error
         _, config = known[name]
         yield replace(run, passes=(passes_per_step(config["method"]) or 2) * config["epochs"])

@@ -1,7 +1,6 @@
 """``python -m sam_lightning preview``: what a run would see of its data, before it is started."""
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 from rich.table import Column
 
-from sam_lightning.config.arguments import Keys, parse
+from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.runs.terminal import Table, show
-from sam_lightning.studies.plan import configuration
+from sam_lightning.studies.plan import configuration, split
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sam_lightning.data.image_data import ImageData
     from sam_lightning.data.source import Split
 
@@ -32,26 +29,19 @@ why, and pictures of images as the network sees them: augmented for training, an
 
 All other arguments are those of train.py, for one run. Images are decoded as for training, and
 kept for it.
-
-  out            the PNG to write
-  images         pictures of training, and as many of evaluation
 """
+File = Annotated[str, Rule("a file, as in preview.png", bool)]
 KEYS: Keys = {
-    "out": ("preview.png", Annotated[str, Rule("a file, as in preview.png", bool)]),
-    "images": (16, Count),
+    "out": ("preview.png", File, "the PNG to write"),
+    "images": (16, Count, "pictures of training, and as many of evaluation"),
 }
 COLUMNS = 8  # pictures in a row
 SHOWN = 30  # classes in the table
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the tables and write the pictures of what the arguments describe."""
-    argv = sys.argv[1:] if argv is None else argv
-    own = [a for a in argv if a.partition("=")[0] in KEYS or a in ("-h", "--help")]
-    options = parse(ABOUT, KEYS, own)
-    overrides = [a for a in argv if a not in own]
-    if flags := [a for a in overrides if a.startswith("-")]:
-        raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
+    options, overrides = split(ABOUT, KEYS, argv)
     out = Path(os.path.expanduser(options.out))
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ConfigError(f"out={options.out}: must be a file that ends in .png")
@@ -115,9 +105,10 @@ def _print_tables(data: "ImageData") -> None:
 def draw(data: "ImageData", out: Path, count: int) -> None:
     """Write the first images of the first epoch as training sees them, and some of evaluation."""
     import torch
+    from matplotlib.figure import Figure
 
     from sam_lightning.data.augment import MixedLabels
-    from sam_lightning.plotting import panels, plain, save, style
+    from sam_lightning.plotting import pixels, plain, save, style
 
     images, given = data.finish(*next(iter(data.train_loader())))
     labels = given.labels if isinstance(given, MixedLabels) else given
@@ -129,28 +120,15 @@ def draw(data: "ImageData", out: Path, count: int) -> None:
     rows = [-(-len(labels) // COLUMNS) for _, _, labels in parts]
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # letters of a class
-        figure, _ = panels(1, 1.35 * COLUMNS, 1.65 * sum(rows))
-        figure.clear()
+        figure = Figure((1.35 * COLUMNS, 1.65 * sum(rows)), layout="constrained")
         blocks: Any = figure.subfigures(2, height_ratios=rows)
         for block, height, (title, pictures, labels) in zip(blocks, rows, parts, strict=True):
             block.suptitle(title)
             axes = block.subplots(height, COLUMNS, squeeze=False).flatten()
             for axis in axes:
                 axis.axis("off")
-            for axis, picture, label in zip(axes, pictures, labels.tolist(), strict=False):
-                axis.imshow(_shown(picture, data), cmap="gray", vmin=0, vmax=1)
-                axis.set_title(plain(_shortened(clean(data.classes[label]))), fontsize=8)
+            shown = pixels(pictures, data.mean, data.std).permute(0, 2, 3, 1).numpy()
+            for axis, picture, label in zip(axes, shown, labels.tolist(), strict=False):
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+                axis.set_title(plain(clean(data.classes[label]), 16), fontsize=8)
         save(figure, out.with_suffix(""), ("png",))
-
-
-def _shown(picture: "Tensor", data: "ImageData") -> Any:
-    """Normalised C x H x W as matplotlib takes it, in 0..1."""
-    assert data.mean is not None
-    assert data.std is not None
-    mean, std = (picture.new_tensor([*of]).view(-1, 1, 1) for of in (data.mean, data.std))
-    pixels = (picture * std + mean).clamp(0, 1)
-    return pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"

@@ -30,9 +30,8 @@ the settings of RUN.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Become ``train.py`` with the stored overrides, checked as a resume does, and those given."""
-    argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         print(ABOUT.strip())
         return

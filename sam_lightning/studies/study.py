@@ -47,11 +47,11 @@ KEYS: Keys = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Check everything, run what is missing, report; an error where a run did not complete."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a line at a time, also into a file
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    path, options, overrides = arguments(sys.argv[1:] if argv is None else argv)
+    path, options, overrides = arguments(argv)
     plan = read(path, overrides)
     runs = selected(plan, options)
     if options.dry:
@@ -157,7 +157,6 @@ def refuse_loss(plan: Plan, out: Path, expected: Sequence[RunSpec] = ()) -> None
 def report(plan: Plan, out: Path) -> None:
     """Write and show what all completed runs of the file say, also of those not selected now."""
     from sam_lightning.studies.report import files  # pandas and scipy, only now
-    from sam_lightning.studies.report.archive import write_runs
     from sam_lightning.studies.report.comparison import analyse
     from sam_lightning.studies.report.runs import read_runs
 
@@ -166,7 +165,7 @@ def report(plan: Plan, out: Path) -> None:
     if not runs:
         return
     refuse_loss(plan, out)
-    write_runs(plan, statuses, runs, out / "runs.json")
+    files.write_runs(plan, statuses, runs, out / "runs.json")
     commits = sorted({str(run.summary.get("git_commit"))[:7] for run in runs})
     if len(commits) > 1:
         warnings.append(f"runs are of different commits ({', '.join(commits)})")

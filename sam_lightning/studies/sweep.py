@@ -3,6 +3,7 @@
 Jobs may run in other processes or on other machines, so what they did is read from their folders.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -110,6 +111,7 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before the first job."""
+        gc.enable()  # every job makes a configuration of its own
         path = folder_of(config, "hydra.sweep.dir")
         metric = OmegaConf.select(config, "optimized_metric")
         try:

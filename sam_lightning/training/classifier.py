@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from sam_lightning.inference.metrics import EvalMetrics
 from sam_lightning.models.onednn import subsample_first
-from sam_lightning.training.metrics import EvalMetrics
 
 Batch = tuple[Tensor, Any]
 

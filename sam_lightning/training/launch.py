@@ -33,8 +33,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
-from sam_lightning.config.interrupts import let_end
-from sam_lightning.config.streams import outlive_pipes
+from sam_lightning.config.process import let_end, outlive_pipes
 from sam_lightning.runs.files import record_failure
 
 log = logging.getLogger(__name__)

@@ -1,12 +1,10 @@
-"""Metrics of training and evaluation: sums on the device, read only at a log."""
+"""Metrics of training: sums on the device, read only at a log."""
 
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 # loss, accuracy, sharpness, gradient norm, steps, perturbed steps; perturbation norm, cosine, and
 # the number of steps at which these two were measured; steps with a finite gradient norm
@@ -85,31 +83,3 @@ class TrainMetrics:
             values["train/perturbation_norm"] = norm / measured
             values["train/cosine"] = cosine / measured
         return values, longest
-
-
-class EvalMetrics(nn.Module):
-    """Mean loss, accuracy and, from 10 classes on, top-5 accuracy over all ranks."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        fast: dict[str, Any] = {"validate_args": False}  # validation waits for the device
-        metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", **fast)}
-        if num_classes >= 10:
-            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, **fast)
-        self.accuracies = MetricCollection(metrics, compute_groups=False)
-        self.loss = MeanMetric(nan_strategy="disable")  # NaN stays NaN, and nothing waits
-
-    def reset(self) -> None:
-        """Forget earlier evaluations."""
-        self.loss.reset()
-        self.accuracies.reset()
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add logits N x num_classes and their labels N."""
-        self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        self.accuracies.update(logits, labels)
-
-    def compute(self) -> dict[str, Tensor]:
-        """``loss``, ``acc``, ``error`` and, from 10 classes on, ``acc5``."""
-        values = {"loss": self.loss.compute(), **self.accuracies.compute()}
-        return {**values, "error": 1 - values["acc"]}

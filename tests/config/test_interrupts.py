@@ -59,7 +59,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 def test_ctrl_c_at_random_times(tmp_path):
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import sam_lightning.config.interrupts"], check=True)
+    subprocess.run([sys.executable, "-c", "import sam_lightning.config.process"], check=True)
     up, draw = 1.5 * (time.monotonic() - began), random.Random(0)
     for after in sorted(draw.uniform(up, up + 3) for _ in range(20)):
         said, code = interrupted(tmp_path, after, *RUN)

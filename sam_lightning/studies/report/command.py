@@ -1,7 +1,5 @@
 """The command: folders in, ``report.md`` and what belongs to it out."""
 
-import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,11 +32,8 @@ KEYS: Keys = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the runs, compare them, and write and print the report."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # ± is not in ASCII
-    argv = sys.argv[1:] if argv is None else argv
     # Names of folders may have "=" in them, as those of a sweep's jobs do.
     own = [a for a in argv if "=" in a and "/" not in a.partition("=")[0] and not Path(a).exists()]
     own += [a for a in argv if a in ("-h", "--help")]

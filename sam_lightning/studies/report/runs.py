@@ -93,7 +93,8 @@ def _run_folders(tops: Sequence[Path]) -> tuple[list[Path], list[str]]:
         for path, below, _ in os.walk(top):
             below[:] = sorted({*below} - PRUNED)
             for folder in (Path(path), *(Path(path, name) for name in below)):
-                if _is_run(folder):
+                config = folder / ".hydra" / "config.yaml"
+                if (folder / "metrics.json").exists() or config.is_file():
                     found.setdefault(folder.resolve(), folder)
                 elif folder.is_symlink() and folder != top:
                     links.append(folder)
@@ -102,10 +103,6 @@ def _run_folders(tops: Sequence[Path]) -> tuple[list[Path], list[str]]:
         for link in dict.fromkeys(links)
         if not any(link.resolve().is_relative_to(top.resolve()) for top in tops)
     ]
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.json").exists() or (folder / ".hydra" / "config.yaml").is_file()
 
 
 def _run(status: RunStatus) -> Run:

@@ -123,17 +123,15 @@ class Throughput(Callback):
             self._stop(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock, which still runs within an epoch."""
+        """Stop the clock, which runs within an epoch, and where one was cut short."""
         self._stop(pl_module)
+
+    on_train_epoch_end = on_validation_start
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock again if the epoch goes on."""
         if not trainer.is_last_batch:
             self._started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock of an epoch that ``max_steps`` or ``max_time`` cut short."""
-        self._stop(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Stop the clock, without waiting for a device that may be the cause."""

@@ -6,22 +6,22 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sam_lightning import plotting as plots
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.callbacks.sharpness import SharpnessMonitor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,9 @@ class Dashboard(Callback):
         """Show the first batch, once it has been trained on."""
         if trainer.current_epoch == 0 and batch_idx == 0:
             for writer in _writers(trainer):
-                pixels = _pixels(batch[0], trainer.datamodule)
-                writer.add_image("train/first_batch", grid(pixels), 0)
+                data = trainer.datamodule
+                shown = plots.pixels(batch[0][:64], data.mean, data.std)
+                writer.add_image("train/first_batch", grid(shown), 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log images per second, which never repeat, to TensorBoard only; add the model's graph."""
@@ -149,11 +150,11 @@ class Dashboard(Callback):
             losses, *wrong = self._wrong
             labels, predicted, probabilities, images = (v[losses != -math.inf] for v in wrong)
             if len(images):
-                names = [_short(name, 12) for name in data.classes]
+                names = [plots.plain(name, 12) for name in data.classes]
                 found = zip(labels, predicted, probabilities, strict=True)
                 titles = [f"{names[i]}\n→ {names[j]}, {100 * p:.0f} %" for i, j, p in found]
-                figure = draw_images(_pixels(images, data), titles)
-                writer.add_figure("test/most_wrong", figure, step)
+                pixels = plots.pixels(images, data.mean, data.std)
+                writer.add_figure("test/most_wrong", draw_images(pixels, titles), step)
         self._confusion, self._wrong = None, []
 
 
@@ -176,20 +177,6 @@ def _first(values: list[Tensor]) -> list[Tensor]:
     """The rows with the largest of the first values, largest first."""
     order = values[0].topk(min(WRONG_IMAGES, len(values[0]))).indices
     return [value[order] for value in values]
-
-
-def _short(name: str, length: int = 18) -> str:
-    short = name if len(name) <= length else f"{name[: length - 1]}…"
-    return short.replace("$", r"\$")  # or matplotlib would read formulas
-
-
-def _pixels(images: Tensor, data: ImageDataModule) -> Tensor:
-    """Undo the normalisation of at most 64 images: uint8 N x C x H x W, C = 1 or 3, on the CPU."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
-    pixels = (images[:64].float().cpu() * std + mean).mul(255).round().clamp(0, 255)
-    if pixels.shape[1] not in (1, 3):
-        pixels = pixels.mean(1, keepdim=True)
-    return pixels.byte()
 
 
 def grid(pixels: Tensor) -> Tensor:
@@ -227,13 +214,8 @@ def add_graph(writer: Any, model: nn.Module, shape: Sequence[int]) -> None:
             module.training = training
 
 
-def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
+def draw_confusion(counts: Tensor, classes: Sequence[str]) -> Figure:
     """The counts, label x prediction, in percent of each label (rows), with the classes' names."""
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    from sam_lightning import plotting as plots
-
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     number = len(classes)
     side = min(12.0, 3.5 + 0.1 * max(number, 10))
@@ -244,7 +226,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
         shown = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         if number <= 100:
             size = 9 if number <= 20 else 5
-            names = [_short(name) for name in classes]
+            names = [plots.plain(name, 18) for name in classes]
             upright = 90 if max(map(len, names)) > 2 else 0
             axes.set_xticks(range(number), names, rotation=upright, fontsize=size)
             axes.set_yticks(range(number), names, fontsize=size)
@@ -259,12 +241,8 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
     return figure
 
 
-def draw_images(pixels: Tensor, titles: Sequence[str]) -> "Figure":
+def draw_images(pixels: Tensor, titles: Sequence[str]) -> Figure:
     """Images, uint8 N x C x H x W, in rows of five, each below its title of two lines."""
-    from matplotlib.figure import Figure
-
-    from sam_lightning import plotting as plots
-
     rows, ratio = math.ceil(len(pixels) / 5), pixels.shape[2] / pixels.shape[3]
     step = ratio + 0.4  # of a row, in widths of an image
     with plots.style():
