@@ -159,6 +159,12 @@ class Timm:
         tag = f".{about['tag']}" if about.get("tag") else ""
         return f"timm {self.architecture(config)}{tag}"
 
+    def has_weights(self, config: Mapping[str, Any]) -> bool:
+        """Whether there are published weights that ``fetched`` can get."""
+        about = described_by_timm(self.timm_name(config))
+        url = isinstance(about.get("url"), str) and not about.get("custom_load")
+        return bool(about.get("hf_hub_id")) or url
+
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
         about = described_by_timm(self.timm_name(config))
@@ -182,7 +188,7 @@ class Timm:
         name = self.timm_name(config)
         about = described_by_timm(name)
         hub, url = about.get("hf_hub_id"), about.get("url")
-        if not hub and (not isinstance(url, str) or about.get("custom_load")):
+        if not self.has_weights(config):
             raise ValueError(f"pretrained=true: timm has no weights of {name} as a file of PyTorch")
         if not hub:
             return download(str(url))

@@ -62,7 +62,7 @@ def torchvision_model(
             if value is not None and f"'{key}'" in str(error):
                 raise ValueError(f"{key}={value}: {architecture} takes none") from error
         raise
-    except ValueError as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"name={name}: {error}") from error
     if in_channels != 3:
         _take_channels(model, in_channels)
@@ -138,6 +138,10 @@ class Torchvision:
     def published(self, config: Mapping[str, Any]) -> str:
         """What the published weights are called."""
         return f"torchvision {self.architecture(config)}.{self._entry(config).name}"
+
+    def has_weights(self, config: Mapping[str, Any]) -> bool:
+        """Whether there are published weights: of all models."""
+        return True
 
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
