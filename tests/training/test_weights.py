@@ -1,6 +1,8 @@
 """Runs that start from weights: what they load, record and need again."""
 
+import itertools
 import json
+import os
 import shutil
 
 import pytest
@@ -8,10 +10,12 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import sam_lightning
 from runs import command, configuration, summary, weights
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import digits
 from sam_lightning.inference import evaluate, export, predict
 from sam_lightning.models.pretrained import published
 from sam_lightning.training.run import train
@@ -49,7 +53,7 @@ def started(file, tmp_path_factory):
 
 
 def test_a_run_starts_from_a_file_and_says_so(started, file):
-    theirs, ours = timm.create_model("test_resnet", in_chans=1), weights(started)
+    ours = weights(started)
     overlay = {"file": str(file), "custom_load": False}
     theirs = timm.create_model(
         "test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1
@@ -57,8 +61,8 @@ def test_a_run_starts_from_a_file_and_says_so(started, file):
     moved = ("running_mean", "running_var", "num_batches_tracked")  # by the first pass
     for name, value in theirs.state_dict().items():
         if not name.endswith(moved) and not name.startswith("fc."):
-            assert torch.equal(ours[f"model.{name}"], value), name
-    assert ours["model.fc.weight"].shape == (10, 160)
+            torch.testing.assert_close(ours[f"model.{name}"], value, rtol=0, atol=1e-20)
+    assert ours["model.fc.weight"].shape == (10, 96)
     assert ours["model.fc.weight"].abs().max() < 1e-20
     found = summary(started)
     assert found["weights"]["from"].endswith("mine.safetensors")
@@ -84,7 +88,7 @@ def test_a_checkpoint_needs_no_other_weights(started, tmp_path):
     model = sam_lightning.load(last)
     assert model(model.preprocess(Image.new("L", (8, 8)))).shape == (1, 10)
     evaluate.main([f"ckpt_path={last}"])
-    assert "accuracy" in (started / "evaluation.json").read_text()
+    assert json.loads((started / "evaluation.json").read_text())["split"] == "test"
     Image.new("L", (8, 8), 99).save(tmp_path / "x.png")
     out = tmp_path / "predictions.csv"
     predict.main([f"ckpt_path={last}", f"input={tmp_path}", "format=csv", f"out={out}"])
@@ -98,7 +102,7 @@ def test_a_checkpoint_needs_no_other_weights(started, tmp_path):
     [
         {"name": "hf-hub:timm/resnet18"},
         {"name": "local-dir:/tmp"},
-        {"name": "test_resnet", "pretrained": True, "weights": "/etc/passwd", "drop_rate": 7.0},
+        {"name": "test_resnet", "pretrained": True, "weights": "/etc/passwd"},
     ],
 )
 def test_a_strangers_checkpoint_fetches_nothing(started, tmp_path, change, monkeypatch):
@@ -112,7 +116,7 @@ def test_a_strangers_checkpoint_fetches_nothing(started, tmp_path, change, monke
         last, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["model"].update(change)
     )
     if change["name"] == "test_resnet":  # neither is looked at
-        assert sam_lightning.load(path)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+        assert sam_lightning.load(path)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
     else:
         with pytest.raises(ConfigError, match="timm has no such model"):
             sam_lightning.load(path)
@@ -125,21 +129,15 @@ def test_a_run_starts_from_a_run(started, tmp_path):
     before, after = weights(started), weights(tmp_path / "next")
     for name, value in before.items():
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
-            assert torch.equal(after[name], value), name
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-20)
     about = weights_preprocessing(
         {"_target_": "sam_lightning.models.timm_model", "weights": str(started)}
     )
-    assert about["image_size"] == [8, 8]
+    assert about["image_size"] == [32, 32]
     assert len(about["mean"]) == 1
-    with pytest.raises(
-        ConfigError, match=r"model.weights=.*: weights of test_resnet, not of test_"
-    ):
-        run(
-            tmp_path / "other",
-            "model=timm",
-            "model.name=test_efficientnet",
-            f"model.weights={started}",
-        )
+    other = ["model=timm", "model.name=test_efficientnet", f"model.weights={started}"]
+    with pytest.raises(ConfigError, match=r"model.weights=.*: weights of test_resnet, not of"):
+        run(tmp_path / "other", *other)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"model.weights=.*: there is no checkpoint of a run"):
         run(tmp_path / "other", *RESNET, f"model.weights={tmp_path / 'empty'}")
@@ -163,9 +161,30 @@ def test_our_models_start_from_runs_and_files(tmp_path):
         )
 
 
-def test_images_that_a_transformer_does_not_take(tmp_path):
-    with pytest.raises(ConfigError, match=r"does not take images of 1 x 8 x 8"):
-        run(tmp_path, "model=timm", "model.name=test_vit")
+def test_a_transformer_is_built_for_the_images(tmp_path):
+    images = iter(digits().train.images[:, 0].numpy())
+    for split, name in itertools.product(("train", "test"), "abc"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(next(images)).convert("RGB").save(tmp_path / split / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "x.safetensors")
+    options = ["data=image_folder", f"data.root={tmp_path}", "data.cache_dir=null"]
+    options += ["data.subset=1.0", "batch_size=4", "model=timm", "model.name=test_vit"]
+    options += [*STILL, f"model.weights={tmp_path / 'x.safetensors'}"]
+    run(tmp_path / "run", *options, "data.image_size=48")
+    overlay = {"file": str(tmp_path / "x.safetensors"), "custom_load": False}
+    theirs = timm.create_model(
+        "test_vit", pretrained=True, pretrained_cfg_overlay=overlay, img_size=48, num_classes=3
+    )
+    nn.init.zeros_(theirs.head.weight)
+    nn.init.zeros_(theirs.head.bias)
+    ours = sam_lightning.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in theirs.state_dict().items():
+        found = ours.model.state_dict()[name]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-20)
+    with pytest.raises(ConfigError, match=r"does not take images of 3 x 40 x 40"):
+        run(tmp_path / "refused", *options, "data.image_size=40")
 
 
 @pytest.mark.parametrize(
@@ -201,8 +220,6 @@ def test_published_weights_without_a_network(target, name, tmp_path, monkeypatch
     ],
 )
 def test_what_cannot_be_loaded_ends_in_one_line(arguments, message, tmp_path):
-    import os
-
     environment = {**os.environ, "https_proxy": CLOSED, "HTTPS_PROXY": CLOSED}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch")}
     (tmp_path / "cwd").mkdir()
