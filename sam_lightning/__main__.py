@@ -22,6 +22,7 @@ COMMANDS = {
     "rerun": ("studies.rerun", "train with the settings of a run once more"),
     "diff": ("studies.diff", "compare the settings and metrics of two runs"),
     "preview": ("studies.preview", "show the data of a run, as counts and pictures"),
+    "list-models": ("studies.list_models", "list models: size, FLOPs, pretrained weights"),
     "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
 }
 NEEDS_CONF = ("study", "rerun", "cost", "preview")
@@ -37,7 +38,7 @@ def _run(name: str, *rest: str) -> None:
     if name in ("-h", "--help"):
         print("python -m sam_lightning COMMAND [key=value ...]", "", "Commands:", sep="\n")
         for known, (_, about) in COMMANDS.items():
-            print(f"  {known:<10} {about}")
+            print(f"  {known:<11} {about}")
         print("", "python -m sam_lightning COMMAND --help explains one.", sep="\n")
         print("python train.py trains; python train.py --help explains it.")
         return

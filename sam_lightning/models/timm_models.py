@@ -52,10 +52,19 @@ def timm_model(
     Raises:
         ValueError: timm is not installed or has no such model, or the model does not take this.
     """
-    options = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    options = checked_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     model = _create(name, num_classes, in_channels, image_size, options)
     set_momentum(model, name, batch_norm_momentum)
     return model
+
+
+def checked_rates(**rates: float | None) -> dict[str, float]:
+    """The probabilities that are given, by their names; a ``ValueError`` refuses other numbers."""
+    given = {key: rate for key, rate in rates.items() if rate is not None}
+    for key, rate in given.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{key}={rate}: must be in [0, 1)")
+    return given
 
 
 def set_momentum(model: nn.Module, name: str, momentum: float | None) -> None:
@@ -111,7 +120,7 @@ def _create(
     size = None if image_size is None else tuple(int(side) for side in image_size)
     if not about.get("fixed_input_size") or size == tuple(about["input_size"][-2:]):
         size = None  # a model that takes any has no such argument
-    given = {k: v for k, v in {**options, "img_size": size}.items() if v is not None}
+    given = dict(options) if size is None else {**options, "img_size": size}
     timm = timm_package(f"name={name}")
     loading = mock.patch("timm.models._builder.load_pretrained", load) if load else nullcontext()
     try:
@@ -159,6 +168,12 @@ class Timm:
         tag = f".{about['tag']}" if about.get("tag") else ""
         return f"timm {self.architecture(config)}{tag}"
 
+    def has_weights(self, config: Mapping[str, Any]) -> bool:
+        """Whether there are published weights that ``fetched`` can get."""
+        about = described_by_timm(self.timm_name(config))
+        url = isinstance(about.get("url"), str) and not about.get("custom_load")
+        return bool(about.get("hf_hub_id")) or url
+
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
         about = described_by_timm(self.timm_name(config))
@@ -182,7 +197,7 @@ class Timm:
         name = self.timm_name(config)
         about = described_by_timm(name)
         hub, url = about.get("hf_hub_id"), about.get("url")
-        if not hub and (not isinstance(url, str) or about.get("custom_load")):
+        if not self.has_weights(config):
             raise ValueError(f"pretrained=true: timm has no weights of {name} as a file of PyTorch")
         if not hub:
             return download(str(url))
@@ -229,7 +244,7 @@ class Timm:
         would pass over what is missing, is not timm's.
         """
         noted: dict[str, Any] = {}
-        options = {k: config.get(k) for k in ("drop_rate", "drop_path_rate")}
+        options = checked_rates(**{k: config.get(k) for k in ("drop_rate", "drop_path_rate")})
         shape = (int(config["num_classes"]), int(config.get("in_channels", 3)))
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             _create(

