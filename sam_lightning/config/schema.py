@@ -18,6 +18,7 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
+from sam_lightning.config.tuning import Finetune, check_tuning
 from sam_lightning.config.values import (
     ABSENT,
     BelowOne,
@@ -38,7 +39,16 @@ from sam_lightning.config.values import (
 )
 
 # Top-level keys that are optional.
-OPTIONAL = ("augment", "logger", "callbacks", "experiment", "debug", "sweep")
+OPTIONAL = (
+    "augment",
+    "finetune",
+    "param_groups",
+    "logger",
+    "callbacks",
+    "experiment",
+    "debug",
+    "sweep",
+)
 # What the folder of a data set that is downloaded has.
 OWN_FILES = {
     **{"cifar10": "cifar-10-*", "cifar100": "cifar-100-*"},
@@ -223,6 +233,7 @@ class Train(Section):
     optimizer: Optimizer
     scheduler: Scheduler
     trainer: Trainer
+    finetune: Finetune
 
 
 HINTS = {key: hint for key, hint, _ in keys(Train)}
@@ -260,6 +271,7 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     if str(values["optimized_metric"]).startswith("test/") and not values["test"]:
         raise ConfigError(f"optimized_metric={values['optimized_metric']}: needs test=true")
     _check_names(values)
+    check_tuning(values)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
         _check_folders(values)
     _check_files(values)

@@ -24,6 +24,7 @@ from sam_lightning.runs.checkpoint import read
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
+from sam_lightning.training.finetune import fine_tuning
 from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.module import SAMModule, steps
@@ -112,6 +113,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     if cfg.compile:
         # On CPUs it would arrange images in channels_last.
         model.compile(options={"layout_optimization": layout != "contiguous"})
+    tuning: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["finetune", "param_groups"]))
+    settings, freezing = fine_tuning(tuning, model, cfg.epochs)
     base_optimizer = factory(cfg, "optimizer")
     perturbation = build(cfg, "method.perturbation")
     try:
@@ -129,6 +132,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
         "perturbation": perturbation,
         "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
         "loss": _make_loss(cfg, data),
+        "param_settings": settings,
+        "freezing": freezing,
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
         "memory_format": layout,
         "hparams": hparams,
@@ -156,6 +161,11 @@ def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
         weights = [(n, torch.empty_like(p, device="meta")) for n, p in named if p.requires_grad]
         sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
         state = state or sam.state_dict()
+        names = [
+            [g.get("param_names") for g in s["param_groups"]] for s in (sam.state_dict(), state)
+        ]
+        if None not in names[1] and names[0] != names[1]:
+            raise ValueError("the parameters are in other groups now")
         kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
         groups = [{**group, **kernels} for group in state["param_groups"]]
         sam.load_state_dict({**state, "param_groups": groups})
