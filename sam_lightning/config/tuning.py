@@ -8,6 +8,7 @@ from sam_lightning.config.values import (
     ABSENT,
     NonNegative,
     Positive,
+    Rule,
     Section,
     Text,
     check_value,
@@ -32,7 +33,7 @@ class Finetune(Section):
 class GroupRule(Section):
     """The keys of an entry of ``param_groups``."""
 
-    params: Patterns
+    params: Annotated[Patterns, Rule("{}, not empty", bool)]
     lr_factor: Positive | None = ABSENT
     weight_decay: NonNegative | None = ABSENT
     rho: NonNegative | None = ABSENT
