@@ -156,7 +156,7 @@ def test_groups_on_a_network_without_batch_norm_equal_a_plain_loop(name, method)
 @pytest.mark.parametrize("name", ["vit", "convnext", "test_vit", "test_convnext"])
 def test_sam_on_finds_the_norms_whose_type_torch_does_not_know_too(name):
     model = made(name)
-    layers = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    layers = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     if NETWORKS[name][2]:
         assert len(layers) == NETWORKS[name][2]
     ids = {id(p) for layer in layers for p in layer.parameters()}
