@@ -1,7 +1,10 @@
 """Fine-tuning: frozen parts, layers and heads of their own, networks without BatchNorm."""
 
+import importlib
 import math
 import re
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -357,6 +360,11 @@ def test_settings_follow_what_is_given_when_a_run_continues(tmp_path):
             assert found[name] == (lr * factor, own, radius), name
 
 
+def module_command(cwd, *arguments):
+    words = [sys.executable, "-m", "sam_lightning", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+
+
 FIXED = ["data=digits", "data.subset=250", "data.val_size=100", "data.label_noise=0.2", "epochs=4"]
 FIXED += ["model.width=4", "batch_size=32", "trainer.log_every_n_steps=3", "trainer=ddp_cpu"]
 FIXED += ["data.eval_batch_size=1000", "checkpoint_every_n_steps=3", "augment.mixup.alpha=0.4"]
@@ -385,6 +393,35 @@ def test_killed_and_continued(tmp_path, options, at):
     done = forked(tmp_path, *into)
     assert done.returncode == 0, done.stderr
     assert differences(folder, whole) == []
+
+
+@pytest.mark.slow
+def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
+    pytest.importorskip("peft")
+    options = ["data=digits", "data.subset=100", "trainer=cpu", "epochs=2", "batch_size=25"]
+    options += ["model=custom", "model._target_=peft_models.lora", "checkpoint_every_n_steps=1"]
+    options += ["finetune=layer_decay", "finetune.freeze_batchnorm=true", "method=asam"]
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    done = forked(tmp_path, *options, f"hydra.run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    into = [f"hydra.run.dir={folder}", "ckpt_path=last", "model._target_=peft_models.lora"]
+    killed = forked(tmp_path, *options, *into[:2], fault=("SIGKILL", "pass:7"))
+    assert killed.returncode < 0
+    done = forked(tmp_path, *into)
+    assert done.returncode == 0, done.stderr
+    assert differences(folder, whole) == []
+    after = weights(folder)
+    trained = {n for n in after if "lora_" in n or "modules_to_save" in n}
+    found = summary(folder)
+    assert found["trained_parameters"] == sum(after[n].numel() for n in trained)
+    assert found["parameters"] > 2 * found["trained_parameters"]
+    for name in after.keys() - trained:
+        assert "running_mean" not in name or not after[name].any()
+    lora = importlib.import_module("peft_models").lora(10, 1)
+    assert {f"model.{n}" for n in lora.state_dict()} == after.keys()
+    for argument, code in (("trust=peft_models.lora", 0), ("split=test", 2)):
+        ran = module_command(tmp_path, "evaluate", f"ckpt_path={folder}", argument)
+        assert ran.returncode == code, ran.stderr
 
 
 REFUSED = [
