@@ -29,7 +29,7 @@ def head_of(model: nn.Module) -> dict[str, nn.Module]:
     for kind in (nn.Linear, nn.modules.conv._ConvNd):
         found = found or [layer for layer in model.modules() if isinstance(layer, kind)][-1:]
     if not found:
-        raise ValueError(f"head={type(model).__name__}: has no linear layer or convolution")
+        raise ValueError(f"{type(model).__name__} has no linear layer or convolution")
     heads = {id(layer) for layer in found}
     return {name: layer for name, layer in model.named_modules() if id(layer) in heads}
 
@@ -71,8 +71,8 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     used = sorted({ids[name] for name in names if name not in head})
     if len(used) < 2:
         raise ValueError(
-            f"layer_decay={type(model).__name__}: has no layers in an order that is known; give it "
-            "a method group_matcher, as timm's models have, or use param_groups"
+            f"{type(model).__name__} has no layers in an order that is known; give it a method "
+            "group_matcher, as timm's models have, or use param_groups"
         )
     return {name: len(used) if name in head else used.index(ids[name]) for name in names}
 

@@ -19,7 +19,7 @@ from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
-from sam_lightning.optim.sam import SAM
+from sam_lightning.optim.param_groups import trainable
 from sam_lightning.runs.checkpoint import read
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.progress import Throughput
@@ -117,10 +117,6 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     settings, freezing = fine_tuning(tuning, model, cfg.epochs)
     base_optimizer = factory(cfg, "optimizer")
     perturbation = build(cfg, "method.perturbation")
-    try:
-        SAM(model.parameters(), base_optimizer, perturbation=perturbation)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {one_line(error)}") from error
     per_epoch, total = planned_steps(cfg, data, trainer)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     if weights not in (None, {k: v.shape for k, v in model.state_dict().items()}):
@@ -142,6 +138,12 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     }
     check_names("method", method, SAMModule, own)
     module = SAMModule(**own, **method)
+    try:
+        module.make_sam(trainable(model))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {one_line(error)}") from error
     if cfg.ckpt_path is not None:
         _try_optimizer(cfg, module)
     return module

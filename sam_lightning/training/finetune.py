@@ -79,9 +79,13 @@ def fine_tuning(
     settings: dict[str, Settings] = {}
     if not options and not rules:
         return settings, None
+    try:
+        head = head_parameters(model)
+    except ValueError as error:
+        raise ConfigError(f"finetune, param_groups: {error}") from error
+    backbone = {name for name, _ in model.named_parameters()} - head
+    words = {"norm_and_bias": norm_and_bias(model), "head": head, "backbone": backbone}
     with argument_errors("finetune"):
-        head, every = head_parameters(model), {name for name, _ in model.named_parameters()}
-        words = {"norm_and_bias": norm_and_bias(model), "head": head, "backbone": every - head}
         freezing = _finetune(settings, model, words, epochs, **options)
     for i, rule in enumerate(rules):
         with argument_errors(f"param_groups[{i}]"):
@@ -121,8 +125,11 @@ def _finetune(
     if not {*names} - {*frozen}:
         raise ConfigError(f"finetune.freeze={freeze}: leaves no parameter to train")
     if layer_decay != 1:
-        for name, factor in layer_lr_factors(model, layer_decay).items():
-            settings[name] = {"lr_factor": factor}
+        try:
+            factors = layer_lr_factors(model, layer_decay)
+        except ValueError as error:
+            raise ConfigError(f"finetune.layer_decay={layer_decay}: {error}") from error
+        settings |= {name: {"lr_factor": factor} for name, factor in factors.items()}
     for name in words["head"]:
         own = settings.setdefault(name, {})
         own["lr_factor"] = own.get("lr_factor", 1.0) * head_lr_factor

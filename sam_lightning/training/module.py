@@ -172,9 +172,9 @@ class SAMModule(Classifier):
         sam = self._sam_of(grouped(named, self.param_settings))
         for group in sam.param_groups:
             group["lr"] = sam.defaults["lr"] * group.get("lr_factor", 1.0)
-            if "weight_decay" in group and "weight_decay" not in sam.defaults:
-                name = type(sam.base_optimizer).__name__
-                raise ConfigError(f"param_groups: weight_decay of a group: {name} has none")
+            if group.get("weight_decay") and "weight_decay" not in sam.defaults:
+                name, decay = type(sam.base_optimizer).__name__, group["weight_decay"]
+                raise ConfigError(f"param_groups: weight_decay={decay}: {name} has none")
         return sam
 
     @property

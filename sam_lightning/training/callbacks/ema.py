@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-from sam_lightning.config.values import Count, within
+from sam_lightning.config.values import Count, Index, within
 
 
 class EMA(EMAWeightAveraging):
@@ -20,16 +20,22 @@ class EMA(EMAWeightAveraging):
     Args:
         decay: of the average at each step, from 0 to below 1.
         update_every_n_steps: steps between two updates.
-        options: others of EMAWeightAveraging.
+        update_starting_at_step, update_starting_at_epoch: counted from 0; null: the first.
     """
 
     def __init__(
         self,
         decay: Annotated[float, within(0, 1, below=True)] = 0.999,
         update_every_n_steps: Count = 1,
-        **options: Any,
+        update_starting_at_step: Index | None = None,
+        update_starting_at_epoch: Index | None = None,
     ) -> None:
-        super().__init__(decay=decay, update_every_n_steps=update_every_n_steps, **options)
+        super().__init__(
+            decay=decay,
+            update_every_n_steps=update_every_n_steps,
+            update_starting_at_step=update_starting_at_step,
+            update_starting_at_epoch=update_starting_at_epoch,
+        )
         del self._kwargs["avg_fn"]
         self._kwargs["multi_avg_fn"] = partial(_move, share=1 - decay)
 
