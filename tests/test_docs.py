@@ -38,6 +38,7 @@ from sam_lightning.config.schema import HINTS, check
 from sam_lightning.config.trust import TARGETS
 from sam_lightning.config.values import check_value
 from sam_lightning.data import digits
+from sam_lightning.optim import param_groups
 
 ROOT = CONF.parent
 PAGES = {
@@ -331,6 +332,16 @@ def test_the_loops_of_the_optimizers_docstring():
     head, _, _ = start.partition("    loss_fn(")
     closure = "    def closure():\n        loss = loss_fn(model(x), y)\n        loss.backward()\n"
     loop_is_right(f"{head}{closure}        return loss\n{with_closure}")
+
+
+def test_the_groups_of_the_page_and_of_their_docstring():
+    (page,) = blocks(PAGES["parameter_groups.md"], "python")
+    above = "from sam_lightning import SAM\nfrom sam_lightning.optim.param_groups import *\n"
+    example = textwrap.dedent(param_groups.__doc__.partition("\n\n")[2].partition("\n\nA ")[0])
+    for code, groups in ((page, 4), (above + example, 6)):
+        names = {"model": convnet(), "torch": torch}
+        exec(code, names)
+        assert len(names["optimizer"].param_groups) == groups
 
 
 LOOPS = [

@@ -19,6 +19,7 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
+from sam_lightning.config.tuning import FINETUNE, check_tuning
 from sam_lightning.config.values import (
     BelowOne,
     Count,
@@ -36,7 +37,16 @@ from sam_lightning.config.values import (
 )
 
 # Top-level keys that are optional.
-OPTIONAL = ("augment", "logger", "callbacks", "experiment", "debug", "sweep")
+OPTIONAL = (
+    "augment",
+    "finetune",
+    "param_groups",
+    "logger",
+    "callbacks",
+    "experiment",
+    "debug",
+    "sweep",
+)
 # What the folder of a data set that is downloaded has.
 OWN_FILES = {
     **{"cifar10": "cifar-10-*", "cifar100": "cifar-100-*"},
@@ -181,6 +191,7 @@ HINTS: dict[str, Any] = REQUIRED | {
     "trainer.min_epochs": Index | None,
     "trainer.min_steps": Index | None,
     "trainer.gradient_clip_algorithm": Literal["norm"],
+    **FINETUNE,
 }
 
 
@@ -213,6 +224,7 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
     if str(values["optimized_metric"]).startswith("test/") and not values["test"]:
         raise ConfigError(f"optimized_metric={values['optimized_metric']}: needs test=true")
     _check_names(values)
+    check_tuning(values)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
         _check_folders(values)
     _check_files(values)

@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,14 +124,15 @@ class OptimizerAround(Optimizer):
                 _step_without_hooks(base)
             elif getattr(base, "_step_supports_amp_scaling", False):
                 # torch's fused kernels read the tensor on the device: no host sync.
-                first = not any(self.state.values())
+                known, empty = len(self.state), [s for s in self.state.values() if not s]
                 base.found_inf = found_inf
                 try:
                     _step_without_hooks(base)
                 finally:
                     del base.found_inf
-                if first:  # a skipped first step leaves fused SGD's new momentum uninitialised
-                    for value in (v for s in self.state.values() for v in s.values()):
+                # A parameter's skipped first step leaves fused SGD's new momentum uninitialised.
+                for state in (*empty, *islice(self.state.values(), known, None)):
+                    for value in state.values():
                         if isinstance(value, Tensor):
                             value.masked_fill_(found_inf.to(value.device).bool(), 0)
             elif not found_inf:

@@ -48,8 +48,8 @@ TABLE = {
         trainer.max_steps
     """,
     NEVER: """
-        classes model optimizer._target_ data.val_size data.split_seed data.split data.source
-        trainer.fast_dev_run trainer.barebones
+        classes model finetune param_groups optimizer._target_ data.val_size data.split_seed
+        data.split data.source trainer.fast_dev_run trainer.barebones
     """,
 }
 _WHEN = {name: when for when, names in TABLE.items() for name in names.split()}

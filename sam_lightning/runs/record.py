@@ -49,7 +49,8 @@ class Record:
         throughput: counts the images, the seconds of training, and those elapsed in all, and has
             the ``parts`` of the run.
         data: an ``ImageDataModule``, set up.
-        module: what is trained, with what the checkpoints keep of it in ``hparams``.
+        module: what is trained, with what the checkpoints keep of it in ``hparams``; its ``groups``,
+            if it has some, count its weights.
         changed: the settings that differ from the part of the run before, from ``runs.parts``.
         only_test: the run was trained before. Where its record is complete, only the test's metrics
             change in it.
@@ -71,8 +72,7 @@ class Record:
         self.throughput = throughput
         self.data = data
         throughput.start = _start(trainer) | ({"changed": dict(changed)} if changed else {})
-        self.weights = module.hparams.get("weights")
-        self.parameters = sum(p.numel() for p in module.parameters())
+        self.module = module
         self.path = Path(cfg.output_dir) / "metrics.json"
         before = read_status(self.path.parent) if only_test else None
         self.before = before.summary if before and before.completed else None
@@ -137,8 +137,8 @@ class Record:
             "computed_over": self._computed_over(),
             "images": self._images(),
             **self._left_out(),
-            "parameters": self.parameters,
-            **({"weights": self.weights} if self.weights else {}),
+            **self._parameters(),
+            **({"weights": weights} if (weights := self.module.hparams.get("weights")) else {}),
             "seconds": self.throughput.elapsed,
             "train_seconds": trained,
             "images_per_second": self.throughput.images / trained if trained else None,
@@ -152,6 +152,13 @@ class Record:
             # A run has the same settings wherever it was stopped and continued.
             "config": without_secrets({**config, "ckpt_path": None}),
         }
+
+    def _parameters(self) -> dict[str, int]:
+        """Numbers of weights: of all, and of those that train and that SAM perturbs."""
+        groups: Any = getattr(self.module, "groups", None)  # none if the fit has not begun
+        counts = ("trained_parameters", "perturbed_parameters")
+        found = dict(zip(counts, groups.counts(), strict=True)) if groups else {}
+        return {"parameters": sum(p.numel() for p in self.module.parameters()), **found}
 
     def _computed_over(self) -> dict[str, dict[str, int]]:
         """Of each split with metrics, the images in them, ``of`` all; training's are an epoch's.

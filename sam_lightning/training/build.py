@@ -29,12 +29,13 @@ from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.image_data import build_data
 from sam_lightning.inference.load import misfit, try_without_memory
 from sam_lightning.models.onednn import reaches_fault, subsample_first
-from sam_lightning.optim.sam import SAM
+from sam_lightning.optim.param_groups import trainable
 from sam_lightning.runs.checkpoint import RESUMED, read
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
+from sam_lightning.training.finetune import fine_tuning
 from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.module import SAMModule, steps
@@ -150,12 +151,10 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     if cfg.compile:
         # On CPUs it would arrange images in channels_last.
         model.compile(options={"layout_optimization": layout != "contiguous"})
+    tuning: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["finetune", "param_groups"]))
+    settings, freezing = fine_tuning(tuning, model, cfg.epochs)
     base_optimizer = factory(cfg, "optimizer")
     perturbation = build(cfg, "method.perturbation")
-    try:
-        SAM(model.parameters(), base_optimizer, perturbation=perturbation)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {one_line(error)}") from error
     per_epoch, total = planned_steps(cfg, data, trainer)
     method = {str(k): v for k, v in cfg.method.items() if k not in OWN_KEYS}
     if weights not in (None, {k: v.shape for k, v in model.state_dict().items()}):
@@ -167,6 +166,8 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
         "perturbation": perturbation,
         "gradient_transform": build(cfg, "method.descent") if cfg.method.get("descent") else None,
         "loss": _make_loss(cfg, data),
+        "param_settings": settings,
+        "freezing": freezing,
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
         "memory_format": layout,
         "hparams": hparams,
@@ -175,6 +176,12 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     }
     check_names("method", method, SAMModule, own)
     module = SAMModule(**own, **method)
+    try:
+        module.make_sam(trainable(model))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {one_line(error)}") from error
     if cfg.ckpt_path is not None:
         _try_optimizer(cfg, module)
     return module
@@ -195,6 +202,11 @@ def _try_optimizer(cfg: DictConfig, module: SAMModule) -> None:
         weights = [(n, torch.zeros_like(p, device=device)) for n, p in named if p.requires_grad]
         sam = module.make_sam([(name, weight.requires_grad_()) for name, weight in weights])
         state = state or sam.state_dict()
+        names = [
+            [g.get("param_names") for g in s["param_groups"]] for s in (sam.state_dict(), state)
+        ]
+        if None not in names[1] and names[0] != names[1]:
+            raise ValueError("the parameters are in other groups now")
         kernels = {"fused": False, "foreach": False}  # others do not take tensors without memory
         groups = [{**group, **kernels} for group in state["param_groups"]]
         sam.load_state_dict({**state, "param_groups": groups})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sam_lightning.inference.metrics import EvalMetrics
 from sam_lightning.models.onednn import subsample_first
+from sam_lightning.training.finetune import Freezing
 
 Batch = tuple[Tensor, Any]
 
@@ -38,6 +39,7 @@ class Classifier(L.LightningModule):
         subsample_first(model)
         self.model = model.to(memory_format=self.memory_format)
         self.eval_metrics = EvalMetrics(num_classes)
+        self.freezing: Freezing | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images N x C x H x W -> logits N x num_classes."""
@@ -64,8 +66,10 @@ class Classifier(L.LightningModule):
     def average_running_stats(self) -> None:
         """Average BatchNorm's statistics over ranks, as the official JAX code does."""
         if self.trainer.world_size > 1:
+            still = self.freezing.still if self.freezing is not None else []
+            same = {id(buffer) for layer in still for buffer in layer.buffers(recurse=False)}
             for buffer in self.model.buffers():
-                if buffer.is_floating_point():
+                if buffer.is_floating_point() and id(buffer) not in same:
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     def on_validation_epoch_end(self) -> None:

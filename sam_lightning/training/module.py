@@ -7,7 +7,7 @@ accumulation, clipping, skipping of non-finite steps, the schedule and the log.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,13 @@ from sam_lightning.config.errors import ConfigError, TrainingError, argument_err
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
+from sam_lightning.optim.param_groups import Settings, grouped, trainable
 from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
 from sam_lightning.training.classifier import Batch, Classifier
+from sam_lightning.training.finetune import Freezing
+from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import CrossEntropy, Loss
 from sam_lightning.training.metrics import TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
@@ -48,6 +51,9 @@ class SAMModule(Classifier):
             times the schedule's factor (Zhuang et al. 2022, algorithm 1); None for a constant one.
         perturbed_layers: ``all``, or ``normalization`` for SAM-ON.
         lr_factor: from the number of steps done to the factor on the learning rates.
+        param_settings: of parameters by name, as ``optim.param_groups.grouped`` takes them. Where
+            rho is 0, so is that of every group.
+        freezing: which parameters and running statistics do not change, and until when.
         every: perturb once in this many steps, starting with the first.
         same_randomness, sync_perturbation, ascent_per_micro_batch, ascent_fraction, ascent_steps,
             descent_fraction: as for ``Passes``.
@@ -76,6 +82,8 @@ class SAMModule(Classifier):
         rho_min: float | None = None,
         perturbed_layers: str = "all",
         lr_factor: Callable[[int], float] | None = None,
+        param_settings: Mapping[str, Settings] | None = None,
+        freezing: Freezing | None = None,
         every: int = 1,
         same_randomness: bool = True,
         sync_perturbation: bool = False,
@@ -103,7 +111,7 @@ class SAMModule(Classifier):
             raise ConfigError(
                 f"method.rho_min={rho_min}: must be at most rho={rho}, from which the radius falls"
             )
-        self.make_sam = partial(
+        self._sam_of = partial(
             SAM,
             base_optimizer=base_optimizer,
             rho=rho,
@@ -112,6 +120,11 @@ class SAMModule(Classifier):
             param_names=param_names,
             decay_in_ascent=decay_in_ascent,
         )
+        self.param_settings = {
+            name: {k: v for k, v in own.items() if k != "rho" or rho}
+            for name, own in (param_settings or {}).items()
+        }
+        self.freezing = freezing
         self.rho_min = rho_min
         self.lr_factor = lr_factor or (lambda step: 1.0)
         self.every = every
@@ -151,29 +164,39 @@ class SAMModule(Classifier):
 
     def configure_optimizers(self) -> Any:
         """SAM around the base optimizer, and the schedule that is stepped once per step."""
-        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        optimizer = self.make_sam(trainable)
+        optimizer = self.make_sam(trainable(self.model))
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)]
+
+    def make_sam(self, named: Iterable[tuple[str, Tensor]]) -> SAM:
+        """The optimizer of parameters with their names, in the groups of ``param_settings``."""
+        sam = self._sam_of(grouped(named, self.param_settings))
+        for group in sam.param_groups:
+            group["lr"] = sam.defaults["lr"] * group.get("lr_factor", 1.0)
+            if group.get("weight_decay") and "weight_decay" not in sam.defaults:
+                name, decay = type(sam.base_optimizer).__name__, group["weight_decay"]
+                raise ConfigError(f"param_groups: weight_decay={decay}: {name} has none")
+        return sam
 
     @property
     def sam(self) -> SAM:
         """The optimizer itself, without Lightning's wrapper around ``step``."""
         return self.optimizers().optimizer  # type: ignore[union-attr,return-value]
 
+    def on_fit_start(self) -> None:
+        """Note the settings of the groups before those of a checkpoint replace them."""
+        self.groups = Groups(self.sam)
+
     def on_train_start(self) -> None:
         """Load this rank's part of a checkpoint; this run's settings replace the checkpoint's."""
-        given = self.sam.defaults
+        self.on_train_epoch_start()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-        schedule.base_lrs = [given["lr"]] * len(schedule.base_lrs)
         batches = self.trainer.num_training_batches
         between = not self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if between and math.isfinite(batches):  # the length of an epoch may have changed
             per_epoch, _ = steps(self.trainer, batches, self.accumulate_grad_batches)
             schedule.last_epoch = self.current_epoch * per_epoch
-        for group in self.sam.param_groups:
-            group.update({n: given[n] for n in given if n in group}, initial_lr=given["lr"])
-            group["lr"] = given["lr"] * self.lr_factor(schedule.last_epoch)
+        self.groups.put_back(schedule)
         self._batches.clear()
         self.train_metrics.to(self.device)
         if isinstance(self.passes.loss, nn.Module):
@@ -181,6 +204,13 @@ class SAMModule(Classifier):
         if self._own_state is not None:
             fill(self._per_rank_state(), self._own_state)
             self._own_state = None
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze what does not train in this epoch."""
+        if self.freezing is not None and self.freezing.begin(self.current_epoch):
+            strategy: Any = self.trainer.strategy
+            if isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+                strategy.model = strategy._setup_model(self)  # it averages what trains when made
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect a batch; with ``accumulate_grad_batches`` of them, or the epoch's last, step."""
@@ -194,8 +224,11 @@ class SAMModule(Classifier):
 
     def _step(self, batches: list[MicroBatch], last: bool) -> None:
         sam, passes, step = self.sam, self.passes, self.global_step
+        if self.freezing is not None:
+            self.freezing.keep_statistics()
         sam.zero_grad()
-        self._set_radius()
+        if self.rho_min is not None:
+            self.groups.set_radius(self.rho_min)
         perturbs = sam.perturbs and step % self.every == 0
         # Each rank combines its own gradients, then all ranks average the result.
         combines = sam.perturbs and sam.gradient_transform is not None
@@ -221,21 +254,12 @@ class SAMModule(Classifier):
         sam.combine()  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
-        self._logged_lr = float(sam.param_groups[0]["lr"])  # before the schedule sets the next one
+        self._logged_lr = self.groups.lr()  # before the schedule sets the next one
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.train_metrics.add_step(clean, perturbed, perturbs and sam.needs_gradient)
         if geometry is not None:
             self.train_metrics.add_geometry(*geometry)
-
-    def _set_radius(self) -> None:
-        """Let rho fall to ``rho_min`` as the learning rate falls to 0."""
-        rho = self.sam.defaults["rho"]
-        if self.rho_min is None or rho == 0:
-            return
-        for group in self.sam.param_groups:
-            fraction = float(group["lr"]) / group["initial_lr"]
-            group["rho"] = self.rho_min + (rho - self.rho_min) * fraction
 
     def _logs_before(self, step: int) -> bool:
         every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]

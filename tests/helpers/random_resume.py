@@ -2,7 +2,8 @@
 
 ``python tests/helpers/random_resume.py FOLDER COUNT`` tries the seeds 0 to COUNT - 1 that have no
 line in ``FOLDER/results.jsonl`` yet, and ends with exit code 1 if a continued run differs from the
-unbroken one. From seed 200 on there are more options and more kinds of stops.
+unbroken one. From seed 200 on there are more options and more kinds of stops, from 300 on groups
+of parameters, frozen parts and mixed images.
 """
 
 import json
@@ -39,7 +40,7 @@ STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping"
 LR = "{_target_:lightning.pytorch.callbacks.LearningRateMonitor}"
 SAVING = "{_target_:lightning.pytorch.callbacks.ModelCheckpoint,every_n_train_steps:N"
 SAVING += ",dirpath:${output_dir}/checkpoints,filename:'at_{step}',enable_version_counter:false}"
-MORE = 200  # the first seed with more options
+MORE, TUNED = 200, 300  # the first seeds with more options
 # What a record says of time and place, and how often the run was continued.
 OF_TIME = ["seconds", "train_seconds", "images_per_second", "peak_memory_bytes"]
 OF_TIME += ["finished", "parts", "command", "host"]
@@ -85,7 +86,8 @@ def draw(seed: int) -> list[str]:
     if r.random() < 0.3:
         more = r.choice(["", ", update_every_n_steps: 2", ", update_starting_at_epoch: 1"])
         options += [f"+callbacks.ema={EMA}{more}}}"]
-    return options + further(seed, options) if seed >= MORE else options
+    options += further(seed, options) if seed >= MORE else []
+    return options + tuning(seed, options) if seed >= TUNED else options
 
 
 def further(seed: int, options: list[str]) -> list[str]:
@@ -117,6 +119,29 @@ def further(seed: int, options: list[str]) -> list[str]:
             every = f"+trainer.val_check_interval={r.randint(2, 9)}"
             maybe(0.3, f"trainer.check_val_every_n_epoch=null {every}")
         maybe(0.2, "+callbacks.best.save_top_k=2")
+    return found
+
+
+def tuning(seed: int, options: list[str]) -> list[str]:
+    """Options of fine-tuning, drawn apart too."""
+    r, given = random.Random(f"tuned {seed}"), " ".join(options)
+    found = [f"finetune={r.choice(['full', 'layer_decay'])}"]
+    for name, choices in (
+        ("layer_decay", ["0.6", "1"]),
+        ("head_lr_factor", ["1", "5"]),
+        ("head_rho", ["null", "0.2"]),
+        ("freeze_batchnorm", ["false", "false", "true"]),
+        ("freeze", ["[]", "[conv1,'stages.[01]']", "[backbone]"]),
+    ):
+        found.append(f"finetune.{name}={r.choice(choices)}")
+    if found[-1] != "finetune.freeze=[]" and r.random() < 0.7:
+        found.append(f"finetune.unfreeze={r.choice(['{1:[stages.1]}', '{1:[conv1,stages]}'])}")
+    if r.random() < 0.4:
+        found.append("param_groups=[{params:[norm_and_bias],weight_decay:0},{params:[bn],rho:0}]")
+    if r.random() < 0.6:
+        found.append(f"augment.mixup.alpha={r.choice([0.2, 1.0])}")
+    if "callbacks" not in given and r.random() < 0.6:
+        found += ["callbacks=ema", f"callbacks.ema.decay={r.choice([0.5, 0.9])}"]
     return found
 
 

@@ -50,10 +50,12 @@ class RunSummary(Callback):
             if data.left_out:
                 lines["unused"] = left_out(data)
         every = [p.numel() for p in pl_module.model.parameters()]
-        trained = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
+        trained, perturbed = pl_module.groups.counts()
         lines["model"] = f"{type(pl_module.model).__name__}, {sum(every):,} parameters"
         if trained != sum(every):
             lines["model"] += f", {trained:,} of them trained"
+        if trained != sum(every) or perturbed not in (0, trained):
+            lines["model"] += f", {perturbed:,} perturbed"
         device, count = pl_module.device, trainer.world_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         lines["device"] = f"{count} x {name}, {trainer.precision}"

@@ -1,0 +1,146 @@
+"""The head of a classifier, and the order of the layers before it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from sam_lightning.optim.methods.sam_on import is_normalization
+
+STACKS = (nn.Sequential, nn.ModuleList)
+JOINS_PREVIOUS = 99999  # timm's mark of what belongs to the layer before
+
+
+def head_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The last layers of a classifier by name, which make the logits; mostly one.
+
+    They are what timm's ``get_classifier()`` returns (two for a distilled DeiT), else the last
+    linear layer, else the last convolution (SqueezeNet).
+
+    Raises:
+        ValueError: the model has none of these.
+    """
+    found: list[Any] = []
+    if callable(classifier := getattr(model, "get_classifier", None)):
+        given = classifier()
+        given = given if isinstance(given, tuple | list) else [given]
+        found = [layer for layer in given if any(True for _ in layer.parameters())]
+    for kind in (nn.Linear, nn.modules.conv._ConvNd):
+        found = found or [layer for layer in model.modules() if isinstance(layer, kind)][-1:]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer or convolution")
+    heads = {id(layer) for layer in found}
+    return {name: layer for name, layer in model.named_modules() if id(layer) in heads}
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of ``head_of``."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in head_of(model).items()
+        for name, _ in layer.named_parameters()
+    }
+
+
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """The number of each parameter's layer by name, from 0 (next to the image) to the head's.
+
+    A model with a ``group_matcher`` (timm's, or your own) says it itself, as timm's
+    ``param_groups_layer_decay`` reads it. Otherwise a layer is a block: an element of a stage, or
+    what stands between stages, in the order in which the model defines them. A normalisation
+    between blocks belongs to the block before it, a parameter of no block, such as position
+    embeddings, to the first.
+
+    Raises:
+        ValueError: all parameters but the head's would be in one layer.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    matcher = getattr(model, "group_matcher", None)
+    if callable(matcher):
+        return _by_matcher(names, matcher(coarse=False))
+    head, last = head_parameters(model), -1
+    blocks: dict[str, int] = {}
+    for name, block in _blocks(model):
+        last += last < 0 or not is_normalization(block)
+        blocks[f"{name}."] = last
+    ids = {
+        name: next((i for block, i in blocks.items() if name.startswith(block)), 0)
+        for name in names
+    }
+    used = sorted({ids[name] for name in names if name not in head})
+    if len(used) < 2:
+        raise ValueError(
+            f"{type(model).__name__} has no layers in an order that is known; give it a method "
+            "group_matcher, as timm's models have, or use param_groups"
+        )
+    return {name: len(used) if name in head else used.index(ids[name]) for name in names}
+
+
+def layer_lr_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """``decay ** (layers above)`` of each parameter by name; 1 for the head's layer.
+
+    Raises:
+        ValueError: as of ``layer_ids``.
+    """
+    ids = layer_ids(model)
+    last = max(ids.values())
+    return {name: decay ** (last - i) for name, i in ids.items()}
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with parameters that count as one layer each, by name."""
+    total = sum(p.numel() for p in model.parameters())
+    wrappers = [
+        name
+        for name, child in model.named_children()
+        # The encoder of torchvision's transformers, or what wraps a whole network.
+        if any(map(_is_stack, child.children()))
+        and 2 * sum(p.numel() for p in child.parameters()) > total
+    ]
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            opened = not prefix and (type(child) in STACKS or name in wrappers)
+            if opened or _is_stack(child):
+                yield from walk(child, f"{prefix}{name}.")
+            elif any(True for _ in child.parameters()):
+                yield f"{prefix}{name}", child
+
+    return walk(model, "")
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a plain list of blocks, and not one block."""
+    has_blocks = any(any(True for _ in child.children()) for child in module.children())
+    return type(module) in STACKS and has_blocks
+
+
+def _by_matcher(names: list[str], matcher: Any) -> dict[str, int]:
+    """timm's grouping: ordinals from a function, or from regular expressions and what they catch.
+
+    Names that nothing matches, such as the head's, come last.
+    """
+    patterns: list[tuple[re.Pattern[str], int, tuple[int, ...]]] = []
+    if isinstance(matcher, Mapping):
+        for ordinal, given in enumerate(matcher.values()):
+            pairs = given if isinstance(given, tuple | list) else [(given, None)]
+            patterns += [(re.compile(p), ordinal, suffix or ()) for p, suffix in pairs if p]
+
+    def place(name: str) -> tuple[float, ...]:
+        if not isinstance(matcher, Mapping):
+            found = matcher(name)
+            return tuple(found) if isinstance(found, tuple | list) else (found,)
+        for pattern, ordinal, suffix in patterns:
+            if caught := pattern.match(name):
+                numbers = [group for group in caught.groups() if group is not None]
+                return tuple(map(float, (ordinal, *numbers, *suffix)))
+        return (float("inf"),)
+
+    places = {name: place(name) for name in names}
+    ids: dict[tuple[float, ...], int] = {}
+    last = -1
+    for found in sorted(set(places.values())):
+        last += last < 0 or found[-1] != JOINS_PREVIOUS
+        ids[found] = last
+    return {name: ids[found] for name, found in places.items()}
