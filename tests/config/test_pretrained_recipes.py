@@ -87,7 +87,7 @@ def test_cifar_becomes_files(tmp_path, monkeypatch):
     assert len([*Path("cifar10_png").rglob("*.png")]) == 24
     for split, files in {"train": "train_list", "test": "test_list"}.items():
         pixels = np.concatenate([data for data, _ in written[files]]).reshape(-1, 3, 32, 32)
-        labels = sum((labels for _, labels in written[files]), [])
+        labels = np.concatenate([labels for _, labels in written[files]])
         for i, label in enumerate(labels):
             image = np.asarray(Image.open(f"cifar10_png/{split}/class{label}/{i:05}.png"))
             assert np.array_equal(image.transpose(2, 0, 1), pixels[i])
