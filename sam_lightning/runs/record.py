@@ -49,8 +49,8 @@ class Record:
         throughput: counts the images, the seconds of training, and those elapsed in all, and has
             the ``parts`` of the run.
         data: an ``ImageDataModule``, set up.
-        module: what is trained, with what the checkpoints keep of it in ``hparams``; its ``groups``,
-            if it has some, count its weights.
+        module: what is trained, with what the checkpoints keep of it in ``hparams``; its
+            ``groups``, if it has some, count its weights.
         changed: the settings that differ from the part of the run before, from ``runs.parts``.
         only_test: the run was trained before. Where its record is complete, only the test's metrics
             change in it.
