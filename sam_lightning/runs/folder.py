@@ -47,7 +47,7 @@ class Started:
     def __init__(self, path: Path, jobs_elsewhere: bool = False) -> None:
         self.path, self.jobs_elsewhere = path.absolute(), jobs_elsewhere
         self.missing = [part for part in (self.path, *self.path.parents) if not part.exists()]
-        self.before = set[str]() if self.missing else {*os.listdir(self.path)}
+        self.before = {*os.listdir(self.path)} if self.path.is_dir() else set[str]()
 
     def discard(self) -> None:
         """Leave the folder as it was, or not at all, unless there is a result in it by now."""

@@ -41,6 +41,7 @@ def light():
             "callbacks.x.filename=previous: would write over the run's own ",
         ),
         (["rho=-1", "hydra.output_subdir=null"], "rho=-1"),
+        (["hydra.run.dir=/dev/null"], "hydra.run.dir=/dev/null: cannot be made (File exists)"),
     ],
 )
 def test_what_only_the_training_would_meet_is_refused_before_it(light, tmp_path, given, said):
