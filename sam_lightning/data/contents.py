@@ -28,7 +28,7 @@ _KNOWN = np.dtype([("stamp", np.int64), ("hash", np.uint8, SIZE)])
 def content_of(path: str) -> tuple[bytes, os.stat_result]:
     """The bytes of a file, and what it is; an OSError if there are none."""
     # A pipe would wait for somebody who writes to it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError("is no ordinary file")

@@ -70,6 +70,38 @@ def test_images_are_upright(form, orientation):
     assert_close(seen(content), np.asarray(expected), 0)
 
 
+def segment(marker, content):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, 6, 0, 0)
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'>"
+XMP += b'<rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+THUMBNAIL = segment(0xED, b"Photoshop 3.0\0" + written(RGB, "JPEG"))
+
+
+@pytest.mark.parametrize("place", ["start", "scan"])
+@pytest.mark.parametrize(
+    "added",
+    [
+        segment(0xE1, EXIF),
+        segment(0xE1, XMP),
+        segment(0xFE, b"by an author") + segment(0xE1, EXIF),
+        THUMBNAIL + segment(0xE1, EXIF),
+        b"\xff\xff" + segment(0xE1, EXIF),
+        segment(0xE2, b"") + b"junk" + segment(0xE1, EXIF),
+    ],
+)
+def test_an_orientation_is_found_wherever_pillow_finds_it(added, place):
+    content = written(RGB, "JPEG")
+    at = 2 if place == "start" else content.index(b"\xff\xda")
+    content = content[:at] + added + content[at:]
+    expected = ImageOps.exif_transpose(reread(content))
+    assert expected.size == (20, 30)
+    assert_close(seen(content), np.asarray(expected))
+    assert seen(written(RGB, "JPEG")[:at] + THUMBNAIL + written(RGB, "JPEG")[at:]).shape[0] == 20
+
+
 def test_damaged_metadata_does_not_hide_the_pixels():
     content = written(RGB, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     with pytest.warns(UserWarning, match="Corrupt EXIF data"):  # of Pillow
@@ -195,12 +227,14 @@ def test_the_first_of_several_frames_counts(form):
         *[(half(f), "truncated") for f in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "GIF")],
         (half("WEBP"), "could not create decoder"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        (written(RGB, "JPEG").replace(b"\0\x14\0\x1e", b"\xff\xff\xff\xff"), "exceeds limit"),
         (b"", "cannot identify"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC"),
     ],
 )
 def test_what_is_no_picture_is_an_error(content, said):
-    with pytest.raises((OSError, ValueError, SyntaxError), match=said) as caught:
+    kinds = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    with pytest.raises(kinds, match=said) as caught:
         open_image(content)
     assert "0x" not in str(caught.value)
     with pytest.raises(type(caught.value), match=said):
