@@ -89,8 +89,8 @@ class ImageDataModule(ImageData, LightningDataModule):
         return ready
 
     def _processes(self) -> int:
-        trainer = self.trainer
-        return super()._processes() if trainer is None else trainer.world_size // trainer.num_nodes
+        nodes: int = getattr(self.trainer, "num_nodes", 1)
+        return self._world()[0] // nodes
 
     def _pin_memory(self) -> bool:
         accelerator = getattr(self.trainer, "accelerator", None)

@@ -295,6 +295,8 @@ class ImageData:
         training = split is self.train
         if isinstance(split.stored, Tensor) and not (training and self._augment.loads):
             return 0  # a batch takes no time
+        if self.device is not None:  # where other processes cannot load from
+            return 0
         processes = self._processes()
         images = self.batch_size if training else self.eval_batch_size * processes
         return suggested_workers(processes, images * math.prod(split.shape))

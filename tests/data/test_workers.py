@@ -66,7 +66,9 @@ def test_random_crops_get_a_share_of_the_processors(
 
 def test_there_are_none_where_a_batch_takes_no_time(data):
     assert loading(data("resize")) == 0
-    assert loading(data("resize", augment={"own": lambda image: image})) >= 1
+    own = {"own": lambda image: image}
+    assert loading(data("resize", augment=own)) >= 1
+    assert loading(data("resize", augment=own, device="cpu")) == 0  # others cannot load from there
 
 
 def test_batches_fit_into_shared_memory(data, monkeypatch):
