@@ -49,7 +49,7 @@ def guarded(main: Callable[[], Any]) -> None:
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
-    gc.disable()  # until a run or a sweep begins: what Hydra makes of the configuration stays
+    gc.disable()  # until a run trains or a sweep begins: what composing and imports make stays
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
@@ -143,7 +143,6 @@ def run(cfg: DictConfig) -> float | None:
 
     global _begun
     _begun = True
-    gc.enable()
     hydra = HydraConfig.get()
     try:
         with suppress(OmegaConfBaseException):  # it cannot be resolved, which is refused next
@@ -162,6 +161,7 @@ def run(cfg: DictConfig) -> float | None:
         with importing(_discard_started):  # torch and Lightning, only now
             from sam_lightning.training.launch import end_process_group
             from sam_lightning.training.run import train
+        gc.enable()
 
         metrics = train(cfg)
         end_process_group()

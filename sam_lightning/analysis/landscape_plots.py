@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def show_in_tensorboard(folder: Path, update: int, kind: str, pictures: Sequence[Path]) -> None:
-    """Log pictures of a kind, in place of earlier ones of it; where that fails, only say so.
+    """Log pictures of a kind and remove the earlier ones; if this fails, only say so.
 
     The folder is not the one of the run's own events: TensorBoard takes a file for complete if
     there is a newer one beside it, and would miss the curves of a run that goes on.

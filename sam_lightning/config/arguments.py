@@ -12,7 +12,7 @@ from sam_lightning.config.errors import ConfigError, named_errors, no_such_key
 from sam_lightning.config.trust import trust
 from sam_lightning.config.values import ABSENT, check_values, fits
 
-# Of each key its default, an annotation and, where that does not tell, what it means.
+# For each key its default, an annotation and, if that is not enough, what the key means.
 Keys = Mapping[str, tuple[Any, Any] | tuple[Any, Any, str]]
 TRUST = (None, Any, "your own code that it names, as in trust=my_project.Net; conf is trusted")
 

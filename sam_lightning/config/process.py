@@ -73,6 +73,7 @@ def outlive_pipes() -> None:
         raw: io.FileIO | io.BufferedWriter = _Output(stream.fileno(), "w", closefd=False)
         if not isinstance(stream.buffer, io.RawIOBase):  # it is one with python -u
             raw = io.BufferedWriter(raw)
-        errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+        raises = stream.errors in ("strict", "surrogateescape")  # the second without a locale
+        errors = "backslashreplace" if raises else stream.errors
         options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, **options))  # type: ignore[arg-type]

@@ -253,6 +253,19 @@ class ImageData:
         """Channels of an image: 3 for colour, 1 for grey."""
         return self.train.shape[0]
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Those that there are of ``train``, ``val`` and ``test``, by name."""
+        found = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in found.items() if split is not None}
+
+    def class_counts(self) -> dict[str, list[int]]:
+        """Images of each class, by split; training labels as they are trained on."""
+        return {
+            name: split.labels.bincount(minlength=self.num_classes).tolist()
+            for name, split in self.splits.items()
+        }
+
     def train_loader(
         self, world_size: int = 1, rank: int = 0, epoch: int = 0, pin_memory: bool = False
     ) -> TrainLoader:

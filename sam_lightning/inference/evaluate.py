@@ -43,7 +43,7 @@ predictions.csv: a row for each image with its file name (or its index in the sp
 prediction and the probability of that; then the probability of each class, or from 21 classes on
 the 5 most likely.
 
-Computed in float32, on one device: equal to the run's own test where that was too.
+Computed in float32, on one device: equal to the run's own test if it was computed so too.
 """
 
 SplitName = Literal["test", "val", "train"]

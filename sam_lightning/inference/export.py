@@ -39,7 +39,7 @@ KEYS: Keys = {
     "format": ("???", Literal["onnx", "pt2"], "onnx (torch 2.7 or newer), or pt2 (torch.export)"),
     "normalize": (True, bool, "takes pixels in 0..1; false: pixels normalised already"),
     "batch": ("dynamic", Literal["dynamic"] | Count, "dynamic, or the number N of images"),
-    "image_size": (None, Count | None, "side of the images in pixels; null: that of the run"),
+    "image_size": (None, Count | None, "side of the images in pixels; null: as in the run"),
     "out": (None, File | None, "the file to write to; null: beside the checkpoint"),
 }
 

@@ -252,7 +252,7 @@ def data_of(
 
     Raises:
         ConfigError: the data are not there, an override does not exist or is out of its range,
-            or the classes are others than those of the run.
+            or the classes are not the ones of the run.
     """
     stored = _stored(config, "data", "batch_size", "seed", "classes", "mean", "std")
     if run and (run / SPLIT).is_file() and "split" in stored.data.get("source", {}):

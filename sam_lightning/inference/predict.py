@@ -35,7 +35,7 @@ python -m sam_lightning predict ckpt_path=RUN input=photos format=csv out=predic
 python -m sam_lightning predict ckpt_path=RUN 'input=photos/**/*.png' top_k=1
 
 Images are read as for training: upright, transparency on white, 16 bits scaled to 8; grey or RGB as
-those of the run were. They are resized until they cover the size that the run was trained on, and
+in the run. They are resized until they cover the size that the run was trained on, and
 their centre is cropped; results are best for images like those.
 A file that is no image is named, gets a row with the error, and makes the exit code 1.
 """

@@ -185,14 +185,8 @@ class Record:
 
     def _images(self) -> dict[str, dict[str, int]]:
         """Images of each split by class; training labels as they are trained on."""
-        data = self.data
-        splits = {name: getattr(data, name) for name in ("train", "val", "test")}
-        counts = {
-            name: torch.bincount(split.labels, minlength=data.num_classes).tolist()
-            for name, split in splits.items()
-            if split is not None
-        }
-        return {name: dict(zip(data.classes, of, strict=True)) for name, of in counts.items()}
+        classes, counts = self.data.classes, self.data.class_counts()
+        return {name: dict(zip(classes, of, strict=True)) for name, of in counts.items()}
 
     def _left_out(self) -> dict[str, Any]:
         """Files that are not used: their number by kind, and each that is broken, with why."""

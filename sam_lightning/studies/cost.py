@@ -20,7 +20,7 @@ device. A product and a sum are two FLOPs; only those of convolutions and matric
   python -m sam_lightning cost experiment=wrn28_10 data=cifar100 epochs=1800
   python -m sam_lightning cost experiment=wrn28_10 method=sgd flops_per_second=1e14
 
-All other arguments are those of train.py, for one run. The rate is what a device achieves, not what
+All other arguments are for train.py, for one run. The rate is what a device achieves, not what
 its maker promises: the default is a guess. A short run shows yours: 3 times the FLOPs of a forward
 pass, times the passes, times images_per_second of its metrics.json.
 """

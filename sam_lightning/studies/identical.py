@@ -76,7 +76,7 @@ def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str
     """Leave out the jobs of a sweep that repeat another job, and log both and the reason.
 
     Args:
-        master: the configuration of the sweep, with that of Hydra.
+        master: the configuration of the sweep, with Hydra's part.
         jobs: the overrides of each job.
     """
     configs: dict[tuple[str, ...], dict[str, Any] | None] = {}

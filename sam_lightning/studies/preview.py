@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
-from rich.table import Column
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError, argument_errors
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Count, Rule
-from sam_lightning.runs.terminal import Table, show
+from sam_lightning.inference.command import table
+from sam_lightning.runs.terminal import show
 from sam_lightning.studies.plan import configuration, split
 
 if TYPE_CHECKING:
     from sam_lightning.data.image_data import ImageData
-    from sam_lightning.data.source import Split
 
 ABOUT = """
 Show the data of a run: how many images each class has, their sizes, which files are not used and
@@ -27,7 +26,7 @@ why, and pictures of images as the network sees them: augmented for training, an
   python -m sam_lightning preview data=image_folder data.root=photos data.image_size=224
   python -m sam_lightning preview data=digits augment.cutout.side=8 out=digits.png
 
-All other arguments are those of train.py, for one run. Images are decoded as for training, and
+All other arguments are for train.py, for one run. Images are decoded as for training, and
 kept for it.
 """
 File = Annotated[str, Rule("a file, as in preview.png", bool)]
@@ -66,31 +65,20 @@ def read(cfg: DictConfig) -> "ImageData":
     return data
 
 
-def _splits(data: "ImageData") -> "dict[str, Split]":
-    found = {name: getattr(data, name) for name in ("train", "val", "test")}
-    return {name: split for name, split in found.items() if split is not None}
-
-
 def _print_tables(data: "ImageData") -> None:
-    import torch
-
-    splits = _splits(data)
-    counts = {
-        name: torch.bincount(split.labels, minlength=data.num_classes).tolist()
-        for name, split in splits.items()
-    }
+    splits, counts = data.splits, data.class_counts()
     shown = list(range(data.num_classes))
     title = "images"
     if len(shown) > SHOWN:
         shown = sorted(shown, key=counts["train"].__getitem__)[:SHOWN]
         title = f"images, the {SHOWN} of {data.num_classes:,} classes with fewest for training"
-    table = Table("class", *(Column(name, justify="right") for name in splits), title=title)
+    images = table("class", *splits, title=title)
     for i in shown:
-        table.add_row(data.classes[i], *(f"{of[i]:,}" for of in counts.values()))
-    table.add_row("all", *(f"{len(split):,}" for split in splits.values()))
+        images.add_row(data.classes[i], *(f"{of[i]:,}" for of in counts.values()))
+    images.add_row("all", *(f"{len(split):,}" for split in splits.values()))
     channels, height, width = data.train.shape
     colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    sizes = Table("pixels", *(Column(n, justify="right") for n in ("least", "median", "largest")))
+    sizes = table("pixels", "least", "median", "largest")
     for name, of in data.sizes.items():
         for side, values in of.items():
             sizes.add_row(f"{side} of files, {name}", *values)
@@ -99,7 +87,7 @@ def _print_tables(data: "ImageData") -> None:
         kinds = ", ".join(f"{count:,} {clean(kind)}" for kind, count in data.left_out.items())
         lines.append(f"not used: {kinds}")
     lines += [f"broken: {clean(name)} ({clean(why)})" for name, why in data.broken.items()]
-    show(table, *([sizes] if data.sizes else []), *lines)
+    show(images, *([sizes] if data.sizes else []), *lines)
 
 
 def draw(data: "ImageData", out: Path, count: int) -> None:
@@ -113,7 +101,7 @@ def draw(data: "ImageData", out: Path, count: int) -> None:
     images, given = data.finish(*next(iter(data.train_loader())))
     labels = given.labels if isinstance(given, MixedLabels) else given
     parts = [("training", images[:count], labels[:count])]
-    name, split = next((n, s) for n, s in [*_splits(data).items()][::-1] if n != "val")
+    name, split = next((n, s) for n, s in [*data.splits.items()][::-1] if n != "val")
     chosen = torch.arange(min(count, len(split))) * len(split) // min(count, len(split))
     part = split.take(chosen)
     parts.append((f"evaluation ({name})", data.normalize(part.seen()), part.labels))

@@ -25,7 +25,7 @@ Train with the settings of a run once more, from the start and in a new folder.
   python -m sam_lightning rerun RUN -m seed=1,2,3
 
 The settings are those that were given on the command line of RUN. What stands in conf counts as it
-is now; a line names what has changed there. All other arguments are those of train.py, and replace
+is now; a line names what has changed there. All other arguments are for train.py, and replace
 the settings of RUN.
 """
 

@@ -50,7 +50,7 @@ KEYS: Keys = {
 def main(argv: Sequence[str]) -> None:
     """Check everything, run what is missing, report; an error where a run did not complete."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a line at a time, also into a file
-        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+        sys.stdout.reconfigure(line_buffering=True)
     path, options, overrides = arguments(argv)
     plan = read(path, overrides)
     runs = selected(plan, options)

@@ -59,7 +59,7 @@ def job_folder(number: int, *, _root_: DictConfig) -> str:
 
     Args:
         number: of the job in this start of the sweep.
-        _root_: the job's configuration with that of Hydra.
+        _root_: the job's configuration, with Hydra's part.
     """
     hydra = _root_.hydra
     excluded = {*hydra.job.config.override_dirname.exclude_keys}
@@ -86,7 +86,7 @@ def _folder_name(text: str) -> str:
 
 
 def next_job(sweep: str) -> int:
-    """The number after those of the jobs that are in the folder of a sweep already."""
+    """The number after the last job in the folder of a sweep."""
     names = [started.parent.name for started in Path(sweep).glob("*/.hydra")]
     numbers = [int(found.group()) for name in names if (found := re.match(r"[0-9]+", name))]
     return max(numbers, default=-1) + 1

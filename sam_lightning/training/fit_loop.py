@@ -58,7 +58,7 @@ class FitLoop(_FitLoop):
         super().run()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Add whether a callback has ended the training; ``max_time`` decides that anew."""
+        """Add whether a callback has ended the training; ``max_time`` decides that again."""
         trainer: Any = self.trainer
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
         in_time = all((timer.time_remaining() or 1) > 0 for timer in timers)

@@ -180,7 +180,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         logs = HydraConfig.get().job_logging
         logs = OmegaConf.to_container(logs, resolve=True)
     ranks, run_id = range(processes), Path(folder).name
-    # Ctrl-C amid the imports of a new process would print a traceback. It waits for ``let_end``.
+    # Ctrl-C while a new process imports would print a traceback. It waits for ``let_end``.
     resource_tracker.ensure_running()  # started later, it would let the signal through
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     context = start_processes(

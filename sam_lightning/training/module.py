@@ -33,7 +33,7 @@ from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
 
 
 def steps(trainer: Any, batches: float, accumulated: int) -> tuple[int, int]:
-    """Steps of an epoch of so many batches, and of the run, under the trainer's limits."""
+    """Steps of an epoch with this many batches, and of the run, within the trainer's limits."""
     per_epoch = math.ceil(max(batches, 1) / accumulated)
     total, most = trainer.max_epochs * per_epoch, trainer.max_steps
     return per_epoch, total if most == -1 else min(total, most)

@@ -62,7 +62,7 @@ def report(
     """Write every file, whole or not at all, into ``out``; print the tables.
 
     Raises:
-        ConfigError: there is none of the ``columns`` that the table of results shall have.
+        ConfigError: the table of results has none of these ``columns``.
     """
     results, comparisons = tables.results(study, columns), tables.comparisons(study)
     warnings = [*warnings, *study.warnings]
