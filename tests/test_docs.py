@@ -264,7 +264,8 @@ def test_commands_compose(page, clone, monkeypatch, tmp_path):
         for overrides in {tuple(job) for arguments in given for job in jobs(arguments)}:
             cfg = compose("train", list(overrides))
             cfg.output_dir = "run"
-            for path in (cfg.ckpt_path, cfg.data.get("root")):  # which the reader has
+            files = (cfg.ckpt_path, cfg.data.get("root"), cfg.model.get("weights"))
+            for path in files:  # which the reader has
                 Path(path or ".").mkdir(parents=True, exist_ok=True)
             check(cfg, top_level())
 

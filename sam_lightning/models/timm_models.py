@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -121,21 +119,16 @@ def _create(
     if not about.get("fixed_input_size") or size == tuple(about["input_size"][-2:]):
         size = None  # a model that takes any has no such argument
     given = dict(options) if size is None else {**options, "img_size": size}
+    given |= {"num_classes": num_classes, "in_chans": in_channels}
     timm = timm_package(f"name={name}")
-    loading = mock.patch("timm.models._builder.load_pretrained", load) if load else nullcontext()
+    builder, original = timm.models._builder, timm.models._builder.load_pretrained
     try:
-        with loading:
-            return timm.create_model(
-                name,
-                pretrained=load is not None,
-                num_classes=num_classes,
-                in_chans=in_channels,
-                **given,
-            )
+        builder.load_pretrained = load or original
+        return timm.create_model(name, pretrained=load is not None, **given)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        for key, value in given.items():
-            if key != "img_size" and f"'{key}'" in reason:
+        for key, value in options.items():
+            if f"'{key}'" in reason:
                 raise ValueError(f"{key}={value}: {name} takes none") from error
         if size is not None:
             pixels = " x ".join(map(str, size))
@@ -143,6 +136,8 @@ def _create(
                 f"name={name}: cannot be built for images of {pixels} ({reason})"
             ) from error
         raise ValueError(f"name={name}: {reason}") from error
+    finally:
+        builder.load_pretrained = original
 
 
 class Timm:

@@ -202,7 +202,7 @@ class Record:
             "Method": cfg.method.name,
             "Rho": cfg.method.rho,
             "seed": cfg.seed,
-            "model": str(cfg.model._target_).rpartition(".")[2],
+            "model": cfg.model.get("name") or str(cfg.model._target_).rpartition(".")[2],
             "data": str(cfg.data.source._target_).rpartition(".")[2],
             "optimizer": str(cfg.optimizer._target_).rpartition(".")[2],
             "label_noise": cfg.data.label_noise,

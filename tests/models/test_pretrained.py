@@ -25,23 +25,23 @@ from sam_lightning.models.pretrained import KNOWN, load_weights, published
 from sam_lightning.models.weights import read_weights
 
 LITE = {"_target_": "sam_lightning.models.efficientnet_lite", "name": "efficientnet_lite0"}
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 # One of each kind of architecture that is small: convolutions with and without BatchNorm,
 # transformers with two heads, with relative positions, with windows.
 TIMM = [
-    *(
-        "test_vit",
-        "test_efficientnet",
-        "test_resnet",
-        "test_convnext",
-        "test_nfnet",
-        "test_byobnet",
-    ),
-    *("test_maxvit", "test_vit_relpos", "deit_tiny_distilled_patch16_224", "levit_128s"),
-    *("mobilenetv3_small_050", "tf_efficientnet_lite0"),
+    *("test_vit", "test_efficientnet", "test_resnet", "test_convnext", "test_nfnet"),
+    *("test_byobnet", "mobilenetv3_small_050"),
+    *map(slow, ("test_maxvit", "test_vit_relpos", "deit_tiny_distilled_patch16_224")),
+    *map(slow, ("levit_128s", "tf_efficientnet_lite0")),
 ]
 TORCHVISION = [
-    *("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0"),
-    *("resnet18", "regnet_y_400mf", "densenet121", "googlenet"),
+    *("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5"),
+    *map(slow, ("efficientnet_b0", "resnet18", "regnet_y_400mf", "densenet121", "googlenet")),
 ]
 
 
@@ -276,6 +276,7 @@ def test_torchvisions_logits(name, tmp_path):
     assert all(g.any() for g in gradient)
 
 
+@pytest.mark.slow
 def test_torchvisions_transformer_at_another_size(tmp_path):
     from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
@@ -296,7 +297,7 @@ def test_torchvisions_transformer_at_another_size(tmp_path):
     assert torch.equal(logits(ours, 96, 96), logits(small, 96, 96))
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, slow(50)])
 def test_our_resnets_take_torchvisions_weights(depth, tmp_path):
     reference = scrambled(torchvision.models.get_model(f"resnet{depth}"))
     torch.save(reference.state_dict(), tmp_path / "x.pth")
