@@ -50,7 +50,7 @@ class Record:
         throughput: counts the images, the seconds of training, and those elapsed in all, and has
             the ``parts`` of the run.
         data: an ``ImageDataModule``, set up.
-        model: what is trained; its ``groups``, if it has some, count its weights.
+        model: what is trained.
         changed: the settings that differ from the part of the run before, from ``runs.parts``.
         only_test: the run was trained before. Where its record is complete, only the test's metrics
             change in it.
@@ -72,7 +72,7 @@ class Record:
         self.throughput = throughput
         self.data = data
         throughput.start = _start(trainer) | ({"changed": dict(changed)} if changed else {})
-        self.model = model
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.path = Path(cfg.output_dir) / "metrics.json"
         before = read_status(self.path.parent) if only_test else None
         self.before = before.summary if before and before.completed else None
@@ -135,13 +135,14 @@ class Record:
             "computed_over": self._computed_over(),
             "images": self._images(),
             **self._left_out(),
-            **self._parameters(),
+            "parameters": self.parameters,
             "seconds": self.throughput.elapsed,
             "train_seconds": trained,
             "images_per_second": self.throughput.images / trained if trained else None,
             "peak_memory_bytes": _peak_memory(),
             "epochs": self.trainer.current_epoch,
             "updates": self.trainer.global_step,
+            **self._weights(),
             **{key: parts[-1][key] for key in ("devices", "device", "host", "command")},
             "parts": parts,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
@@ -150,12 +151,11 @@ class Record:
             "config": without_secrets({**config, "ckpt_path": None}),
         }
 
-    def _parameters(self) -> dict[str, int]:
-        """Numbers of weights: of all, and of those that train and that SAM perturbs."""
-        groups: Any = getattr(self.model, "groups", None)  # none if the fit has not begun
-        counts = ("trained_parameters", "perturbed_parameters")
-        found = dict(zip(counts, groups.counts(), strict=True)) if groups else {}
-        return {"parameters": sum(p.numel() for p in self.model.parameters()), **found}
+    def _weights(self) -> dict[str, int]:
+        """Numbers of weights that train and that SAM perturbs, if the fit has begun."""
+        groups: Any = getattr(self.trainer.lightning_module, "groups", None)
+        names = ("trained_parameters", "perturbed_parameters")
+        return dict(zip(names, groups.counts(), strict=True)) if groups else {}
 
     def _computed_over(self) -> dict[str, dict[str, int]]:
         """Of each split with metrics, the images in them, ``of`` all; training's are an epoch's.
