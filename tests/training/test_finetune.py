@@ -2,11 +2,13 @@
 
 import importlib
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import lightning as L
 import pytest
@@ -402,10 +404,12 @@ def test_killed_and_continued(tmp_path, options, at):
         while process.is_alive() and steps_saved(folder) < at:
             time.sleep(0.05)
         others = children(process.pid)
-        process.kill()
+        for pid in (*others, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.join()
         wait_for_end(others)
-        assert process.exitcode == -signal.SIGKILL
+        assert at <= steps_saved(folder) < 32
     else:
         assert forked(tmp_path, *options, *into, fault=("SIGKILL", at)).returncode < 0
     assert not (folder / "metrics.json").exists()
