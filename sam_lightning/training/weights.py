@@ -26,7 +26,8 @@ PREPARED = ("image_size", "mean", "std", "interpolation", "crop_fraction", "crop
 def prepare_as_weights(cfg: DictConfig) -> None:
     """Give ``data`` what it leaves open as the weights want it that the model starts from.
 
-    A run that continues goes on with what it had. What is given and differs is logged.
+    Data sets without ``image_size`` keep their own size, mean and std, and may be grey. A run that
+    continues goes on with what it had. What differs from the weights is logged.
 
     Args:
         cfg: the run's configuration, whose ``ckpt_path`` is null or a file; is changed in place.
@@ -45,18 +46,16 @@ def prepare_as_weights(cfg: DictConfig) -> None:
         wanted = weights_preprocessing(config) or {}
         if "image_size" in wanted:
             height, width = wanted["image_size"]
-            if height != width and cfg.data.get("image_size", 0) is None:
+            if height != width and cfg.data.get("image_size", height) is None:
                 size = f"{height} x {width}"
                 raise ConfigError(f"data.image_size=null: the weights want {size}; give one number")
             wanted["image_size"] = height
     for key in (key for key in PREPARED if key in cfg.data and key in wanted):
-        if cfg.data[key] is None:
+        if cfg.data[key] is None and "image_size" in cfg.data:
             cfg.data[key] = wanted[key]
         elif cfg.data[key] != wanted[key]:
-            log.info(
-                "data.%s=%s: the weights were trained with %s; data.%s=null takes that",
-                *(key, cfg.data[key], wanted[key], key),
-            )
+            given = "null" if cfg.data[key] is None else cfg.data[key]
+            log.info("data.%s=%s: the weights were trained with %s", key, given, wanted[key])
 
 
 def start_from_weights(

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import functional as F
 
 import sam_lightning.models
+from sam_lightning.data.views import evaluation_view
 from sam_lightning.models import preprocessing
 from sam_lightning.models.lite import Lite
 from sam_lightning.models.pretrained import KNOWN, load_weights, published
@@ -357,19 +358,9 @@ def test_a_file_runs_no_code(tmp_path):
 
 
 def prepared(image, about):
-    """uint8-exact pixels of an image in 0..1, as ``preprocessing`` describes them."""
-    (height, width), fraction = about["image_size"], about["crop_fraction"]
-    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    tall, wide = math.floor(height / fraction), math.floor(width / fraction)
-    if about["crop_mode"] == "center":
-        scale = max(tall / image.height, wide / image.width)
-        if tall / image.height == scale:
-            wide = int(tall * image.width / image.height)
-        else:
-            tall = int(wide * image.height / image.width)
-    image = image.resize((wide, tall), method[about["interpolation"]])
-    left, top = round((wide - width) / 2), round((tall - height) / 2)
-    return F.to_tensor(image.crop((left, top, left + width, top + height)))
+    """Pixels in 0..1 of what evaluation sees of an image."""
+    about = {key: value for key, value in about.items() if key not in ("mean", "std")}
+    return F.to_tensor(evaluation_view(tuple(about.pop("image_size")), **about)(image))
 
 
 PREPARED = [

@@ -238,3 +238,37 @@ def test_two_processes_start_from_the_same_weights(file, tmp_path):
     assert done.returncode == 0, done.stderr
     one = json.loads((tmp_path / "run" / "metrics.json").read_text())["weights"]
     assert one["new"] == ["fc.weight", "fc.bias"]
+
+
+def test_photographs_are_prepared_as_the_weights_want_them(tmp_path):
+    """What is null is the weights'; a given value stays; the checkpoint keeps all of it."""
+    about = timm.models.get_pretrained_cfg("test_vit").to_dict() | {"crop_mode": "squash"}
+    file = tmp_path / "model.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), file)
+    described = {"architecture": "test_vit", "pretrained_cfg": about}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    for i, place in enumerate(itertools.product(("train", "test"), "ab", range(4))):
+        photo = tmp_path / "photos" / place[0] / place[1] / f"{place[2]}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(256, (200 + 7 * i, 300, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((230, 310 + i)).save(photo)
+    data = ["data=image_folder", f"data.root={tmp_path / 'photos'}", "data.subset=1.0"]
+    options = [
+        *data,
+        "model=timm",
+        "model.name=test_vit",
+        "batch_size=4",
+        f"data.cache_dir={tmp_path}",
+    ]
+    run(tmp_path / "run", *options, f"model.weights={file}", "data.std=[0.3,0.3,0.3]")
+    made = sam_lightning.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert (made.image_size, made.mean, made.std) == ((160, 160), (0.5,) * 3, (0.3,) * 3)
+    wanted = timm.data.resolve_data_config({}, pretrained_cfg=about) | {"std": (0.3,) * 3}
+    transform = timm.data.create_transform(**wanted)
+    with Image.open(photo) as image:
+        difference = made.preprocess(image)[0] - transform(image)
+    assert difference.abs().max() * 0.3 <= 1 / 255 + 1e-6
+    file.unlink()  # a run that continues keeps what it had
+    again = [f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}", f"model.weights={file}"]
+    run(tmp_path / "run", *options, *again, "data.std=[0.3,0.3,0.3]", "epochs=2")
+    assert summary(tmp_path / "run")["epochs"] == 2
