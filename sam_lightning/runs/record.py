@@ -93,11 +93,11 @@ class Record:
     ) -> None:
         if self.trainer.global_rank != 0 or (error is not None and self.before):
             return
-        if isinstance(error, ConfigError) and not self.throughput.began:
-            return  # the run is refused
         if error is not None and self._is_true():
             record_failure(self.cfg, f"{type(error).__name__}: {one_line(error)}")
             return
+        if isinstance(error, ConfigError) and not self.throughput.began:
+            return  # the run is refused
         status, reason = "completed", "completed"
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
