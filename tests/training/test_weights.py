@@ -1,5 +1,6 @@
 """Runs that start from weights: what they load, record and need again."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -206,6 +208,31 @@ def test_published_weights_without_a_network(target, name, tmp_path, monkeypatch
     config = {"_target_": f"sam_lightning.models.{target}", **({"name": name} if name else {})}
     with pytest.raises(ValueError, match=r"pretrained=true: the weights are not on this machine"):
         published(config)
+
+
+def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeypatch):
+    # As Hugging Face's hub and torch.hub keep what they downloaded.
+    monkeypatch.setenv("HTTPS_PROXY", CLOSED)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    (kept / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    shutil.copy(file, kept / "snapshots" / ("0" * 40) / "model.safetensors")
+    run(tmp_path / "timm", *RESNET, "model.pretrained=true")
+    found = summary(tmp_path / "timm")["weights"]
+    assert found["from"] == "timm test_resnet.r160_in1k"
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    options = ["model=resnet18", "model.stem=imagenet", "model.pretrained=true", *STILL]
+    run(tmp_path / "ours", *options)
+    assert summary(tmp_path / "ours")["weights"]["from"] == "torchvision resnet18.IMAGENET1K_V1"
+    found, expected = weights(tmp_path / "ours"), theirs.layer3[0].conv1.weight
+    torch.testing.assert_close(found["model.layer3.0.conv1.weight"], expected, rtol=0, atol=1e-20)
 
 
 @pytest.mark.slow
