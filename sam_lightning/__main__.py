@@ -7,6 +7,7 @@ with importing():
     import sys
     from importlib import import_module
 
+    from sam_lightning.config.arguments import help_of
     from sam_lightning.config.conf import CONF
     from sam_lightning.config.errors import ConfigError, did_you_mean, one_line_errors
 
@@ -45,11 +46,15 @@ def _run(name: str, *rest: str) -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; allowed are {', '.join(COMMANDS)}"
         raise ConfigError(f"{name}: no such command{hint}")
-    if name in NEEDS_CONF and not CONF.is_dir() and not {"-h", "--help"} & {*rest}:
+    command = import_module(f"sam_lightning.{COMMANDS[name][0]}")
+    if {"-h", "--help"} & {*rest}:
+        print(help_of(command.ABOUT, getattr(command, "KEYS", {})))
+        return
+    if name in NEEDS_CONF and not CONF.is_dir():
         raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sam_lightning").setLevel(logging.INFO)
-    import_module(f"sam_lightning.{COMMANDS[name][0]}").main([*rest])
+    command.main([*rest])
 
 
 if __name__ == "__main__":

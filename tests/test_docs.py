@@ -291,7 +291,7 @@ def test_other_commands_take_their_arguments(page):
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 compose("train", settings)
         elif settings:
-            parse("", module.KEYS, settings)
+            parse(module.KEYS, settings)
 
 
 def configured():

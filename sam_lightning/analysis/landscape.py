@@ -52,7 +52,7 @@ KEYS: Keys = {
 
 def main(argv: list[str]) -> None:
     """Compute the losses, write them, and draw them."""
-    options = parse(ABOUT, KEYS, argv)
+    options = parse(KEYS, argv)
     loaded = load_checkpoints(options)
     labels = labels_of(options.labels, loaded)
     line = options.kind == "line"

@@ -56,7 +56,7 @@ KEYS: Keys = {
 
 def main(argv: list[str]) -> None:
     """Measure, print a table and write ``sharpness.json``."""
-    options = parse(ABOUT, KEYS, argv)
+    options = parse(KEYS, argv)
     if options.max_steps < options.top_k:
         raise ConfigError(f"max_steps={options.max_steps}: must be >= top_k={options.top_k}")
     loaded = load_checkpoints(options)

@@ -1,6 +1,5 @@
 """The arguments of ``python -m sam_lightning.NAME key=value``, checked before torch is loaded."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,36 @@ Keys = Mapping[str, tuple[Any, Any] | tuple[Any, Any, str]]
 TRUST = (None, Any, "your own code that it names, as in trust=my_project.Net; conf is trusted")
 
 
-def parse(about: str, keys: Keys, argv: Sequence[str]) -> DictConfig:
-    """Read ``key=value`` arguments; ``--help`` prints ``about`` and the defaults, and exits.
+def help_of(about: str, keys: Keys) -> str:
+    """What a command does, and its keys with their defaults."""
+    lines = [about.strip()]
+    if keys:
+        lines += ["", "Keys, here with their defaults (???: must be given):"]
+    for key, (default, _, *meaning) in _with_trust(keys).items():
+        shown = f"{key}={'null' if default is None else default}"
+        lines.append(f"  {shown:<22} {''.join(meaning)}".rstrip())
+    return "\n".join(lines)
+
+
+def _with_trust(keys: Keys) -> Keys:
+    return {**keys, "trust": TRUST} if "ckpt_path" in keys else keys
+
+
+def parse(keys: Keys, argv: Sequence[str]) -> DictConfig:
+    """Read ``key=value`` arguments.
 
     A command with ``ckpt_path`` also takes ``trust``: the user's own code that the checkpoint may
     name.
 
     Args:
-        about: what the command does, with an example.
         keys: every key; its default is ``"???"`` if it must be given.
         argv: the arguments.
 
     Raises:
         ConfigError: an argument is not ``key=value``, or its key or value is not allowed.
     """
-    if "ckpt_path" in keys:
-        keys = {**keys, "trust": TRUST}
+    keys = _with_trust(keys)
     defaults = {key: default for key, (default, *_) in keys.items()}
-    if {"-h", "--help"} & {*argv}:
-        print(about.strip(), "", "Keys, here with their defaults (???: must be given):", sep="\n")
-        for key, (default, _, *meaning) in keys.items():
-            shown = f"{key}={'null' if default is None else default}"
-            print(f"  {shown:<22} {''.join(meaning)}".rstrip())
-        sys.exit(0)
     options = OmegaConf.create({})
     for key, default in defaults.items():
         OmegaConf.update(options, key, default)

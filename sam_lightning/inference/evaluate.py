@@ -151,7 +151,7 @@ def _outputs(
 
 def main(argv: list[str]) -> None:
     """Evaluate as the arguments say; print the result, and write it."""
-    options = parse(ABOUT, KEYS, argv)
+    options = parse(KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     out = command.out_folder(options) or run_folder(file)
     if options.corruptions is not None and options.split != "test":

@@ -153,7 +153,7 @@ def _largest_difference(
 
 def main(argv: list[str]) -> None:
     """Export as the arguments say, and print the largest difference of logits."""
-    options = parse(ABOUT, KEYS, argv)
+    options = parse(KEYS, argv)
     file = checkpoint_file(str(options.ckpt_path))
     suffix = f".{options.format}"
     if options.out is None:

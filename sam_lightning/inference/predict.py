@@ -114,7 +114,7 @@ def find(given: str) -> list[Path]:
 
 def main(argv: list[str]) -> None:
     """Classify as the arguments say; exit with 1 if there was a file that is no image."""
-    options = parse(ABOUT, KEYS, argv)
+    options = parse(KEYS, argv)
     checkpoint = checkpoint_file(str(options.ckpt_path))
     files = find(str(options.input))
     out = None if options.out is None else Path(os.path.expanduser(options.out))

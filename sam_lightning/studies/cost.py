@@ -49,7 +49,7 @@ class Cost(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Print the cost of the run that the arguments describe."""
-    options, overrides = split(ABOUT, KEYS, argv)
+    options, overrides = split(KEYS, argv)
     rate = float(options.flops_per_second)
     cfg = configuration(overrides)
     from sam_lightning.training.weights import prepare_as_weights  # loads torch

@@ -24,9 +24,6 @@ APART = ("config", "metrics", "finished", "parts")
 
 def main(argv: Sequence[str]) -> None:
     """Read both records and print what differs."""
-    if {"-h", "--help"} & {*argv}:
-        print(ABOUT.strip())
-        return
     runs = []
     for folder in argv:
         run = read_status(Path(os.path.expanduser(folder)))

@@ -1,6 +1,5 @@
 """``python -m sam_lightning list-models``: models by name, with size, cost and weights."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -25,12 +24,8 @@ OTHERS = ("custom", "lite", "timm", "torchvision")  # of conf/model: not one mod
 SIDE = 32  # pixels, of images for models that were made for CIFAR
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the models that the argument matches."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}:
-        print(ABOUT.strip())
-        return
     if len(argv) != 1 or "=" in argv[0]:
         given = " ".join(argv) or "list-models"
         raise ConfigError(f"{given}: takes one pattern, such as 'vit_small*'; '*' lists all")

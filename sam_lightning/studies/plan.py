@@ -94,10 +94,10 @@ def read(path: Path, given: Sequence[str] = ()) -> Plan:
     return Plan(path.stem, content, given, runs)
 
 
-def split(about: str, keys: Keys, argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
+def split(keys: Keys, argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """A command's own options, and its other arguments, which are for ``train.py``."""
-    own = [a for a in argv if a.partition("=")[0] in keys or a in ("-h", "--help")]
-    options, others = parse(about, keys, own), [a for a in argv if a not in own]
+    own = [a for a in argv if a.partition("=")[0] in keys]
+    options, others = parse(keys, own), [a for a in argv if a not in own]
     if flags := [a for a in others if a.startswith("-")]:
         raise ConfigError(f"{flags[0]}: no such flag; a setting is given as key=value")
     return options, others

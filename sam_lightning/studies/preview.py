@@ -40,7 +40,7 @@ SHOWN = 30  # classes in the table
 
 def main(argv: Sequence[str]) -> None:
     """Print the tables and write the pictures of what the arguments describe."""
-    options, overrides = split(ABOUT, KEYS, argv)
+    options, overrides = split(KEYS, argv)
     out = Path(os.path.expanduser(options.out))
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ConfigError(f"out={options.out}: must be a file that ends in .png")

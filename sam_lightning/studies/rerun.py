@@ -32,9 +32,6 @@ the settings of RUN.
 
 def main(argv: Sequence[str]) -> None:
     """Become ``train.py`` with the stored overrides, checked as a resume does, and those given."""
-    if {"-h", "--help"} & {*argv}:
-        print(ABOUT.strip())
-        return
     run, *given = argv or [""]
     stored = Path(os.path.expanduser(run)) / ".hydra" / "overrides.yaml"
     if not run or not stored.is_file():

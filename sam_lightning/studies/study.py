@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     """The file, the study's own options, and overrides of every run."""
-    options, others = split(ABOUT, KEYS, argv)
+    options, others = split(KEYS, argv)
     files = [a for a in others if "=" not in a]
     overrides = with_quoted_places([a for a in others if "=" in a])
     known = [*KEYS, *top_level()]

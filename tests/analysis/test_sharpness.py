@@ -131,7 +131,7 @@ def test_a_sweeps_folders_and_lists_are_found(trained):
     files = [folder / "checkpoints" / "last.ckpt" for folder in trained]
     both = f"{trained[0]},{files[1]}"
     assert checkpoint_files(both) == files
-    listed = parse("", sharpness.KEYS, [f"ckpt_path=['{trained[0]}','{files[1]}']"])
+    listed = parse(sharpness.KEYS, [f"ckpt_path=['{trained[0]}','{files[1]}']"])
     assert checkpoint_files(listed.ckpt_path) == files
 
 

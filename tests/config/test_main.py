@@ -48,6 +48,7 @@ def test_help_is_light(name):
     shown = run(name, "--help")
     assert shown.returncode == 0
     assert f"python -m sam_lightning {name} " in shown.stdout
+    assert ("\n  jobs=1\n  out=results\n" in shown.stdout) == (name == "study")
     assert shown.stdout.endswith("\n\n")
 
 

@@ -343,11 +343,11 @@ def test_commands_take_paths_as_they_are(tmp_path, monkeypatch):
     keys = {"ckpt_path": ("???", Any), "out": (None, str | None), "top_k": (1, int)}
     for name in [*({*NAMES} - {"null"}), "a: b", "[1]", "'x", "-", "*"]:
         (tmp_path / name).touch()
-        options = parse("", keys, [f"ckpt_path={name}", f"out={name}", "top_k=2"])
+        options = parse(keys, [f"ckpt_path={name}", f"out={name}", "top_k=2"])
         assert (options.ckpt_path, options.out, options.top_k) == (name, name, 2)
     for text, value in [("'a b','c'", ["a b", "c"]), ("'a b'", "a b"), ("[a,b]", ["a", "b"])]:
-        assert parse("", keys, [f"ckpt_path={text}"]).ckpt_path == value
-    assert parse("", keys, ["ckpt_path=x", "out=null"]).out is None
+        assert parse(keys, [f"ckpt_path={text}"]).ckpt_path == value
+    assert parse(keys, ["ckpt_path=x", "out=null"]).out is None
 
 
 def test_photographs_without_image_folder_are_not_taken_for_cifar(tmp_path):

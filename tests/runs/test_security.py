@@ -21,7 +21,7 @@ from image_files import one_line_error, write_cifar
 from inject import forked
 from runs import run
 from sam_lightning.config import trust
-from sam_lightning.config.arguments import parse
+from sam_lightning.config.arguments import help_of, parse
 from sam_lightning.config.conf import top_level
 from sam_lightning.config.instantiate import build, not_taken
 from sam_lightning.config.trust import check_targets
@@ -185,17 +185,15 @@ def test_what_is_no_name_cannot_be_trusted(names):
 ON_CHECKPOINT = {"ckpt_path": ("???", Any)}
 
 
-def test_commands_that_read_checkpoints_take_trust(monkeypatch, capsys):
+def test_commands_that_read_checkpoints_take_trust(monkeypatch):
     monkeypatch.setattr(trust, "_typed", set())
-    options = parse("", ON_CHECKPOINT, ["ckpt_path=a", "trust=a.b,c.d", "trust=[e.f]"])
+    options = parse(ON_CHECKPOINT, ["ckpt_path=a", "trust=a.b,c.d", "trust=[e.f]"])
     assert (dict(options), trust._typed) == ({"ckpt_path": "a"}, {"e.f"})
     for names in ("x", "{a:1}", "3", "a.b c.d"):
-        message = one_line_error(parse, "", ON_CHECKPOINT, ["ckpt_path=a", f"trust={names}"])
+        message = one_line_error(parse, ON_CHECKPOINT, ["ckpt_path=a", f"trust={names}"])
         assert message.startswith("trust=")
-    assert "trust=x.y: no such key" in one_line_error(parse, "", {"out": (1, Any)}, ["trust=x.y"])
-    with pytest.raises(SystemExit):
-        parse("", ON_CHECKPOINT, ["--help"])
-    assert "trust=my_project.Net" in capsys.readouterr().out
+    assert "trust=x.y: no such key" in one_line_error(parse, {"out": (1, Any)}, ["trust=x.y"])
+    assert "trust=my_project.Net" in help_of("", ON_CHECKPOINT)
 
 
 def test_code_that_conf_names_is_trusted_below_the_same_key(my_project, tmp_path, monkeypatch):

@@ -241,11 +241,7 @@ def test_checks_and_lists_without_torch_and_ends_with_code_2(here):
     assert everything(here) == {"noise.yaml"}
 
 
-def test_help_and_a_launcher_around(here, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    assert "  jobs=1\n  out=results\n" in capsys.readouterr().out
+def test_a_launcher_around(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process, and torchrun has started 2: leave it out"):
         main([write(FILE)])

@@ -36,8 +36,7 @@ def main(argv: Sequence[str]) -> None:
     """Read the runs, compare them, and write and print the report."""
     # Names of folders may have "=" in them, as those of a sweep's jobs do.
     own = [a for a in argv if "=" in a and "/" not in a.partition("=")[0] and not Path(a).exists()]
-    own += [a for a in argv if a in ("-h", "--help")]
-    options = parse(ABOUT, KEYS, own)
+    options = parse(KEYS, own)
     folders = [Path(a) for a in argv if a not in own]
     if not folders:
         raise ConfigError("FOLDER: must be given, as in python -m sam_lightning report logs")
