@@ -6,7 +6,7 @@ DEV := $(VENV)/.dev
 TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
 NO_TRAINING := benchmarks command data_faults datamodule docs figures habits hostile_files launch \
-	lock main mishaps preview record recipes refusals report rerun security sources structure sweeps
+	list_models lock main mishaps preview record recipes refusals report rerun security sources structure sweeps
 
 .PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu figures bench cpu-map lint format clean
 
