@@ -56,10 +56,11 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
         ValueError: all parameters but the head's would be in one layer.
     """
     names = [name for name, _ in model.named_parameters()]
-    matcher = getattr(model, "group_matcher", None)
-    if callable(matcher):
-        return _by_matcher(names, matcher(coarse=False))
-    head, last = head_parameters(model), -1
+    for prefix, module in model.named_modules():  # it may be inside of a wrapper, as peft's
+        if hasattr(type(module), "group_matcher"):
+            ids = _by_matcher(names, prefix and f"{prefix}.", module.group_matcher(coarse=False))
+            return _checked(model, ids)
+    head, last = tuple(head_parameters(model)), -1
     blocks: dict[str, int] = {}
     for name, block in _blocks(model):
         last += last < 0 or not is_normalization(block)
@@ -68,13 +69,19 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
         name: next((i for block, i in blocks.items() if name.startswith(block)), 0)
         for name in names
     }
-    used = sorted({ids[name] for name in names if name not in head})
-    if len(used) < 2:
+    with_head = tuple(b for b in blocks if any(name.startswith(b) for name in head)) + head
+    used = sorted({i for name, i in ids.items() if not name.startswith(with_head)})
+    ids = {n: len(used) if n.startswith(with_head) else used.index(i) for n, i in ids.items()}
+    return _checked(model, ids)
+
+
+def _checked(model: nn.Module, ids: dict[str, int]) -> dict[str, int]:
+    if max(ids.values()) < 2:
         raise ValueError(
             f"{type(model).__name__} has no layers in an order that is known; give it a method "
             "group_matcher, as timm's models have, or use param_groups"
         )
-    return {name: len(used) if name in head else used.index(ids[name]) for name in names}
+    return ids
 
 
 def layer_lr_factors(model: nn.Module, decay: float) -> dict[str, float]:
@@ -91,23 +98,21 @@ def layer_lr_factors(model: nn.Module, decay: float) -> dict[str, float]:
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules with parameters that count as one layer each, by name."""
     total = sum(p.numel() for p in model.parameters())
-    wrappers = [
-        name
-        for name, child in model.named_children()
-        # The encoder of torchvision's transformers, or what wraps a whole network.
-        if any(map(_is_stack, child.children()))
-        and 2 * sum(p.numel() for p in child.parameters()) > total
-    ]
 
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    def wraps(module: nn.Module) -> bool:
+        """The encoder of torchvision's transformers, or what wraps a whole network."""
+        most = 2 * sum(p.numel() for p in module.parameters()) > total
+        return most and any(_is_stack(child) or wraps(child) for child in module.children())
+
+    def walk(module: nn.Module, prefix: str, top: bool) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
-            opened = not prefix and (type(child) in STACKS or name in wrappers)
-            if opened or _is_stack(child):
-                yield from walk(child, f"{prefix}{name}.")
+            wrapper = top and type(child) not in STACKS and wraps(child)
+            if wrapper or _is_stack(child) or (top and type(child) in STACKS):
+                yield from walk(child, f"{prefix}{name}.", wrapper)
             elif any(True for _ in child.parameters()):
                 yield f"{prefix}{name}", child
 
-    return walk(model, "")
+    return walk(model, "", True)
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -116,10 +121,15 @@ def _is_stack(module: nn.Module) -> bool:
     return type(module) in STACKS and has_blocks
 
 
-def _by_matcher(names: list[str], matcher: Any) -> dict[str, int]:
+def _by_matcher(names: list[str], prefix: str, matcher: Any) -> dict[str, int]:
     """timm's grouping: ordinals from a function, or from regular expressions and what they catch.
 
     Names that nothing matches, such as the head's, come last.
+
+    Args:
+        names: of all parameters.
+        prefix: of those of the module that has the matcher, which does not know it.
+        matcher: as its ``group_matcher`` returned it.
     """
     patterns: list[tuple[re.Pattern[str], int, tuple[int, ...]]] = []
     if isinstance(matcher, Mapping):
@@ -137,7 +147,7 @@ def _by_matcher(names: list[str], matcher: Any) -> dict[str, int]:
                 return tuple(map(float, (ordinal, *numbers, *suffix)))
         return (float("inf"),)
 
-    places = {name: place(name) for name in names}
+    places = {name: place(name.removeprefix(prefix)) for name in names}
     ids: dict[tuple[float, ...], int] = {}
     last = -1
     for found in sorted(set(places.values())):

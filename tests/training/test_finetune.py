@@ -23,7 +23,7 @@ from random_resume import differences
 from reference import SGD, assert_close, assert_equal, convnet, loader, module_of, state, trainer
 from runs import SMALL, children, command, equal, run, summary, wait_for_end, weights
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.models.head import layer_lr_factors
+from sam_lightning.models.head import layer_ids, layer_lr_factors
 from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.runs.checkpoint import newest, read
@@ -442,6 +442,10 @@ def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
         assert "running_mean" not in name or not after[name].any()
     lora = importlib.import_module("peft_models").lora(10, 1)
     assert {f"model.{n}" for n in lora.state_dict()} == after.keys()
+    inside = layer_ids(lora)  # as of the network itself
+    for name, layer in layer_ids(lora.get_base_model().__class__(10, 1, 4)).items():
+        prefix = f"base_model.model.{name.rpartition('.')[0]}."
+        assert {i for n, i in inside.items() if n.startswith(prefix)} == {layer}
     for argument, code in (("trust=peft_models.lora", 0), ("split=test", 2)):
         ran = module_command(tmp_path, "evaluate", f"ckpt_path={folder}", argument)
         assert ran.returncode == code, ran.stderr
