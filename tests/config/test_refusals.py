@@ -154,7 +154,7 @@ LIGHT = [
     ("~hydra=1", "~hydra=1: not of the form ~key, or ~group=choice"),
     ("-m ~=1,2", "'~=1,2': not of the form key=value"),
     ("rho", "rho: not of the form key=value"),
-    ("rho=0.1,0.2", "rho=0.1,0.2", "To sweep over it, add --multirun"),
+    ("rho=0.1,0.2", "rho=0.1,0.2", "several values are a sweep"),
     ("rho=range(0,1)", "rho=range(0,1)", "several values are a sweep"),
     ("hydra.mode=FOO", "hydra.mode=FOO: Invalid value 'FOO', expected one of [RUN, MULTIRUN]"),
     ("hydra/launcher=nope", "hydra/launcher=nope: allowed are basic"),
