@@ -441,7 +441,7 @@ HEAVY = [
     ),
     (
         "model._target_=torchvision.models.resnet18",
-        "model: ",
+        "model.width=",
         "unexpected keyword argument 'width'",
     ),
     (
