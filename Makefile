@@ -17,7 +17,7 @@ test: $(DEV) ## the default test suite: less than five minutes on two cores
 	$(BIN)/python -m pytest
 
 test-slow: $(DEV) ## the tests that take longer
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
 
 test-long: $(DEV) ## the tests that take longest, and variations of others
 	$(BIN)/python -m pytest -m long

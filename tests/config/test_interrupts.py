@@ -56,6 +56,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_at_random_times(tmp_path):
     began = time.monotonic()

@@ -511,6 +511,7 @@ def test_wrong_input_is_refused_before_training(heavy, tmp_path, row):
     assert_refused(result, *fragments)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_error_of_all_ranks_is_one_line(heavy, tmp_path):
     result = heavy(tmp_path, *SMALL, "trainer.devices=2", "optimized_metric=val/acc")

@@ -289,6 +289,7 @@ def test_a_run_records_what_it_left_out_and_how_it_divided(tmp_path, capsys):
         assert found == [*record["images"][name].values()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_in_folders_of_odd_names_is_trained_continued_and_evaluated(tmp_path):
     """Also after images were added: those of ``split.json`` are tested."""

@@ -57,6 +57,7 @@ def test_our_models_are_right_with_avx_512():
     assert right("AVX512_CORE", "model", 8, MIN_CHANNELS - 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["SSE41", "AVX"])
 def test_older_instruction_sets_are_right_at_any_width(isa):
@@ -166,6 +167,7 @@ def train(folder, isa, *options):
 COMPILED = pytest.mark.skipif(not shutil.which("c++"), reason="compiling needs c++")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("middle", "compiled"),
     [

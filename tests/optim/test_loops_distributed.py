@@ -391,6 +391,7 @@ def test_lightning(results, method, how):
         assert all(reason in result["refused"] for result in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "form", "partly"), FSDP)
 def test_fsdp2(results, method, form, partly):
     check(results("fsdp", FSDP)[method, form, partly], expected(method))

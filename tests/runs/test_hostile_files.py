@@ -523,6 +523,7 @@ def test_a_closed_pipe_is_no_error(tmp_path):
         assert (codes[0], errors) == (0, ""), line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)]
 )
@@ -590,6 +591,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_process_needs_an_image_to_evaluate(tmp_path):
     done = command(tmp_path, *SMALL, "data.val_size=1", "trainer.devices=2", "batch_size=50")

@@ -109,7 +109,7 @@ def test_a_link_in_a_strangers_folder_is_not_followed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_second_start_in_a_folder_is_refused(tmp_path, devices):
     first = started(tmp_path, "epoch 1/", *SMALL, "epochs=10000", f"trainer.devices={devices}")
     try:

@@ -94,6 +94,7 @@ class Crash(Callback):
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_crash_while_the_test_is_repeated_leaves_the_record_of_the_run(tmp_path, monkeypatch):
     (tmp_path / "crash.py").write_text(CRASH)

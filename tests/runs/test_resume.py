@@ -415,7 +415,7 @@ def test_ten_random_kills(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_results_do_not_depend_on_the_number_of_processes(unbroken_pair, tmp_path, processes):
     folder = tmp_path / "run"
     shutil.copytree(unbroken_pair, folder)

@@ -699,6 +699,7 @@ def test_a_real_study(here):
     assert [line.split()[0] for line in out.splitlines()] == ["completed", "failed"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "signum",
     [

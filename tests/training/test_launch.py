@@ -178,6 +178,7 @@ def test_two_nodes_of_torchrun_are_one_run(tmp_path):
     assert (counts["devices"], counts["num_nodes"]) == (1, 2)  # torchrun has said so
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "started",
     [
@@ -333,6 +334,7 @@ SAID = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rank_that_is_lost_ends_its_job_at_once_and_no_other(losing):
     lost = {0.1: (0, "killed"), 0.2: (1, "raises"), 0.25: (1, "hangs")}
@@ -368,6 +370,7 @@ def test_processes_of_a_job_leave_nothing_to_the_next(losing):
     assert before["env"] == after["env"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("begun", [True, False])
@@ -389,6 +392,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, begun):
     process.communicate()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_folder_in_which_ranks_meet_is_private_and_ends_with_the_run(tmp_path, monkeypatch):
     cwd, temporary = tmp_path / "cwd", tmp_path / "tmp"

@@ -155,6 +155,7 @@ def run_and_attack(tmp_path):
     return run_and_attack
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_on_one_machine_listens_on_loopback_only(run_and_attack):
     run_and_attack()

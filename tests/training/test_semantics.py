@@ -129,6 +129,7 @@ def test_the_logged_norm_is_that_before_clipping():
     assert norm == clipped > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_devices_evaluate_with_the_mean_of_their_running_statistics(tmp_path):
     done = command(tmp_path, *SMALL, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'run'}")
