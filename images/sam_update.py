@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import DictConfig
 
-from sam_lightning.config.arguments import Keys, parse
+from sam_lightning.config.arguments import Keys, help_of, parse
 from sam_lightning.config.errors import one_line_errors
 from sam_lightning.config.values import Count, Positive, within
 
@@ -169,7 +169,10 @@ KEYS: Keys = {
 
 def main(argv: list[str]) -> None:
     """Draw the figure that the arguments describe."""
-    print(*map(os.path.relpath, draw(parse(ABOUT, KEYS, argv))))
+    if {"-h", "--help"} & {*argv}:
+        print(help_of(ABOUT, KEYS))
+        return
+    print(*map(os.path.relpath, draw(parse(KEYS, argv))))
 
 
 if __name__ == "__main__":

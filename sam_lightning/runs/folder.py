@@ -99,7 +99,8 @@ class RunFolder(Callback):
         if part is None:  # the run continues in its old folder
             return
         # A wrong "${...}" is refused later.
-        again = not OmegaConf.is_interpolation(config, "ckpt_path") and config.ckpt_path == "last"
+        given = "ckpt_path" in config and not OmegaConf.is_interpolation(config, "ckpt_path")
+        again = given and config.ckpt_path == "last"
         try:
             # A run that restarts again and again with ckpt_path=last may find what was killed
             # before it had written anything.
