@@ -235,6 +235,7 @@ def test_every_combination_has_one_row(composed):
         assert row["model"] in (None, name_of(cfg.model)), row["arguments"]
 
 
+@pytest.mark.slow
 def test_each_row_is_what_its_arguments_run(composed):
     for row, cfg in composed:
         said = row["arguments"]
@@ -263,6 +264,7 @@ def test_sgd_has_the_arguments_of_sam_and_may_train_twice_as_long():
     assert found == expected
 
 
+@pytest.mark.slow
 def test_settings_are_those_of_the_papers(composed):
     used = set()
     for row, cfg in composed:
@@ -286,6 +288,7 @@ def test_settings_are_those_of_the_papers(composed):
     assert used == SETTINGS.keys()
 
 
+@pytest.mark.slow
 def test_hours_are_those_of_the_cost(composed):
     hand = {"WideResNet": wide_resnet_flops, "PyramidNet": pyramidnet_flops}
     hand["SAMResNet18"] = resnet18_flops

@@ -133,6 +133,7 @@ def copies_of(shape, weight):
     return found - {weight.data_ptr(), weight.grad.data_ptr()}
 
 
+@pytest.mark.slow
 def test_the_copies_keep_their_memory_and_go_with_their_weights():
     model = nn.Linear(17, 23)
     sam = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1)

@@ -23,6 +23,7 @@ def light():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -210,6 +210,7 @@ def test_published_weights_without_a_network(target, name, tmp_path, monkeypatch
         published(config)
 
 
+@pytest.mark.slow
 def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeypatch):
     # As Hugging Face's hub and torch.hub keep what they downloaded.
     monkeypatch.setenv("HTTPS_PROXY", CLOSED)
