@@ -21,6 +21,8 @@ SWITCHES = {
     **{f"augment.{name}": "p" for name in ("flip", "erasing")},
     **{f"augment.{name}": "alpha" for name in ("mixup", "cutmix")},
 }
+# Beginnings of keys that nothing uses where no weight is perturbed.
+PERTURBING = ("method.", "finetune.head_rho")
 # Keys of the method that count where it is the base optimizer alone.
 NAMING = ("method.name", "method.rho", "method.passes")
 PLACES = ("output_dir", "ckpt_path")
@@ -56,7 +58,7 @@ def unused(cfg: DictConfig, given: Sequence[str]) -> str | None:
         key
         for key in dict.fromkeys(given)
         if (key in COPIED and not any(f"${{{key}}}" in v for v in references))
-        or (is_sgd(method) and key.startswith("method.") and key not in NAMING)
+        or (is_sgd(method) and key.startswith(PERTURBING) and key not in NAMING)
     ]
     off = [key for key in dict.fromkeys(given) if _is_off(cfg, key)]
     said = [because(method, idle)] if idle else []
@@ -119,7 +121,7 @@ def _composed(master: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | 
 def _acted_on(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a run acts on: not those copied to others, nor those of a method at rho=0."""
     inert = {*COPIED, "task_name", "output_dir", "debug"}
-    inert |= {k for k in _leaves(config) if is_sgd(config["method"]) and k.startswith("method.")}
+    inert |= {k for k in _leaves(config) if is_sgd(config["method"]) and k.startswith(PERTURBING)}
     return {k: v for k, v in sorted(_leaves(config).items()) if k not in inert}
 
 
