@@ -17,8 +17,6 @@ from sam_lightning.config.schema import check
 from sam_lightning.studies import cost
 from sam_lightning.training.run import train
 
-pytest.importorskip("timm")
-
 PAGE = (CONF.parent / "docs" / "results.md").read_text()
 SECTION = PAGE[PAGE.index("## EfficientNet from pretrained weights") :]
 EFFICIENTNET, VIT = SECTION.split("## ViT-S/16 on ImageNet")

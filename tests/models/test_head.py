@@ -3,8 +3,10 @@
 import warnings
 
 import pytest
+import timm
 import torch
 import torchvision
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from sam_lightning.models import PyramidNet, SAMResNet50, WideResNet
@@ -20,11 +22,10 @@ TIMM = [
 
 @pytest.mark.parametrize("name", TIMM)
 def test_layer_decay_is_timms(name):
-    timm, optim = pytest.importorskip("timm"), pytest.importorskip("timm.optim")
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7)
     own = getattr(model, "no_weight_decay", set)()
-    groups = optim.param_groups_layer_decay(model, 0.05, own, layer_decay=0.7)
+    groups = param_groups_layer_decay(model, 0.05, own, layer_decay=0.7)
     expected = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     factors, undecayed = layer_lr_factors(model, 0.7), norm_and_bias(model)
     for parameter, p in model.named_parameters():
@@ -33,7 +34,6 @@ def test_layer_decay_is_timms(name):
 
 
 def test_heads_of_timms_models_are_its_classifiers():
-    timm = pytest.importorskip("timm")
     with torch.device("meta"):
         heads = {
             name: [*head_of(timm.create_model(name))]

@@ -12,8 +12,10 @@ from contextlib import suppress
 
 import lightning as L
 import pytest
+import timm
 import torch
 import torchvision
+from timm.layers import RmsNorm
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.ops import StochasticDepth
@@ -50,7 +52,6 @@ def convnext(**options):
 def of_timm(name):
     def make(**options):
         size = {"img_size": 32} if "vit" in name else {}
-        timm = pytest.importorskip("timm")
         return timm.create_model(name, num_classes=4, **size, **options)
 
     return make
@@ -169,8 +170,8 @@ def test_sam_on_finds_the_norms_whose_type_torch_does_not_know_too(name):
     ids = {id(p) for layer in layers for p in layer.parameters()}
     found = normalization_parameters(model)
     assert {n for n, p in model.named_parameters() if id(p) in ids} == found
-    timm = pytest.importorskip("timm.layers")
-    assert normalization_parameters(nn.Sequential(timm.RmsNorm(4), nn.Linear(4, 2))) == {"0.weight"}
+    mixed = nn.Sequential(RmsNorm(4), nn.Linear(4, 2))
+    assert normalization_parameters(mixed) == {"0.weight"}
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "test_vit", "test_convnext"])
@@ -420,7 +421,6 @@ def test_killed_and_continued(tmp_path, options, at):
 
 @pytest.mark.slow
 def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
-    pytest.importorskip("peft")
     options = ["data=digits", "data.subset=100", "trainer=cpu", "epochs=2", "batch_size=25"]
     options += ["model=custom", "model._target_=peft_models.lora", "checkpoint_every_n_steps=1"]
     options += ["finetune=layer_decay", "finetune.freeze_batchnorm=true", "method=asam"]
