@@ -51,11 +51,7 @@ def main(argv: Sequence[str]) -> None:
     """Print the cost of the run that the arguments describe."""
     options, overrides = split(KEYS, argv)
     rate = float(options.flops_per_second)
-    cfg = configuration(overrides)
-    from sam_lightning.training.weights import prepare_as_weights  # loads torch
-
-    prepare_as_weights(cfg)
-    cost = estimate(cfg)
+    cost = estimate(configuration(overrides))
     flops = 3 * math.prod(cost)  # a backward pass costs two forward passes
     for name, value in {
         "a forward pass of one image": f"{cost.forward / 1e9:,.3f} GFLOPs",
@@ -71,6 +67,9 @@ def main(argv: Sequence[str]) -> None:
 
 def estimate(cfg: DictConfig) -> Cost:
     """The cost of a run; its data are not read, and its weights take no memory."""
+    from sam_lightning.training.weights import prepare_as_weights  # loads torch
+
+    prepare_as_weights(cfg)
     total, channels, height, width, classes, has_val = _shape(cfg)
     images = total if has_val else total - _count(cfg.data.val_size, total)
     images = images if cfg.data.subset == 1 else min(images, _count(cfg.data.subset, images))
