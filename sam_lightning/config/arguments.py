@@ -73,6 +73,8 @@ def _read(text: str, hint: Any) -> Any:
     So a path may have any name. Lists, null and quotes are YAML where there is no such file.
     """
     is_text = fits(text, hint) and text != "null"
+    if not text:  # YAML would make null of it
+        return text
     if is_text and (text[:1] not in tuple("['\"") or Path(text).exists()):
         return text
     listed = yaml.safe_load(f"[{text}]") if text[:1] in tuple("'\"") else None

@@ -1,5 +1,6 @@
 """The errors that end a command with one clear line instead of a traceback."""
 
+import errno
 import re
 import signal
 import sys
@@ -81,12 +82,12 @@ def one_line_errors() -> Iterator[None]:
     except (ConfigError, TrainingError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingError) else 2)
-    except OSError as error:  # such as a full disk, or a name that is too long
+    except OSError as error:  # such as a full disk; a name that is too long is a wrong setting
         if error.strerror is None:
             raise
         named = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {clean(named)}{error.strerror}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if error.errno == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         stopped = Interrupted(signal.SIGINT)
         print(f"error: {stopped}", file=sys.stderr)

@@ -22,6 +22,7 @@ COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
 # Keys whose values are paths.
 PLACES = (
     *("data.root", "data.source.root", "data.split", "data.cache_dir", "data.source.cache_dir"),
+    "model.weights",
     *("ckpt_path", "hydra.run.dir", "hydra.sweep.dir"),
 )
 

@@ -140,7 +140,8 @@ def _annotations(made: Callable[..., Any]) -> Mapping[str, Any]:
     if not is_in(("sam_lightning", "torch", "lightning"), str(getattr(made, "__module__", ""))):
         return {}  # others may be careless about them
     try:
-        return get_type_hints(made.__init__ if inspect.isclass(made) else made)
+        target = made.__init__ if inspect.isclass(made) else made
+        return get_type_hints(target, include_extras=True)
     except (NameError, TypeError):
         return {}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sam_lightning.config.arguments import Keys, parse
-from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.process import importing
 from sam_lightning.config.values import Count, Rule
 from sam_lightning.inference import command
@@ -91,8 +91,14 @@ def export(
         "images": "pixels in 0..1" if normalize else "(pixels in 0..1 - mean) / std",
         "mean": json.dumps(trained.mean),
         "std": json.dumps(trained.std),
+        "view": json.dumps({"size": size, **trained.view(size)}),
     }
     images = torch.zeros(batch or 2, trained.in_channels, *size)
+    try:
+        trained(images)
+    except Exception as error:  # whatever the model raises
+        said = f"{size[0]} x {size[1]}"
+        raise ConfigError(f"image_size: the model takes no {said} ({one_line(error)})") from error
     dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     shapes = [(n, *images.shape[1:]) for n in ([batch] if batch else [1, 2, 5])]
     with replacing(out) as path:

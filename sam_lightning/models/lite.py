@@ -65,6 +65,8 @@ def efficientnet_lite(
 class Lite(Timm):
     """Where weights of ``efficientnet_lite`` come from, and how they become those of a model."""
 
+    extra = "lite"
+
     def timm_name(self, config: Mapping[str, Any]) -> str:
         """The name of timm."""
         return f"tf_{config.get('name', NAMES[0])}"

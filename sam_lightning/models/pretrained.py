@@ -85,7 +85,7 @@ def preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
     known, weights = family(config), config.get("weights")
     if known is None or not (weights or config.get("pretrained")):
         return None
-    return known.preprocessing(config, Path(weights) if weights else None)
+    return known.preprocessing(config, Path(weights).expanduser() if weights else None)
 
 
 def load_weights(
@@ -107,9 +107,10 @@ def load_weights(
             say; the message begins with the reason.
     """
     known, ours = family(config), architecture(config)
+    published_ones = bool(config.get("pretrained") and not config.get("weights"))
     twin = known.twin(config) if isinstance(known, Timm) else None
     theirs = of or _known(weights) or weights.architecture
-    if theirs is None and twin is not None:
+    if theirs is None and twin is not None and not published_ones:
         if weights.file.name.startswith(twin):
             theirs = twin
         elif not weights.file.name.startswith(ours):
@@ -130,7 +131,7 @@ def load_weights(
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"weights of another model: {reason}") from error
-    return put(model, tensors, lenient=bool(config.get("pretrained") and not config.get("weights")))
+    return put(model, tensors, lenient=published_ones)
 
 
 def _known(weights: Weights) -> str | None:

@@ -86,9 +86,9 @@ def timm_package(why: str, extra: str = "timm") -> Any:
     return timm
 
 
-def described_by_timm(name: str) -> dict[str, Any]:
+def described_by_timm(name: str, extra: str = "timm") -> dict[str, Any]:
     """What timm knows of a model and of its weights: size, mean, head, first convolution."""
-    timm = timm_package(f"name={name}")
+    timm = timm_package(f"name={name}", extra)
     architecture, _, tag = name.partition(".")
     if not NAME.fullmatch(name) or not timm.list_models(architecture):
         near = get_close_matches(architecture, timm.list_models(), 1)
@@ -143,6 +143,8 @@ def _create(
 class Timm:
     """Where weights of ``timm_model`` come from, and how they become those of a model."""
 
+    extra = "timm"  # of this package's, which installs them
+
     def timm_name(self, config: Mapping[str, Any]) -> str:
         """The name of timm."""
         return str(config["name"])
@@ -159,19 +161,19 @@ class Timm:
 
     def published(self, config: Mapping[str, Any]) -> str:
         """What the published weights are called."""
-        about = described_by_timm(self.timm_name(config))
+        about = described_by_timm(self.timm_name(config), self.extra)
         tag = f".{about['tag']}" if about.get("tag") else ""
         return f"timm {self.architecture(config)}{tag}"
 
     def has_weights(self, config: Mapping[str, Any]) -> bool:
         """Whether there are published weights that ``fetched`` can get."""
-        about = described_by_timm(self.timm_name(config))
+        about = described_by_timm(self.timm_name(config), self.extra)
         url = isinstance(about.get("url"), str) and not about.get("custom_load")
         return bool(about.get("hf_hub_id")) or url
 
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
-        about = described_by_timm(self.timm_name(config))
+        about = described_by_timm(self.timm_name(config), self.extra)
         if hub := about.get("hf_hub_id"):
             from huggingface_hub import try_to_load_from_cache
 
@@ -212,7 +214,7 @@ class Timm:
 
     def preprocessing(self, config: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
         """See ``pretrained.preprocessing``."""
-        about = described_by_timm(self.timm_name(config))
+        about = described_by_timm(self.timm_name(config), self.extra)
         beside = described(file) if file else {}
         if beside.get("architecture") == self.architecture(config):
             said = beside.get("pretrained_cfg") or beside

@@ -56,8 +56,8 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:  # of zip, pickle, torch and safetensors
         if not path.is_file():
             raise ValueError(f"weights={path}: no such file") from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"weights={path}: no file of weights alone ({reason})") from error
+        reason = f"{type(error).__name__}; allowed are .safetensors and state dicts of torch.save"
+        raise ValueError(f"weights={path}: is not a file of weights alone ({reason})") from error
     inside = content if isinstance(content, Mapping) else {}
     found = next((inside[k] for k in INSIDE if isinstance(inside.get(k), Mapping)), inside)
     tensors = {WRAPPERS.sub("", str(k)): v for k, v in found.items() if isinstance(v, Tensor)}

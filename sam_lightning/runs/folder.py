@@ -18,7 +18,7 @@ from sam_lightning.config.text import clean
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
 from sam_lightning.runs.lock import kept, owned
-from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.runs.secrets import hide_secrets_of, without_secrets
 
 # A folder of this name is made below logs, so the name must not lead out of it.
 TaskName = Annotated[
@@ -31,7 +31,7 @@ TaskName = Annotated[
 
 
 # What Hydra and a run write into the folder of a run or sweep, and what is a result of it.
-WRITTEN = {".hydra", ".lock", "train.log", "tensorboard", "checkpoints", "split.json"}
+WRITTEN = {".hydra", ".lock", "tensorboard", "checkpoints", "split.json"}
 WRITTEN |= {"metrics.csv", "metrics.json", "multirun.yaml", "optuna.db", "sweep.json"}
 RESULTS = ("metrics.csv", "metrics.json", "*.ckpt", "sweep.json")
 
@@ -41,11 +41,16 @@ class Started:
 
     Args:
         path: of the folder, which need not be there yet.
-        jobs_elsewhere: whether other processes write to folders in it.
+        log: the name of the file that Hydra logs to.
+        of_sweep: it has folders of jobs.
+        jobs_elsewhere: whether other processes write to these.
     """
 
-    def __init__(self, path: Path, jobs_elsewhere: bool = False) -> None:
-        self.path, self.jobs_elsewhere = path.absolute(), jobs_elsewhere
+    def __init__(
+        self, path: Path, log: str, of_sweep: bool = False, jobs_elsewhere: bool = False
+    ) -> None:
+        self.path, self.written = path.absolute(), {*WRITTEN, log}
+        self.of_sweep, self.jobs_elsewhere = of_sweep, jobs_elsewhere
         self.missing = [part for part in (self.path, *self.path.parents) if not part.exists()]
         self.before = {*os.listdir(self.path)} if self.path.is_dir() else set[str]()
 
@@ -54,13 +59,14 @@ class Started:
         if not self.path.is_dir() or (self.jobs_elsewhere and any(self.path.glob("*/*"))):
             return
         new = [e for e in self.path.iterdir() if e.name not in self.before]
-        written = [e for e in new if e.name in WRITTEN or _is_of_job(e)]
+        written = [e for e in new if e.name in self.written or (self.of_sweep and _is_of_job(e))]
         found = (file for entry in written for file in (entry, *entry.rglob("*")))
         if any(file.match(name) for file in found for name in RESULTS):
             return
-        for entry in written:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         with suppress(OSError):  # something else is there
+            for entry in written:
+                linked = entry.is_symlink()
+                shutil.rmtree(entry) if entry.is_dir() and not linked else entry.unlink()
             for part in self.missing:
                 part.rmdir()
 
@@ -93,7 +99,7 @@ class RunFolder(Callback):
                     pass
             except ConfigError as error:
                 refuse(str(error))
-        started = Started(folder)
+        started = Started(folder, f"{config.hydra.job.name}.log")
         own(folder, "hydra.run.dir")
         RunFolder.started = started
         if part is None:  # the run continues in its old folder
@@ -115,7 +121,8 @@ class RunFolder(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take tokens and passwords out of what Hydra has just stored."""
-        given = OmegaConf.to_container(config)
+        given: Any = OmegaConf.to_container(config)
+        hide_secrets_of(given)
         if without_secrets(given) == given:
             return
         files = [*Path(config.hydra.runtime.output_dir).glob(".hydra/*.yaml")]

@@ -42,6 +42,12 @@ _POLICIES = {
     "randaugment": {"_target_": f"{_AUGMENT}RandAugment"},
     "trivialaugment": {"_target_": f"{_AUGMENT}TrivialAugment"},
 }
+# What a setting of null, or a checkpoint of before there was the key, stands for.
+DEFAULTS = {
+    **{"model.pretrained": False, "model.weights": None, "model.weights_of": None},
+    **{f"data.{source}interpolation": "bilinear" for source in ("", "source.")},
+    **{f"data.{source}crop_mode": "center" for source in ("", "source.")},
+}
 
 
 def with_current_names(stored: Any) -> Any:

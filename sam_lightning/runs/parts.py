@@ -14,6 +14,7 @@ from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.checkpoint import read
+from sam_lightning.runs.old_names import DEFAULTS
 
 ALWAYS, STEPS, EPOCHS, NEVER = "always", "steps", "epochs", "never"
 MEANING = {
@@ -28,7 +29,7 @@ TABLE = {
         output_dir ckpt_path task_name experiment sweep test debug traceback optimized_metric
         checkpoint_every_n_steps logger
         callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
-        callbacks.sharpness model.pretrained model.weights model.weights_of
+        callbacks.sharpness
         data.root data.cache_dir data.memory_gb data.download data.num_workers data.device
         data.pin_memory data.eval_batch_size data.source.root data.source.cache_dir
         data.source.memory_gb data.source.download
@@ -155,6 +156,7 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
         position, run = Position.of(checkpoint), checkpoint.get("settings")
         had = dict(run) if run else _settings_before(checkpoint["hyper_parameters"])
         json.dumps(had)  # plain values only
+        had, settings = _spelled_out(had), _spelled_out(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no run can continue from it ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(f"ckpt_path={path}: {reason}") from error
@@ -179,6 +181,11 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
             )
     recorded = {k: v for k, v in changed.items() if when(k) != ALWAYS or k.startswith("trainer.")}
     return recorded, ended
+
+
+def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
+    left = {k: v for k, v in DEFAULTS.items() if settings.get(k) is None}
+    return {**settings, **left}
 
 
 def _settings_before(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,15 @@ from sam_lightning.config.errors import ConfigError
 
 HIDDEN = "***"  # in the place of a secret
 # A key that names a secret, such as logger.wandb.api_key or aws_secret_access_key.
-NAMED = r"(?i:(?:^|(?<=[^a-zA-Z0-9]))(?:api)?(?:key|token|password|passwd|pwd|secret|credentials?))"
+NAMED = (
+    r"(?i:(?:^|(?<=[^a-zA-Z0-9]))(?:api|auth|access|client|private|secret)?"
+    r"(?:key|tokens?|passwords?|passphrase|passwd|pwd|secrets?|credentials?))"
+)
 KEY = re.compile(rf"{NAMED}$")
 # key=value and key: value, also in a URL or in braces.
-GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:[^\s,&}}\])\"':]|:(?!\s))+)")
-LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")  # user:password@ of a URL
+QUOTED = r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"""
+GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)({QUOTED}|\[[^\]]*\]|(?:[^\s,&}}\])\"':]|:(?!\s))+)")
+LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s]+@")  # user:password@ of a URL
 SHORTEST = 8  # characters of a secret in the environment; shorter ones may be anywhere
 
 
@@ -46,14 +50,18 @@ def given_again(content: Mapping[str, Any], how: str = "give it again, or") -> d
 def hide_secrets_of(content: Mapping[str, Any]) -> None:
     """Keep the secrets in nested settings out of the log, and of all that is recorded from now."""
     for key, value in flat(content).items():
-        if KEY.search(key) and isinstance(value, str) and len(value) >= SHORTEST:
-            _known.add(value)
+        if KEY.search(key):
+            texts = value if isinstance(value, list) else [value]
+            _known.update(t for t in texts if isinstance(t, str) and len(t) >= SHORTEST)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_hide)
 
 
 def _hide(record: logging.LogRecord) -> bool:
-    record.msg, record.args = without_secrets(record.getMessage()), None
+    try:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+    except Exception:  # of a wrong call, which the handler says
+        return True
     if record.exc_info:
         text = logging.Formatter().formatException(record.exc_info)
         record.exc_text = without_secrets(text)
@@ -66,21 +74,21 @@ def without_secrets(content: Any) -> Any:
     Secrets are values of keys that are called key, token, password and the like, logins in URLs,
     the values of environment variables of such names, and what ``hide_secrets_of`` was given.
     """
-    named = {
-        k: v for k, v in os.environ.items() if KEY.search(k) and k != "PWD"
-    }  # that is a folder
-    known = {*_known, *(value for value in named.values() if len(value) >= SHORTEST)}
+    named = [v for k, v in os.environ.items() if KEY.search(k) and not v.startswith("/")]  # PWD
+    known = {*_known, *(value for value in named if len(value) >= SHORTEST)}
+    words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    anywhere = re.compile(rf"(?<!\w)(?:{words})(?!\w)") if words else None
 
     def cleaned(value: Any, key: str = "") -> Any:
-        if KEY.search(key) and type(value) in (str, int, float):
+        if KEY.search(key) and isinstance(value, str):
             return HIDDEN
         if isinstance(value, dict):
             return {k: cleaned(child, str(k)) for k, child in value.items()}
         if isinstance(value, list):
-            return [cleaned(child) for child in value]
+            return [cleaned(child, key) for child in value]
         if isinstance(value, str):
-            for secret in known:
-                value = value.replace(secret, HIDDEN)
+            if anywhere is not None:
+                value = anywhere.sub(HIDDEN, value)
             value = LOGIN.sub(rf"\1{HIDDEN}@", GIVEN.sub(rf"\1{HIDDEN}", value))
         return value
 

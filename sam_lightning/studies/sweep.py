@@ -132,7 +132,7 @@ class SweepFolder(Callback):
         except ConfigError as error:
             refuse(str(error))
         elsewhere = not config.hydra.launcher._target_.endswith(".BasicLauncher")
-        started = Started(path, jobs_elsewhere=elsewhere)
+        started = Started(path, f"{config.hydra.job.name}.log", True, elsewhere)
         own(path, "hydra.sweep.dir")
         SweepFolder.started = started
         try:
@@ -235,7 +235,7 @@ def summarized() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if SweepFolder.started is not None:  # of which there may be nothing to tell
+        if SweepFolder.started is not None:  # before the table of what may be nothing
             SweepFolder.started.discard()
         raise
     except Exception as error:  # a launcher's or sweeper's; after failed jobs, it is about them

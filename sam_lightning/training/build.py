@@ -31,6 +31,7 @@ from sam_lightning.training.callbacks.progress import Throughput
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.finetune import fine_tuning
 from sam_lightning.training.fit_loop import FitLoop
+from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.model import make_model
 from sam_lightning.training.module import SAMModule, steps
@@ -139,11 +140,16 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
     check_names("method", method, SAMModule, own)
     module = SAMModule(**own, **method)
     try:
-        module.make_sam(trainable(model))
+        sam = module.make_sam(trainable(model))
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
+    if sam.defaults["rho"] > 0 and Groups(sam).counts()[1] == 0:
+        raise ConfigError(
+            f"rho={cfg.rho}: no weight that trains is perturbed, by finetune, param_groups or "
+            "method.perturbed_layers; method=sgd says so"
+        )
     if cfg.ckpt_path is not None:
         _try_optimizer(cfg, module)
     return module

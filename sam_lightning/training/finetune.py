@@ -111,7 +111,10 @@ def _finetune(
     decay_norm_and_bias: bool = True,
 ) -> Freezing | None:
     frozen = dict.fromkeys(selected(model, freeze, words, "freeze"), math.inf)
-    for epoch, patterns in sorted((unfreeze or {}).items(), reverse=True):
+    given = {int(epoch): patterns for epoch, patterns in (unfreeze or {}).items()}
+    for epoch, patterns in sorted(given.items(), reverse=True):
+        if epochs < 2:
+            raise ConfigError(f"finetune.unfreeze: needs more than epochs={epochs}")
         if not 0 < epoch < epochs:
             raise ConfigError(
                 f"finetune.unfreeze.{epoch}: this run has epochs={epochs}; allowed is a number of "

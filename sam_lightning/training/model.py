@@ -42,7 +42,7 @@ def make_model(
     hparams = _hparams(cfg, data, shape)
     weights = _checked_weights(cfg, shape)
     model = build(cfg, "model", **shape)
-    if (started := start_from_weights(cfg, model, shape, trainer)) is not None:
+    if (started := start_from_weights(cfg, model, shape, data.classes, trainer)) is not None:
         hparams["weights"] = started
     if not ours or "name" in cfg.model:  # others than those written here
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sam_lightning.config.instantiate import takes
 from sam_lightning.data.views import evaluation_view
 from sam_lightning.models import preprocessing
 from sam_lightning.models.pretrained import architecture, load_weights, published
-from sam_lightning.models.weights import Weights, read_weights, sha256
+from sam_lightning.models.weights import Weights, heads, read_weights, sha256
 from sam_lightning.runs.checkpoint import newest, read
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,16 @@ def prepare_as_weights(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg.model, resolve=True)
     if not config.get("pretrained") and config.get("weights") is None:
         return
+    if not config["_target_"].startswith("sam_lightning.") and takes(cfg, "weights"):
+        return  # an argument of the user's own
     if cfg.ckpt_path is not None:
         hparams = read(cfg.ckpt_path, mmap=True)["hyper_parameters"]
-        wanted = {**hparams["data"], **{key: hparams.get(key) for key in ("mean", "std")}}
+        had = {
+            **(hparams.get("data") or {}),
+            "mean": hparams.get("mean"),
+            "std": hparams.get("std"),
+        }
+        wanted = {key: had[key] for key in PREPARED if cfg.data.get(key, 0) is None and key in had}
     else:
         wanted = weights_preprocessing(config) or {}
         if "image_size" in wanted:
@@ -59,7 +66,11 @@ def prepare_as_weights(cfg: DictConfig) -> None:
 
 
 def start_from_weights(
-    cfg: DictConfig, model: nn.Module, shape: Mapping[str, Any], trainer: Any
+    cfg: DictConfig,
+    model: nn.Module,
+    shape: Mapping[str, Any],
+    classes: Sequence[str],
+    trainer: Any,
 ) -> dict[str, Any] | None:
     """Put the weights into a new model that ``model.pretrained`` or ``model.weights`` name.
 
@@ -69,6 +80,7 @@ def start_from_weights(
         cfg: the run's configuration.
         model: built from it; is changed in place.
         shape: what the model got from the data.
+        classes: of the data; a run of others has no head for these, also if there are as many.
         trainer: one process of a machine downloads.
 
     Returns:
@@ -84,10 +96,14 @@ def start_from_weights(
     given = None if takes(cfg, "weights") else config.get("weights")
     asked = bool(config.get("pretrained")) and not takes(cfg, "pretrained")
     if given is None and not asked:
+        if config.get("weights_of") is not None:
+            said = f"model.weights_of={config['weights_of']}"
+            raise ConfigError(f"{said}: is about model.weights or model.pretrained=true; give one")
         return None
     with argument_errors("model"):
         if given is not None:
-            key, name, weights = f"model.weights={given}", str(given), _read(str(given))
+            key, name = f"model.weights={given}", str(given)
+            weights = _read(name, model, classes)
         else:
             if trainer.local_rank == 0:
                 published(config)
@@ -144,14 +160,18 @@ def _of_run(given: Any) -> Path | None:
     return path if path.suffix == ".ckpt" else None
 
 
-def _read(given: str) -> Weights:
+def _read(given: str, model: nn.Module, classes: Sequence[str]) -> Weights:
     file = _of_run(given)
     if file is None:
         return read_weights(Path(os.path.expanduser(given)))
     try:
         checkpoint = read(file)
         tensors = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
-        theirs = architecture(checkpoint["hyper_parameters"]["model"])
+        hparams = checkpoint["hyper_parameters"]
+        theirs = architecture(hparams["model"])
+        if [*hparams["classes"]] != [*classes]:
+            others = tuple(f"{head}." for head in heads(model))
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
     except (ConfigError, LookupError, TypeError, ValueError) as error:
         reason = one_line(error).removeprefix(f"ckpt_path={file}: ")
         raise ConfigError(f"model.weights={given}: {reason}") from error

@@ -339,6 +339,7 @@ def program(folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_monitor_on_two_processes(tmp_path):
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -104,6 +104,7 @@ def test_a_run_has_no_warning(login_node, tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_error_comes_first_on_a_login_node_too(login_node, tmp_path):
     options = [*SMALL, "data.val_size=5000"]  # found out with the data, behind the trainer

@@ -156,6 +156,7 @@ def test_one_class_alone_is_refused(tmp_path):
     assert "needs two classes" in one_line_error(read, tmp_path / "photos")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_images_that_memory_cannot_hold_are_counted(tmp_path):
     root = tmp_path / "photos"
@@ -267,7 +268,8 @@ def start_in(folder: Path) -> int:
 
     from sam_lightning.runs.folder import RunFolder
 
-    cfg = {"task_name": "train", "hydra": {"output_subdir": ".hydra", "run": {"dir": str(folder)}}}
+    hydra = {"output_subdir": ".hydra", "run": {"dir": str(folder)}, "job": {"name": "train"}}
+    cfg = {"task_name": "train", "hydra": hydra}
     try:
         RunFolder().on_run_start(OmegaConf.create(cfg))
     except SystemExit as end:

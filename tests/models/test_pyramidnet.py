@@ -112,7 +112,7 @@ def test_published_parameter_counts(depth, alpha, bottleneck, expected):
 def test_the_configured_models_are_the_published_ones(name, millions):
     options = dict(configuration(f"model={name}").model)
     assert options.pop("_target_") == "sam_lightning.models.PyramidNet"
-    assert options.pop("weights") is None
+    assert options.pop("weights") is options.pop("weights_of") is None
     with torch.device("meta"):
         model = PyramidNet(**options)
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -243,6 +243,7 @@ def test_channels_last_changes_nothing(name):
         torch.testing.assert_close(one.grad, two.grad)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_compiles_to_one_graph():
     torch._dynamo.reset()

@@ -63,13 +63,13 @@ def test_what_was_in_the_folder_stays(light, tmp_path):
 def test_a_sweep_whose_first_job_has_not_begun_to_train_is_left_out(light, tmp_path):
     lone, other = tmp_path / "a" / "lone", tmp_path / "b" / "other"
     for sweep, elsewhere in ((lone, False), (other, True)):
-        started = Started(sweep, jobs_elsewhere=elsewhere)
+        started = Started(sweep, "train.log", True, elsewhere)
         (sweep / "0_seed=0" / ".hydra").mkdir(parents=True)
         (sweep / "multirun.yaml").touch()
         started.discard()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
     assert (other / "0_seed=0" / ".hydra").is_dir()  # that job may be at work
-    started = Started(lone)
+    started = Started(lone, "train.log", True)
     (lone / "0_seed=0" / "checkpoints").mkdir(parents=True)
     (lone / "0_seed=0" / ".hydra").mkdir()
     (lone / "0_seed=0" / "checkpoints" / "last.ckpt").touch()
@@ -77,6 +77,16 @@ def test_a_sweep_whose_first_job_has_not_begun_to_train_is_left_out(light, tmp_p
     (lone / "1_mine" / "file").touch()
     started.discard()
     assert (lone / "0_seed=0" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_refused_run_leaves_what_others_write_beside_it(tmp_path):
+    started = Started(tmp_path, "own.log")
+    (tmp_path / "2026-11-30" / ".hydra").mkdir(parents=True)  # another run, in the same folder
+    (tmp_path / "own.log").touch()
+    (tmp_path / ".hydra").symlink_to(tmp_path / "2026-11-30")
+    started.discard()
+    assert [p.name for p in tmp_path.iterdir()] == ["2026-11-30"]
+    assert (tmp_path / "2026-11-30" / ".hydra").is_dir()
 
 
 @pytest.mark.slow

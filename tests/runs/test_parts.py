@@ -14,6 +14,7 @@ from inject import forked
 from runs import equal, rows, run, summary, weights
 from sam_lightning.config.conf import CONF, flat, package_of
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.runs import parts
 from sam_lightning.runs.parts import MEANING, TABLE, when
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -201,6 +202,12 @@ def test_a_finished_run_is_never_relabelled(finished_copy, given, said):
     assert done.stderr.startswith(f"error: {said}: may not change if nothing is left to train")
     assert done.stderr.count("\n") == 1
     assert (finished_copy / "metrics.json").read_bytes() == before
+
+
+def test_null_and_keys_that_are_new_mean_what_was_meant_before():
+    old = {"data.interpolation": "bilinear", "data.source.interpolation": "bilinear", "lr": 0.1}
+    new = {"data.interpolation": None, "data.crop_mode": None, "model.pretrained": False, "lr": 0.1}
+    assert parts._spelled_out(old) == parts._spelled_out(new)
 
 
 def test_the_test_of_a_finished_run_may_be_repeated(finished_copy):

@@ -146,13 +146,18 @@ def test_no_record_of_a_run_has_a_password_and_it_continues_without(tmp_path, mo
         ("s3://me:pass@host/a?token=abc&b=c", "s3://***@host/a?token=***&b=c"),
         ("aws_secret_access_key=a PASSWORD=b", "aws_secret_access_key=*** PASSWORD=***"),
         ("model.monkey=1 monitor=val/acc data.root=/a@b", None),
+        ("model.key='it\\'s mine' x=1", "model.key=*** x=1"),
+        ("+model.tokens=[abc,def] clientSecret=a", "+model.tokens=*** clientSecret=***"),
+        ("s3://me:p@ss@host/a", "s3://***@host/a"),
         ({"a": [{"token": "x", "tokens": 3}], "use_token": True}, None),
+        ({"token": ["x", "y"], "key": 4}, None),
     ],
     ids=str,
 )
 def test_secrets_are_taken_out(text, without):
     if isinstance(text, dict):
         without = {"a": [{"token": "***", "tokens": 3}], "use_token": True}
+        without = without if "a" in text else {"token": ["***", "***"], "key": 4}
     assert without_secrets(text) == (text if without is None else without)
 
 

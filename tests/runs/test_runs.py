@@ -349,6 +349,7 @@ def test_a_job_that_fails_takes_no_other_down(tmp_path):
     assert summary(finished)["status"] == "completed"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_search_for_a_radius(tmp_path):
     arguments = [*SMALL, "data.val_size=100", "hydra.sweeper.n_trials=3"]

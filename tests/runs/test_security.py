@@ -523,6 +523,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_on_digits_uses_no_network(tmp_path):
     small = ["data=digits", "data.subset=50", "model.width=2", "trainer=cpu", "epochs=1"]

@@ -292,6 +292,7 @@ def test_frozen_layers_keep_weights_and_statistics(tmp_path, callbacks):
     assert found["parameters"] > count
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sam", "gsam"])
 def test_frozen_layers_and_unfreezing_over_two_processes(tmp_path, method):
@@ -391,7 +392,8 @@ def steps_saved(folder):
     ("options", "at"),
     [
         (FIXED, 9),  # steps that a checkpoint has
-        ([*FIXED, *GRADUAL, "optimizer=sgd"], 18),  # in the third epoch
+        # In the third epoch.
+        pytest.param([*FIXED, *GRADUAL, "optimizer=sgd"], 18, marks=pytest.mark.long),
         ([*FIXED, *GRADUAL, "trainer=cpu", "method=looksam"], "save:3"),  # as the first one ends
     ],
 )
@@ -452,11 +454,16 @@ def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
 
 
 REFUSED = [
+    ("callbacks=ema callbacks.ema.decay=1", "callbacks.ema.decay=1: allowed is "),
     ("finetune=full finetune.freeze=[lay]", "finetune.freeze=lay: matches no parameter that tra"),
     ("finetune=full finetune.freeze=['*']", "leaves no parameter to train"),
     (
         "finetune=head finetune.unfreeze={2:[backbone]}",
         "finetune.unfreeze.2: this run has epochs=2; allowed is a number of epochs from 1 to 1",
+    ),
+    (
+        "finetune=head +finetune.unfreeze.3=[fc]",
+        "finetune.unfreeze.3: this run has epochs=2; allow",
     ),
     ("finetune=full finetune.unfreeze={1:[fc]}", "finetune.unfreeze.1=['fc']: matches nothing in"),
     (

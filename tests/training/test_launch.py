@@ -210,6 +210,7 @@ def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     assert not any("gloo" in names for names in threads)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_rank_0_logs_is_in_the_log_of_the_run(tmp_path):
     code = "from torch import nn\n"

@@ -170,6 +170,7 @@ def test_masks_differ_between_seeds_and_a_run_repeats():
     assert not torch.equal(results[0]["1.weight"], results[2]["1.weight"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiled_model_trains_the_same_with_two_graphs():
     torch._dynamo.reset()
@@ -193,6 +194,7 @@ class CountGraphs(L.Callback):
         self.counts.append(self.counter.frame_count)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "memory_format", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)]

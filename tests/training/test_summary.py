@@ -111,6 +111,7 @@ def test_overfit_ends_once_all_images_are_learned(tmp_path, capsys):
     assert re.search("stopped after epoch .*train/acc", said)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_profile_prints_one_table(tmp_path):
     done = command(tmp_path, *SMALL, "debug=profile", "data.subset=50", "hydra.run.dir=run")

@@ -77,8 +77,10 @@ def test_a_run_continues_without_the_file(started, tmp_path):
     folder = shutil.copytree(started, tmp_path / "run")
     before = summary(folder)["weights"]
     last = str(folder / "checkpoints" / "last.ckpt")
-    given = "model.weights=gone.safetensors"  # also if another is given
-    run(folder, *RESNET, *STILL, given, "epochs=2", f"ckpt_path={last}")
+    again = [*RESNET, *STILL, "epochs=2", f"ckpt_path={last}"]
+    with pytest.raises(ConfigError, match=r"^model\.weights=other: may not change within a run"):
+        run(folder, *again, "model.weights=other")
+    run(folder, *again, f"model.weights={started.parent / 'mine.safetensors'}")
     assert summary(folder)["weights"] == before
     assert summary(folder)["epochs"] == 2
 
@@ -245,6 +247,7 @@ def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeyp
         (["model.name=hf-hub:timm/x"], "model.name=hf-hub:timm/x: allowed is a name of letters"),
         (["model.name=nosuch"], "model.name=nosuch: timm has no such model"),
         (["model.drop_path_rate=1"], "model.drop_path_rate=1: allowed is "),
+        (["model.weights_of=x"], "model.weights_of=x: is about model.weights"),
     ],
 )
 def test_what_cannot_be_loaded_ends_in_one_line(arguments, message, tmp_path):
@@ -259,6 +262,7 @@ def test_what_cannot_be_loaded_ends_in_one_line(arguments, message, tmp_path):
     assert not [*(tmp_path / "cwd").iterdir()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_start_from_the_same_weights(file, tmp_path):
     options = [*SMALL, *RESNET, *STILL, f"model.weights={file}", "hydra.run.dir=run"]

@@ -164,7 +164,9 @@ def write_runs(plan: Plan, statuses: Sequence[RunStatus], runs: Sequence[Run], p
         line["state"] = status.state
         lines.append(json.dumps(line | results.get(run.folder, {"reason": status.reason})))
     given = without_secrets([o for o in plan.overrides if key_of(o) not in PLACES])
-    head = json.dumps({"study": plan.name, "file": plan.content, "overrides": given}, indent=1)
+    head = json.dumps(
+        {"study": plan.name, "file": without_secrets(plan.content), "overrides": given}, indent=1
+    )
     rows = ",\n  ".join(lines)
     with replacing(path) as temporary:
         temporary.write_text(f'{head[:-2]},\n "runs": [\n  {rows}\n ]\n}}\n', encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam_lightning.config.conf import flat
 from sam_lightning.runs.files import RunStatus, content, finite, read_status
-from sam_lightning.runs.old_names import with_current_names
+from sam_lightning.runs.old_names import DEFAULTS, with_current_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,6 +158,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ignored = key in IGNORED or key in named or key.startswith("logger.")
         ignored |= name == "_target_" and part in (*named, "data.source")
         ignored |= alone and key.startswith("method.")
+        ignored |= key in DEFAULTS and value in (None, DEFAULTS[key])
         # Some arguments of the source are keys of data.
         ignored |= part == "data.source" and (name in data or f"data.{name}" in IGNORED)
         if not ignored and not isinstance(value, dict):
