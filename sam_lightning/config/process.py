@@ -1,4 +1,4 @@
-"""What ends a process at once, Ctrl-C while it imports, and what does not, a closed pipe."""
+"""How a process ends: at once by Ctrl-C while it imports, and not because a pipe is closed."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What of a model trains, from when on, and with which settings: the group ``finetune``."""
+"""Which parameters train, from which epoch, with which settings: the group ``finetune``."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -24,7 +24,7 @@ PREPARED = ("image_size", "mean", "std", "interpolation", "crop_fraction", "crop
 
 
 def prepare_as_weights(cfg: DictConfig) -> None:
-    """Give ``data`` what it leaves open as the weights want it that the model starts from.
+    """Set the keys of ``data`` that are null to the values that the model's weights need.
 
     Data sets without ``image_size`` keep their own size, mean and std, and may be grey. A run that
     continues goes on with what it had. What differs from the weights is logged.
