@@ -109,6 +109,8 @@ def test_onnx_runs_in_onnxruntime_and_names_the_classes(photos, tmp_path):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["blue", "red", "yellow"]
     assert metadata["images"] == "pixels in 0..1"
+    view = {"size": [24, 24], "fraction": 1.0, "interpolation": "bilinear", "mode": "center"}
+    assert json.loads(metadata["view"]) == view
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

@@ -454,6 +454,10 @@ def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
 
 
 REFUSED = [
+    (
+        "finetune=head param_groups=[{params:[head],rho:0}]",
+        "rho=0.05: no weight that trains is per",
+    ),
     ("callbacks=ema callbacks.ema.decay=1", "callbacks.ema.decay=1: allowed is "),
     ("finetune=full finetune.freeze=[lay]", "finetune.freeze=lay: matches no parameter that tra"),
     ("finetune=full finetune.freeze=['*']", "leaves no parameter to train"),

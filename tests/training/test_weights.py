@@ -189,6 +189,19 @@ def test_a_transformer_is_built_for_the_images(tmp_path):
         torch.testing.assert_close(found, value, rtol=0, atol=1e-20)
     with pytest.raises(ConfigError, match=r"does not take images of 3 x 40 x 40"):
         run(tmp_path / "refused", *options, "data.image_size=40")
+    with pytest.raises(ConfigError, match=r"^image_size: the model takes no 40 x 40 \("):
+        export.export(ours, tmp_path / "x.onnx", image_size=(40, 40))
+
+
+def test_the_head_of_other_classes_is_new(started, tmp_path):
+    path = changed(
+        started / "checkpoints" / "last.ckpt",
+        tmp_path / "other.ckpt",
+        lambda c: c["hyper_parameters"].update(classes=[f"other {i}" for i in range(10)]),
+    )
+    run(tmp_path / "next", *RESNET, *STILL, f"model.weights={path}")
+    assert summary(tmp_path / "next")["weights"]["new"] == ["fc.weight", "fc.bias"]
+    assert weights(tmp_path / "next")["model.fc.weight"].abs().max() < 1e-20
 
 
 @pytest.mark.parametrize(
