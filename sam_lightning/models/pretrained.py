@@ -73,7 +73,7 @@ def preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
         - ``image_size``: [height, width] that the model takes, in pixels,
         - ``mean``, ``std``: of each channel, of pixels in 0..1,
         - ``interpolation``: ``bilinear`` or ``bicubic``,
-        - ``crop_fraction``: the side of the crop over that of the resized image, in (0, 1]:
+        - ``crop_fraction``: side of the crop divided by side of the resized image, in (0, 1]:
           images are resized to ``floor(side / crop_fraction)`` before they are cropped,
         - ``crop_mode``: ``center``: the shorter side is resized, and the centre cropped;
           ``squash``: both sides are resized, so that shapes change, and the centre cropped;

@@ -70,7 +70,7 @@ def torchvision_model(
 
 
 def known(name: str) -> str:
-    """The name of a model without that of its weights."""
+    """The architecture in a name such as ``resnet50.IMAGENET1K_V1``."""
     from torchvision import models
 
     architecture = name.partition(".")[0]
@@ -117,7 +117,7 @@ class Torchvision:
     """Where weights of ``torchvision_model`` come from, and how they become those of a model."""
 
     def architecture(self, config: Mapping[str, Any]) -> str:
-        """Its name without that of weights."""
+        """The architecture of a configured model, such as ``resnet50``."""
         ours = OURS.get(str(config["_target_"]).rpartition(".")[2])
         return ours or known(str(config["name"]))
 
