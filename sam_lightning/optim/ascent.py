@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from sam_lightning.optim.grad_scaler import unscaled
+from sam_lightning.optim.foreach import foreach
 from sam_lightning.optim.methods.asam import normalized_ascent
 from sam_lightning.optim.perturbation import Direction, GradientAscent, Perturbation, State
 
@@ -35,7 +36,8 @@ def ascent_of(sam: Any, scaler: GradScaler | None = None) -> Ascent:
         rho, decay = sign * group["rho"], sign * group.get("weight_decay", 0.0)
         names = group.get("param_names") or [None] * len(group["params"])
         for name, p in zip(names, group["params"], strict=True):
-            grad = p.grad if needs_gradient else _momentum(sam.state.get(p, {}))
+            state = {} if needs_gradient else sam.state.get(p, {})
+            grad = p.grad if needs_gradient else state.get("momentum_buffer", state.get("exp_avg"))
             if grad is None or not p.requires_grad or (chosen is not None and name not in chosen):
                 continue
             if grad.is_sparse:
@@ -45,15 +47,12 @@ def ascent_of(sam: Any, scaler: GradScaler | None = None) -> Ascent:
         return Ascent([], [], [], [], [])
     weights, grads, names, rhos, adaptive, decays = map(list, zip(*rows, strict=True))
     if needs_gradient and scaler is not None:
-        grads = unscaled(grads, scaler)
+        scale = scaler.scale(torch.ones((), device=grads[0].device))
+        grads = foreach(torch._foreach_mul, grads, 1 / scale)
     if needs_gradient and sam.decay_in_ascent:
         rows_of_decay = zip(grads, weights, decays, strict=True)
         grads = [g.add(w, alpha=decay) for g, w, decay in rows_of_decay]
     return Ascent(weights, grads, names, rhos, adaptive)
-
-
-def _momentum(state: State) -> Tensor | None:
-    return state.get("momentum_buffer", state.get("exp_avg"))
 
 
 def direction_of(perturbation: Perturbation, ascent: Ascent, states: Sequence[State]) -> Direction:

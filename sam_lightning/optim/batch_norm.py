@@ -1,6 +1,6 @@
 """Normalisation statistics in SAM's second pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,22 +32,18 @@ def frozen_running_stats(model: nn.Module | None = None) -> Iterator[None]:
             freeze(layer)
 
     def freeze(layer: Any) -> None:
-        if isinstance(layer, torch.jit.ScriptModule):  # its flags are constants
+        # Flags of a script are constants; InstanceNorm updates its buffers whatever the flag is.
+        if isinstance(layer, torch.jit.ScriptModule | _InstanceNorm):
             if id(layer) not in put_aside:
-                replace(layer, torch.clone)
+                names = ("running_mean", "running_var", "num_batches_tracked")
+                found = {name: getattr(layer, name, None) for name in names}
+                kept = {name: b for name, b in found.items() if isinstance(b, Tensor)}
+                put_aside[id(layer)] = layer, kept
+                for name, buffer in kept.items():
+                    setattr(layer, name, buffer.clone())
         elif layer.training and getattr(layer, "track_running_stats", False):
             frozen.append(layer)
             layer.track_running_stats = False
-            if isinstance(layer, _InstanceNorm):  # it updates buffers despite the flag
-                replace(layer, lambda _: None)
-
-    def replace(layer: Any, by: Callable[[Tensor], Tensor | None]) -> None:
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        buffers = {name: getattr(layer, name, None) for name in names}
-        kept = {name: b for name, b in buffers.items() if isinstance(b, Tensor)}
-        put_aside[id(layer)] = layer, kept
-        for name, buffer in kept.items():
-            setattr(layer, name, by(buffer))
 
     hook = register_module_forward_pre_hook(freeze_all) if model is None else None
     try:

@@ -32,8 +32,15 @@ def run_passes(sam: Any, step: StepState, closure: Closure, model: nn.Module | N
     automatic = module is not None and module.automatic_optimization
     compute, finish = _in_parts(closure)
     model = module if model is None else model
+    result = None
     if step.plain or not sam.perturbs:
-        result = compute() if automatic else _pass_at_w(sam, step, compute)
+        if automatic:
+            result = compute()
+        elif not step.has_new_gradients(sam.params):
+            given = [(p, p.grad) for p in sam.params]
+            sam.zero_grad()
+            result = compute()
+            _put_back_if_none(given)
         sam.combine()
     elif automatic and _accumulates(module.trainer):
         raise RuntimeError(
@@ -44,7 +51,6 @@ def run_passes(sam: Any, step: StepState, closure: Closure, model: nn.Module | N
         with sam.perturbed(model):
             result = compute()
     elif not automatic and step.has_new_gradients(sam.params):
-        result = None
         _second_pass(sam, compute, model)
     else:
         sam.zero_grad()
@@ -84,16 +90,6 @@ def _accumulates(trainer: Any) -> bool:
     """Whether Lightning accumulates gradients; averaging weights, it says so and computes none."""
     computes = not getattr(trainer.fit_loop, "_skip_backward", False)
     return bool(computes and trainer.accumulate_grad_batches > 1)
-
-
-def _pass_at_w(sam: Any, step: StepState, compute: Closure) -> Any:
-    if step.has_new_gradients(sam.params):
-        return None
-    given = [(p, p.grad) for p in sam.params]
-    sam.zero_grad()
-    result = compute()
-    _put_back_if_none(given)
-    return result
 
 
 def _second_pass(sam: Any, compute: Closure, model: nn.Module | None) -> None:

@@ -3,17 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.amp import GradScaler
 
 from sam_lightning.optim.foreach import foreach, global_norm
 from sam_lightning.optim.step_state import StepState
-
-
-def unscaled(grads: list[Tensor], scaler: GradScaler) -> list[Tensor]:
-    """Divide gradients by the scale of their loss, out of place."""
-    scale = scaler.scale(torch.ones((), device=grads[0].device))
-    return list(foreach(torch._foreach_mul, grads, 1 / scale))
 
 
 @torch.no_grad()

@@ -142,7 +142,4 @@ def _grads(params: list[Tensor]) -> Iterator[Any]:
 
 
 def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # of a tensor made in inference mode
-        return 0
+    return 0 if tensor.is_inference() else tensor._version

@@ -32,11 +32,8 @@ class FriendlyAscent:
         finite = global_norm(grads).isfinite()
         direction = []
         for g, state in zip(grads, states, strict=True):
-            if "mean" not in state:
-                state["mean"] = torch.where(finite, g, 0)
-                direction.append(g)
-                continue
-            mean = state["mean"]
-            direction.append(torch.sub(g, mean, alpha=self.sigma))
-            state["mean"] = torch.where(finite, torch.lerp(mean, g, 1 - self.decay), mean)
+            mean = state.get("mean")
+            direction.append(g if mean is None else torch.sub(g, mean, alpha=self.sigma))
+            new = g if mean is None else torch.lerp(mean, g, 1 - self.decay)
+            state["mean"] = torch.where(finite, new, 0 if mean is None else mean)
         return direction, global_norm(direction)

@@ -25,15 +25,12 @@ class LookSAM:
 
     def __call__(self, first: Tensors | None, second: Tensors, states: States) -> None:
         """Keep g_v / ||g_v||, or add it to the gradient of a step that does not perturb."""
-        if first is not None:
-            self._keep(first, second, states)
+        if first is None:
+            size = self.alpha * global_norm(second)
+            for g, state in zip(second, states, strict=True):
+                if "direction" in state:
+                    g.add_(state["direction"] * size)
             return
-        size = self.alpha * global_norm(second)
-        for g, state in zip(second, states, strict=True):
-            if "direction" in state:
-                g.add_(state["direction"] * size)
-
-    def _keep(self, first: Tensors, second: Tensors, states: States) -> None:
         rest = foreach(torch._foreach_mul, first, -projection(second, first))
         foreach(torch._foreach_add_, rest, second)
         size = global_norm(rest)
