@@ -31,7 +31,7 @@ def worst_case(surface: LossSurface, rho: float, steps: int = 1) -> float:
     rises = []
     for step in range(steps):
         e = e + 2.5 * rho / steps * _unit(gradient)
-        e = e * min(1.0, rho / max(_norm(e), 1e-12))
+        e = e * min(1.0, rho / max(e.norm().item(), 1e-12))
         with surface.moved(e):
             if step + 1 < steps:
                 there, gradient = surface.gradient()
@@ -215,7 +215,7 @@ class _Lanczos:
             product = self.surface.hvp(last)
             self.diagonal.append(torch.dot(last, product).item())
             rest = self._outside(product)
-            self.beta = _norm(rest)
+            self.beta = rest.norm().item()
             if self.beta <= 100 * torch.finfo(rest.dtype).eps * self.scale:
                 self.beta = 0.0
             if len(self.diagonal) == most:
@@ -262,8 +262,4 @@ def _outside(vector: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / (torch.linalg.vector_norm(vector) + 1e-12)
-
-
-def _norm(vector: Tensor) -> float:
-    return torch.linalg.vector_norm(vector).item()
+    return vector / (vector.norm() + 1e-12)

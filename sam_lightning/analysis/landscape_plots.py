@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from sam_lightning import plotting as plots
@@ -78,8 +77,7 @@ def contours(result: Mapping[str, Any]) -> Figure:
         axes.contour(x, x, shown, levels[2::2], colors="white", linewidths=0.5, alpha=0.6)
         axes.plot(0, 0, "+", color="white", markersize=8)
         axes.set(title=label, xlabel="along the first direction", aspect="equal")
-        axes.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
-        axes.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
+        axes.locator_params(nbins=4, prune="both")
         axes.grid(False)
     row[0].set_ylabel("along the second direction")
     _colour_bar(figure, row, result)

@@ -20,7 +20,6 @@ from sam_lightning.studies.table import title, typed
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
 SUBJECTS = ("data", "model")  # what is trained on what; other columns say how
-SELECTION = "val/acc"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,7 @@ class Study:
         others = self.settings.columns.drop("rho").tolist()
         choices: dict[tuple[int, ...], int | None] = {}
         for _, variants in self.settings.groupby(others, sort=False, dropna=False):
-            means = self.estimates[SELECTION]["mean"][variants.index]
+            means = self.estimates["val/acc"]["mean"][variants.index]
             choosable = len(variants) > 1 and means.notna().all()
             choices[tuple(variants.index)] = int(means.idxmax()) if choosable else None
         return choices

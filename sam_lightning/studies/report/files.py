@@ -24,7 +24,6 @@ from sam_lightning.studies.table import WIDTH, title, typed
 
 # What runs.json has of a run, besides its metrics.
 CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc")
-DIGITS = 5  # of curves; metrics have all of theirs
 COPIED = (
     *("epochs", "updates", "seconds", "train_seconds", "images_per_second"),
     *("peak_memory_bytes", "devices", "device", "versions", "git_commit"),
@@ -173,11 +172,11 @@ def write_runs(plan: Plan, statuses: Sequence[RunStatus], runs: Sequence[Run], p
 
 
 def _results(run: Run) -> dict[str, Any]:
-    """Results of a completed run; a curve has null where there is no finite value."""
+    """Results of a completed run; a curve has five digits, null where there is no finite value."""
     curves = {name: curve(run.folder, name) for name in CURVES}
     by_epoch = pd.DataFrame({name: c for name, c in curves.items() if len(c) > 1}).sort_index()
     rounded = {
-        name: [round(v, DIGITS) if math.isfinite(v) else None for v in by_epoch[name]]
+        name: [round(v, 5) if math.isfinite(v) else None for v in by_epoch[name]]
         for name in by_epoch
     }
     return {

@@ -30,7 +30,6 @@ IGNORED = {
 }
 # Callbacks that only watch; others, such as early stopping, change the result.
 WATCHERS = ("Checkpoint", "progress", "Progress", "Monitor", "Summary", "Dashboard")
-MOST_BYTES_OF_CSV = 256 * 2**20
 COSTS = ("passes", "total_passes", "train_seconds", "images_per_second")
 
 
@@ -195,7 +194,7 @@ def curve(folder: Path, name: str) -> "pd.Series[float]":
     path, empty = folder / "metrics.csv", pd.Series(dtype=float)
     columns = ["epoch", "step", name] if name.startswith("train/") else ["epoch", name]
     try:
-        text = content(path, MOST_BYTES_OF_CSV)
+        text = content(path, most=256 * 2**20)
         log = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
         log = log.loc[(log[columns].fillna("") != "").all(axis=1), columns].astype(float)
         log.index = log["epoch"].astype(int) + 1

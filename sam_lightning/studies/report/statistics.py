@@ -7,7 +7,6 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
 WILCOXON_PAIRS = 6  # with five, the smallest p value of the signed-rank test is 2 / 2**5 > 0.05
 
 
@@ -19,7 +18,7 @@ def estimate(values: Sequence[float]) -> dict[str, float]:
     n = len(values)
     mean = fmean(values) if n else math.nan
     sd = float(np.std(values, ddof=1)) if n > 1 else math.nan
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
+    half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
     return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "half": half}
 
 
