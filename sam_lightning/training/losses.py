@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.augment import MixedLabels
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -114,10 +114,8 @@ def check_loss(loss: Loss, num_classes: int) -> None:
             warnings.simplefilter("ignore")
             losses = loss(torch.zeros(2, num_classes), labels)
     except Exception as error:  # whatever a user's own raises
-        text = " ".join(str(error).split())
-        raise ConfigError(
-            f"loss: does not take logits 2 x {num_classes} and labels {labels.tolist()} ({text})"
-        ) from error
+        given = f"logits 2 x {num_classes} and labels {labels.tolist()}"
+        raise ConfigError(f"loss: does not take {given} ({one_line(error)})") from error
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (2,):
         raise ConfigError(f"loss: returns {shape} for 2 images; must be (2,), a loss for each")

@@ -143,13 +143,14 @@ class SAMModule(Classifier):
             ascent_steps=ascent_steps,
             descent_fraction=descent_fraction,
         )
-        if self.passes.ascent_per_micro_batch and gradient_transform is not None:
+        if ascent_per_micro_batch and gradient_transform is not None:
             raise ConfigError(
                 "method.ascent_per_micro_batch=true: not with method.descent, which combines the "
                 "gradients of the whole accumulated batch"
             )
-        one_pass = not getattr(perturbation, "needs_gradient", True)
-        if one_pass and (decay_in_ascent or not self.passes.two_are_plain):
+        options = (ascent_per_micro_batch, decay_in_ascent, sync_perturbation)
+        plain = ascent_fraction == descent_fraction == ascent_steps == 1 and not any(options)
+        if not getattr(perturbation, "needs_gradient", True) and not plain:
             raise ConfigError(
                 "method.perturbation: one along the momentum has one pass, so ascent_fraction, "
                 "descent_fraction, ascent_steps, ascent_per_micro_batch, decay_in_ascent and "
@@ -242,12 +243,14 @@ class SAMModule(Classifier):
         else:
             # With the same gradient, a perturbation draws the same on all ranks.
             rank = 0 if passes.sync_perturbation else self.global_rank
+            # The geometry is measured at the last perturbed step before a log.
+            log_every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
             clean, perturbed, geometry = passes.two(
                 sam,
                 batches,
                 sync=sync,
                 seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
-                measure=last or self._logs_before(step + self.every),
+                measure=last or step // log_every != (step + self.every) // log_every,
                 model=self,
                 scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
             )
@@ -260,10 +263,6 @@ class SAMModule(Classifier):
         self.train_metrics.add_step(clean, perturbed, perturbs and sam.needs_gradient)
         if geometry is not None:
             self.train_metrics.add_geometry(*geometry)
-
-    def _logs_before(self, step: int) -> bool:
-        every = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        return self.global_step // every != step // every
 
     def _backward(self, loss: Tensor, sync: bool) -> None:
         with contextlib.ExitStack() as stack:

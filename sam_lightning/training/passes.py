@@ -72,12 +72,6 @@ class Passes:
             )
         self._losses_at_w: list[Tensor] = []  # of each image, where the second pass selects
 
-    @property
-    def two_are_plain(self) -> bool:
-        """Whether no option needs two passes."""
-        whole = self.ascent_fraction == self.descent_fraction == self.ascent_steps == 1
-        return whole and not (self.ascent_per_micro_batch or self.sync_perturbation)
-
     def two(
         self,
         sam: SAM,

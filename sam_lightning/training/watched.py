@@ -40,8 +40,10 @@ def check_watched(cfg: DictConfig, trainer: Any, data: ImageDataModule) -> None:
             continue
         reason = None if target.endswith("Checkpoint") else missing
         _check(f"callbacks.{name}.monitor", monitor, [*logged, *[monitor] * unknown], reason)
-    if missing:
-        trainer.callbacks[:] = [c for c in trainer.callbacks if not _chooses_by_validation(c)]
+    for callback in [*trainer.callbacks] if missing else []:
+        by_validation = str(getattr(callback, "monitor", "")).startswith("val/")
+        if isinstance(callback, Checkpoint) and by_validation:
+            trainer.callbacks.remove(callback)
 
 
 def _check(key: str, metric: str, logged: Sequence[str], no_validation: str | None) -> None:
@@ -69,8 +71,3 @@ def _may_log(target: str) -> bool:
     """Whether a callback may log metrics that are not known here."""
     ours = target.startswith(("sam_lightning.", "lightning.pytorch.callbacks."))
     return not ours or target.endswith("LearningRateMonitor")
-
-
-def _chooses_by_validation(callback: Any) -> bool:
-    monitor = str(getattr(callback, "monitor", ""))
-    return isinstance(callback, Checkpoint) and monitor.startswith("val/")

@@ -34,10 +34,6 @@ class StopSignal:
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignal":
-        self.listen()
-        return self
-
     def listen(self) -> None:
         """Handle the signals here, also if other code has set a handler since."""
         if threading.current_thread() is not threading.main_thread():
@@ -45,6 +41,8 @@ class StopSignal:
         slurm = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
         for signum in (signal.SIGINT, signal.SIGTERM, *slurm):
             self._before.setdefault(signum, signal.signal(signum, self._handle))
+
+    __enter__ = listen
 
     def __exit__(self, *error: object) -> None:
         for signum, handler in self._before.items():
@@ -151,11 +149,9 @@ class LastCheckpoint(Checkpoint):
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
         """Whether any process was told to stop; all processes agree after each step."""
         told = self.stop.received is not None
-        return (
-            told
-            if trainer.world_size == 1
-            else trainer.strategy.reduce_boolean_decision(told, all=False)
-        )
+        if trainer.world_size > 1:
+            told = trainer.strategy.reduce_boolean_decision(told, all=False)
+        return told
 
     def _save(self, trainer: L.Trainer) -> None:
         self._seen = trainer.global_step

@@ -146,6 +146,12 @@ class Throughput(Callback):
         self._started = None
 
 
+def trained(trainer: Any) -> tuple[int, float]:
+    """Images and seconds of training up to now; zeros where no ``Throughput`` counts them."""
+    counts = (c.state_dict() for c in trainer.callbacks if isinstance(c, Throughput))
+    return next(((found["images"], found["seconds"]) for found in counts), (0, 0.0))
+
+
 def _since(start: float | None) -> float:
     """Seconds since a clock was started; 0 where it was not."""
     return 0.0 if start is None else time.perf_counter() - start
@@ -196,8 +202,7 @@ class MetricsCSV(CSVLogger):
         # The last line may be incomplete, if the run was killed while writing.
         self._previous = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         # Rows must be on disk when a run is killed: the next one keeps them.
-        folder, name = os.path.split(root_dir)
-        super().__init__(folder or ".", name, version="", flush_logs_every_n_steps=1)
+        super().__init__(root_dir, name=None, version="", flush_logs_every_n_steps=1)
 
     @property
     @rank_zero_experiment

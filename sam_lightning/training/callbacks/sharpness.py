@@ -1,6 +1,6 @@
 """Sharpness and curvature during a run, in every logger."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -66,7 +66,9 @@ class SharpnessMonitor(Callback):
         pl_module.average_running_stats()
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            with _uncompiled(pl_module.model):
+            compiled = pl_module.model._compiled_call_impl is not None
+            # Compiled code cannot be differentiated twice.
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 values = self._measure(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
         for buffer, local in zip(pl_module.model.buffers(), buffers, strict=True):
             buffer.copy_(local)
@@ -85,9 +87,3 @@ class SharpnessMonitor(Callback):
             worst = worst_case(surface, float(self.rho))
             mean_trace, _ = trace(surface, generator, self.trace_samples, top)
         return dict(zip(MEASURED, (worst, top.values[0].item(), mean_trace), strict=True))
-
-
-def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """Run a compiled model as written: compiled code cannot be differentiated twice."""
-    compiled = model._compiled_call_impl is not None
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

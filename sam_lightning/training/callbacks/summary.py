@@ -13,7 +13,7 @@ from sam_lightning.config.progress import duration
 from sam_lightning.config.text import clean
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.source import Split
-from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.callbacks.progress import trained
 from sam_lightning.training.module import steps
 
 NAMED = 5  # of more classes the counts are not listed
@@ -80,8 +80,7 @@ class RunSummary(Callback):
         logged = trainer.is_last_batch or step % (trainer.log_every_n_steps or 1) == 0
         if self._told or step == before or not (logged or pl_module.device.type == "cpu"):
             return
-        clocks = [c for c in trainer.callbacks if isinstance(c, Throughput)]
-        seconds = clocks[0].state_dict()["seconds"] if clocks else 0.0
+        _, seconds = trained(trainer)
         if self._start is None:
             self._start = step, seconds
             return

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from sam_lightning import plotting as plots
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.datamodule import ImageDataModule
-from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.callbacks.progress import trained
 from sam_lightning.training.callbacks.sharpness import SharpnessMonitor
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Dashboard(Callback):
         }
         for writer in _writers(trainer):
             writer.add_custom_scalars(layout)
-        self._seen = _throughput(trainer)
+        self._seen = trained(trainer)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -101,7 +101,7 @@ class Dashboard(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log images per second, which never repeat, to TensorBoard only; add the model's graph."""
-        before, self._seen = self._seen, _throughput(trainer)
+        before, self._seen = self._seen, trained(trainer)
         images, seconds = (now - then for now, then in zip(self._seen, before, strict=True))
         for writer in _writers(trainer):
             if seconds and trainer.is_last_batch:  # else the clock of an epoch cut short still runs
@@ -133,10 +133,11 @@ class Dashboard(Callback):
         self._confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
         losses = cross_entropy(logits, labels, reduction="none")
         losses = losses.masked_fill(predicted == labels, -math.inf)
-        found = _first([losses, labels, predicted, probabilities, images])
+        found = [losses, labels, predicted, probabilities, images]
         if self._wrong:
-            found = _first([torch.cat(both) for both in zip(self._wrong, found, strict=True)])
-        self._wrong = found
+            found = [torch.cat(both) for both in zip(self._wrong, found, strict=True)]
+        worst = found[0].topk(min(WRONG_IMAGES, len(found[0]))).indices
+        self._wrong = [values[worst] for values in found]
 
     def on_test_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Draw the confusion matrix and the wrong predictions."""
@@ -165,18 +166,6 @@ def _loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
 def _writers(trainer: L.Trainer) -> list[Any]:
     """The ``SummaryWriter``s, on rank 0."""
     return [logger.experiment for logger in _loggers(trainer) if trainer.is_global_zero]
-
-
-def _throughput(trainer: Any) -> tuple[int, float]:
-    """Images and seconds up to now."""
-    counters = (c for c in trainer.callbacks if isinstance(c, Throughput))
-    return next(((c.images, c.seconds) for c in counters), (0, 0.0))
-
-
-def _first(values: list[Tensor]) -> list[Tensor]:
-    """The rows with the largest of the first values, largest first."""
-    order = values[0].topk(min(WRONG_IMAGES, len(values[0]))).indices
-    return [value[order] for value in values]
 
 
 def grid(pixels: Tensor) -> Tensor:
