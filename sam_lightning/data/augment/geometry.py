@@ -93,18 +93,16 @@ def check_size(key: str, value: int, shape: tuple[int, int, int]) -> None:
 def moved(images: Tensor, at: Placement) -> Tensor:
     """The windows of uint8 N x C x H x W, as a copy."""
     each = np.arange(len(images))
-    if at.margin:
-        windows = pad(images, (at.margin,) * 4)
-        for dim in (2, 3):
-            windows = windows.unfold(dim, images.shape[dim], 1)
-        places = each, at.top + at.margin, at.left + at.margin
-        if images.device.type == "cpu":  # NumPy copies row by row, torch pixel by pixel
-            image, top, left = places
-            images = torch.from_numpy(windows.numpy()[image, :, top, left])
-        else:
-            image, top, left = on_device(np.stack(places), images.device)
-            images = windows[image, :, top, left]
-    if at.mirrored is not False:
-        chosen = on_device(each + len(images) * at.mirrored, images.device)
-        images = torch.cat([images, images.flip(3)]).index_select(0, chosen)
-    return images
+    padded = pad(images, (at.margin,) * 4)
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    top, left = at.top + at.margin, at.left + at.margin
+    if images.device.type == "cpu":  # NumPy copies row by row, torch pixel by pixel
+        out = windows.numpy()[each, :, top, left]
+        some = np.flatnonzero(at.mirrored)
+        out[some] = torch.from_numpy(out[some]).flip(3).numpy()
+        return torch.from_numpy(out)
+    mirrored = each + len(images) * at.mirrored
+    places = np.stack(np.broadcast_arrays(each, top, left, mirrored))
+    image, down, across, chosen = on_device(places, images.device)
+    seen = windows[image, :, down, across]
+    return torch.cat([seen, seen.flip(3)]).index_select(0, chosen)
