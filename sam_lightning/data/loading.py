@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.data.augment import BatchAugment
-from sam_lightning.data.augment.draws import Integers
+from sam_lightning.data.augment.draws import Integers, on_device
 from sam_lightning.data.augment.pipeline import BatchKey
 from sam_lightning.data.source import Split
 
@@ -65,9 +65,7 @@ class SplitDataset(Dataset[tuple[Tensor, Tensor]]):
     def load(self, indices: Any, seeds: Any = None) -> tuple[Tensor, Tensor]:
         """Images and labels; of images that are decoded when needed, parts by the seeds."""
         device = self.split.labels.device
-        # Pinned, or the copy of the indices would wait until the device has done its work.
-        given = torch.tensor(indices, pin_memory=device.type == "cuda")
-        batch = self.split.take(given.to(device, non_blocking=device.type == "cuda"))
+        batch = self.split.take(on_device(np.asarray(indices), device))
         return batch.seen(seeds), batch.labels
 
 

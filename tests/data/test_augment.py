@@ -113,24 +113,27 @@ def test_draws_are_independent(others):
         assert chi2_contingency(table).pvalue > 1e-5
 
 
-def test_draws_are_splitmix64():
-    """Against its definition in Python's whole numbers."""
+def uniform_of(seed, epoch, index, name, copy=0):
+    """An image's numbers for an entry, by the definition of SplitMix64 in whole numbers."""
 
     def mix(z):
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         return z ^ z >> 31
 
-    gamma, index = 0x9E3779B97F4A7C15, 12_345
-    start = mix((index * gamma + draw_seed(7, 3)) % 2**64)
-    place = start + draw_seed(*b"flip")
-    expected = [(mix((place + i * gamma) % 2**64) >> 11) * 2.0**-53 for i in (1, 2, 3)]
-    draws = Draws(streams(7, 3, np.array([5, index])), "flip", CPU)
+    gamma = 0x9E3779B97F4A7C15
+    start = mix(((index | copy << 40) * gamma + draw_seed(seed, epoch)) % 2**64)
+    place = start + draw_seed(*name.encode())
+    return [(mix((place + i * gamma) % 2**64) >> 11) * 2.0**-53 for i in (1, 2, 3)]
+
+
+def test_draws_are_splitmix64():
+    draws = Draws(streams(7, 3, np.array([5, 12_345])), "flip", CPU)
     first, second = draws.uniform(2), draws.uniform(1)
-    assert [*first[:, 1], *second[:, 1]] == expected
-    copies = [streams(7, 3, np.array([index] * 3), np.arange(3)), streams(7, 3, np.array([index]))]
-    assert len(set(copies[0].tolist())) == 3
-    assert copies[0][0] == copies[1][0]
+    assert [*first[:, 1], *second[:, 1]] == uniform_of(7, 3, 12_345, "flip")
+    copies = streams(7, 3, np.array([12_345] * 3), np.arange(3))
+    for copy, numbers in enumerate(Draws(copies, "flip", CPU).uniform(3).T):
+        assert [*numbers] == uniform_of(7, 3, 12_345, "flip", copy)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -212,6 +215,25 @@ def test_a_chain_is_one_transform_after_the_other():
     for name, one in zip(names, chain, strict=True):
         images = bytes_of({name: one}, images)
     assert torch.equal(at_once, images)
+
+
+@pytest.mark.parametrize("names", [["crop", "flip"], ["flip", "wide", "crop"], ["flip"]])
+def test_a_batch_is_cropped_and_mirrored_as_a_loop_over_its_images_does(names):
+    entries = {"crop": RandomCrop(4), "flip": RandomHorizontalFlip(0.3), "wide": RandomCrop(9)}
+    images, indices, copies = random_images(50, 3, 10, 14), np.arange(50) * 103, np.arange(50) % 3
+    augment = BatchAugment([0.0] * 3, [1 / 255] * 3, {name: entries[name] for name in names}, 5)
+    out = augment(images, torch.zeros(50), key_of(indices, 2, copies=copies))[0]
+    for i, image in enumerate(images):
+        index, copy = int(indices[i]), int(copies[i])
+        for name in names:
+            down, across, _ = uniform_of(draw_seed(5, 0), 2, index, name, copy)
+            if name == "flip":
+                image = F.horizontal_flip(image) if down < 0.3 else image
+            else:
+                border = entries[name].padding
+                top, left = (int(u * (2 * border + 1)) for u in (down, across))
+                image = F.crop(F.pad(image, [border] * 4), top, left, 10, 14)
+        assert torch.equal(out[i].round().to(torch.uint8), image)
 
 
 def test_offsets_and_flips_are_uniform_and_independent():

@@ -57,7 +57,8 @@ class ColorJitter(BatchTransform):
                 if len(chosen):
                     which = draws.to(chosen)
                     factor = draws.to(self._factor(name, factors[name][chosen]))
-                    out[which] = _CHANGES[name](out[which], factor[:, None, None, None])
+                    part = out.index_select(0, which)  # indexing copies pixel by pixel
+                    out[which] = _CHANGES[name](part, factor[:, None, None, None])
         return out.to(torch.uint8)
 
     def _factor(self, name: str, uniform: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,10 +1,10 @@
-"""Crops and mirror images. A chain of them is one gather of pixels."""
+"""Crops and mirror images. A chain of them is one copy of windows."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,28 +14,28 @@ from sam_lightning.data.augment.draws import Draws, Integers, on_device
 
 @dataclass
 class Placement:
-    """Where pixels come from: row r from r + top, column c from sign * c + left.
+    """A window: row r is the image's r + top, column c its c + left; it may be mirrored afterwards.
 
     Pixels that come from up to ``margin`` outside of the image are black.
     """
 
     top: Integers | int = 0
     left: Integers | int = 0
-    sign: Integers | int = 1
+    mirrored: NDArray[np.bool_] | bool = False
     margin: int = 0
 
 
 class Geometry(BatchTransform):
     """A transform that only moves pixels."""
 
-    def place(self, at: Placement, draws: Draws, width: int) -> None:
+    def place(self, at: Placement, draws: Draws) -> None:
         """Change where the pixels come from."""
         raise NotImplementedError
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Move the pixels of uint8 N x C x H x W."""
-        self.place(at := Placement(), draws, images.shape[-1])
-        return gathered(images, at)
+        self.place(at := Placement(), draws)
+        return moved(images, at)
 
 
 class RandomCrop(Geometry):
@@ -55,10 +55,10 @@ class RandomCrop(Geometry):
         """Refuse a border that would leave little of an image."""
         check_size("padding", self.padding, shape)
 
-    def place(self, at: Placement, draws: Draws, width: int) -> None:
+    def place(self, at: Placement, draws: Draws) -> None:
         """Draw one of the windows, with equal chances."""
         top, left = draws.integers(2, 2 * self.padding + 1) - self.padding
-        at.top, at.left = at.top + top, at.left + at.sign * left
+        at.top, at.left = at.top + top, at.left + np.where(at.mirrored, -left, left)
         at.margin += self.padding
 
 
@@ -75,11 +75,9 @@ class RandomHorizontalFlip(Geometry):
         self.p = p
         self.active = p > 0
 
-    def place(self, at: Placement, draws: Draws, width: int) -> None:
+    def place(self, at: Placement, draws: Draws) -> None:
         """Mirror what is there now."""
-        mirrored = (draws.uniform(1)[0] < self.p).astype(np.int64)
-        at.left = at.left + at.sign * mirrored * (width - 1)
-        at.sign = at.sign * (1 - 2 * mirrored)
+        at.mirrored = at.mirrored ^ (draws.uniform(1)[0] < self.p)
 
 
 def check_size(key: str, value: int, shape: tuple[int, int, int]) -> None:
@@ -92,19 +90,19 @@ def check_size(key: str, value: int, shape: tuple[int, int, int]) -> None:
         )
 
 
-def gathered(images: Tensor, at: Placement) -> Tensor:
-    """Move the pixels of uint8 N x C x H x W by one gather."""
-    n, channels, height, width = images.shape
-    padded_width = width + 2 * at.margin
-    # Half the bytes of int64 until the end, where gather asks for that.
-    host = np.empty((3, n, 1), np.int32)
-    host[0, :, 0] = (np.asarray(at.top) + at.margin) * padded_width + at.margin
-    host[1, :, 0], host[2, :, 0] = at.left, at.sign
-    top, left, sign = on_device(host, images.device)
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": images.device}
-    rows = top + torch.arange(height, **integers) * padded_width
-    columns = torch.addcmul(left, sign, torch.arange(width, **integers))
-    # All channels of an image share one index into its padded plane.
-    index = (rows[:, :, None] + columns[:, None, :]).long()
-    planes = (pad(images, (at.margin,) * 4) if at.margin else images).flatten(2)
-    return planes.gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view_as(images)
+def moved(images: Tensor, at: Placement) -> Tensor:
+    """The windows of uint8 N x C x H x W, as a copy."""
+    each = np.arange(len(images))
+    padded = pad(images, (at.margin,) * 4)
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    top, left = at.top + at.margin, at.left + at.margin
+    if images.device.type == "cpu":  # NumPy copies row by row, torch pixel by pixel
+        out = windows.numpy()[each, :, top, left]
+        some = np.flatnonzero(at.mirrored)
+        out[some] = torch.from_numpy(out[some]).flip(3).numpy()
+        return torch.from_numpy(out)
+    mirrored = each + len(images) * at.mirrored
+    places = np.stack(np.broadcast_arrays(each, top, left, mirrored))
+    image, down, across, chosen = on_device(places, images.device)
+    seen = windows[image, :, down, across]
+    return torch.cat([seen, seen.flip(3)]).index_select(0, chosen)

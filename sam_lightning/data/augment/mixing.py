@@ -31,7 +31,18 @@ class MixedLabels:
         return MixedLabels(self.labels[part], self.other[part], self.share[part])
 
 
-class Mixup(BatchMix):
+class _BetaMix(BatchMix):
+    """A mixture whose share is drawn from Beta(alpha, alpha); with an alpha of 0 there is none."""
+
+    def __init__(self, alpha: float, p: float) -> None:
+        super().__init__(p)
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha={alpha}: must be a number >= 0")
+        self.alpha = alpha
+        self.active = alpha > 0 and p > 0
+
+
+class Mixup(_BetaMix):
     """share * image + (1 - share) * partner (Zhang et al. 2018, arXiv 1710.09412).
 
     Args:
@@ -40,10 +51,7 @@ class Mixup(BatchMix):
     """
 
     def __init__(self, alpha: float = 0.2, p: float = 1.0) -> None:
-        super().__init__(p)
-        _check_alpha(alpha)
-        self.alpha = alpha
-        self.active = alpha > 0 and p > 0
+        super().__init__(alpha, p)
 
     def __call__(self, images: Tensor, partners: Tensor, random: Random) -> tuple[Tensor, float]:
         """Blend all images by one share."""
@@ -51,7 +59,7 @@ class Mixup(BatchMix):
         return images.lerp(partners, 1 - share), share
 
 
-class CutMix(BatchMix):
+class CutMix(_BetaMix):
     """A box of the partner in each image (Yun et al. 2019, arXiv 1905.04899).
 
     Args:
@@ -61,10 +69,7 @@ class CutMix(BatchMix):
     """
 
     def __init__(self, alpha: float = 1.0, p: float = 1.0) -> None:
-        super().__init__(p)
-        _check_alpha(alpha)
-        self.alpha = alpha
-        self.active = alpha > 0 and p > 0
+        super().__init__(alpha, p)
 
     def __call__(self, images: Tensor, partners: Tensor, random: Random) -> tuple[Tensor, float]:
         """Paste one box, at the same place of all images."""
@@ -97,8 +102,3 @@ def mixed(
         images, share = chosen(images, partners[0], random)
     shares = torch.full((len(labels),), share, device=labels.device)
     return images, MixedLabels(labels, partners[1], shares)
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: must be a number >= 0")

@@ -18,7 +18,7 @@ from sam_lightning.data.augment.geometry import (
     Placement,
     RandomCrop,
     RandomHorizontalFlip,
-    gathered,
+    moved,
 )
 from sam_lightning.data.augment.mixing import MixedLabels, mixed
 from sam_lightning.data.seeding import draw_seed
@@ -169,16 +169,16 @@ class BatchAugment:
             draws = Draws(starts, name, images.device)
             if isinstance(transform, Geometry):
                 if placed is not None and placed.margin and isinstance(transform, RandomCrop):
-                    images, placed = gathered(images, placed), None  # what is cut off is lost
-                transform.place(placed := placed or Placement(), draws, images.shape[-1])
+                    images, placed = moved(images, placed), None  # what is cut off is lost
+                transform.place(placed := placed or Placement(), draws)
                 continue
             if placed is not None:
-                images, placed = gathered(images, placed), None
+                images, placed = moved(images, placed), None
             if isinstance(transform, BatchTransform):
                 images = transform(images, draws)
             else:
                 images = _one_by_one(transform, images, draws.seeds())
-        return images if placed is None else gathered(images, placed)
+        return images if placed is None else moved(images, placed)
 
 
 def _one_by_one(transform: Callable[[Tensor], Tensor], images: Tensor, seeds: list[int]) -> Tensor:
