@@ -3,12 +3,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 TASK := experiment=digits_label_noise
 RUNS := logs/digits_label_noise
 NO_TRAINING := benchmarks command data_faults datamodule docs figures habits hostile_files launch \
 	list_models lock main mishaps preview record recipes refusals report rerun security sources structure sweeps
 
-.PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu figures bench cpu-map lint format clean
+.PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu figures bench cpu-map docs docs-serve lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -42,12 +43,19 @@ figures: $(BASE) ## the first result and every picture in images/: 15 minutes on
 	$(BIN)/python -m sam_lightning landscape labels=SGD,SAM out=images \
 		ckpt_path=$(RUNS)/epochs_15/0_rho=0,seed=0,$(TASK),$(RUNS)/epochs_15/9_rho=0.2,seed=0,$(TASK)
 	$(BIN)/python images/sam_update.py out=images/sam_update
+	$(BIN)/python images/overview.py out=images/overview
 
 bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores
 	$(BIN)/python -m benchmarks
 
 cpu-map: $(DEV) ## where oneDNN's gradients are wrong on this CPU: five minutes
 	$(BIN)/python -m benchmarks.onednn
+
+docs: $(DOCS) ## the documentation as a site in site/; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(DOCS) ## the site on http://127.0.0.1:8000, drawn again when a page changes
+	$(BIN)/python -m mkdocs serve
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -69,6 +77,10 @@ $(BASE): $(BIN)/python pyproject.toml
 $(DEV): $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(BASE) $@
+
+$(DOCS): $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12'
+	touch $@
 
 clean:
 	rm -rf $(VENV)

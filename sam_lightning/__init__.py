@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sam_lightning.optim import SAM, frozen_running_stats
     from sam_lightning.training.module import SAMModule
 
+__version__ = "0.1.0"
+
 __all__ = ["SAM", "ImageDataModule", "SAMModule", "SAMResNet18", "frozen_running_stats", "load"]
 
 _HOME = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,9 +42,8 @@ from sam_lightning.data import digits
 from sam_lightning.optim import param_groups
 
 ROOT = CONF.parent
-PAGES = {
-    page.name: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
-}
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = {page.name: page.read_text() for page in (*TOP, *sorted(ROOT.glob("docs/*.md")))}
 EXTENDING = PAGES["extending.md"]
 
 
@@ -211,12 +211,84 @@ def test_what_a_configuration_may_name():
     assert table == {key: {*packages} for key, packages in TARGETS.items()}
 
 
+# ------------------------------------------------------------------------ the site, and figures
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+    assert len(PAGES["README.md"].split()) <= 1500
+
+
+def test_the_site_has_every_page_once():
+    nav = re.findall(r"^ +- .*?(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    pages = {page.name for page in ROOT.glob("docs/*.md")}
+    assert sorted(nav) == sorted(pages | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"})
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    pytest.importorskip("mkdocstrings_handlers.python", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "SAM" in (tmp_path / "api" / "index.html").read_text()
+
+
+def measured(file, spread):
+    """Accuracies in % of a committed summary as the pages write them, by row of the file."""
+    table = pd.read_csv(ROOT / file)
+    sd, low, high = (table[f"test/acc {name}"] for name in ("sd", "low", "high"))
+    spreads = {"sd": sd, "interval": (high - low) / 2}
+    pairs = zip(100 * table["test/acc mean"], 100 * spreads[spread], strict=True)
+    return [f"{mean:.1f} ± {half:.1f}" for mean, half in pairs]
+
+
+def test_accuracies_are_those_of_the_committed_runs():
+    photographs = measured("results/cifar10_label_noise/summary.csv", "interval")
+    cheaper = measured("results/cifar10_cheaper_sam/summary.csv", "interval")
+    digits_table = measured("images/report/summary.csv", "sd")
+    table = PAGES["README.md"].partition("## Results")[2].partition("## The optimizer")[0]
+    shown = re.findall(r"\d+\.\d ± \d+\.\d", table)
+    # In the files: SGD for 20 and for 40 epochs, then SAM with rho 0.05, 0.1, 0.2, for each noise;
+    # and SGD, ESAM, LookSAM with alpha 0.2 and 0.7, momentum-SAM with rho 0.3, 1, 3, SAM.
+    with_noise = [photographs[5], photographs[6], cheaper[5], cheaper[2], photographs[8]]
+    assert shown == [*with_noise, photographs[0], photographs[3]]
+    ours = PAGES["results.md"].partition("## Measured here")[2].partition("\n## ")[0]
+    of_digits, of_photographs = ours.split("### Photographs")
+    assert re.findall(r"\d+\.\d ± \d+\.\d", of_digits) == digits_table
+    grid = [photographs[i] for start in (0, 5, 10) for i in (start, start + 1, start + 3)]
+    rows = re.findall(r"^\| (?:none|\d+ %) \| .*", of_photographs, re.M)
+    accuracies = [a for row in rows for a in re.findall(r"\d+\.\d ± \d+\.\d", row)[:3]]
+    assert accuracies == grid
+    others = re.findall(r"^\| [A-Zm].*", of_photographs.partition("Cheaper variants")[2], re.M)
+    found = [a for row in others for a in re.findall(r"\d+\.\d ± \d+\.\d", row)]
+    assert found == [cheaper[i] for i in (0, 5, 2, 3, 10, 7, 9, 1, 8)]
+
+
+@pytest.mark.slow
+def test_two_runs_of_a_seed_have_the_weights_of_each_other(tmp_path):
+    """The proof that CONTRIBUTING.md asks for, with two epochs of fewer images."""
+    page = PAGES["CONTRIBUTING.md"]
+    for arguments in filter(None, map(arguments_of, lines(page))):
+        command = [sys.executable, str(ROOT / "train.py"), *arguments, "epochs=2", "data.subset=64"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (proof,) = blocks(page, "python")
+    program = [sys.executable, "-c", f"import torch\n{proof}"]
+    subprocess.run(program, cwd=tmp_path, check=True)
+    file = tmp_path / "logs/after/checkpoints/last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).view(-1)[0] += 1
+    torch.save(checkpoint, file)
+    assert subprocess.run(program, cwd=tmp_path, capture_output=True).returncode == 1
+
+
 # ------------------------------------------------------------------------------ what pages name
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if ROOT / page in TOP else ROOT / "docs"
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if not re.match(r"https?://", target):
             file, _, heading = target.partition("#")

@@ -1,10 +1,13 @@
 """Figures of the documentation: what they show is what the optimizer does."""
 
+import json
+
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from sklearn.datasets import load_breast_cancer
 
+import overview
 import sam_update as figures
 from sam_lightning.config.errors import ConfigError
 
@@ -46,6 +49,21 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.count("folder/name.") == 2
     for form in ("png", "svg"):
         assert (tmp_path / "folder" / f"name.{form}").stat().st_size > 1000
+
+
+def test_the_overview_draws_the_curves_of_the_committed_runs(tmp_path, capsys):
+    study = json.loads((overview.ROOT / "results/cifar10_label_noise/runs.json").read_text())
+    ends = []
+    for arm, settings, _, _ in overview.LINES:
+        found = overview.curves(study["runs"], arm, settings)
+        last = [r["metrics"]["val/acc"] for r in study["runs"] if r["arm"] == arm]
+        assert {*found[:, -1].round(3)} <= {*(100 * np.array(last)).round(3)}
+        ends.append((found.shape, found[:, -1].mean()))
+    assert [shape for shape, _ in ends] == [(5, 20), (5, 20), (5, 40)]
+    # As in results/cifar10_label_noise/report.md.
+    assert [f"{end:.1f}" for _, end in ends] == ["32.8", "26.9", "26.3"]
+    overview.main([f"out={tmp_path}/name"])
+    assert capsys.readouterr().out.count("/name.") == 2
 
 
 @pytest.mark.parametrize(

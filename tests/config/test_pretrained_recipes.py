@@ -18,7 +18,7 @@ from sam_lightning.studies import cost
 from sam_lightning.training.run import train
 
 PAGE = (CONF.parent / "docs" / "results.md").read_text()
-SECTION = PAGE[PAGE.index("## EfficientNet from pretrained weights") :]
+SECTION = PAGE[PAGE.index("## EfficientNet from") : PAGE.index("## How to start a row")]
 EFFICIENTNET, VIT = SECTION.split("## ViT-S/16 on ImageNet")
 ROWS = re.findall(r"`(experiment=.*?)` \| ([\d.]+) \|$", SECTION, re.M)
 FIGURE = r"\d+\.\d+(?: ± \d\.\d+)?"

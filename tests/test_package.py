@@ -1,0 +1,86 @@
+"""What is installed: versions, and distributions that build and import."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sam_lightning
+
+ROOT = Path(__file__).parents[1]
+BUILD = """
+import sys
+from setuptools import build_meta
+print(build_meta.build_wheel(sys.argv[1]), build_meta.build_sdist(sys.argv[1]))
+"""
+# Nothing but the standard library, torch and what torch itself imports.
+STEP = """
+import sys
+
+allowed = {"sam_lightning", "torch", *sys.stdlib_module_names}
+import torch
+allowed |= {name.partition(".")[0] for name in sys.modules}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Refuse())
+import sam_lightning
+from sam_lightning import SAM
+from sam_lightning.optim import AdaptiveAscent
+assert sam_lightning.__file__.startswith(sys.argv[1]), sam_lightning.__file__
+
+model = torch.nn.Linear(3, 2)
+before = model.weight.detach().clone()
+optimizer = SAM(model.named_parameters(), torch.optim.SGD, perturbation=AdaptiveAscent(), lr=0.1)
+x = torch.ones(4, 3)
+model(x).square().sum().backward()
+with optimizer.perturbed(model):
+    model(x).square().sum().backward()
+optimizer.step()
+assert not torch.equal(before, model.weight)
+try:
+    import lightning
+except ImportError:
+    print("done")
+"""
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == sam_lightning.__version__
+    assert 'attr = "sam_lightning.__version__"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_build_and_the_optimizer_needs_torch_alone(tmp_path):
+    source, out, installed = (tmp_path / name for name in ("source", "out", "installed"))
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, tracked.stdout.decode().split("\0")):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", BUILD, str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheel, sdist = done.stdout.splitlines()[-1].split()
+    assert f"-{sam_lightning.__version__}" in wheel
+    with tarfile.open(out / sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "sam_lightning/optim/sam.py"} <= names
+    with zipfile.ZipFile(out / wheel) as archive:
+        archive.extractall(installed)
+        packed = {name for name in archive.namelist() if name.startswith("sam_lightning/")}
+    package = ROOT / "sam_lightning"
+    code = {f.relative_to(ROOT).as_posix() for f in package.rglob("*.py")}
+    assert packed == code | {"sam_lightning/py.typed"}
+    command = [sys.executable, "-c", STEP, str(installed)]
+    environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
