@@ -12,7 +12,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_lightning.config.cluster import launched, number
-from sam_lightning.config.conf import LOADER, top_level, usage
+from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
@@ -34,7 +33,6 @@ from sam_lightning.config.process import importing, outlive_pipes
 from sam_lightning.runs.secrets import given_again, hide_secrets_of, without_secrets
 
 log = logging.getLogger(__name__)
-yaml.SafeLoader = LOADER  # Hydra reads the files of conf with it, twice; libyaml is much faster
 
 _begun = False  # whether ``run`` was called in this process
 
@@ -102,7 +100,7 @@ def _explained(error: Exception) -> Exception:
         storage = not composing or "hydra.sweeper.storage" in str(error)
         said = (storage and _cannot_store()) or explain(error, sys.argv[1:])
     _discard_started()
-    return ConfigError(said) if said else error
+    return ConfigError(without_secrets(said)) if said else error
 
 
 def _has_begun() -> bool:
@@ -192,7 +190,12 @@ def run(cfg: DictConfig) -> float | None:
         if hydra.mode == RunMode.MULTIRUN:
             fail(cfg, hydra, error)
             return None
-        raise
+        if cfg.get("traceback") is True:
+            raise
+        # Python would print the traceback once more, with secrets.
+        said = without_secrets(f"{type(error).__name__}: {one_line(error)}")
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _check_job(folder: Path) -> None:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from sam_lightning.inference.load import TrainedClassifier
 SHARED_KEYS: Keys = {
     **command.CKPT_PATH,
-    "split": ("train", Literal["train", "val", "test"]),
-    "images": (512, Count),
-    "batch_size": (128, Count),
-    "seed": (0, Seed),
+    "split": ("train", Literal["train", "val", "test"], "train, val or test"),
+    "images": (512, Count, "how many of the split"),
+    "batch_size": (128, Count, "images of one pass"),
+    "seed": (0, Seed, "of the images and directions that are drawn"),
     **command.DEVICE,
     **command.ROOT,
     **command.OUT,
-    "labels": (None, Any),
+    "labels": (None, Any, "names in the results, as in SGD,SAM; null: the folders' names"),
 }
 
 

@@ -43,10 +43,10 @@ checkpoint. A 2d picture takes points x points passes over the images.
 ODD = Rule("an odd number >= 3", lambda v: v >= 3 and v % 2 == 1)
 KEYS: Keys = {
     **SHARED_KEYS,
-    "kind": ("2d", Literal["2d", "1d", "line"]),
-    "span": (1.0, Positive),
-    "points": (21, Annotated[int, ODD]),
-    "batch_norm": ("stored", Literal["stored", "batch"]),
+    "kind": ("2d", Literal["2d", "1d", "line"], "2d, 1d, or line: between two checkpoints"),
+    "span": (1.0, Positive, "from -span to span along a direction"),
+    "points": (21, Annotated[int, ODD], "along a direction; an odd number"),
+    "batch_norm": ("stored", Literal["stored", "batch"], "its statistics: stored or batch"),
 }
 
 

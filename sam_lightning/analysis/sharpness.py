@@ -42,15 +42,15 @@ take half the time with images=256, and then depend more on which images are dra
 Several = Annotated[int, within(2)]
 KEYS: Keys = {
     **SHARED_KEYS,
-    "rho": (0.05, Positive),
-    "m": (128, Count),
-    "ascent_steps": (10, Count),
-    "top_k": (10, Count),
-    "max_steps": (100, Several),
-    "trace_samples": (4, Several),
-    "density": (False, bool),
-    "density_samples": (1, Count),
-    "density_steps": (16, Several),
+    "rho": (0.05, Positive, "the radius within which the loss may rise"),
+    "m": (128, Count, "images that share a perturbation in m-sharpness"),
+    "ascent_steps": (10, Count, "steps of projected ascent"),
+    "top_k": (10, Count, "how many of the largest eigenvalues"),
+    "max_steps": (100, Several, "at most so many products for them"),
+    "trace_samples": (4, Several, "random vectors for the trace"),
+    "density": (False, bool, "the distribution of the eigenvalues too"),
+    "density_samples": (1, Count, "random vectors for it"),
+    "density_steps": (16, Several, "products for each of them"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # Hydra reads with it too
 CONF = Path(__file__).parents[2] / "conf"
 HEAD = """\
 Train an image classifier with Sharpness-Aware Minimization.

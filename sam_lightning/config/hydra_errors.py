@@ -20,7 +20,7 @@ from sam_lightning.config.trust import TARGETS, described
 # Errors raised while Hydra composes a configuration from files and arguments.
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
 # Keys whose values are paths.
-PLACES = (
+PATHS = (
     *("data.root", "data.source.root", "data.split", "data.cache_dir", "data.source.cache_dir"),
     "model.weights",
     *("ckpt_path", "hydra.run.dir", "hydra.sweep.dir"),
@@ -41,6 +41,8 @@ def check_flags(arguments: list[str]) -> Namespace:
         if flag.startswith("-") and flag not in known:
             hint = did_you_mean(flag, known) or "; a setting is given as key=value"
             raise ConfigError(f"{argument}: no such flag{hint}")
+        if flag == "--experimental-rerun":  # it would unpickle a file
+            raise ConfigError(f"{flag}: type python -m sam_lightning rerun RUN")
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(message)
@@ -130,7 +132,7 @@ def with_quoted_places(arguments: list[str]) -> list[str]:
 
 def _quoted_place(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if key_of(argument) not in PLACES or not equals or value in ("null", "???", "last"):
+    if key_of(argument) not in PATHS or not equals or value in ("null", "???", "last"):
         return argument
     if not (value and os.path.exists(os.path.expanduser(value))):
         try:

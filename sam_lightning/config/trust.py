@@ -35,7 +35,7 @@ TARGETS = {
 # Groups whose places are read, as ``data.root`` is, but for arguments with one of these words in
 # their names, such as ``cache_dir``.
 READ = ("data", "model")
-WRITTEN = {"cache", "dump", "log", "logs", "out", "output", "save", "temp", "tmp", "write"}
+WRITING = {"cache", "dump", "log", "logs", "out", "output", "save", "temp", "tmp", "write"}
 # How arguments are called that are places; other texts, such as ``filename``, are below one.
 PLACE = re.compile(r"(dir|path|root|folder|directory|location|uri|url)s?$", re.IGNORECASE)
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -125,7 +125,7 @@ def check_places(node: Any, folder: Path | None = None) -> None:
         if name == "_target_" or (folder is not None and _is_inside(text, folder)):
             continue
         if group in READ:
-            leads_out = not WRITTEN.isdisjoint(name.lower().split("_"))
+            leads_out = not WRITING.isdisjoint(name.lower().split("_"))
         else:
             leads_out = PLACE.search(name) is not None or _leads_out(text)
         if leads_out:

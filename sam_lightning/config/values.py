@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sam_lightning.config.errors import ConfigError
 
 ABSENT: Any = object()  # the value of a key that may be left out
+MOST = 2**32 - 1  # of whole numbers
 NAMES = {
     **{bool: "true, false", int: "a whole number", float: "a number", str: "a text"},
     NoneType: "null",
@@ -78,6 +79,8 @@ def fits(value: Any, hint: Any) -> bool:
         return len(hints) == len(value) and all(map(fits, value, hints))
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return type(value) is int and abs(value) <= MOST
     if hint in NAMES:
         return type(value) is hint
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
@@ -109,7 +112,10 @@ def words(hint: Any) -> str:
 def check_value(key: str, value: Any, hint: Any) -> None:
     """Refuse a value that an annotation does not allow."""
     if not fits(value, hint):
-        raise ConfigError(f"{key}={'null' if value is None else value}: allowed is {words(hint)}")
+        too_large = type(value) is int and value > MOST and fits(MOST, hint)
+        most = f", up to {MOST}" if too_large else ""
+        value = "null" if value is None else value
+        raise ConfigError(f"{key}={value}: allowed is {words(hint)}{most}")
 
 
 def check_values(cfg: DictConfig, hints: Mapping[str, Any]) -> None:

@@ -161,5 +161,5 @@ def refuse(message: str) -> NoReturn:
     torchrun or SLURM only the first process prints the line.
     """
     if (found := launched()) is None or found.rank == 0:
-        print(f"error: {clean(message)}", file=sys.stderr)
+        print(f"error: {clean(without_secrets(message))}", file=sys.stderr)
     sys.exit(2)

@@ -3,10 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sam_lightning.config.conf import flat
 from sam_lightning.config.errors import ConfigError
 
 HIDDEN = "***"  # in the place of a secret
@@ -18,7 +17,9 @@ NAMED = (
 KEY = re.compile(rf"{NAMED}$")
 # key=value and key: value, also in a URL or in braces.
 QUOTED = r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"""
-GIVEN = re.compile(rf"({NAMED}[\"']?\s*[=:]\s*)({QUOTED}|\[[^\]]*\]|(?:[^\s,&}}\])\"':]|:(?!\s))+)")
+GIVEN = re.compile(
+    rf"({NAMED}[\"']?\s*[=:]\s*)(?!value\b)({QUOTED}|\[[^\]]*\]|(?:[^\s,&}}\])\"':]|:(?!\s))+)"
+)
 LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s]+@")  # user:password@ of a URL
 SHORTEST = 8  # characters of a secret in the environment; shorter ones may be anywhere
 
@@ -37,8 +38,8 @@ def given_again(content: Mapping[str, Any], how: str = "give it again, or") -> d
         ConfigError: names the first that is not there.
     """
     found = {}
-    for key, value in flat(content).items():
-        if isinstance(value, str) and HIDDEN in value:
+    for key, value in _texts(content):
+        if HIDDEN in value:
             name = f"SAM_LIGHTNING_{re.sub(r'[^a-zA-Z0-9]', '_', key).upper()}"
             if name not in os.environ:
                 advice = f"{how} set {name} in the environment"
@@ -49,12 +50,20 @@ def given_again(content: Mapping[str, Any], how: str = "give it again, or") -> d
 
 def hide_secrets_of(content: Mapping[str, Any]) -> None:
     """Keep the secrets in nested settings out of the log, and of all that is recorded from now."""
-    for key, value in flat(content).items():
-        if KEY.search(key):
-            texts = value if isinstance(value, list) else [value]
-            _known.update(t for t in texts if isinstance(t, str) and len(t) >= SHORTEST)
+    for key, value in _texts(content):
+        if len(value) >= SHORTEST and KEY.search(re.sub(r"(\.\d+)+$", "", key)):
+            _known.add(value)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_hide)
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, with its key; elements of lists are counted: tokens.0."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping | list):
+        for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _texts(child, f"{key}.{name}" if key else str(name))
 
 
 def _hide(record: logging.LogRecord) -> bool:

@@ -24,7 +24,7 @@ All other arguments are for train.py, for one run. The rate is what a device ach
 its maker promises: the default is a guess. A short run shows yours: 3 times the FLOPs of a forward
 pass, times the passes, times images_per_second of its metrics.json.
 """
-KEYS: Keys = {"flops_per_second": (2e13, Positive)}
+KEYS: Keys = {"flops_per_second": (2e13, Positive, "that the device achieves")}
 
 
 # Of each source: training images, and their channels, side and classes.

@@ -9,7 +9,7 @@ from sam_lightning.config.conf import mapped
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.files import RunStatus, read_status
 from sam_lightning.runs.terminal import show
-from sam_lightning.studies.identical import MISSING, PLACES, differing
+from sam_lightning.studies.identical import MISSING, OWN_KEYS, differing
 from sam_lightning.studies.table import WIDTH, Table, typed
 
 ABOUT = """
@@ -65,5 +65,5 @@ def main(argv: Sequence[str]) -> None:
 def _config(run: RunStatus) -> Any:
     """The recorded configuration; paths in the run's own folder are the same for every run."""
     config = run.summary.get("config")
-    own = str(config.get("output_dir") or PLACES) if isinstance(config, dict) else ""
+    own = str(config.get("output_dir") or OWN_KEYS) if isinstance(config, dict) else ""
     return mapped(lambda v: v.replace(own, "RUN") if isinstance(v, str) else v, config)

@@ -25,7 +25,7 @@ SWITCHES = {
 PERTURBING = ("method.", "finetune.head_rho")
 # Keys of the method that count where it is the base optimizer alone.
 NAMING = ("method.name", "method.rho", "method.passes")
-PLACES = ("output_dir", "ckpt_path")
+OWN_KEYS = ("output_dir", "ckpt_path")
 MISSING = "-"  # the value of a key that only the other configuration has
 
 
@@ -36,7 +36,7 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     """
     first, second = (_leaves(node) if isinstance(node, dict) else {} for node in (one, other))
     pairs = {key: (first.get(key, MISSING), second.get(key, MISSING)) for key in first | second}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in PLACES}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in OWN_KEYS}
 
 
 def because(method: Mapping[str, Any], keys: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from sam_lightning.config.errors import ConfigError, named_errors, no_such_key, 
 from sam_lightning.config.hydra_errors import explain, key_of, quoted, with_quoted_places
 from sam_lightning.config.schema import MethodName, Metric, check
 from sam_lightning.config.values import Rule, Seed, check_value, check_values, distinct
+from sam_lightning.runs.resume import resumed
 from sam_lightning.studies.identical import because, differing
 from sam_lightning.studies.report.runs import passes_per_step, settings
 from sam_lightning.studies.sweep import LONGEST_NAME
@@ -104,14 +105,17 @@ def split(keys: Keys, argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
 
 
 def configuration(overrides: Sequence[str], output_dir: str | None = None) -> DictConfig:
-    """What ``train.py`` would run with, checked."""
+    """What ``train.py`` would run with, checked; with ``ckpt_path``, as that run continues."""
+    arguments = resumed(with_quoted_places(list(overrides)))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", with_quoted_places(list(overrides)))
+            cfg = compose("train", arguments)
     except Exception as error:
         raise ConfigError(explain(error, list(overrides))) from error
     cfg.output_dir = output_dir or tempfile.gettempdir()  # Hydra sets it only for a run
     check(cfg, top_level())
+    if cfg.ckpt_path is not None and "hydra.mode=RUN" not in arguments:
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: is not the folder of a run, and in none")
     return cfg
 
 

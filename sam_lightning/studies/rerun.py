@@ -33,6 +33,8 @@ the settings of RUN.
 def main(argv: Sequence[str]) -> None:
     """Become ``train.py`` with the stored overrides, checked as a resume does, and those given."""
     run, *given = argv or [""]
+    if given in (["-m"], ["--multirun"]):
+        raise ConfigError(f"{given[0]}: needs a setting with several values, as in seed=1,2,3")
     stored = Path(os.path.expanduser(run)) / ".hydra" / "overrides.yaml"
     if not run or not stored.is_file():
         raise ConfigError(f"{run or 'RUN'}: must be the folder of a run, with {stored.name} in it")

@@ -19,6 +19,7 @@ from sam_lightning.config.errors import ConfigError, Interrupted, one_line
 from sam_lightning.runs.files import RunStatus, read_status
 from sam_lightning.runs.lock import OwnedError, owned
 from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.studies.launchers import share_processors
 from sam_lightning.studies.plan import RunSpec
 
 TRAIN = CONF.parent / "train.py"
@@ -127,10 +128,8 @@ class Runner:
                 return True
             environment = dict(os.environ)
             if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
-                cores = os.cpu_count() or 1
-                if hasattr(os, "sched_getaffinity"):  # not on macOS
-                    cores = len(os.sched_getaffinity(0))
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.processes)))
+                share_processors(self.processes, environment)
+                environment.setdefault("OMP_NUM_THREADS", environment["LOKY_MAX_CPU_COUNT"])
             said = shlex.join(without_secrets(run.arguments))
             output.write(f"{PROMPT}{said}\n".encode())
             process = subprocess.Popen(

@@ -18,10 +18,10 @@ from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import show
+from sam_lightning.studies.launchers import refuse_launchers
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read, split
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
-from sam_lightning.studies.sweep import refuse_launchers
 from sam_lightning.studies.table import WIDTH, Table
 
 ABOUT = """
@@ -36,14 +36,19 @@ Runs are in logs/studies/NAME; the same command goes on where it was stopped. Wh
 report makes of them, and runs.json with every run's results, goes to OUT/NAME.
 """
 KEYS: Keys = {
-    "jobs": (1, Annotated[int, within(1, None, ", of runs at a time")]),
-    "out": ("results", Folder),
-    "only": (None, Annotated[str | int, Rule("names of arms, as in sgd,sam", bool)] | None),
+    "jobs": (1, Annotated[int, within(1, None, ", of runs at a time")], "runs at a time"),
+    "out": ("results", Folder, "the folder of the report"),
+    "only": (
+        None,
+        Annotated[str | int, Rule("names of arms, as in sgd,sam", bool)] | None,
+        "arms of the file, as in sgd,sam; null: all",
+    ),
     "seed": (
         None,
         Annotated[str | int, Rule("seeds of the file, as in 0,1", lambda v: v != "")] | None,
+        "seeds of the file, as in 0,1; null: all",
     ),
-    "dry": (False, bool),
+    "dry": (False, bool, "list the runs, start none"),
 }
 
 

@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,15 +19,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import launched
+from sam_lightning.config.conf import is_group, top_level
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
+from sam_lightning.config.schema import check
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import Started, folder_of, own, refuse
 from sam_lightning.runs.lock import NAME, OwnedError, kept, owned
 from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.studies.launchers import check_launcher, refuse_launchers, share_processors
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +118,15 @@ class SweepFolder(Callback):
         metric = OmegaConf.select(config, "optimized_metric")
         try:
             refuse_launchers("sweep")
-            _check_launcher(config)
+            check_launcher(config)
             swept = _check_overrides(config)
             check_values(config, HINTS)
             storage = OmegaConf.select(config, "hydra.sweeper.storage")
             if OmegaConf.is_dict(storage):
                 storage = f"sqlite:///{storage.path}" if "path" in storage else None
             searches = "n_trials" in config.hydra.sweeper
-            if searches and metric is None:
-                raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+            if searches:
+                _check_search(config, swept, path)
             from sam_lightning.studies.identical import unused  # no single run needs it here
 
             if searches and (why := unused(config, swept)):
@@ -159,26 +161,7 @@ class SweepFolder(Callback):
         # launcher nor its data loader can use: back to Python's.
         if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
             multiprocessing.set_start_method(None, force=True)
-
-
-def refuse_launchers(what: str) -> None:
-    """Refuse torchrun and SLURM's srun around what starts many runs."""
-    if (found := launched()) is not None:
-        raise ConfigError(
-            f"a {what} is started by one process, and {found.launcher} has started "
-            f"{found.processes}: leave it out, and give each run trainer.devices=N"
-        )
-
-
-def _check_launcher(config: DictConfig) -> None:
-    launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
-    if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
-        advice = "start it where SLURM is, or take basic, joblib or submitit_local"
-        raise ConfigError(f"{key}_slurm: there is no srun here; {advice}")
-    tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
-    if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
-        advice = "leave tasks_per_node and nodes at 1 and give trainer.devices=N"
-        raise ConfigError(f"{key}_local: would train each job {tasks} times; {advice}")
+            share_processors(config.hydra.launcher.n_jobs)
 
 
 def _check_overrides(config: DictConfig) -> list[str]:
@@ -201,6 +184,28 @@ def _check_overrides(config: DictConfig) -> list[str]:
         if reason:
             raise ConfigError(f"{override.input_line}: {reason}")
     return [key for key, of_many in swept.items() if of_many]
+
+
+def _check_search(config: DictConfig, swept: list[str], path: Path) -> None:
+    """Refuse a search of nothing, and one whose trials would all be refused."""
+    if config.get("optimized_metric") is None:
+        raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
+    sweeper = config.hydra.sweeper
+    if not swept and not sweeper.get("search_space") and not sweeper.get("custom_search_space"):
+        advice = "as in hydra.sweeper.params.rho=interval(0.01,0.5)"
+        raise ConfigError(f"hydra.sweeper.params: gives no key several values, {advice}")
+    if any(map(is_group, swept)):  # each choice has keys of its own
+        return
+    cfg = config.copy()
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+        cfg.output_dir = str(path)
+    try:
+        check(cfg, top_level())
+    except ConfigError as error:
+        key = re.split("[=:]", str(error))[0]
+        if key not in swept and not isinstance(error.__cause__, OmegaConfBaseException):
+            raise
 
 
 def _split(

@@ -24,11 +24,19 @@ are settings (rho, optimizer.lr or lr), metrics, n, passes, total_passes, train_
 images_per_second; null: what differs, the metrics and costs.
 """
 KEYS: Keys = {
-    "metric": ("test/acc", Metric),
-    "baseline": ("sgd", MethodName),
-    "columns": (None, Annotated[str, Rule("as in method,rho,test/acc", bool)] | None),
-    "out": (None, Annotated[str, Rule("a folder", bool)] | None),
-    "formats": ("png,svg", Literal["png,svg", "png", "svg", "pdf"] | None),
+    "metric": ("test/acc", Metric, "what is compared"),
+    "baseline": ("sgd", MethodName, "the method that others are tested against"),
+    "columns": (
+        None,
+        Annotated[str, Rule("as in method,rho,test/acc", bool)] | None,
+        "of the table of results; null: what differs",
+    ),
+    "out": (
+        None,
+        Annotated[str, Rule("a folder", bool)] | None,
+        "the folder to write to; null: report in the first FOLDER",
+    ),
+    "formats": ("png,svg", Literal["png,svg", "png", "svg", "pdf"] | None, "of figures"),
 }
 
 
