@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -72,6 +73,8 @@ def export(
     """
     import torch
 
+    from sam_lightning.data.views import evaluation_view
+
     if out.suffix == ".onnx" and torch.__version__ < "2.7":
         raise ConfigError(f"format=onnx: needs torch 2.7, here is {torch.__version__}; use pt2")
     size = image_size or trained.image_size
@@ -91,7 +94,7 @@ def export(
         "images": "pixels in 0..1" if normalize else "(pixels in 0..1 - mean) / std",
         "mean": json.dumps(trained.mean),
         "std": json.dumps(trained.std),
-        "view": json.dumps({"size": size, **trained.view(size)}),
+        "view": json.dumps(asdict(evaluation_view(size, **trained.config["data"]))),
     }
     images = torch.zeros(batch or 2, trained.in_channels, *size)
     try:

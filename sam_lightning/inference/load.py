@@ -138,11 +138,6 @@ class TrainedClassifier(nn.Module):
             images = torch.stack(each)
         return self.normalize(images.to(next(self.parameters()).device))
 
-    def view(self, size: tuple[int, int]) -> dict[str, Any]:
-        """How evaluation brings an image to (height, width): fields of ``CenterCrop``."""
-        crop = evaluation_view(size, **self.config["data"])
-        return {"fraction": crop.fraction, "interpolation": crop.interpolation, "mode": crop.mode}
-
     def _fits(self, pixels: Tensor) -> bool:
         """Whether C x H x W or N x C x H x W bytes are as those that were trained on."""
         size = self.image_size or tuple(pixels.shape[-2:])

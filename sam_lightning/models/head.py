@@ -13,41 +13,52 @@ JOINS_PREVIOUS = 99999  # timm's mark of what belongs to the layer before
 
 
 def head_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The last layers of a classifier by name, which make the logits; mostly one.
+    """The layers that make the logits, by name; mostly one.
 
-    They are what timm's ``get_classifier()`` returns (two for a distilled DeiT), else the last
-    linear layer, else the last convolution (SqueezeNet).
-
-    Raises:
-        ValueError: the model has none of these.
+    They are those that timm's models name, auxiliary ones too (two for a distilled DeiT, VOLO,
+    CrossViT), else those that ``get_classifier()`` returns, else the last linear layer, else the
+    last convolution (SqueezeNet), or none.
     """
-    found: list[Any] = []
-    if callable(classifier := getattr(model, "get_classifier", None)):
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = {named} if isinstance(named, str) else {*named}
+    found = [m for n, m in model.named_modules() if n in names and [*m.parameters()]]
+    if not found and callable(classifier := getattr(model, "get_classifier", None)):
         given = classifier()
         given = given if isinstance(given, tuple | list) else [given]
-        found = [layer for layer in given if any(True for _ in layer.parameters())]
-    for kind in (nn.Linear, nn.modules.conv._ConvNd):
-        found = found or [layer for layer in model.modules() if isinstance(layer, kind)][-1:]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layer or convolution")
-    heads = {id(layer) for layer in found}
+        found = [layer for module in given for layer in _last(module)]
+    heads = {id(layer) for layer in found or _last(model)}
     return {name: layer for name, layer in model.named_modules() if id(layer) in heads}
 
 
+def _last(module: nn.Module) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for kind in (nn.Linear, nn.modules.conv._ConvNd):
+        layers = layers or [layer for layer in module.modules() if isinstance(layer, kind)][-1:]
+    return layers
+
+
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of ``head_of``."""
-    return {
+    """Names of the parameters of ``head_of``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in head_of(model).items()
         for name, _ in layer.named_parameters()
     }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer or convolution")
+    return found
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """The number of each parameter's layer by name, from 0 (next to the image) to the head's.
 
     A model with a ``group_matcher`` (timm's, or your own) says it itself, as timm's
-    ``param_groups_layer_decay`` reads it. Otherwise a layer is a block: an element of a stage, or
+    ``param_groups_layer_decay`` reads it; of timm's models without one, that function takes 12
+    parameters for a layer. Otherwise a layer is a block: an element of a stage, or
     what stands between stages, in the order in which the model defines them. A normalisation
     between blocks belongs to the block before it, a parameter of no block, such as position
     embeddings, to the first.
@@ -61,6 +72,10 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
             ids = _by_matcher(names, prefix and f"{prefix}.", module.group_matcher(coarse=False))
             return _checked(model, ids)
     head, last = tuple(head_parameters(model)), -1
+    if getattr(model, "pretrained_cfg", None):  # timm's auto_group_layers
+        trunk = [name for name in names if name not in head]
+        ids = {name: i // 12 for i, name in enumerate(trunk)}
+        return _checked(model, ids | dict.fromkeys(head, -(-len(trunk) // 12)))
     blocks: dict[str, int] = {}
     for name, block in _blocks(model):
         last += last < 0 or not is_normalization(block)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from sam_lightning.models.lite import Lite
-from sam_lightning.models.timm_models import Timm
+from sam_lightning.models.timm_models import Timm, timm_package
 from sam_lightning.models.torchvision_models import OURS, Torchvision
 from sam_lightning.models.weights import Weights, put, with_channels
 
@@ -73,8 +74,8 @@ def preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
         - ``image_size``: [height, width] that the model takes, in pixels,
         - ``mean``, ``std``: of each channel, of pixels in 0..1,
         - ``interpolation``: ``bilinear`` or ``bicubic``,
-        - ``crop_fraction``: side of the crop divided by side of the resized image, in (0, 1]:
-          images are resized to ``floor(side / crop_fraction)`` before they are cropped,
+        - ``crop_fraction``: side of the crop divided by side of the resized image: images are
+          resized to ``floor(side / crop_fraction)`` before they are cropped; above 1 for a border,
         - ``crop_mode``: ``center``: the shorter side is resized, and the centre cropped;
           ``squash``: both sides are resized, so that shapes change, and the centre cropped;
           ``border``: the longer side is resized, and the rest is black.
@@ -109,15 +110,12 @@ def load_weights(
     known, ours = family(config), architecture(config)
     published_ones = bool(config.get("pretrained") and not config.get("weights"))
     twin = known.twin(config) if isinstance(known, Timm) else None
-    theirs = of or _known(weights) or weights.architecture
+    theirs = of or _known(weights) or _said(weights, known is not None, not published_ones)
     if theirs is None and twin is not None and not published_ones:
-        if weights.file.name.startswith(twin):
-            theirs = twin
-        elif not weights.file.name.startswith(ours):
-            log.warning(
-                "%s: does not say whether it is of %s or of %s, whose weights have the same names",
-                *(weights.file, ours, twin),
-            )
+        log.warning(
+            "%s: does not say whether it is of %s or of %s, whose weights have the same names",
+            *(weights.file, ours, twin),
+        )
     if theirs is not None and theirs != ours:
         raise ValueError(
             f"weights of {theirs}, not of {ours}; if they do belong to it, set "
@@ -132,6 +130,30 @@ def load_weights(
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"weights of another model: {reason}") from error
     return put(model, tensors, lenient=published_ones)
+
+
+def _said(weights: Weights, named: bool, by_file: bool) -> str | None:
+    """The architecture that weights name themselves, or by what their file's name begins with.
+
+    Args:
+        weights: of a run, or of a file.
+        named: names of torchvision and timm count, and not only targets of runs.
+        by_file: the file's name counts.
+    """
+    names: set[str] = set()
+    if named:
+        from torchvision import models
+
+        names |= {*models.list_models(module=models)}
+        with suppress(ValueError):
+            names |= {*timm_package("weights").list_models()}
+    word, file = weights.architecture or "", weights.file.name
+    if (name := word.partition(".")[0]) in names:  # timm's may have a tag behind a dot
+        return name
+    if "." in word:
+        return word
+    begin = [n for n in names if file.startswith(n) and file[len(n) :][:1] in ("", *"_.-")]
+    return max(begin, key=len) if begin and by_file else None
 
 
 def _known(weights: Weights) -> str | None:

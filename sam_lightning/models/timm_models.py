@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_lightning.models.weights import (
-    check_reachable,
-    described,
-    download,
-    no_download,
-    url_file,
-)
+from sam_lightning.models.weights import HUB_FILES, described, download, downloading, url_file
 
 NAME = re.compile(r"[\w.]+")  # timm would fetch code or files for hf-hub:, local-dir: and paths
 HUB = "https://huggingface.co"
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # What decides how an image is prepared.
 PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -124,7 +118,7 @@ def _create(
     builder, original = timm.models._builder, timm.models._builder.load_pretrained
     try:
         builder.load_pretrained = load or original
-        return timm.create_model(name, pretrained=load is not None, **given)
+        model = timm.create_model(name, pretrained=load is not None, **given)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         for key, value in options.items():
@@ -138,6 +132,14 @@ def _create(
         raise ValueError(f"name={name}: {reason}") from error
     finally:
         builder.load_pretrained = original
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or 1
+    steps = patch if isinstance(patch, tuple) else (patch, patch)
+    if size is not None and any(side % step for side, step in zip(size, steps, strict=True)):
+        pixels, step = " x ".join(map(str, size)), " x ".join(map(str, steps))
+        raise ValueError(
+            f"name={name}: cannot be built for images of {pixels}, as its patches are {step}"
+        )
+    return model
 
 
 class Timm:
@@ -160,16 +162,14 @@ class Timm:
         return twin if timm_package(f"name={ours}").list_models(twin) else None
 
     def published(self, config: Mapping[str, Any]) -> str:
-        """What the published weights are called."""
-        about = described_by_timm(self.timm_name(config), self.extra)
+        """What the published weights are called; a ``ValueError`` if ``fetched`` can get none."""
+        name = self.timm_name(config)
+        about = described_by_timm(name, self.extra)
+        url = isinstance(about.get("url"), str) and not about.get("custom_load")
+        if not about.get("hf_hub_id") and not url:
+            raise ValueError(f"pretrained=true: timm has no weights of {name} as a file of PyTorch")
         tag = f".{about['tag']}" if about.get("tag") else ""
         return f"timm {self.architecture(config)}{tag}"
-
-    def has_weights(self, config: Mapping[str, Any]) -> bool:
-        """Whether there are published weights that ``fetched`` can get."""
-        about = described_by_timm(self.timm_name(config), self.extra)
-        url = isinstance(about.get("url"), str) and not about.get("custom_load")
-        return bool(about.get("hf_hub_id")) or url
 
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
@@ -191,26 +191,18 @@ class Timm:
         """The published weights, downloaded if they are not on this machine."""
         if (found := self.cached(config)) is not None:
             return found
-        name = self.timm_name(config)
-        about = described_by_timm(name)
-        hub, url = about.get("hf_hub_id"), about.get("url")
-        if not self.has_weights(config):
-            raise ValueError(f"pretrained=true: timm has no weights of {name} as a file of PyTorch")
-        if not hub:
-            return download(str(url))
+        about = described_by_timm(self.timm_name(config))
+        if not (hub := about.get("hf_hub_id")):
+            return download(str(about.get("url")))
         from huggingface_hub import constants, hf_hub_download
 
         repo, _, revision = hub.partition("@")
-        page = f"{constants.ENDPOINT or HUB}/{repo}"
-        if not constants.HF_HUB_OFFLINE:
-            check_reachable(page)
-        problem: Exception = OSError("no file")
-        for file in _hub_files(about):
-            try:
-                return Path(hf_hub_download(repo, file, revision=revision or None))
-            except Exception as error:  # of its own, and of what it uses
-                problem = error
-        raise ValueError(no_download(page, problem)) from problem
+        *others, last = _hub_files(about)
+        with downloading(f"{constants.ENDPOINT or HUB}/{repo}", offline=constants.HF_HUB_OFFLINE):
+            for file in others:
+                with suppress(Exception):  # of its own, and of what it uses
+                    return Path(hf_hub_download(repo, file, revision=revision or None))
+            return Path(hf_hub_download(repo, last, revision=revision or None))
 
     def preprocessing(self, config: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
         """See ``pretrained.preprocessing``."""
@@ -266,8 +258,9 @@ class Timm:
             kept.update(loaded)
             return torch.nn.modules.module._IncompatibleKeys([], [])
 
-        from timm.models._builder import load_pretrained
+        from timm.models._builder import _logger, load_pretrained
 
+        _logger.setLevel("WARNING")  # what is loaded is said by whoever loads it
         model.load_state_dict = keep  # type: ignore[method-assign, assignment]
         try:
             load_pretrained(model, about, num_classes=shape[0], in_chans=shape[1])

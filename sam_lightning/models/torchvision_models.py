@@ -138,10 +138,6 @@ class Torchvision:
         """What the published weights are called."""
         return f"torchvision {self.architecture(config)}.{self._entry(config).name}"
 
-    def has_weights(self, config: Mapping[str, Any]) -> bool:
-        """Whether there are published weights: of all models."""
-        return True
-
     def cached(self, config: Mapping[str, Any]) -> Path | None:
         """The published weights, if they are on this machine."""
         return path if (path := url_file(self._entry(config).url)).is_file() else None

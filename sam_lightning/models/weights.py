@@ -5,10 +5,10 @@ import hashlib
 import json
 import re
 import socket
-import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_lightning.models.head import head_of
+
 # Where training scripts keep the weights in what they save; averaged ones first, as in timm.
 INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # of torch.compile and of data parallelism
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallelism
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, as the hub has it
 COUNTERS = "num_batches_tracked"  # old files have none
 NAMED = 3  # names in an error
 
@@ -60,11 +63,13 @@ def read_weights(path: Path) -> Weights:
         raise ValueError(f"weights={path}: is not a file of weights alone ({reason})") from error
     inside = content if isinstance(content, Mapping) else {}
     found = next((inside[k] for k in INSIDE if isinstance(inside.get(k), Mapping)), inside)
-    tensors = {WRAPPERS.sub("", str(k)): v for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     if not tensors:
         raise ValueError(f"weights={path}: has no tensors by name")
-    named = described(path).get("architecture") or said.get("architecture")
+    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in tensors)), None):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    named = described(path).get("architecture") or said.get("architecture") or inside.get("arch")
     return Weights(tensors, path, sha256(path), None if named is None else str(named))
 
 
@@ -105,7 +110,7 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor], *, lenient: bool = Fals
     """
     own, given = model.state_dict(), dict(tensors)
     new = []
-    for head in heads(model):
+    for head in head_of(model):
         parts = [name for name in own if name.startswith(f"{head}.")]
         if any(name not in given or given[name].shape != own[name].shape for name in parts):
             new += parts
@@ -125,21 +130,12 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor], *, lenient: bool = Fals
     state._metadata = own._metadata  # type: ignore[attr-defined]
     model.load_state_dict(state)
     with torch.no_grad():
-        for head in heads(model):
+        for head in head_of(model):
             if not _feeds_relu(model, head):
                 for name in ("weight", "bias"):
                     if f"{head}.{name}" in new:
                         model.get_parameter(f"{head}.{name}").zero_()
     return new
-
-
-def heads(model: nn.Module) -> list[str]:
-    """The layers that make logits: timm's models say so, else the last with weights."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if named:
-        return [named] if isinstance(named, str) else [*named]
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return layers[-1:]
 
 
 def with_channels(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -173,35 +169,35 @@ def download(url: str) -> Path:
     """
     path = url_file(url)
     if not path.is_file():
-        check_reachable(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
-        try:
+        with downloading(url):
             torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(no_download(url, error)) from error
     return path
 
 
-def check_reachable(url: str) -> None:
-    """Refuse at once what a library would try again and again without a network."""
+@contextmanager
+def downloading(url: str, *, offline: bool = False) -> Iterator[None]:
+    """Turn errors into a ValueError, at once where a library would try on without a network."""
+    try:
+        if not offline:
+            _ask(url)
+        yield
+    except Exception as error:  # of torch.hub, of huggingface_hub, and of what they use
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"pretrained=true: the weights are not on this machine, and {url} cannot be downloaded "
+            f"({reason}); give model.weights=FILE"
+        ) from error
+
+
+def _ask(url: str) -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:  # somebody has answered
-        return
     except OSError as error:
-        reason = getattr(error, "reason", error)
+        reason = getattr(error, "reason", error)  # a text where somebody has answered
         if isinstance(reason, socket.gaierror | ConnectionError | TimeoutError):
-            raise ValueError(no_download(url, reason)) from error
-
-
-def no_download(url: str, error: Any) -> str:
-    """What to say where weights are neither here nor to be had."""
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return (
-        f"pretrained=true: the weights are not on this machine, and {url} cannot be downloaded "
-        f"({reason}); give model.weights=FILE"
-    )
+            raise reason from error
 
 
 def _feeds_relu(model: nn.Module, head: str) -> bool:

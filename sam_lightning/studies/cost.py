@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -76,20 +77,43 @@ def estimate(cfg: DictConfig) -> Cost:
     images -= images % cfg.batch_size if cfg.data.drop_last else 0
     if images < 1:
         raise ConfigError(f"data.val_size={cfg.data.val_size}: leaves nothing of {total} images")
-    import torch  # only for a configuration that is right
+    flops, _ = forward(cfg, classes, (channels, height, width))
+    if flops is None:
+        size = f"{channels} x {height} x {width}"
+        raise ConfigError(
+            f"model._target_={cfg.model._target_}: cannot be tried on images of {size}"
+        )
+    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
+    passes = passes_per_step(method) or 2.0
+    return Cost(flops, passes, images, cfg.epochs)
+
+
+def forward(cfg: Any, classes: int, image: Sequence[int]) -> tuple[int | None, int]:
+    """FLOPs of a forward pass of one image, and the number of parameters; without memory.
+
+    Args:
+        cfg: with the description of the model.
+        classes: number of logits.
+        image: its channels, height and width.
+
+    Returns:
+        None for the FLOPs of a model that reads values, which there are none of.
+    """
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from sam_lightning.config.instantiate import build, takes
 
+    flops = None
+    shape: dict[str, Any] = {"num_classes": classes, "in_channels": image[0]}
+    if str(cfg.model._target_).startswith("sam_lightning.") and takes(cfg, "image_size"):
+        shape["image_size"] = [*image[1:]]
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shape: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
-        if str(cfg.model._target_).startswith("sam_lightning.") and takes(cfg, "image_size"):
-            shape["image_size"] = [height, width]
-        model = build(cfg, "model", **shape)
-        model.eval()(torch.empty(1, channels, height, width))
-    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
-    passes = passes_per_step(method) or 2.0
-    return Cost(counter.get_total_flops(), passes, images, cfg.epochs)
+        model = build(cfg, "model", **shape).eval()
+        with suppress(Exception):
+            model(torch.empty(1, *image))
+            flops = counter.get_total_flops()
+    return flops, sum(p.numel() for p in model.parameters())
 
 
 def _shape(cfg: DictConfig) -> tuple[int, int, int, int, int, bool]:

@@ -1,6 +1,7 @@
 """``python -m sam_lightning list-models``: models by name, with size, cost and weights."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Any
 
@@ -82,30 +83,19 @@ def _kinds(tagged: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
 
 def _numbers(config: dict[str, Any]) -> str:
     """Side of the images, parameters, FLOPs, and where the weights are."""
-    import torch
     from omegaconf import OmegaConf
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from sam_lightning.config.instantiate import build, takes
     from sam_lightning.models.pretrained import family
+    from sam_lightning.studies.cost import forward
 
     kind = family(config)
     about = kind.preprocessing(config, None) if kind and "name" in config else {}
     size = about.get("image_size", [SIDE, SIDE])
-    shape: dict[str, Any] = {"num_classes": 1000 if about else 10, "in_channels": 3}
     cfg = OmegaConf.create({"model": config})
-    if takes(cfg, "image_size"):
-        shape["image_size"] = size
-    flops = "?"
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = build(cfg, "model", **shape).eval()
-        try:
-            model(torch.empty(1, 3, *size))
-            flops = f"{counter.get_total_flops() / 1e9:,.3g}"
-        except Exception:  # of a model that reads values, which there are none of
-            pass
+    flops, parameters = forward(cfg, 1000 if about else 10, [3, *size])
+    gflops = "?" if flops is None else f"{flops / 1e9:,.3g}"
     where = "none"
-    if kind is not None:
-        where = "here" if kind.cached(config) else "download" if kind.has_weights(config) else where
-    parameters = sum(p.numel() for p in model.parameters())
-    return NUMBERS.format("x".join(map(str, sorted({*size}))), f"{parameters:,}", flops, where)
+    with suppress(ValueError):  # nobody has published any
+        if kind is not None and kind.published(config):
+            where = "here" if kind.cached(config) else "download"
+    return NUMBERS.format("x".join(map(str, sorted({*size}))), f"{parameters:,}", gflops, where)

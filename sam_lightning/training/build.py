@@ -145,11 +145,15 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from error
-    if sam.defaults["rho"] > 0 and Groups(sam).counts()[1] == 0:
-        raise ConfigError(
-            f"rho={cfg.rho}: no weight that trains is perturbed, by finetune, param_groups or "
-            "method.perturbed_layers; method=sgd says so"
-        )
+    if sam.defaults["rho"] > 0:
+        groups = Groups(sam)
+        if groups.counts()[1] == 0:
+            raise ConfigError(
+                f"rho={cfg.rho}: no weight that trains is perturbed, by finetune, param_groups or "
+                "method.perturbed_layers; method=sgd says so"
+            )
+        if (first := groups.perturbed_from()) > 0:
+            log.warning("epochs 1 to %d perturb nothing: what is to be perturbed is frozen", first)
     if cfg.ckpt_path is not None:
         _try_optimizer(cfg, module)
     return module

@@ -113,12 +113,10 @@ def _finetune(
     frozen = dict.fromkeys(selected(model, freeze, words, "freeze"), math.inf)
     given = {int(epoch): patterns for epoch, patterns in (unfreeze or {}).items()}
     for epoch, patterns in sorted(given.items(), reverse=True):
-        if epochs < 2:
-            raise ConfigError(f"finetune.unfreeze: needs more than epochs={epochs}")
         if not 0 < epoch < epochs:
             raise ConfigError(
-                f"finetune.unfreeze.{epoch}: this run has epochs={epochs}; allowed is a number of "
-                f"epochs from 1 to {epochs - 1}, for which these are frozen"
+                f"finetune.unfreeze.{epoch}: this run has epochs={epochs}; allowed is a number "
+                f"above 0 and below; or give epochs={epoch + 1}, with debug=fast too"
             )
         chosen = selected(model, patterns, words, f"unfreeze.{epoch}")
         if not {*chosen} & {*frozen}:

@@ -1,6 +1,7 @@
 """The parameter groups of a run: what each began with, and what it has now."""
 
 import math
+from collections.abc import Iterator
 
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -50,10 +51,17 @@ class Groups:
 
     def counts(self) -> tuple[int, int]:
         """Numbers of weights that train at some time of the run, and of those that SAM perturbs."""
-        trained, perturbed, chosen = 0, 0, self.sam.param_names
+        trained = sum(p.numel() for group in self.sam.param_groups for p in group["params"])
+        return trained, sum(number for number, _ in self._perturbed())
+
+    def perturbed_from(self) -> int:
+        """The first epoch, counted from 0, in which SAM perturbs weights, if it ever does."""
+        return int(min(epoch for _, epoch in self._perturbed()))
+
+    def _perturbed(self) -> Iterator[tuple[int, float]]:
+        """Number and first epoch of the weights of each parameter that SAM perturbs."""
+        chosen = self.sam.param_names
         for group, given in zip(self.sam.param_groups, self.given, strict=True):
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                trained += p.numel()
                 if given["rho"] > 0 and (chosen is None or name in chosen):
-                    perturbed += p.numel()
-        return trained, perturbed
+                    yield p.numel(), given.get("from_epoch", 0)

@@ -40,9 +40,14 @@ def make_model(
     if ours and takes(cfg, "image_size"):
         shape["image_size"] = image_size
     hparams = _hparams(cfg, data, shape)
-    weights = _checked_weights(cfg, shape)
+    stored = None if cfg.ckpt_path is None else read(cfg.ckpt_path, mmap=True)
+    weights = None if stored is None else _checked_weights(cfg, stored, shape)
     model = build(cfg, "model", **shape)
-    if (started := start_from_weights(cfg, model, shape, data.classes, trainer)) is not None:
+    if stored is None:
+        started = start_from_weights(cfg, model, shape, data.classes, trainer)
+    else:
+        started = stored["hyper_parameters"].get("weights")
+    if started is not None:
         hparams["weights"] = started
     if not ours or "name" in cfg.model:  # others than those written here
         _try_model(cfg, model, (data.in_channels, *image_size), data.num_classes)
@@ -67,21 +72,24 @@ def _hparams(cfg: DictConfig, data: ImageDataModule, shape: dict[str, Any]) -> d
     }
     hparams["model"] |= shape
     # A checkpoint has all weights, so who builds the model again needs no others.
-    without: dict[str, Any] = {"pretrained": False, "weights": None, "weights_of": None}
+    without: dict[str, Any] = {"pretrained": False}
+    if not takes(cfg, "weights"):  # an argument of the user's own
+        without |= {"weights": None, "weights_of": None}
     hparams["model"] |= {k: v for k, v in without.items() if k in hparams["model"]}
     return hparams
 
 
-def _checked_weights(cfg: DictConfig, shape: dict[str, Any]) -> dict[str, torch.Size] | None:
+def _checked_weights(
+    cfg: DictConfig, stored: dict[str, Any], shape: dict[str, Any]
+) -> dict[str, torch.Size]:
     """The shapes of the weights to resume from, before a model of any size is built."""
-    if (path := cfg.ckpt_path) is None:
-        return None
-    stored = read(path, mmap=True)["state_dict"]
-    weights = {k.removeprefix("model."): w.shape for k, w in stored.items()}
+    weights = {k.removeprefix("model."): w.shape for k, w in stored["state_dict"].items()}
     try:
         try_without_memory(cfg, weights, **shape)
     except ConfigError as error:
-        raise ConfigError(f"ckpt_path={path}: {error}") from error
+        had, has = stored["hyper_parameters"].get("image_size"), shape.get("image_size")
+        why = error if None in (had, has) or had == has else f"is of images of {had}, not {has}"
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {why}") from error
     return weights
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.config.instantiate import takes
-from sam_lightning.data.views import evaluation_view
+from sam_lightning.data.views import CROP_MODES, evaluation_view
 from sam_lightning.models import preprocessing
+from sam_lightning.models.head import head_of
 from sam_lightning.models.pretrained import architecture, load_weights, published
-from sam_lightning.models.weights import Weights, heads, read_weights, sha256
+from sam_lightning.models.weights import HUB_FILES, Weights, read_weights, sha256
 from sam_lightning.runs.checkpoint import newest, read
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,19 @@ def prepare_as_weights(cfg: DictConfig) -> None:
         wanted = {key: had[key] for key in PREPARED if cfg.data.get(key, 0) is None and key in had}
     else:
         wanted = weights_preprocessing(config) or {}
-        if "image_size" in wanted:
-            height, width = wanted["image_size"]
-            if height != width and cfg.data.get("image_size", height) is None:
-                size = f"{height} x {width}"
-                raise ConfigError(f"data.image_size=null: the weights want {size}; give one number")
-            wanted["image_size"] = height
+        if wanted:
+            sides = wanted["image_size"]
+            wanted["image_size"] = sides[0] if sides[0] == sides[1] else sides
+            for key, supported, allowed in (
+                ("image_size", sides[0] == sides[1], "one number"),
+                ("crop_fraction", wanted["crop_fraction"] <= 1, "at most 1"),
+                ("crop_mode", wanted["crop_mode"] in CROP_MODES, " or ".join(CROP_MODES)),
+            ):
+                if not supported and cfg.data.get(key, 0) is None:
+                    raise ConfigError(
+                        f"data.{key}=null: the weights were trained with {wanted[key]}, which is "
+                        f"not supported; give {allowed}"
+                    )
     for key in (key for key in PREPARED if key in cfg.data and key in wanted):
         if cfg.data[key] is None and "image_size" in cfg.data:
             cfg.data[key] = wanted[key]
@@ -74,10 +82,8 @@ def start_from_weights(
 ) -> dict[str, Any] | None:
     """Put the weights into a new model that ``model.pretrained`` or ``model.weights`` name.
 
-    A run that continues has its own, so it needs neither.
-
     Args:
-        cfg: the run's configuration.
+        cfg: the configuration of a run that does not continue another.
         model: built from it; is changed in place.
         shape: what the model got from the data.
         classes: of the data; a run of others has no head for these, also if there are as many.
@@ -90,8 +96,6 @@ def start_from_weights(
     Raises:
         ConfigError: there are no such weights, or they are of another model.
     """
-    if cfg.ckpt_path is not None:
-        return read(cfg.ckpt_path, mmap=True)["hyper_parameters"].get("weights")
     config: Any = {**OmegaConf.to_container(cfg.model, resolve=True), **shape}  # type: ignore[dict-item]
     given = None if takes(cfg, "weights") else config.get("weights")
     asked = bool(config.get("pretrained")) and not takes(cfg, "pretrained")
@@ -128,10 +132,10 @@ def weights_preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         ConfigError: no such model or run, or the model's package is not installed.
     """
-    file = _of_run(config.get("weights"))
-    if file is None:
+    file = None if config.get("weights") is None else _located(config["weights"])
+    if file is None or file.suffix != ".ckpt":
         with argument_errors("model"):
-            return preprocessing(config)
+            return preprocessing({**config, "weights": file and str(file)})
     hparams = read(file, mmap=True)["hyper_parameters"]
     try:
         height, width = (int(side) for side in hparams["image_size"])
@@ -149,28 +153,32 @@ def weights_preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(f"model.weights={config['weights']}: {said}") from error
 
 
-def _of_run(given: Any) -> Path | None:
-    """The checkpoint that ``weights`` names, if it is a run's."""
+def _located(given: Any) -> Path:
+    """The file that ``weights`` names: of weights, or the checkpoint (.ckpt) of a run."""
     path = Path(os.path.expanduser(str(given)))
-    if path.is_dir():
-        inside = path / "checkpoints"
-        if (found := newest(inside if inside.is_dir() else path)) is None:
-            raise ConfigError(f"model.weights={given}: there is no checkpoint of a run in it")
-        return found
-    return path if path.suffix == ".ckpt" else None
+    if not path.is_dir():
+        return path
+    inside = path / "checkpoints"
+    of_hub = (path / name for name in HUB_FILES if (path / name).is_file())
+    found = newest(inside if inside.is_dir() else path) or next(of_hub, None)
+    if found is None:
+        raise ConfigError(
+            f"model.weights={given}: there is no checkpoint of a run in it, nor {HUB_FILES[0]}"
+        )
+    return found
 
 
 def _read(given: str, model: nn.Module, classes: Sequence[str]) -> Weights:
-    file = _of_run(given)
-    if file is None:
-        return read_weights(Path(os.path.expanduser(given)))
+    file = _located(given)
+    if file.suffix != ".ckpt":
+        return read_weights(file)
     try:
         checkpoint = read(file)
         tensors = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         hparams = checkpoint["hyper_parameters"]
         theirs = architecture(hparams["model"])
         if [*hparams["classes"]] != [*classes]:
-            others = tuple(f"{head}." for head in heads(model))
+            others = tuple(f"{head}." for head in head_of(model))
             tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
     except (ConfigError, LookupError, TypeError, ValueError) as error:
         reason = one_line(error).removeprefix(f"ckpt_path={file}: ")

@@ -10,13 +10,14 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from sam_lightning.models import PyramidNet, SAMResNet50, WideResNet
-from sam_lightning.models.head import head_of, layer_ids, layer_lr_factors
+from sam_lightning.models.head import head_of, head_parameters, layer_ids, layer_lr_factors
 from sam_lightning.optim.param_groups import norm_and_bias
 
 TIMM = [
     *("resnet18", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_lite0", "regnety_002"),
     *("swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224", "mobilenetv3_small_050"),
     *("xcit_nano_12_p16_224", "densenet121", "vgg11", "nfnet_f0", "levit_128s", "inception_v3"),
+    *("pit_ti_distilled_224", "poolformerv2_s12"),
 ]
 
 
@@ -39,7 +40,14 @@ def test_heads_of_timms_models_are_its_classifiers():
             name: [*head_of(timm.create_model(name))]
             for name in ("convnext_atto", "deit_tiny_distilled_patch16_224", "efficientnet_lite0")
         }
-    assert [*heads.values()] == [["head.fc"], ["head", "head_dist"], ["classifier"]]
+        assert [*heads.values()] == [["head.fc"], ["head", "head_dist"], ["classifier"]]
+        # Auxiliary heads add to the logits too.
+        assert [*head_of(timm.create_model("volo_d1_224"))] == ["aux_head", "head"]
+        assert [*head_of(timm.create_model("crossvit_9_240"))] == ["head.0", "head.1"]
+        # Inside of a network that says nothing but its classifier.
+        model = timm.create_model("levit_128s")
+        model.pretrained_cfg = None
+        assert [*head_of(model)] == ["head.linear", "head_dist.linear"]
 
 
 def torchvisions(name):
@@ -119,4 +127,4 @@ def test_a_model_without_a_known_order_is_refused_until_it_says_it():
 
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="has no linear layer or convolution"):
-        head_of(nn.Sequential(nn.BatchNorm2d(2)))
+        head_parameters(nn.Sequential(nn.BatchNorm2d(2)))

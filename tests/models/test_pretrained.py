@@ -38,7 +38,7 @@ TIMM = [
     *("test_vit", "test_efficientnet", "test_resnet", "test_convnext", "test_nfnet"),
     *("test_byobnet", "mobilenetv3_small_050"),
     *map(slow, ("test_maxvit", "test_vit_relpos", "deit_tiny_distilled_patch16_224")),
-    *map(slow, ("levit_128s", "tf_efficientnet_lite0")),
+    *map(slow, ("levit_128s", "tf_efficientnet_lite0", "volo_d1_224", "crossvit_9_240")),
 ]
 TORCHVISION = [
     *("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5"),
@@ -223,6 +223,11 @@ def test_options_reach_timm():
         ("timm_model", {"name": "resnet18.nobodys"}, "no such weights; allowed are "),
         ("timm_model", {"name": "vgg11", "drop_path_rate": 0.1}, "drop_path_rate=0.1: vgg11 takes"),
         ("timm_model", {"name": "test_vit", "batch_norm_momentum": 0.1}, "has no BatchNorm"),
+        (
+            "timm_model",
+            {"name": "vit_tiny_patch16_224", "image_size": [100, 100]},
+            "cannot be built for images of 100 x 100, as its patches are 16 x 16",
+        ),
         ("torchvision_model", {"name": "resnet19"}, "did you mean resnet"),
         ("torchvision_model", {"name": "resnet18.NOBODYS", "pretrained": True}, "IMAGENET1K_V1"),
         ("torchvision_model", {"name": "resnet18", "dropout": 0.1}, "dropout=0.1: resnet18 takes"),
@@ -325,18 +330,46 @@ def test_weights_of_another_model_are_refused_by_names(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("said_by", ["config.json", "metadata", "file name"])
+@pytest.mark.parametrize("said_by", ["config.json", "metadata", "file name", "arch"])
 def test_a_file_that_names_another_architecture_is_refused(said_by, tmp_path):
     named = "tf_efficientnet_b0_ns" if said_by == "file name" else "model"
     path = tmp_path / f"{named}.safetensors"
     state = timm.create_model("tf_efficientnet_b0").state_dict()
     about = {"architecture": "tf_efficientnet_b0"}
     save_file(state, path, about if said_by == "metadata" else None)
+    if said_by == "arch":  # as timm's training writes it
+        path = tmp_path / "model_best.pth.tar"
+        torch.save({"state_dict": state, "arch": "tf_efficientnet_b0.ns_jft_in1k"}, path)
     if said_by == "config.json":
         (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": {}}))
     config = described("timm_model", "efficientnet_b0")
     with pytest.raises(ValueError, match=r"of tf_efficientnet_b0, not of efficientnet_b0; if they"):
         load_weights(build(config), read_weights(path), config)
+
+
+@pytest.mark.parametrize("kind", ["timm_model", "torchvision_model"])
+def test_weights_that_fit_by_names_and_shapes_alone_are_refused(kind, tmp_path):
+    state = timm.create_model("resnetaa50").state_dict()  # has the names and shapes of resnet50
+    config = described(kind, "resnet50")
+    for name, problem in (("resnetaa50_a1h-4cf422b3.pth", True), ("resnet50-4cf422b3.pth", False)):
+        torch.save(state, tmp_path / name)
+        if problem:
+            with pytest.raises(ValueError, match="weights of resnetaa50, not of resnet50; if they"):
+                load_weights(build(config), read_weights(tmp_path / name), config)
+        else:
+            assert load_weights(build(config), read_weights(tmp_path / name), config) == []
+
+
+def test_a_wrappers_prefix_goes_where_all_names_have_it(tmp_path):
+    names = {
+        "a": (["module.fc.weight", "module.fc.bias"], ["fc.weight", "fc.bias"]),
+        "b": (["_orig_mod.module.fc.weight"], ["fc.weight"]),
+        "c": (["module.fc.weight", "fc.weight"], ["module.fc.weight", "fc.weight"]),
+    }
+    for file, (given, expected) in names.items():
+        tensors = {name: torch.ones(1) for name in given}
+        torch.save({**tensors, "n_averaged": torch.tensor(1)}, tmp_path / f"{file}.pth")
+        assert [*read_weights(tmp_path / f"{file}.pth").tensors] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no weights", b"\x80\x02K\x01."])

@@ -463,7 +463,7 @@ REFUSED = [
     ("finetune=full finetune.freeze=['*']", "leaves no parameter to train"),
     (
         "finetune=head finetune.unfreeze={2:[backbone]}",
-        "finetune.unfreeze.2: this run has epochs=2; allowed is a number of epochs from 1 to 1",
+        "finetune.unfreeze.2: this run has epochs=2; allowed is a number above 0",
     ),
     (
         "finetune=head +finetune.unfreeze.3=[fc]",

@@ -21,7 +21,7 @@ from sam_lightning.data import digits
 from sam_lightning.inference import evaluate, export, predict
 from sam_lightning.models.pretrained import published
 from sam_lightning.training.run import train
-from sam_lightning.training.weights import weights_preprocessing
+from sam_lightning.training.weights import prepare_as_weights, weights_preprocessing
 from trained_runs import changed
 
 SMALL = ["data=digits", "data.subset=100", "trainer=cpu", "epochs=1", "batch_size=50"]
@@ -147,6 +147,29 @@ def test_a_run_starts_from_a_run(started, tmp_path):
         run(tmp_path / "other", *RESNET, f"model.weights={tmp_path / 'empty'}")
 
 
+def test_a_folder_of_the_hub_is_one_of_weights(file, tmp_path):
+    shutil.copy(file, tmp_path / "model.safetensors")
+    run(tmp_path / "run", *RESNET, *STILL, f"model.weights={tmp_path}")
+    assert len(summary(tmp_path / "run")["weights"]["sha256"]) == 64
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(ConfigError, match=r"weights of resnet18, not of test_resnet; if they do"):
+        run(tmp_path / "other", *RESNET, f"model.weights={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("volo_d4_448", r"data.crop_fraction=null: the weights were trained with 1.15, which is"),
+        ("deepseek_vit_412m", r"data.crop_mode=null: .* with border, .*; give center or squash"),
+        ("vit_base_patch16_sapiens2", r"data.image_size=null: .* \[1024, 768\], .*; give one num"),
+    ],
+)
+def test_a_preparation_that_there_is_none_of_is_named(name, message):
+    options = ["data=image_folder", "data.root=photos", "model=timm", "model.pretrained=true"]
+    with pytest.raises(ConfigError, match=message):
+        prepare_as_weights(configuration(*options, f"model.name={name}"))
+
+
 def test_our_models_start_from_runs_and_files(tmp_path):
     ours = ["model=resnet18", "model.width=4"]
     run(tmp_path / "first", *ours, *STILL)
@@ -187,8 +210,13 @@ def test_a_transformer_is_built_for_the_images(tmp_path):
     for name, value in theirs.state_dict().items():
         found = ours.model.state_dict()[name]
         torch.testing.assert_close(found, value, rtol=0, atol=1e-20)
-    with pytest.raises(ConfigError, match=r"does not take images of 3 x 40 x 40"):
+    with pytest.raises(ConfigError, match=r"cannot be built for images of 40 x 40, as its patches"):
         run(tmp_path / "refused", *options, "data.image_size=40")
+    again = f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"
+    with pytest.raises(
+        ConfigError, match=r"last.ckpt: is of images of \[48, 48\], not \[64, 64\]$"
+    ):
+        run(tmp_path / "run", *options, "data.image_size=64", "epochs=2", again)
     with pytest.raises(ConfigError, match=r"^image_size: the model takes no 40 x 40 \("):
         export.export(ours, tmp_path / "x.onnx", image_size=(40, 40))
 
