@@ -15,17 +15,17 @@ JOINS_PREVIOUS = 99999  # timm's mark of what belongs to the layer before
 def head_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that make the logits, by name; mostly one.
 
-    They are those that timm's models name, auxiliary ones too (two for a distilled DeiT, VOLO,
-    CrossViT), else those that ``get_classifier()`` returns, else the last linear layer, else the
-    last convolution (SqueezeNet), or none.
+    They are those that timm's models name and those at the end of what ``get_classifier()``
+    returns (of a distilled DeiT, VOLO and CrossViT two; neither names all of every model), else the
+    last linear layer, else the last convolution (SqueezeNet), or none.
     """
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = {named} if isinstance(named, str) else {*named}
     found = [m for n, m in model.named_modules() if n in names and [*m.parameters()]]
-    if not found and callable(classifier := getattr(model, "get_classifier", None)):
+    if callable(classifier := getattr(model, "get_classifier", None)):
         given = classifier()
         given = given if isinstance(given, tuple | list) else [given]
-        found = [layer for module in given for layer in _last(module)]
+        found += [layer for module in given for layer in _last(module)]
     heads = {id(layer) for layer in found or _last(model)}
     return {name: layer for name, layer in model.named_modules() if id(layer) in heads}
 
@@ -33,8 +33,8 @@ def head_of(model: nn.Module) -> dict[str, nn.Module]:
 def _last(module: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for kind in (nn.Linear, nn.modules.conv._ConvNd):
-        layers = layers or [layer for layer in module.modules() if isinstance(layer, kind)][-1:]
-    return layers
+        layers = layers or [*filter(lambda m: isinstance(m, kind), module.modules())]
+    return layers[-1:]
 
 
 def head_parameters(model: nn.Module) -> set[str]:

@@ -23,7 +23,7 @@ from torchvision.ops import StochasticDepth
 from inject import begin, forked
 from random_resume import differences
 from reference import SGD, assert_close, assert_equal, convnet, loader, module_of, state, trainer
-from runs import SMALL, children, command, equal, run, summary, wait_for_end, weights
+from runs import SMALL, children, command, configuration, equal, run, summary, wait_for_end, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.models.head import layer_ids, layer_lr_factors
 from sam_lightning.optim.methods.asam import AdaptiveAscent
@@ -31,6 +31,7 @@ from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.runs.checkpoint import newest, read
 from sam_lightning.training.callbacks.ema import EMA
 from sam_lightning.training.finetune import fine_tuning
+from sam_lightning.training.run import train
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -483,6 +484,17 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, options, message):
         run(tmp_path, *options.split())
     assert "\n" not in str(caught.value)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_that_perturbs_nothing_at_first_says_so(tmp_path, caplog):
+    options = ["data=digits", "data.subset=60", "trainer=cpu", "batch_size=30", "epochs=2"]
+    options += ["model.width=8", "finetune=head", "finetune.unfreeze={1:[backbone]}"]
+    for method in ("sam", "sam_on"):
+        cfg = configuration(*options, f"method={method}")
+        cfg.output_dir = str(tmp_path / method)
+        train(cfg)
+        said = "epochs 1 to 1 perturb nothing: what is to be perturbed is frozen" in caplog.text
+        assert said == (method == "sam_on")
 
 
 def test_what_tunes_may_not_change_within_a_run(tmp_path):

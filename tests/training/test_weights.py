@@ -170,6 +170,25 @@ def test_a_preparation_that_there_is_none_of_is_named(name, message):
         prepare_as_weights(configuration(*options, f"model.name={name}"))
 
 
+class Own(nn.Module):
+    """Has an argument of its own with the name of ours."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+        self.scale = weights[0]
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+
+def test_an_argument_of_a_models_own_stays_as_given(tmp_path):
+    own = ["model=custom", f"model._target_={Own.__module__}.Own", "+model.weights=[3,4]"]
+    run(tmp_path / "run", *own)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert sam_lightning.load(last, trust=[f"{Own.__module__}.Own"]).model.scale == 3
+
+
 def test_our_models_start_from_runs_and_files(tmp_path):
     ours = ["model=resnet18", "model.width=4"]
     run(tmp_path / "first", *ours, *STILL)
