@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sam_lightning.config.conf import is_group, top_level
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
-from sam_lightning.config.schema import check
+from sam_lightning.config.schema import OWN_FILES, check
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import Started, folder_of, own, refuse
@@ -49,6 +49,7 @@ HINTS = {
 
 
 LONGEST_NAME = 255  # bytes that file systems allow a folder
+WHOLE = ("digits", *OWN_FILES)  # data sets without validation images of their own
 OWN = "hydra.callbacks.sweep_folder"  # the keys of the callback below
 
 
@@ -188,7 +189,7 @@ def _check_overrides(config: DictConfig) -> list[str]:
 
 def _check_search(config: DictConfig, swept: list[str], path: Path) -> None:
     """Refuse a search of nothing, and one whose trials would all be refused."""
-    if config.get("optimized_metric") is None:
+    if (metric := config.get("optimized_metric")) is None:
         raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
     sweeper = config.hydra.sweeper
     if not swept and not sweeper.get("search_space") and not sweeper.get("custom_search_space"):
@@ -202,6 +203,9 @@ def _check_search(config: DictConfig, swept: list[str], path: Path) -> None:
         cfg.output_dir = str(path)
     try:
         check(cfg, top_level())
+        name = cfg.data.source._target_.rpartition(".")[2]
+        if metric.startswith("val/") and name in WHOLE and not cfg.data.get("val_size"):
+            raise ConfigError(f"data.val_size=0: gives no {metric}, which the search needs")
     except ConfigError as error:
         key = re.split("[=:]", str(error))[0]
         if key not in swept and not isinstance(error.__cause__, OmegaConfBaseException):

@@ -502,6 +502,15 @@ def test_cost_refuses_in_one_line(arguments, said):
     assert "\n" not in str(caught.value)
 
 
+def test_cost_of_a_run_that_is_there(tmp_path, capsys):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[data=digits, epochs=7]")
+    cost.main([f"ckpt_path={tmp_path}", "model.width=8"])
+    shown = capsys.readouterr().out
+    assert "x 7\n" in shown
+    assert "x 1,438\n" in shown
+
+
 def test_cost_as_a_command(tmp_path):
     def command(*arguments):
         words = [sys.executable, "-X", "importtime", "-m", "sam_lightning", "cost", *arguments]

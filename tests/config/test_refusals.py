@@ -166,6 +166,7 @@ LIGHT = [
     ("--cfg", "--cfg/-c: expected one argument"),
     ("--resolve", "--resolve flag can only be used in conjunction with --cfg"),
     ("--run --multirun", "Only one of --run, --multirun, "),
+    ("--experimental-rerun x", "--experimental-rerun: type python -m sam_lightning rerun RUN"),
     ("--config-name=nope", "Cannot find primary config 'nope'."),
     # sweeps
     ("-m method=sam,samm", "method=samm: allowed are asam, "),
@@ -181,27 +182,45 @@ LIGHT = [
     ("-m rho=1,2 hydra.sweep.dir=${nope}", "hydra.sweep.dir: Interpolation key 'nope' not found"),
     ("-m rho=1,2 hydra/launcher=submitit_slurm", "=submitit_slurm: there is no srun here; start "),
     (
-        "sweep=rho_optuna hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db",
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db",
         "hydra.sweeper.storage=sqlite:////nonexistent/dir/x.db: cannot be opened (",
         "unable to open database file); allowed is null, or a URL such as sqlite:////home/me/",
     ),
     (
-        "sweep=rho_optuna hydra.sweeper.storage=sqlitee:///x.db",
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage=sqlitee:///x.db",
         "hydra.sweeper.storage=sqlitee:///x.db: cannot be opened (Can't load plugin: ",
     ),
     (
-        "sweep=rho_optuna hydra.sweeper.storage=sqlite:///{train}",
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage=sqlite:///{train}",
         "hydra.sweeper.storage=sqlite:///{train}: cannot be opened (",
         "file is not a database); allowed is null",
     ),
-    ("sweep=rho_optuna hydra.sweeper.sampler._target_=nope", "Error locating target 'nope'"),
     (
-        "sweep=rho_optuna hydra.sweeper.storage.path=/proc/x/optuna.db",
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage='nope://me:hidden@host/x?password=hidden'",
+        "hydra.sweeper.storage=nope://***@host/x?password=***: cannot be opened (",
+    ),
+    (
+        "sweep=rho_optuna hydra.sweeper.params.rho=nope",
+        "hydra.sweeper.params: gives no key several",
+    ),
+    ("sweep=rho_optuna", "data.val_size=0: gives no val/acc, which the search needs"),
+    ("sweep=rho_optuna rho=0.1", "hydra.sweeper.params: gives no key several values"),
+    ("sweep=rho_optuna lr=nope", "lr=nope: allowed is a number > 0"),  # not once for each trial
+    (
+        "-m rho=1,2 hydra/launcher=submitit_local +model.token=0123456789",
+        "+model.token=***: submitit would keep it in a file; take it from the environment",
+    ),
+    (
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.sampler._target_=nope",
+        "Error locating target 'nope'",
+    ),
+    (
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage.path=/proc/x/optuna.db",
         "hydra.sweeper.storage=sqlite:////proc/x/optuna.db: cannot be opened (",
     ),
-    ("sweep=rho_optuna hydra.sweeper.storage=3", "storage=3: cannot be opened ("),
+    ("sweep=rho_optuna data.val_size=20 hydra.sweeper.storage=3", "storage=3: cannot be opened ("),
     (
-        "sweep=rho_optuna hydra.sweeper.storage.path=null",
+        "sweep=rho_optuna data.val_size=20 hydra.sweeper.storage.path=null",
         "path=null: allowed is the path of a file",
     ),
     ("sweep=rho_optuna hydra.sweeper.max_failure_rate=2", "failure_rate=2.0: allowed is a number "),
@@ -268,6 +287,11 @@ VALUES = [
     ("seed=4294967296", "seed=4294967296: allowed is a whole number from 0 to"),
     ("seed=1.5", "seed=1.5: allowed is a whole number from 0 to"),
     ("epochs=0", "epochs=0: allowed is a whole number >= 1"),
+    ("epochs=1000000000000000000000000", "0: allowed is a whole number >= 1, up to 4294967295"),
+    (
+        "data.split_seed=1000000000000000000000000",
+        "0: allowed is a whole number >= 0, up to 4294967295",
+    ),
     ("epochs=1e9", "epochs=1000000000.0: allowed is a whole number >= 1"),
     ("batch_size=-inf", "batch_size=-inf: allowed is a whole number from 1 to 1000000000"),
     ("batch_size=100000000000000000000", "=100000000000000000000: allowed is a whole number from"),
@@ -338,7 +362,7 @@ def test_wrong_values(row):
 
 
 ALLOWS = {  # in words: the annotation, what it allows and what not
-    "a whole number >= 1": (Count, [1, 10**12], [0, 1.0, True, "1", None, math.inf]),
+    "a whole number >= 1": (Count, [1, 2**32 - 1], [2**32, 0, 1.0, True, "1", None, math.inf]),
     "a whole number >= -1; -1 is all": (
         Annotated[int, within(-1, None, "; -1 is all")],
         [-1, 0],

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from runs import SMALL, command, only_run, summary
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.runs.secrets import given_again
+from sam_lightning.runs.secrets import given_again, hide_secrets_of, without_secrets
 
 SECRET = "hf_0123456789"
 # A model as some on hubs are: it takes a token, and says it where that is wrong.
@@ -25,6 +26,11 @@ class Net(nn.Module):
         self.layers(__import__("torch").zeros(1, in_channels, 32, 32))
     def forward(self, images):
         return self.layers(images)
+class OSErr(Exception):
+    pass
+class Odd(__import__("lightning").pytorch.Callback):
+    def on_train_start(self, trainer, module):
+        raise OSErr("{SECRET} has gone")
 """
 OWN = ["model=custom", "model._target_=own_net.Net", f"+model.token={SECRET}"]
 GIVEN = [a for a in SMALL if not a.startswith("model")] + OWN
@@ -66,6 +72,10 @@ def test_a_models_token_is_in_no_file_and_is_asked_for(tmp_path):
     assert summary(folder)["epochs"] == 4
     failing = command(cwd, "-m", *GIVEN, "+model.fail=true", "seed=0,1", env=plain)
     assert failing.returncode == 2
+    unexpected = command(cwd, *GIVEN, "+callbacks.odd._target_=own_net.Odd", env=plain)
+    assert (unexpected.returncode, unexpected.stderr) == (1, "error: OSErr: *** has gone\n")
+    assert "OSErr: *** has gone" in unexpected.stdout  # the end of a traceback
+    assert SECRET not in unexpected.stdout
     for file in (p for p in cwd.rglob("*") if p.is_file()):
         assert SECRET.encode() not in file.read_bytes(), file
     assert "logging in with ***" in (folder / "train.log").read_text()
@@ -81,3 +91,17 @@ def test_what_was_not_stored_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("SAM_LIGHTNING_MODEL_PART_API_KEY", "123")
     found = {"data.root": "s3://me:word@host/a", "model.part.api_key": "123"}
     assert given_again(stored) == found
+
+
+def test_secrets_in_lists_are_hidden_and_asked_for(monkeypatch):
+    given = {"model": {"hubs": [{"name": "a", "token": "ab-cdefghi"}], "keys": ["kl-mnopqrs"]}}
+    hide_secrets_of(given)
+    assert without_secrets("ab-cdefghi, kl-mnopqrs") == "***, ***"
+    cfg = OmegaConf.create(without_secrets(given))
+    monkeypatch.setenv("SAM_LIGHTNING_MODEL_HUBS_0_TOKEN", "ab-cdefghi")
+    with pytest.raises(ConfigError, match="set SAM_LIGHTNING_MODEL_KEYS_0 in the environment"):
+        given_again(OmegaConf.to_container(cfg))
+    monkeypatch.setenv("SAM_LIGHTNING_MODEL_KEYS_0", "kl-mnopqrs")
+    for key, secret in given_again(OmegaConf.to_container(cfg)).items():
+        OmegaConf.update(cfg, key, secret)
+    assert cfg == given

@@ -49,6 +49,7 @@ def test_a_preview_counts_and_draws_what_the_network_sees(tmp_path, monkeypatch,
         (["data=digits", "-m"], "^-m: no such flag"),
         (["data=digits", "images=0"], "^images=0: allowed is a whole number >= 1"),
         (["data=digit"], "^data=digit: allowed are "),
+        (["ckpt_path=/"], "^ckpt_path=/: is not the folder of a run, and in none"),
         (["data=image_folder", "data.root=gone"], "^data.root=gone: no such folder"),
     ],
 )

@@ -97,6 +97,13 @@ def test_rerun_needs_the_folder_of_a_run(tmp_path, monkeypatch, started, argumen
     assert started == []
 
 
+def test_a_sweep_needs_several_values(tmp_path, started):
+    run = earlier(tmp_path / "run", [])
+    with pytest.raises(ConfigError, match=r"^-m: needs a setting with several values"):
+        rerun.main([str(run), "-m"])
+    assert started == []
+
+
 def record(folder: Path, *overrides: str, **content) -> str:
     cfg = configuration("data=digits", *overrides)
     cfg.output_dir = str(folder)
