@@ -25,7 +25,7 @@ from sam_lightning.config.text import clean
 from sam_lightning.studies.report import figures, tables
 from sam_lightning.studies.report.command import main
 from sam_lightning.studies.report.comparison import Study, analyse
-from sam_lightning.studies.report.files import choices_of_rho, without_baseline
+from sam_lightning.studies.report.files import choices_by_validation, without_baseline
 from sam_lightning.studies.report.runs import curve, passes_per_step, read_runs
 from sam_lightning.studies.report.statistics import estimate, holm, paired
 
@@ -453,10 +453,38 @@ def test_rho_is_chosen_on_validation_data_where_test_would_choose_another(tmp_pa
     leave_seeds(tmp_path / "0.2", "rho=0.2", accs=[0.9, 0.9], vals=[0.6, 0.7])
     study = study_of(tmp_path)
     assert study.choices == {(0, 1, 2): 1}
-    (line,) = choices_of_rho(study)
+    (line,) = choices_by_validation(study)
     assert "rho 0.1 is best on validation data (validation accuracy 75.00 ± " in line
     assert "tried" not in line
     assert study.leading == [1]
+
+
+def test_learning_rates_are_chosen_too_and_a_method_meets_the_tuned_baseline(tmp_path):
+    for lr, val in (("0.01", 0.5), ("0.03", 0.7), ("0.1", 0.6)):
+        leave_seeds(
+            tmp_path / f"sgd{lr}", "method=sgd", f"lr={lr}", accs=[0.5, 0.6], vals=[val] * 2
+        )
+    for rho, val in (("0.1", 0.7), ("0.2", 0.8)):
+        changes = ["method=sam", "lr=0.01", f"rho={rho}"]
+        leave_seeds(tmp_path / f"sam{rho}", *changes, accs=[0.7, 0.9], vals=[val] * 2)
+    study = study_of(tmp_path)
+    of_sgd, of_sam = choices_by_validation(study)
+    assert of_sgd.startswith("sgd: lr 0.03 is best")
+    assert of_sgd.endswith("of 0.01, 0.03, 0.1")
+    assert "rho 0.2 is best" in of_sam
+    assert of_sam.endswith("it is the largest tried")
+    (test,) = study.comparisons.to_dict("records")
+    assert study.settings.at[test["baseline"], "optimizer.lr"] == 0.03
+    assert test["mean"] == pytest.approx((0.2 + 0.3) / 2)
+
+
+def test_learning_rates_that_nothing_chooses_are_not_compared_with_others(tmp_path):
+    for lr in ("0.01", "0.03"):
+        leave_seeds(tmp_path / f"sgd{lr}", "method=sgd", f"lr={lr}", accs=[0.5, 0.6])
+    leave_seeds(tmp_path / "sam", "method=sam", "lr=0.01", "rho=0.1", accs=[0.7, 0.9])
+    study = study_of(tmp_path)
+    (test,) = study.comparisons.to_dict("records")
+    assert study.settings.at[test["baseline"], "optimizer.lr"] == 0.01
 
 
 def test_without_validation_data_none_is_chosen(tmp_path):
@@ -464,7 +492,7 @@ def test_without_validation_data_none_is_chosen(tmp_path):
     leave_seeds(tmp_path / "0.2", "rho=0.2", accs=[0.9, 0.9])
     study = study_of(tmp_path)
     assert study.choices == {(0, 1): None}
-    assert "no validation data" in choices_of_rho(study)[0]
+    assert "no validation data" in choices_by_validation(study)[0]
     assert study.leading == [0, 1]
 
 
@@ -474,7 +502,7 @@ def test_ties_go_to_the_smaller_rho_and_the_end_of_the_grid_is_named(tmp_path):
         leave_seeds(tmp_path / str(rho), f"rho={rho}", accs=[0.5], vals=vals)
     study = study_of(tmp_path)
     assert study.choices == {(0, 1, 2): 0}
-    assert choices_of_rho(study)[0].endswith("it is the smallest tried")
+    assert choices_by_validation(study)[0].endswith("it is the smallest tried")
 
 
 def test_each_method_and_length_has_its_own_choice(tmp_path):

@@ -19,6 +19,7 @@ from sam_lightning.studies.table import title, typed
 
 ABSENT = "–"  # the value of a setting that a run does not have
 SHOWN = ("method", "rho", "epochs")  # columns even where all runs agree
+TUNED = ("rho", "optimizer.lr")  # chosen on validation data where several were tried
 SUBJECTS = ("data", "model")  # what is trained on what; other columns say how
 
 
@@ -49,8 +50,8 @@ class Study:
 
     @cached_property
     def choices(self) -> dict[tuple[int, ...], int | None]:
-        """Of all groups that differ in rho only, the best on validation data; None if unknown."""
-        others = self.settings.columns.drop("rho").tolist()
+        """Of groups that differ in ``TUNED`` only, the best on validation data; None if unknown."""
+        others = [column for column in self.settings if column not in TUNED]
         choices: dict[tuple[int, ...], int | None] = {}
         for _, variants in self.settings.groupby(others, sort=False, dropna=False):
             means = self.estimates["val/acc"]["mean"][variants.index]
@@ -82,6 +83,9 @@ class Study:
         ours, theirs = self.settings.loc[group], self.settings.loc[baseline]
         passes = self.estimates["total_passes"]["mean"]
         free = [c for c in self.settings if c in SHOWN or c.startswith("method.")]
+        unchosen = [of for of, best in self.choices.items() if best is None and len(of) > 1]
+        if not {group, baseline} & {g for of in unchosen for g in of}:
+            free += [c for c in TUNED if c in self.settings]
         comparable = theirs["method"] == self.baseline != ours["method"]
         if not comparable or [*ours.drop(free)] != [*theirs.drop(free)]:
             return ""
@@ -121,10 +125,12 @@ class Study:
         for groups, best in self.choices.items():
             seeds = [", ".join(map(str, self.runs["seed"][[group]])) for group in groups]
             if best is not None and len({*seeds}) > 1:
-                rhos = map(typed, self.settings["rho"][[*groups]])
-                listed = "; ".join(map(": ".join, zip(rhos, seeds, strict=True)))
-                name = self.describe(best, without=["rho"])
-                warnings.append(f"{name}: not the same seeds at every rho ({listed})")
+                tuned = [column for column in TUNED if column in self.settings]
+                values = self.settings.loc[[*groups], tuned].map(typed).agg("/".join, axis=1)
+                listed = "; ".join(map(": ".join, zip(values, seeds, strict=True)))
+                name = self.describe(best, without=TUNED)
+                keys = "/".join(title(column, self.settings) for column in tuned)
+                warnings.append(f"{name}: not the same seeds at every {keys} ({listed})")
         return warnings
 
     @property

@@ -17,7 +17,7 @@ from sam_lightning.runs.files import RunStatus, replacing
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import Plan
 from sam_lightning.studies.report import tables
-from sam_lightning.studies.report.comparison import Study
+from sam_lightning.studies.report.comparison import TUNED, Study
 from sam_lightning.studies.report.runs import PLACES, Run, counts, curve
 from sam_lightning.studies.report.tables import interval, metric_name
 from sam_lightning.studies.table import WIDTH, title, typed
@@ -77,7 +77,7 @@ def report(
     common = [f"{title(k, NOTABLE)} {typed(study.common[k])}" for k in NOTABLE if k in study.common]
     against = f"{metric_name(study.metric)} against {study.baseline}"
     heading = f"{against[0].upper()}{against[1:]}"
-    choices, alone = choices_of_rho(study), without_baseline(study)
+    choices, alone = choices_by_validation(study), without_baseline(study)
     markdown = [
         "# Report",
         f"{runs}.",
@@ -86,7 +86,7 @@ def report(
         "## Results",
         results.markdown(),
         READING,
-        *_list("Choice of rho", choices),
+        *_list("Choice on validation data", choices),
         f"## {clean(heading, 'markdown')}",
         *([comparisons.markdown(), TESTING] if comparisons.rows else []),
         *(clean(line, "markdown") for line in alone),
@@ -116,24 +116,31 @@ def report(
     print(f"{runs}; see {os.path.relpath(out / 'report.md')}")
 
 
-def choices_of_rho(study: Study) -> list[str]:
-    """Which rho is best on validation data, a sentence per choice of several."""
+def choices_by_validation(study: Study) -> list[str]:
+    """Which rho and learning rate are best on validation data, a sentence per choice of several."""
     lines = []
     for groups, best in study.choices.items():
         if len(groups) == 1:
             continue
-        name = study.describe(groups[0], without=["rho"])
-        rhos = [typed(rho) for rho in study.settings["rho"][[*groups]]]
+        tried = {c: sorted({*study.settings[c][[*groups]]}) for c in TUNED if c in study.settings}
+        tried = {column: values for column, values in tried.items() if len(values) > 1}
+        names = {column: title(column, study.settings) for column in tried}
+        listed = "; ".join(", ".join(map(typed, values)) for values in tried.values())
+        name = study.describe(groups[0], without=TUNED)
         if best is None:
-            line = f"{name}: no validation data, so no rho is chosen of "
-            lines.append(f"{line}{', '.join(rhos)}; the test set is not for choosing")
+            line = f"{name}: no validation data, so no {' and '.join(names.values())} is chosen of "
+            lines.append(f"{line}{listed}; the test set is not for choosing")
             continue
-        rho = typed(study.settings.at[best, "rho"])
+        chosen = {column: study.settings.at[best, column] for column in tried}
         metric = f"val/{study.kind}"
         text = f"{metric_name(metric)} {interval(study.estimates[metric].loc[best], metric)} %"
-        line = f"{name}: rho {rho} is best on validation data ({text}), of {', '.join(rhos)}"
-        if rho in (rhos[0], rhos[-1]):
-            line += f"; it is the {'smallest' if rho == rhos[0] else 'largest'} tried"
+        words = ", ".join(f"{names[column]} {typed(value)}" for column, value in chosen.items())
+        line = f"{name}: {words} is best on validation data ({text}), of {listed}"
+        for column, values in tried.items():
+            if chosen[column] in (values[0], values[-1]):
+                what = "it" if len(tried) == 1 else names[column]
+                end = "smallest" if chosen[column] == values[0] else "largest"
+                line += f"; {what} is the {end} tried"
         lines.append(line)
     return lines
 
