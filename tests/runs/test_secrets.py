@@ -94,14 +94,14 @@ def test_what_was_not_stored_may_come_from_the_environment(monkeypatch):
 
 
 def test_secrets_in_lists_are_hidden_and_asked_for(monkeypatch):
-    given = {"model": {"hubs": [{"name": "a", "token": "ab-cdefghi"}], "keys": ["kl-mnopqrs"]}}
+    given = {"model": {"hubs": [{"name": "a", "token": "ab-cdefghi"}], "tokens": ["kl-mnopqrs"]}}
     hide_secrets_of(given)
     assert without_secrets("ab-cdefghi, kl-mnopqrs") == "***, ***"
     cfg = OmegaConf.create(without_secrets(given))
     monkeypatch.setenv("SAM_LIGHTNING_MODEL_HUBS_0_TOKEN", "ab-cdefghi")
-    with pytest.raises(ConfigError, match="set SAM_LIGHTNING_MODEL_KEYS_0 in the environment"):
+    with pytest.raises(ConfigError, match="set SAM_LIGHTNING_MODEL_TOKENS_0 in the environment"):
         given_again(OmegaConf.to_container(cfg))
-    monkeypatch.setenv("SAM_LIGHTNING_MODEL_KEYS_0", "kl-mnopqrs")
+    monkeypatch.setenv("SAM_LIGHTNING_MODEL_TOKENS_0", "kl-mnopqrs")
     for key, secret in given_again(OmegaConf.to_container(cfg)).items():
         OmegaConf.update(cfg, key, secret)
     assert cfg == given

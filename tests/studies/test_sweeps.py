@@ -400,10 +400,10 @@ def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_study_whose_trials_are_all_refused(tmp_path):
     study = ["-m", "sweep=rho_optuna", *SMALL, "data.val_size=20", "hydra.sweeper.n_trials=2"]
-    study += ["+hydra.sweeper.params.epochs=choice(0,-1)"]
+    study += ["rho=choice(-1,-2)"]
     done = command(tmp_path, *study)
     assert done.returncode == 2
-    assert re.search(r"^error: epochs=(0|-1): allowed", done.stderr.splitlines()[-1])
+    assert re.search(r"^error: rho=-[12]: allowed", done.stderr.splitlines()[-1])
     assert [state for state, *_ in trials(only_sweep(tmp_path))] == ["FAIL", "FAIL"]
 
 
