@@ -479,3 +479,27 @@ def loop_is_right(code):
                 b.copy_(statistics[name])
     assert_close(state(ours), state(theirs), atol=1e-10, rtol=0)
     assert ours.bn1.num_batches_tracked == len(data)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """Every cell in turn, in a copy of the project, with shorter runs."""
+    notebook = json.loads((ROOT / "docs/tour.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    code = "\n".join(cells)
+    assert code.count('"ckpt_path=last"') == 1
+    code = code.replace('"ckpt_path=last"', '"ckpt_path=last", "epochs=2", "data.subset=300"')
+    (tmp_path / "tour.py").write_text(f"{code}\nprint('end of', len(figure.axes), 'pictures')\n")
+    for name in ("train.py", "conf", "sam_lightning"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [sys.executable, "tour.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "end of 8 pictures" in done.stdout
+    assert len(re.findall(r"S[GA][DM]: test accuracy \d+\.\d %", done.stdout)) == 2
+    assert {f.name for f in (tmp_path / "logs/tour").iterdir()} > {"sgd", "sam"}
