@@ -255,6 +255,7 @@ def test_accuracies_are_those_of_the_committed_runs():
     assert shown == [*with_noise, photographs[0], photographs[3]]
     ours = PAGES["results.md"].partition("## Measured here")[2].partition("\n## ")[0]
     of_digits, of_photographs = ours.split("### Photographs")
+    of_photographs, of_finetuning = of_photographs.split("### Fine-tuning")
     assert re.findall(r"\d+\.\d ± \d+\.\d", of_digits) == digits_table
     grid = [photographs[i] for start in (0, 5, 10) for i in (start, start + 1, start + 3)]
     rows = re.findall(r"^\| (?:none|\d+ %) \| .*", of_photographs, re.M)
@@ -263,6 +264,17 @@ def test_accuracies_are_those_of_the_committed_runs():
     others = re.findall(r"^\| [A-Zm].*", of_photographs.partition("Cheaper variants")[2], re.M)
     found = [a for row in others for a in re.findall(r"\d+\.\d ± \d+\.\d", row)]
     assert found == [cheaper[i] for i in (0, 5, 2, 3, 10, 7, 9, 1, 8)]
+    rows = re.findall(r"^\| (?:none|40 %) \| .*", of_finetuning, re.M)
+    finetuned = [a for row in rows for a in re.findall(r"-?\d+\.\d ± \d+\.\d", row)]
+    assert [*finetuned[:3], *finetuned[5:8]] == measured(
+        "results/cifar10_finetune/summary.csv", "interval"
+    )
+    report = (ROOT / "results/cifar10_finetune/report.md").read_text()
+    differences = re.findall(r"\| 5 \| ([+-][\d.]+) ± ([\d.]+) \|", report)
+    assert [f"{float(mean):.1f} ± {float(half):.1f}" for mean, half in differences] == [
+        *finetuned[3:5],
+        *finetuned[8:],
+    ]
 
 
 @pytest.mark.slow

@@ -190,10 +190,7 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     def order(key: tuple[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
         values = dict(zip(columns, key[0], strict=True))
         values |= {"rho": values.pop("rho"), "seed": key[1]}  # come last
-        return [
-            (c == "method" and v != baseline, (0, v) if isinstance(v, int | float) else (1, str(v)))
-            for c, v in values.items()
-        ]
+        return [(c == "method" and v != baseline, *numbers_first(v)) for c, v in values.items()]
 
     keys = sorted(counted, key=order)
     used = [counted[key] for key in keys]
@@ -204,6 +201,11 @@ def analyse(runs: Sequence[Run], metric: str, baseline: str) -> Study:
     frame = frame.reindex(columns=frame.columns.union([*COSTS, *METRICS], sort=False))
     settings = pd.DataFrame(groups, columns=columns, dtype=object)
     return Study(metric, baseline, settings, frame, common, repeats)
+
+
+def numbers_first(value: Any) -> tuple[int, Any]:
+    """The place of a setting's value in an order of values of all kinds."""
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
 def _columns(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:

@@ -48,9 +48,10 @@ def draw(study: Study, folder: Path, formats: Sequence[str]) -> dict[str, str]:
 
 
 def metric_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
-    """A line per method; a horizontal line with a band where rho is 0."""
+    """A line per method; a horizontal line with a band for leading groups whose rho is 0."""
     rho = {g: v for g, v in study.settings["rho"].items() if isinstance(v, int | float)}
-    lines = _lines(study, [g for g in groups if g in rho], "rho")
+    shown = [g for g in groups if g in rho and (rho[g] != 0 or g in study.leading)]
+    lines = _lines(study, shown, "rho")
     rhos = sorted({rho[group] for line in lines.values() for group in line} - {0})
     if not rhos:
         return None

@@ -17,7 +17,7 @@ from sam_lightning.runs.files import RunStatus, replacing
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.studies.plan import Plan
 from sam_lightning.studies.report import tables
-from sam_lightning.studies.report.comparison import TUNED, Study
+from sam_lightning.studies.report.comparison import TUNED, Study, numbers_first
 from sam_lightning.studies.report.runs import PLACES, Run, counts, curve
 from sam_lightning.studies.report.tables import interval, metric_name
 from sam_lightning.studies.table import WIDTH, title, typed
@@ -122,8 +122,8 @@ def choices_by_validation(study: Study) -> list[str]:
     for groups, best in study.choices.items():
         if len(groups) == 1:
             continue
-        tried = {c: sorted({*study.settings[c][[*groups]]}) for c in TUNED if c in study.settings}
-        tried = {column: values for column, values in tried.items() if len(values) > 1}
+        values = {c: {*study.settings[c][[*groups]]} for c in TUNED if c in study.settings}
+        tried = {c: sorted(v, key=numbers_first) for c, v in values.items() if len(v) > 1}
         names = {column: title(column, study.settings) for column in tried}
         listed = "; ".join(", ".join(map(typed, values)) for values in tried.values())
         name = study.describe(groups[0], without=TUNED)
@@ -136,10 +136,10 @@ def choices_by_validation(study: Study) -> list[str]:
         text = f"{metric_name(metric)} {interval(study.estimates[metric].loc[best], metric)} %"
         words = ", ".join(f"{names[column]} {typed(value)}" for column, value in chosen.items())
         line = f"{name}: {words} is best on validation data ({text}), of {listed}"
-        for column, values in tried.items():
-            if chosen[column] in (values[0], values[-1]):
+        for column, (first, *_, last) in tried.items():
+            if chosen[column] in (first, last):
                 what = "it" if len(tried) == 1 else names[column]
-                end = "smallest" if chosen[column] == values[0] else "largest"
+                end = "smallest" if chosen[column] == first else "largest"
                 line += f"; {what} is the {end} tried"
         lines.append(line)
     return lines
