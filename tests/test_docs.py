@@ -277,6 +277,7 @@ def test_accuracies_are_those_of_the_committed_runs():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_runs_of_a_seed_have_the_weights_of_each_other(tmp_path):
     """The proof that CONTRIBUTING.md asks for, with two epochs of fewer images."""

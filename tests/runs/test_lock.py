@@ -138,6 +138,7 @@ def wait_for(holds, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sweep", "run"])
 def test_a_second_start_writes_nothing_into_the_folder(tmp_path, how):

@@ -37,6 +37,7 @@ GIVEN = [a for a in SMALL if not a.startswith("model")] + OWN
 NAME = "SAM_LIGHTNING_MODEL_TOKEN"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_models_token_is_in_no_file_and_is_asked_for(tmp_path):
     (tmp_path / "code").mkdir()

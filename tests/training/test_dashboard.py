@@ -443,6 +443,7 @@ def ranks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_geometry_is_the_mean_over_devices(ranks):
     model = reference.mlp(torch.float64)

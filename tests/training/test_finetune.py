@@ -392,7 +392,7 @@ def steps_saved(folder):
 @pytest.mark.parametrize(
     ("options", "at"),
     [
-        (FIXED, 9),  # steps that a checkpoint has
+        pytest.param(FIXED, 9, marks=pytest.mark.long),  # steps that a checkpoint has
         # In the third epoch.
         pytest.param([*FIXED, *GRADUAL, "optimizer=sgd"], 18, marks=pytest.mark.long),
         ([*FIXED, *GRADUAL, "trainer=cpu", "method=looksam"], "save:3"),  # as the first one ends
@@ -422,6 +422,7 @@ def test_killed_and_continued(tmp_path, options, at):
     assert differences(folder, whole) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_low_rank_additions_of_peft_train_continue_and_evaluate(tmp_path):
     options = ["data=digits", "data.subset=100", "trainer=cpu", "epochs=2", "batch_size=25"]

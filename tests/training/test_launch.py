@@ -163,6 +163,7 @@ def together(cwd, *processes):
             p.kill()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_nodes_of_torchrun_are_one_run(tmp_path):
     meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
