@@ -46,7 +46,7 @@ KEYS: Keys = {
     "m": (128, Count, "images that share a perturbation in m-sharpness"),
     "ascent_steps": (10, Count, "steps of projected ascent"),
     "top_k": (10, Count, "how many of the largest eigenvalues"),
-    "max_steps": (100, Several, "at most so many products for them"),
+    "max_steps": (100, Several, "the most Hessian products to spend on them"),
     "trace_samples": (4, Several, "random vectors for the trace"),
     "density": (False, bool, "the distribution of the eigenvalues too"),
     "density_samples": (1, Count, "random vectors for it"),
