@@ -75,34 +75,36 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pip prints hundreds of lines, or none for minutes. Here is how large $(VENV) is by now, where pip
+# also keeps what it downloads until that is unpacked.
+define watch
+	@mkdir -p $(VENV)/tmp; start=$$(date +%s); \
+	passed() { echo "  $$(($$(date +%s) - start)) s: $$(du -sm $(VENV) | cut -f1) MB"; }; \
+	while sleep 8 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
+	TMPDIR=$(abspath $(VENV))/tmp $(1) || { echo 'It failed: $(subst ',,$(subst -qq ,,$(1)))'; exit 1; }; \
+	kill $$!; rm -rf $(VENV)/tmp; passed
+endef
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
-	@echo "Making $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo 'Making $(VENV)'
+	$(call watch,$(PYTHON) -m venv $(VENV))
 
-# $(1): what pip installs; $(2): in words. pip says nothing for minutes, or hundreds of lines. So this
-# says how large the folder is by now, in which pip also keeps what it downloads until it is unpacked.
-define install
-	@echo "Installing $(2) into $(VENV)"
-	@mkdir -p $(VENV)/tmp; start=$$(date +%s); \
-	passed() { echo "  $$(( $$(date +%s) - start )) s: $$(du -sm $(VENV) | cut -f1) MB"; }; \
-	while sleep 8 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
-	TMPDIR=$(abspath $(VENV))/tmp \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(1) || exit; \
-	kill $$!; rm -r $(VENV)/tmp; passed
-	@touch $@
-endef
-
-# PyPI's torch for Linux comes with CUDA.
 $(BASE): $(BIN)/python pyproject.toml
-	$(call install,--editable .,torch and what trains with it (on Linux with CUDA about 6000 MB))
+	@echo 'Installing torch and Lightning: 1 GB, and 6 GB where torch brings CUDA'
+	$(call watch,$(PIP) --editable .)
+	@touch $@
 
 $(DEV): $(BIN)/python pyproject.toml
-	$(call install,--editable '.[dev]',everything that the tests need (on Linux with CUDA about 6500 MB))
-	@touch $(BASE)
+	@echo 'Installing what tests need: 2 GB, and 7 GB where torch brings CUDA'
+	$(call watch,$(PIP) --editable '.[dev]')
+	@touch $(BASE) $@
 
 $(DOCS): $(BIN)/python pyproject.toml
-	$(call install,'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12',MkDocs (100 MB))
+	@echo 'Installing MkDocs'
+	$(call watch,$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12')
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

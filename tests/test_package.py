@@ -1,5 +1,7 @@
 """What is installed: versions, and distributions that build and import."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -76,6 +78,29 @@ def test_windows_gets_one_line(script):
     said = "on Windows only the optimizer and the models work; use Linux, macOS or WSL\n"
     assert (done.returncode, done.stderr) == (2, f"error: {said}")
     assert done.stdout == f"load: {said}"
+
+
+@pytest.mark.slow
+def test_make_tells_how_far_an_installation_is(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nsleep 9; exit $FAKED\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for code in (1, 0):
+        done = subprocess.run(
+            ["make", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.base"],
+            cwd=ROOT,
+            env={**os.environ, "FAKED": str(code)},
+            capture_output=True,
+            text=True,
+        )
+        first, *times, last = done.stdout.splitlines()
+        assert first.startswith("Installing torch")
+        assert all(re.fullmatch(r"  \d+ s: \d+ MB", line) for line in times)
+        assert len(times) >= 1
+        assert bool(done.returncode) == bool(code)
+        assert last.startswith("It failed: " if code else "  ")
+        assert (tmp_path / ".base").exists() == (not code)
+    assert not (tmp_path / "tmp").exists()
 
 
 @pytest.mark.slow
