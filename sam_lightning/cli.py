@@ -59,7 +59,7 @@ def guarded(main: Callable[[], Any]) -> None:
                 from sam_lightning.runs.resume import resumed
 
                 arguments = resumed(arguments)
-            sys.argv[1:] = settings_first(without_ghosts(as_launched(arguments)))
+            sys.argv[1:] = settings_first(without_ghosts(as_launched(as_asked(arguments))))
             if flags.cfg:
                 main()
                 return
@@ -233,10 +233,12 @@ def settings_first(arguments: list[str]) -> list[str]:
     return settings + flags
 
 
-def sqlite(path: str) -> str:
-    """The URL of Optuna's database at ``path``; makes its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path}"
+def as_asked(arguments: list[str]) -> list[str]:
+    """``sweep=...`` asks for several runs; Hydra 1.4 does not take that from a file of a group."""
+    given = {key_of(a): a.partition("=")[2] for a in arguments}
+    if given.get("sweep", "null") == "null" or "hydra.mode" in given:
+        return arguments
+    return [*arguments, "hydra.mode=MULTIRUN"]
 
 
 def as_launched(arguments: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from runs import summary
 from sam_lightning import SAM
 from sam_lightning.__main__ import COMMANDS
 from sam_lightning.config.arguments import parse
-from sam_lightning.config.conf import CONF, flat, top_level
+from sam_lightning.config.conf import CONF, DEFAULTS, flat, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import HINTS, check
 from sam_lightning.config.trust import TARGETS
@@ -345,7 +345,7 @@ def jobs(arguments):
 def test_commands_compose(page, clone, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = [a for words in lines(PAGES[page]) if (a := arguments_of(words)) is not None]
-    with initialize_config_dir(str(clone / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(clone / "conf"), **DEFAULTS):
         for overrides in {tuple(job) for arguments in given for job in jobs(arguments)}:
             cfg = compose("train", list(overrides))
             cfg.output_dir = "run"
@@ -373,7 +373,7 @@ def test_other_commands_take_their_arguments(page):
         if command in ("rerun", "preview", "cost"):  # take settings of train.py
             own = getattr(module, "KEYS", {})
             settings = [s for s in settings if s.partition("=")[0] not in own]
-            with initialize_config_dir(str(CONF), version_base="1.3"):
+            with initialize_config_dir(str(CONF), **DEFAULTS):
                 compose("train", settings)
         elif settings:
             parse(module.KEYS, settings)

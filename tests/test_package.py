@@ -1,5 +1,7 @@
 """What is installed: versions, and distributions that build and import."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,7 +24,8 @@ print(build_meta.build_wheel(out), build_meta.build_sdist(out))
 STEP = """
 import sys
 
-REFUSED = {"hydra", "joblib", "lightning", "lightning_fabric", "matplotlib", "omegaconf", "pandas"}
+REFUSED = {"fcntl", "resource"}  # as on Windows
+REFUSED |= {"hydra", "joblib", "lightning", "lightning_fabric", "matplotlib", "omegaconf", "pandas"}
 REFUSED |= {"PIL", "pytorch_lightning", "rich", "scipy", "sklearn", "tensorboard", "timm"}
 REFUSED |= {"torchmetrics", "torchvision", "yaml"}
 
@@ -48,11 +51,56 @@ except ImportError:
     print("done")
 """
 
+# What Python says there of the system.
+ON_WINDOWS = """
+import runpy, sys
+sys.platform = "win32"
+import sam_lightning
+try:
+    sam_lightning.load
+except ImportError as error:
+    print(error)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == sam_lightning.__version__
     assert 'attr = "sam_lightning.__version__"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sam_lightning/__main__.py"])
+def test_windows_gets_one_line(script):
+    command = [sys.executable, "-c", ON_WINDOWS, str(ROOT / script), "rho=0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = "on Windows only the optimizer and the models work; use Linux, macOS or WSL\n"
+    assert (done.returncode, done.stderr) == (2, f"error: {said}")
+    assert done.stdout == f"load: {said}"
+
+
+@pytest.mark.slow
+def test_make_tells_how_far_an_installation_is(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nsleep 9; exit $FAKED\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for code in (1, 0):
+        done = subprocess.run(
+            ["make", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.base"],
+            cwd=ROOT,
+            env={**os.environ, "FAKED": str(code)},
+            capture_output=True,
+            text=True,
+        )
+        first, *times, last = done.stdout.splitlines()
+        assert first.startswith("Installing torch")
+        assert all(re.fullmatch(r"  \d+ s: \d+ MB", line) for line in times)
+        assert len(times) >= 1
+        assert bool(done.returncode) == bool(code)
+        assert last.startswith("It failed: " if code else "  ")
+        assert (tmp_path / ".base").exists() == (not code)
+    assert not (tmp_path / "tmp").exists()
 
 
 @pytest.mark.slow

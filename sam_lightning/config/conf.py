@@ -5,11 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 
 LOADER = yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # Hydra reads with it too
 CONF = Path(__file__).parents[2] / "conf"
+# Hydra 1.3 asks which defaults it shall have. Hydra 1.4 warns of that, and asks whose code
+# hydra.main may run: anybody's, as only the user's own command line and ``conf`` get there.
+OLD = hydra.__version__.startswith("1.3.")
+DEFAULTS: dict[str, Any] = {"version_base": "1.3"} if OLD else {}
+ANY_CODE = "UNSAFE_DISABLE_EXECUTION_CHECKS"
+MAIN = DEFAULTS if OLD else {"execution_whitelist": vars(hydra.utils)[ANY_CODE]}
+register_resolver = vars(OmegaConf)["register_new_resolver" if OLD else "register_resolver"]
 HEAD = """\
 Train an image classifier with Sharpness-Aware Minimization.
 

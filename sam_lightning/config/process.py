@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sam_lightning import WINDOWS
+
 
 def let_end() -> None:
     """Let Ctrl-C end this process without a word, which its parent has said; it started deaf."""
@@ -25,6 +27,10 @@ def importing(discard: Callable[[], None] = lambda: None) -> Iterator[None]:
     Args:
         discard: called before the process ends.
     """
+
+    if sys.platform == "win32":  # it has no POSIX locks, and other signals
+        print(f"error: {WINDOWS}", file=sys.stderr)
+        sys.exit(2)
 
     def leave(signum: int, frame: object) -> None:
         discard()

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys, parse
-from sam_lightning.config.conf import CONF, top_level
+from sam_lightning.config.conf import CONF, DEFAULTS, top_level
 from sam_lightning.config.errors import ConfigError, named_errors, no_such_key, one_line
 from sam_lightning.config.hydra_errors import explain, key_of, quoted, with_quoted_places
 from sam_lightning.config.schema import MethodName, Metric, check
@@ -108,7 +108,7 @@ def configuration(overrides: Sequence[str], output_dir: str | None = None) -> Di
     """What ``train.py`` would run with, checked; with ``ckpt_path``, as that run continues."""
     arguments = resumed(with_quoted_places(list(overrides)))
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize_config_dir(str(CONF), **DEFAULTS):
             cfg = compose("train", arguments)
     except Exception as error:
         raise ConfigError(explain(error, list(overrides))) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sam_lightning.config.conf import CONF, top_level
+from sam_lightning.config.conf import CONF, DEFAULTS, top_level
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.hydra_errors import COMPOSING
 from sam_lightning.config.trust import trust_arguments
@@ -50,7 +50,7 @@ def changed_since(stored: Path) -> str:
     config = stored.with_name("config.yaml")
     try:
         before = with_current_names(OmegaConf.to_container(OmegaConf.load(config)))
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize_config_dir(str(CONF), **DEFAULTS):
             now = OmegaConf.to_container(compose("train", replayable(stored, top_level())))
     except (OSError, ValueError, RecursionError, *COMPOSING):
         return ""  # what is given replaces what cannot be composed, or train.py says what is wrong

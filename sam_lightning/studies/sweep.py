@@ -21,7 +21,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.conf import is_group, top_level
+from sam_lightning.config.conf import is_group, register_resolver, top_level
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
 from sam_lightning.config.schema import OWN_FILES, check
@@ -42,7 +42,6 @@ HINTS = {
     ],
     "hydra.sweeper.n_jobs": Count,
     "hydra.sweeper.max_failure_rate": Fraction,
-    "hydra.sweeper.storage.path": Annotated[str, Rule("the path of a file", bool)],
     "hydra.sweeper.max_batch_size": Count | None,
     "hydra.launcher.n_jobs": Annotated[Any, Rule("a whole number other than 0", bool)],
 }
@@ -95,9 +94,9 @@ def next_job(sweep: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+register_resolver("job_folder", job_folder, replace=True)
 # Cached, as Hydra's ``now`` is: the jobs of a sweep get the value that was found at its start.
-OmegaConf.register_new_resolver("next_job", next_job, use_cache=True, replace=True)
+register_resolver("next_job", next_job, use_cache=True, replace=True)
 
 
 class SweepFolder(Callback):
@@ -122,9 +121,7 @@ class SweepFolder(Callback):
             check_launcher(config)
             swept = _check_overrides(config)
             check_values(config, HINTS)
-            storage = OmegaConf.select(config, "hydra.sweeper.storage")
-            if OmegaConf.is_dict(storage):
-                storage = f"sqlite:///{storage.path}" if "path" in storage else None
+            storage: Any = OmegaConf.select(config, "hydra.sweeper.storage")
             searches = "n_trials" in config.hydra.sweeper
             if searches:
                 _check_search(config, swept, path)
@@ -144,7 +141,7 @@ class SweepFolder(Callback):
                     pass
         except ConfigError as error:
             refuse(str(error))
-        SweepFolder.storage = None if storage is None else str(storage)
+        SweepFolder.storage = storage and str(storage)
         logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # Optuna's
         SweepFolder.path, SweepFolder.metric, SweepFolder.earlier = path, metric, _started(path)
         with read_write(config.hydra), open_dict(config.hydra):  # for jobs in any process

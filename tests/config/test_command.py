@@ -43,7 +43,7 @@ def test_a_missing_sweeper_is_named_with_its_remedy(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: sweep=rho_optuna: ")
+    assert done.stderr.splitlines()[-1].startswith("error: sweep=rho_optuna: ")
     assert "pip install -e '.[sweep]'" in done.stderr
     assert list((tmp_path / "cwd").iterdir()) == []
 

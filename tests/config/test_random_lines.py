@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from commands import SMALL, serve
-from sam_lightning.config.conf import CONF, choices, flat, is_group
+from sam_lightning.config.conf import CONF, DEFAULTS, choices, flat, is_group
 
 NONSENSE = (
     *("[", "{a", "'", "[[[1]]]", "{a: {b: 1}}", "nope nope", "${nope}", "${oc.env:NOPE}", "???"),
@@ -39,7 +39,7 @@ def lines(draw, keys):
 
 @pytest.mark.slow
 def test_random_wrong_lines_end_in_one_line_and_leave_nothing(tmp_path):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         cfg = compose("train", ["data=digits", "output_dir=x"])
     keys = [*flat(OmegaConf.to_container(cfg))]
     drawn = lines(random.Random(0), keys)

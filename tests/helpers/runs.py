@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sam_lightning.config.conf import CONF
+from sam_lightning.config.conf import CONF, DEFAULTS
 from sam_lightning.training.run import train
 
 TRAIN = CONF.parent / "train.py"
@@ -24,7 +24,7 @@ SMALL += ["batch_size=50", "trainer.log_every_n_steps=1", "data.eval_batch_size=
 
 
 def configuration(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         return compose("train", list(overrides))
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from scipy import special, stats
 
-from sam_lightning.config.conf import CONF
+from sam_lightning.config.conf import CONF, DEFAULTS
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.text import clean
 from sam_lightning.studies.report import figures, tables
@@ -32,7 +32,7 @@ from sam_lightning.studies.report.statistics import estimate, holm, paired
 
 @cache
 def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         cfg = compose("train", ["experiment=quickstart", *overrides])
     cfg.output_dir = ""
     return json.dumps(OmegaConf.to_container(cfg, resolve=True))

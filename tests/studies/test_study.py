@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy import stats
 
+from sam_lightning.config.conf import CONF, DEFAULTS
 from sam_lightning.config.errors import ConfigError, TrainingError
-from sam_lightning.config.hydra_errors import CONF
 from sam_lightning.runs.lock import owned
 from sam_lightning.studies import plan, runner
 from sam_lightning.studies.study import main
@@ -112,7 +112,7 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_hydra_reads_back_the_value(value):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         cfg = compose("train", [f"task_name={plan.text(value)}"])
     assert OmegaConf.to_container(cfg)["task_name"] == value
     assert type(OmegaConf.to_container(cfg)["task_name"]) is type(value)
@@ -514,7 +514,7 @@ def test_a_run_that_was_started_by_hand_is_waited_for_and_keeps_its_settings(sta
 
 @cache
 def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         return compose("train", list(overrides))
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sam_lightning.config.conf import CONF, choices, flat
+from sam_lightning.config.conf import CONF, DEFAULTS, choices, flat
 from sam_lightning.config.schema import METRICS
 from sam_lightning.studies.report.runs import COSTS, Run
 from sam_lightning.studies.report.statistics import estimate, holm, paired
@@ -239,7 +239,7 @@ def _of_conf(part: str, name: str) -> dict[str, Any]:
     """The keys of ``conf/part/name.yaml`` in dotted form; none without such a file."""
     if name not in choices(part):
         return {}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         found: Any = OmegaConf.to_container(compose(f"{part}/{name}"))
     return flat(found)
 
