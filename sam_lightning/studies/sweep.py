@@ -119,7 +119,7 @@ class SweepFolder(Callback):
                 storage = f"sqlite:///{storage.path}" if "path" in storage else None
             from sam_lightning.studies.sweep_jobs import checked  # no single run needs it here
 
-            swept, jobs = checked(config, path)
+            swept, jobs = checked(config)
         except ConfigError as error:
             refuse(str(error))
         elsewhere = not config.hydra.launcher._target_.endswith(".BasicLauncher")

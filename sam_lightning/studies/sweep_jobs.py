@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
-from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -35,12 +35,11 @@ MOST = 10_000  # jobs of a sweep, each of which is composed and checked at its s
 DOTTED = re.compile(r"[^/@]+\.[^/@]+")  # a key that names no group
 
 
-def checked(master: DictConfig, folder: Path) -> tuple[list[str], list[Sequence[str]]]:
+def checked(master: DictConfig) -> tuple[list[str], list[Sequence[str]]]:
     """What a sweep sweeps, and the overrides of its jobs, each of which ``train.py`` would take.
 
     Args:
         master: the configuration of the sweep, with Hydra's part.
-        folder: where the sweep will write.
 
     Returns:
         The keys with several values, and the jobs, without those that would repeat another. A
@@ -66,7 +65,7 @@ def checked(master: DictConfig, folder: Path) -> tuple[list[str], list[Sequence[
         raise ConfigError(f"{lines}: more than {MOST:,} jobs, the most that a sweep may have")
     if not searches:
         (jobs,) = sweeper.split_arguments(overrides, None)
-        return [*swept], _distinct(jobs, _checked(master, folder, jobs))
+        return [*swept], _distinct(jobs, _checked(master, jobs))
     if master.get("optimized_metric") is None:
         raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
     spaces = ("search_space", "custom_search_space")
@@ -80,7 +79,7 @@ def checked(master: DictConfig, folder: Path) -> tuple[list[str], list[Sequence[
     trials = [[*fixed, *first]]
     for i, found in enumerate(values):
         trials += [[*fixed, *first[:i], other, *first[i + 1 :]] for other in found[1:]]
-    for _ in _checked(master, folder, trials):
+    for _ in _checked(master, trials):
         pass
     return [*swept], [*trials]
 
@@ -111,12 +110,10 @@ def _values(override: Override, searches: bool) -> list[str]:
     return listed
 
 
-def _checked(
-    master: DictConfig, folder: Path, jobs: Sequence[Sequence[str]]
-) -> Iterator[dict[str, Any]]:
+def _checked(master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
     """The configuration of each job, once nothing is wrong in it that is found without torch."""
     hydra = HydraConfig.instance()
-    before, compose, known = hydra.cfg, _composer(master, folder), top_level()
+    before, compose, known = hydra.cfg, composer(master), top_level()
     of_all = set[str].intersection(*map(set, jobs))
     try:
         with progress("checking the jobs", len(jobs)) as advance:
@@ -136,7 +133,7 @@ def _checked(
         hydra.cfg = before
 
 
-def _composer(master: DictConfig, folder: Path) -> Callable[[int, Sequence[str]], DictConfig]:
+def composer(master: DictConfig) -> Callable[[int, Sequence[str]], DictConfig]:
     """What composes a job as Hydra does, but once for all jobs with the same choices of groups.
 
     Hydra composes the files of groups first and sets values last, so that these can be set in a
@@ -152,14 +149,16 @@ def _composer(master: DictConfig, folder: Path) -> Callable[[int, Sequence[str]]
         cfg = loader.load_sweep_config(master, [*groups])
         with read_write(cfg), open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = "0", 0
-            cfg.hydra.runtime.output_dir = str(folder.absolute())
+            cfg.hydra.runtime.output_dir = gettempdir()
             hydra.set_config(cfg)  # for "${hydra:...}"
             del cfg["hydra"]
         return hydra.cfg, cfg
 
     def compose(number: int, job: Sequence[str]) -> DictConfig:
         keys = [key_of(override) for override in job]
-        values = [o for o, key in zip(job, keys, strict=True) if key in plain or DOTTED.fullmatch(key)]
+        values = [
+            o for o, key in zip(job, keys, strict=True) if key in plain or DOTTED.fullmatch(key)
+        ]
         hydra.cfg, base = composed(tuple(o for o in job if o not in values))
         with read_write(hydra.cfg.hydra):
             hydra.cfg.hydra.job.num = number
