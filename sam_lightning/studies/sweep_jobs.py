@@ -112,7 +112,7 @@ def _values(override: Override, searches: bool) -> list[str]:
 
 def _checked(master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
     """The configuration of each job, once nothing is wrong in it that is found without torch."""
-    hydra = HydraConfig.instance()
+    hydra: Any = HydraConfig.instance()
     before, compose, known = hydra.cfg, composer(master), top_level()
     of_all = set[str].intersection(*map(set, jobs))
     try:
@@ -141,7 +141,7 @@ def composer(master: DictConfig) -> Callable[[int, Sequence[str]], DictConfig]:
     """
     plain = {key for key in top_level() if not is_group(key)}
     parsed = cache(OverridesParser.create().parse_override)
-    hydra = HydraConfig.instance()
+    hydra: Any = HydraConfig.instance()
 
     @cache
     def composed(groups: tuple[str, ...]) -> tuple[Any, DictConfig]:

@@ -29,7 +29,6 @@ from sam_lightning.studies.launchers import share_processors
 from sam_lightning.studies.sweep import job_folder, next_job
 from sam_lightning.studies.sweep_jobs import composer
 
-
 # No job has so many images.
 REFUSED = [*SMALL, "data.val_size=5000"]
 WHY = "data.val_size=5000: must come to 1..1437 of the 1438 training images"
@@ -170,7 +169,7 @@ def test_a_setting_that_changes_nothing_is_named(given, said):
 @pytest.mark.slow
 def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
     given = ["+logger.wandb.api_key=0123456789abcdef", "++data.cache_dir='s3://me:hidden@host/x'"]
-    done = forked(tmp_path, "-m", *REFUSED, *given, "rho=0.1,0.2")
+    done = command(tmp_path, "-m", *REFUSED, *given, "rho=0.1,0.2")
     assert done.returncode == 2
     texts = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.name for path in texts} >= {"multirun.yaml", "overrides.yaml", "sweep.json"}
