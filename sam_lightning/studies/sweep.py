@@ -120,6 +120,11 @@ class SweepFolder(Callback):
             from sam_lightning.studies.sweep_jobs import checked  # no single run needs it here
 
             swept, jobs = checked(config)
+            subdir = str(OmegaConf.to_container(config.hydra.sweep)["subdir"])  # type: ignore
+            shared = "${" not in subdir and len(jobs) > 1
+            if shared or Path(subdir).is_absolute() or ".." in Path(subdir).parts:
+                advice = "a folder of each job within the sweep's, as '${hydra.job.num}'"
+                raise ConfigError(f"hydra.sweep.subdir={subdir}: allowed is {advice}")
         except ConfigError as error:
             refuse(str(error))
         elsewhere = not config.hydra.launcher._target_.endswith(".BasicLauncher")

@@ -191,6 +191,8 @@ LIGHT = [
     ("-m model=resnet18,custom", "model._target_: must be given, as in", "(job model=custom)"),
     ("-m data.download=true,${nowhere}", "data.download=${nowhere}: ", "'nowhere' not found (job"),
     ("-m +logger.csv.api_key=x,'***' rho=0", "logger.csv.api_key=***: was not stored; give it"),
+    ("-m rho=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: allowed is a folder of each job w"),
+    ("-m rho=1 hydra.sweep.subdir=../x", "hydra.sweep.subdir=../x: allowed is a folder of each j"),
     ("-m rho=interval(0,1)", "rho=interval(0,1): is for a search, sweep=rho_optuna"),
     ("sweep=rho_optuna data.val_size=20 rho=choice(1,-1)", "rho=-1: allowed is a number >= 0 (job"),
     ("sweep=rho_optuna data.val_size=20 lr=interval(-1,1)", "lr=-1.0: allowed is a number > 0 (jo"),
