@@ -145,9 +145,7 @@ def run(cfg: DictConfig) -> float | None:
     try:
         with suppress(OmegaConfBaseException):  # it cannot be resolved, which is refused next
             hide_secrets_of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        check(cfg, top_level())
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-        for key, secret in given_again(plain).items():
+        for key, secret in given_again(check(cfg, top_level())).items():
             OmegaConf.update(cfg, key, secret)
         from sam_lightning.studies.identical import unused
 

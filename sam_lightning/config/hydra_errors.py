@@ -7,10 +7,11 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sam_lightning.config.conf import CONF, choices, flat, folders_given, is_group, top_level
@@ -43,12 +44,22 @@ def check_flags(arguments: list[str]) -> Namespace:
             raise ConfigError(f"{argument}: no such flag{hint}")
         if flag == "--experimental-rerun":  # it would unpickle a file
             raise ConfigError(f"{flag}: type python -m sam_lightning rerun RUN")
+        if re.match(r"\++hydra\.", argument):  # Hydra would keep what it never reads
+            try:
+                OmegaConf.update(OmegaConf.structured(HydraConf), key_of(argument)[6:], "???")
+            except (ConfigKeyError, ConfigAttributeError) as error:
+                raise ConfigError(f"{argument}: no such key") from error
+            except OmegaConfBaseException:  # of what is open
+                pass
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if empty := [name for name, value in vars(flags).items() if value == ""]:
+        raise ConfigError(f"--{empty[0].replace('_', '-')}=: must be given, or left out")
+    return flags
 
 
 def unreadable(arguments: list[str]) -> str | None:

@@ -53,6 +53,7 @@ OWN_FILES = {
     **{"fashion_mnist": "FashionMNIST", "svhn": "*_32x32.mat"},
 }
 PHOTOGRAPHS = ("*/*.*", "[tT]rain*/*/*.*")  # of one folder of classes, or of splits
+WHOLE = ("digits", *OWN_FILES)  # data sets without validation images of their own
 # Names of the keys for folders that loggers and callbacks write to.
 FOLDERS = ("save_dir", "root_dir", "dirpath")
 Metric = Literal[
@@ -134,15 +135,25 @@ HINTS: dict[str, Any] = REQUIRED | {
     "scheduler.final": Fraction,
     "scheduler.milestones": list[Fraction],
     "scheduler.gamma": Positive,
-    "data.val_size": Annotated[float, within(0, None, ", below 1 a fraction of the images")],
+    "data.val_size": Annotated[
+        float,
+        Rule(
+            "a fraction of the images below 1, or a number of images",
+            lambda v: 0 <= v < 1 or (v >= 1 and v % 1 == 0 and repr(v) != "1.0"),
+        ),
+    ],
     "data.subset": Annotated[
-        float, within(0, None, ", up to 1 a fraction of the images", above=True)
+        float,
+        Rule(
+            "a fraction of the images up to 1, or a number of images",
+            lambda v: 0 < v < 1 or (v >= 1 and v % 1 == 0),
+        ),
     ],
     "data.split_seed": Index,
     "data.mean": list[Fraction] | None,
     "data.std": list[Part] | None,
     "data.sampler": Literal["shuffled", "balanced"],
-    "data.repeats": Count,
+    "data.repeats": Annotated[int, within(1, 1000)],
     "data.flip": Fraction,
     "data.eval_batch_size": BatchSize,
     "data.num_workers": Workers | Literal["auto"],
@@ -195,12 +206,15 @@ HINTS: dict[str, Any] = REQUIRED | {
 }
 
 
-def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
+def check(cfg: DictConfig, top_level: Iterable[str]) -> dict[str, Any]:
     """Check names, values and the files that a configuration points to.
 
     Args:
         cfg: the composed configuration.
         top_level: the keys that may stand at its top.
+
+    Returns:
+        The configuration with all values resolved.
 
     Raises:
         ConfigError: names the first key that is wrong, its value and what is allowed.
@@ -214,20 +228,27 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> None:
         if given.get(key, "???") == "???":
             raise ConfigError(f"{key}: must be given, as in {key}=...")
     try:
-        values = flat(OmegaConf.to_container(cfg, resolve=True))
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:  # an interpolation of a missing key
         key, said = str(error.full_key).partition("[")[0], str(error).splitlines()[0]
         raise ConfigError(f"{key}={given.get(key)}: {said}") from error
+    values = flat(plain)
     for key, hint in HINTS.items():
         if key in values and not _is_of_others(values, key):
             check_value(key, values[key], hint)
-    if str(values["optimized_metric"]).startswith("test/") and not values["test"]:
-        raise ConfigError(f"optimized_metric={values['optimized_metric']}: needs test=true")
+    metric, source = str(values["optimized_metric"]), str(values["data.source._target_"])
+    if metric.startswith("test/") and not values["test"]:
+        raise ConfigError(f"optimized_metric={metric}: needs test=true")
+    whole = source.rpartition(".")[2] in WHOLE and not values.get("data.val_size")
+    if metric.startswith("val/") and whole:
+        missing = "there is no validation data; set data.val_size"
+        raise ConfigError(f"optimized_metric={metric}: {missing}")
     _check_names(values)
     check_tuning(values)
     if (found := launched()) is None or found.rank == 0:  # the others write nothing
         _check_folders(values)
     _check_files(values)
+    return dict(plain)
 
 
 def _is_of_others(values: Mapping[str, Any], key: str) -> bool:

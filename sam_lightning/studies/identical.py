@@ -1,18 +1,12 @@
 """Which runs are one and the same, because nothing uses the keys in which they differ."""
 
-import json
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.conf import flat
-from sam_lightning.config.hydra_errors import key_of
 from sam_lightning.studies.report.runs import is_sgd
-
-log = logging.getLogger(__name__)
 
 # Keys that only other keys refer to.
 COPIED = ("rho", "lr", "weight_decay")
@@ -74,51 +68,7 @@ def _is_off(cfg: DictConfig, key: str) -> bool:
     return switch not in (None, name) and not OmegaConf.select(cfg, f"{entry}.{switch}")
 
 
-def distinct(master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Leave out the jobs of a sweep that repeat another job, and log both and the reason.
-
-    Args:
-        master: the configuration of the sweep, with Hydra's part.
-        jobs: the overrides of each job.
-    """
-    configs: dict[tuple[str, ...], dict[str, Any] | None] = {}
-    kept: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {}  # by what the job acts on
-    repeats: dict[str, None] = {}  # but for the seed, they repeat
-    of_all = set[str].intersection(*map(set, jobs))
-    for number, job in enumerate(jobs):
-        seed = [o for o in job if key_of(o) == "seed"]
-        seedless = tuple(o for o in job if o not in seed)
-        if seedless not in configs:  # seeds need no composing
-            configs[seedless] = _composed(master, seedless)
-        config = configs[seedless]
-        acts = json.dumps([_acted_on(config), seed]) if config else str(number)
-        same, known = kept.setdefault(acts, (job, config))
-        if same is not job and config and known:
-            own = [[o for o in j if o not in {*of_all, *seed}] for j in (same, job)]
-            names = [" ".join(o or job) for o in own]
-            why = because(config["method"], differing(known, config))
-            repeats[f"{names[1]}: the same run as {names[0]}, trained once, because {why}"] = None
-    for repeat in repeats:
-        log.warning("%s", repeat)
-    return [[*job] for job, _ in kept.values()]
-
-
-def _composed(master: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | None:
-    """The configuration of a job; None if it has none, of which the job's own error will tell."""
-    try:
-        loader = GlobalHydra.instance().config_loader()
-        cfg = loader.load_sweep_config(master, [*overrides])
-        with read_write(cfg), open_dict(cfg):
-            del cfg["hydra"]
-            cfg.output_dir = ""
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-        _acted_on(config)
-    except Exception:  # whatever a user's configuration raises
-        return None
-    return config
-
-
-def _acted_on(config: Mapping[str, Any]) -> dict[str, Any]:
+def acted_on(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a run acts on: not those copied to others, nor those of a method at rho=0."""
     inert = {*COPIED, "task_name", "output_dir", "debug"}
     inert |= {k for k in _leaves(config) if is_sgd(config["method"]) and k.startswith(PERTURBING)}

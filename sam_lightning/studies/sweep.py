@@ -10,21 +10,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.conf import is_group, register_resolver, top_level
+from sam_lightning.config.conf import register_resolver
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.hydra_errors import COMPOSING, key_of, quoted
-from sam_lightning.config.schema import OWN_FILES, check
 from sam_lightning.config.values import Count, Fraction, Rule, check_values
 from sam_lightning.runs.files import read_status, record_failure, stored_overrides, write_json
 from sam_lightning.runs.folder import Started, folder_of, own, refuse
@@ -48,7 +43,6 @@ HINTS = {
 
 
 LONGEST_NAME = 255  # bytes that file systems allow a folder
-WHOLE = ("digits", *OWN_FILES)  # data sets without validation images of their own
 OWN = "hydra.callbacks.sweep_folder"  # the keys of the callback below
 
 
@@ -119,16 +113,16 @@ class SweepFolder(Callback):
         try:
             refuse_launchers("sweep")
             check_launcher(config)
-            swept = _check_overrides(config)
             check_values(config, HINTS)
             storage: Any = OmegaConf.select(config, "hydra.sweeper.storage")
-            searches = "n_trials" in config.hydra.sweeper
-            if searches:
-                _check_search(config, swept, path)
-            from sam_lightning.studies.identical import unused  # no single run needs it here
+            from sam_lightning.studies.sweep_jobs import checked  # no single run needs it here
 
-            if searches and (why := unused(config, swept)):
-                raise ConfigError(f"hydra.sweeper.params: {why}, so there is nothing to search")
+            swept, jobs = checked(config)
+            subdir = str(OmegaConf.to_container(config.hydra.sweep)["subdir"])  # type: ignore
+            shared = "${" not in subdir and len(jobs) > 1
+            if shared or Path(subdir).is_absolute() or ".." in Path(subdir).parts:
+                advice = "a folder of each job within the sweep's, as '${hydra.job.num}'"
+                raise ConfigError(f"hydra.sweep.subdir={subdir}: allowed is {advice}")
         except ConfigError as error:
             refuse(str(error))
         elsewhere = not config.hydra.launcher._target_.endswith(".BasicLauncher")
@@ -150,8 +144,11 @@ class SweepFolder(Callback):
         sweeper: Any = get_class(config.hydra.sweeper._target_)
         if split := getattr(sweeper, "split_arguments", None):  # Hydra's own, not one that searches
             # Hydra takes no sweeper of ours, as it wants all in a package called hydra_plugins.
+            chunks, compose = sweeper.split_overrides_to_chunks, sweeper.validate_batch_is_legal
             kept.callback(setattr, sweeper, "split_arguments", staticmethod(split))
-            sweeper.split_arguments = staticmethod(partial(_split, config, sweeper, split))
+            kept.callback(setattr, sweeper, "validate_batch_is_legal", compose)
+            sweeper.split_arguments = staticmethod(lambda _, size: [*chunks(jobs, size)])
+            sweeper.validate_batch_is_legal = lambda _, batch: None  # all are composed by now
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that a job runs in."""
@@ -160,63 +157,6 @@ class SweepFolder(Callback):
         if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
             multiprocessing.set_start_method(None, force=True)
             share_processors(config.hydra.launcher.n_jobs)
-
-
-def _check_overrides(config: DictConfig) -> list[str]:
-    """Refuse overrides that stand for no job; return the keys that are swept."""
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    of_file = [f"{key}={value}" for key, value in params.items()]
-    given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # "${...}" as it stands
-    swept: dict[str, bool] = {}  # the last of a key counts
-    for override in parser.parse_overrides([*of_file, *given]):
-        swept[override.key_or_group] = override.is_sweep_override()
-        if not override.is_discrete_sweep():
-            continue
-        reason = "one at a time" if override.key_or_group == "sweep" else ""
-        try:
-            if next(iter(override.sweep_iterator()), None) is None:
-                reason = "stands for no value"
-        except ValueError as error:  # of range(...)
-            reason = one_line(error)
-        if reason:
-            raise ConfigError(f"{override.input_line}: {reason}")
-    return [key for key, of_many in swept.items() if of_many]
-
-
-def _check_search(config: DictConfig, swept: list[str], path: Path) -> None:
-    """Refuse a search of nothing, and one whose trials would all be refused."""
-    if (metric := config.get("optimized_metric")) is None:
-        raise ConfigError("optimized_metric=null: a search needs one, such as val/acc")
-    sweeper = config.hydra.sweeper
-    if not swept and not sweeper.get("search_space") and not sweeper.get("custom_search_space"):
-        advice = "as in hydra.sweeper.params.rho=interval(0.01,0.5)"
-        raise ConfigError(f"hydra.sweeper.params: gives no key several values, {advice}")
-    if any(map(is_group, swept)):  # each choice has keys of its own
-        return
-    cfg = config.copy()
-    with read_write(cfg), open_dict(cfg):
-        del cfg["hydra"]
-        cfg.output_dir = str(path)
-    try:
-        check(cfg, top_level())
-        name = cfg.data.source._target_.rpartition(".")[2]
-        if metric.startswith("val/") and name in WHOLE and not cfg.data.get("val_size"):
-            raise ConfigError(f"data.val_size=0: gives no {metric}, which the search needs")
-    except ConfigError as error:
-        key = re.split("[=:]", str(error))[0]
-        if key not in swept and not isinstance(error.__cause__, OmegaConfBaseException):
-            raise
-
-
-def _split(
-    config: DictConfig, sweeper: Any, original: Any, overrides: list[Any], size: int | None
-) -> list[Any]:
-    """What Hydra's sweeper does, without the jobs that would repeat another."""
-    from sam_lightning.studies.identical import distinct
-
-    (jobs,) = original(overrides, None)
-    return [*sweeper.split_overrides_to_chunks(distinct(config, jobs), size)]
 
 
 def fail(cfg: DictConfig, hydra: Any, error: Exception) -> None:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
+from inject import forked
 from runs import SMALL
 from sam_lightning.cli import settings_first
 from sam_lightning.runs.resume import resumed
@@ -21,14 +22,17 @@ def light():
 
 
 @pytest.mark.slow
-def test_the_grid_of_radii(light, tmp_path):
-    result = light(tmp_path, "-m", "sweep=rho_grid", "epochs=0")  # each job is refused at once
-    assert result.code == 2
-    assert result.err.splitlines()[-1] == "error: epochs=0: allowed is a whole number >= 1"
+def test_the_grid_of_radii(tmp_path):
+    wrong = "data.val_size=5000"  # each job is refused at once
+    done = forked(tmp_path, "-m", "sweep=rho_grid", "data=digits", wrong)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {wrong}: must come to 1..1437 ")
     radii = ("0.01", "0.02", "0.05", "0.1", "0.2", "0.5")
     pairs = [(rho, seed) for rho in radii for seed in range(3)]
-    expected = {f"{i}_rho={rho},seed={seed},epochs=0" for i, (rho, seed) in enumerate(pairs)}
-    assert {name for name in result.left if "rho=" in name} == expected
+    expected = {
+        f"{i}_rho={rho},seed={seed},data=digits,{wrong}" for i, (rho, seed) in enumerate(pairs)
+    }
+    assert {path.name for path in tmp_path.rglob("*_rho=*")} == expected
 
 
 def test_a_missing_sweeper_is_named_with_its_remedy(tmp_path):

@@ -175,7 +175,30 @@ LIGHT = [
     ("sweep=rho_optuna hydra.sweeper.n_trials=0", "n_trials=0: allowed is a whole number >= 1"),
     ("sweep=rho_optuna hydra.sweeper.direction=up", "direction=up: allowed is minimize, maximize"),
     ("sweep=rho_optuna optimized_metric=null", "optimized_metric=null: a search needs one, such"),
-    ("-m rho=range(0,1,0)", "rho=range(0,1,0): range() arg 3 must not be zero"),
+    ("-m rho=range(0,1,0)", "rho=range(0,1,0): allowed is range(start,stop,step) of finite numb"),
+    ("-m rho=range(0,nan)", "rho=range(0,nan): allowed is range(start,stop,step) of finite numb"),
+    ("-m seed=range(0,1e10)", "seed=range(0,1e10): more than 10,000 jobs, the most that a sweep"),
+    ("-m seed=shuffle(range(0,10001))", "seed=shuffle(range(0,10001)): more than 10,000 jobs, "),
+    (
+        "-m seed=range(0,1000) lr=range(0.01,0.12,0.01)",
+        "seed=range(0,1000) lr=range(0.01,0.12,0.01): more than 10,000 jobs, ",
+    ),
+    ("-m seed=0,1.5", "seed=1.5: allowed is a whole number from 0 to 4294967295 (job seed=1.5)\n"),
+    ("-m method=sgd,sam rho=0.1,nan", "rho=nan: allowed is a number >= 0 (job method=sgd rho=nan)"),
+    ("-m rho=0.1,0.2 lr=-1", "lr=-1: allowed is a number > 0\n"),
+    ("-m rho=0.1,-1 hydra.sweeper.max_batch_size=1", "rho=-1: allowed is a number >= 0 (job rho"),
+    ("-m rho=0.1,-1 hydra/launcher=joblib", "rho=-1: allowed is a number >= 0 (job rho=-1)"),
+    ("-m model=resnet18,custom", "model._target_: must be given, as in", "(job model=custom)"),
+    ("-m data.download=true,${nowhere}", "data.download=${nowhere}: ", "'nowhere' not found (job"),
+    ("-m +logger.csv.api_key=x,'***' rho=0", "logger.csv.api_key=***: was not stored; give it"),
+    ("-m rho=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: allowed is a folder of each job w"),
+    ("-m rho=1 hydra.sweep.subdir=../x", "hydra.sweep.subdir=../x: allowed is a folder of each j"),
+    ("-m rho=interval(0,1)", "rho=interval(0,1): is for a search, sweep=rho_optuna"),
+    ("sweep=rho_optuna data.val_size=20 rho=choice(1,-1)", "rho=-1: allowed is a number >= 0 (job"),
+    ("sweep=rho_optuna data.val_size=20 lr=interval(-1,1)", "lr=-1.0: allowed is a number > 0 (jo"),
+    ("+hydra.run.x=1", "+hydra.run.x=1: no such key"),
+    ("--config-dir=", "--config-dir=: must be given, or left out"),
+    ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("-m rho=range(1,0)", "rho=range(1,0): stands for no value"),
     ("-m method=glob(nope*)", "method=glob(nope*): stands for no value"),
     ("-m sweep=seeds,rho_grid", "sweep=seeds,rho_grid: one at a time"),
@@ -203,7 +226,7 @@ LIGHT = [
         "sweep=rho_optuna hydra.sweeper.params.rho=nope",
         "hydra.sweeper.params: gives no key several",
     ),
-    ("sweep=rho_optuna", "data.val_size=0: gives no val/acc, which the search needs"),
+    ("sweep=rho_optuna", "optimized_metric=val/acc: there is no validation data; set data.val_s"),
     ("sweep=rho_optuna rho=0.1", "hydra.sweeper.params: gives no key several values"),
     ("sweep=rho_optuna lr=nope", "lr=nope: allowed is a number > 0"),  # not once for each trial
     (
@@ -234,6 +257,12 @@ def test_wrong_input_is_refused_before_torch_is_loaded(light, tmp_path, row):
 
 
 VALUES = [
+    ("data.val_size=1.0", "data.val_size=1.0: allowed is a fraction of the images below 1, or a n"),
+    (
+        "data.subset=1.5",
+        "data.subset=1.5: allowed is a fraction of the images up to 1, or a number",
+    ),
+    ("data.repeats=1001", "data.repeats=1001: allowed is a whole number from 1 to 1000"),
     ("rho=abc", "rho=abc: allowed is a number >= 0"),
     ("rho=nan", "rho=nan: allowed is a number >= 0"),
     ("rho=inf", "rho=inf: allowed is a number >= 0"),
@@ -497,7 +526,6 @@ HEAVY = [
         "label_smoothing=0.1 loss=custom loss._target_=torch.nn.MultiMarginLoss",
         "label_smoothing=0.1: must be 0 with loss.smoothing=null, as loss._target_=torch.nn.Multi",
     ),
-    ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("data=cifar10 data.root={tmp} data.download=false", "data.root=", "cannot load CIFAR10"),
     ("data=cifar10 data.root={tmp}/damaged data.download=false", "cannot load CIFAR10"),
     ("data=image_folder data.root={tmp}/damaged", "data.root=", "no folder", "train/<class>/*"),
@@ -530,8 +558,9 @@ def test_wrong_input_is_refused_before_training(heavy, tmp_path, row):
 @pytest.mark.long
 @pytest.mark.slow
 def test_an_error_of_all_ranks_is_one_line(heavy, tmp_path):
-    result = heavy(tmp_path, *SMALL, "trainer.devices=2", "optimized_metric=val/acc")
-    assert_refused(result, "optimized_metric=val/acc: there is no validation data; set ")
+    unvalidated = ["optimized_metric=val/acc", "data.val_size=50", "+trainer.limit_val_batches=0"]
+    result = heavy(tmp_path, *SMALL, "trainer.devices=2", *unvalidated)
+    assert_refused(result, "optimized_metric=val/acc: there is no validation with no validation ")
 
 
 def test_a_run_that_fails_ends_in_one_line_and_keeps_its_folder(heavy, tmp_path):

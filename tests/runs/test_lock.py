@@ -181,7 +181,7 @@ def test_a_sweep_is_refused_while_a_job_outlives_an_earlier_one(tmp_path):
     holder.start()
     there.get(timeout=20)
     try:
-        done = command(tmp_path, "-m", "seed=0,1", "epochs=0", f"hydra.sweep.dir={tmp_path}/sweep")
+        done = command(tmp_path, "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
     finally:
         holder.kill()
         holder.join()

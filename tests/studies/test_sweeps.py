@@ -1,6 +1,6 @@
 """Sweeps: every job leaves how it ended and takes no other down; a table of all at the end.
 
-Most jobs here are refused, which takes no torch and no time.
+Most jobs here are refused as they start, by what only the data shows, and train nothing.
 """
 
 import json
@@ -8,18 +8,30 @@ import os
 import re
 import subprocess
 import sys
+from tempfile import gettempdir
 
 import optuna
 import pytest
-from omegaconf import OmegaConf
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 
+from inject import forked
 from runs import SMALL, TRAIN, command, configuration, summary
+from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.loading import suggested_workers
 from sam_lightning.runs.resume import resumed
 from sam_lightning.studies.identical import unused
 from sam_lightning.studies.launchers import share_processors
 from sam_lightning.studies.sweep import job_folder, next_job
+from sam_lightning.studies.sweep_jobs import composer
+
+# No job has so many images.
+REFUSED = [*SMALL, "data.val_size=5000"]
+WHY = "data.val_size=5000: must come to 1..1437 of the 1438 training images"
 
 
 def table(sweep):
@@ -94,14 +106,14 @@ def test_a_sweep_of_many_keys(tmp_path):
     given = ["method=sam", "optimizer=sgd", "scheduler=cosine", "data.split_seed=123456789"]
     given += ["data.repeats=1", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]
     given += ["trainer.accumulate_grad_batches=4", "trainer.check_val_every_n_epoch=1"]
-    done = command(tmp_path, "-m", *SMALL, *given, "rho=-1,-2")
+    done = forked(tmp_path, "-m", *REFUSED, *given, "rho=1,2")
     assert done.returncode == 2
     jobs = table(only_sweep(tmp_path))
-    assert [f"rho=-{i}" in job["overrides"] for i, job in enumerate(jobs, 1)] == [True, True]
-    assert {*given, *SMALL} <= {*jobs[0]["overrides"]}
+    assert [f"rho={i}" in job["overrides"] for i, job in enumerate(jobs, 1)] == [True, True]
+    assert {*given, *REFUSED} <= {*jobs[0]["overrides"]}
     folders = [only_sweep(tmp_path) / job["folder"] for job in jobs]
     for number, folder in enumerate(folders):
-        assert folder.name.startswith(f"{number}_rho=-{number + 1},method=sam,batch_size=50,")
+        assert folder.name.startswith(f"{number}_rho={number + 1},method=sam,batch_size=50,")
         assert len(folder.name.encode()) == 255
         assert summary(folder)["status"] == "failed"
 
@@ -111,9 +123,8 @@ def test_a_sweep_of_many_keys(tmp_path):
 
 @pytest.mark.slow
 def test_a_job_that_would_repeat_another_is_trained_once(tmp_path):
-    """Jobs are refused as they start, so that none trains."""
     grid = ["method=sgd,sam", "rho=0,0.1", "seed=0,1", "data.num_workers=0,1"]
-    done = command(tmp_path, "-m", *SMALL, "epochs=0", *grid)
+    done = forked(tmp_path, "-m", *REFUSED, *grid)
     keys = ("method", "rho", "seed", "data.num_workers")
     jobs = [dict(o.split("=", 1) for o in j["overrides"]) for j in table(only_sweep(tmp_path))]
     found = [tuple(job[key] for key in keys) for job in jobs]
@@ -158,7 +169,7 @@ def test_a_setting_that_changes_nothing_is_named(given, said):
 @pytest.mark.slow
 def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
     given = ["+logger.wandb.api_key=0123456789abcdef", "++data.cache_dir='s3://me:hidden@host/x'"]
-    done = command(tmp_path, "-m", *SMALL, "epochs=0", *given, "rho=0.1,0.2")
+    done = command(tmp_path, "-m", *REFUSED, *given, "rho=0.1,0.2")
     assert done.returncode == 2
     texts = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.name for path in texts} >= {"multirun.yaml", "overrides.yaml", "sweep.json"}
@@ -175,9 +186,9 @@ def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
 
 
 def test_a_sweep_whose_jobs_are_all_refused(tmp_path):
-    done = command(tmp_path, "-m", *SMALL, "lr=-1", "rho=0.1,0.2", "hydra.sweeper.max_batch_size=1")
+    done = forked(tmp_path, "-m", *REFUSED, "rho=0.1,0.2", "hydra.sweeper.max_batch_size=1")
     assert done.returncode == 2
-    assert done.stderr == "error: lr=-1: allowed is a number > 0\n"
+    assert done.stderr == f"error: {WHY}\n"
     jobs = table(only_sweep(tmp_path))
     assert [job["job"] for job in jobs] == ["0", "1"]  # the second batch was run too
     for job, rho in zip(jobs, (0.1, 0.2), strict=True):
@@ -186,34 +197,48 @@ def test_a_sweep_whose_jobs_are_all_refused(tmp_path):
         assert found["config"]["rho"] == rho
         for said in (found, job):
             assert said["status"] == "failed"
-            assert said["exit_reason"] == "ConfigError: lr=-1: allowed is a number > 0"
+            assert said["exit_reason"] == f"ConfigError: {WHY}"
             assert said["metrics"] == {}
-        assert "lr=-1: allowed is a number > 0" in (folder / "train.log").read_text()
-    _, head, *rows, reason = printed_table(done.stdout)
+        assert WHY in (folder / "train.log").read_text()
+    _, head, *rows, reason = printed_table(done.stdout)[:5]
     assert head == ["job", "rho", "status", "test/acc"]
     assert rows == [["0", "0.1", "failed"], ["1", "0.2", "failed"]]
-    assert " ".join(reason) == "jobs 0, 1 failed: lr=-1: allowed is a number > 0"
+    assert " ".join(reason).startswith("jobs 0, 1 failed: data.val_size=5000: ")
 
 
-def test_a_job_whose_configuration_cannot_be_resolved(tmp_path):
-    done = command(tmp_path, "-m", *SMALL, "++data.root=/,'${nowhere}'", "epochs=0")
-    assert done.returncode == 2
-    assert "(job 0; 2 of 2 jobs failed)" in done.stderr
-    refused, unresolved = table(only_sweep(tmp_path))
-    assert refused["exit_reason"] == "ConfigError: epochs=0: allowed is a whole number >= 1"
-    assert unresolved["exit_reason"].startswith("ConfigError: ")
-    assert "Interpolation key 'nowhere' not found" in unresolved["exit_reason"]
-    found = summary(only_sweep(tmp_path) / unresolved["folder"])
-    assert (found["status"], found["config"]["data"]["root"]) == ("failed", "${nowhere}")
+@pytest.mark.parametrize(
+    "job",
+    [
+        ["seed=3", "rho=0.2", "model.width=16", "method.rho=0.3"],
+        ["model=resnet34", "method=gsam", "method.rho_min=0.01", "+model.name=x", "lr=1e-3"],
+        ["experiment=quickstart", "~method.rho", "data.mean=[0.5]", "data=cifar100", "epochs=3"],
+        ["callbacks=[default,ema]", "callbacks.best.mode=min", "++trainer.max_steps=5"],
+        ["data.source.root='a b'", "task_name='${hydra:job.num}'", "data=cifar10", "~seed"],
+    ],
+)
+def test_jobs_are_composed_as_hydra_composes_them(job):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("train", ["data=digits"], RunMode.MULTIRUN)
+        expected = loader.load_sweep_config(master, job)
+        found = composer(master)(7, job)
+        with open_dict(expected):
+            expected.hydra.runtime.output_dir = gettempdir()
+            expected.hydra.job.num = 7
+            HydraConfig.instance().set_config(expected)
+            del expected["hydra"]
+        plain = [OmegaConf.to_container(cfg, resolve=True) for cfg in (found, expected)]
+        assert plain[0] == plain[1]
 
 
 @pytest.mark.slow
 def test_a_sweep_into_the_folder_of_another_counts_only_its_own_jobs(tmp_path):
     sweep = tmp_path / "sweep"
     for number in range(2):
-        given = [f"hydra.sweep.dir={sweep}", f"epochs=-{number}", "test=false"]
-        done = command(tmp_path, "-m", *SMALL, *given, "rho=0.1,0.2,0.3")
-        assert done.stderr == f"error: epochs={-number}: allowed is a whole number >= 1\n"
+        given = [f"hydra.sweep.dir={sweep}", f"data.val_size=500{number}", "test=false"]
+        done = forked(tmp_path, "-m", *SMALL, *given, "rho=0.1,0.2,0.3")
+        assert done.stderr.startswith(f"error: data.val_size=500{number}: must come to 1..1437 ")
+        assert "(job" not in done.stderr
     assert len(table(sweep)) == 6
 
 
@@ -225,8 +250,8 @@ COMPLETED = json.dumps({"status": "completed", "metrics": {"test/acc": 0.9}})
     ("left", "arguments", "reason", "status"),
     [
         (COMPLETED, [], "has a run already; continue it with ckpt_path=last", "completed"),
-        (COMPLETED, ["ckpt_path=last", "epochs=0"], "epochs=0", "completed"),
-        ("{", ["epochs=0"], "epochs=0", "failed"),
+        (COMPLETED, ["ckpt_path=last"], "data.val_size=5000: must", "completed"),
+        ("{", [], "data.val_size=5000: must come to", "failed"),
     ],
 )
 def test_a_refused_job_keeps_what_was_complete(tmp_path, left, arguments, reason, status):
@@ -234,7 +259,8 @@ def test_a_refused_job_keeps_what_was_complete(tmp_path, left, arguments, reason
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(left)
     subdir = "hydra.sweep.subdir=0"
-    done = command(tmp_path, "-m", "seed=0", f"hydra.sweep.dir={folder.parent}", subdir, *arguments)
+    given = ["seed=0", f"hydra.sweep.dir={folder.parent}", subdir, *arguments]
+    done = forked(tmp_path, "-m", *REFUSED, *given)
     assert done.returncode == 2
     assert reason in done.stderr
     assert reason in table(folder.parent)[0]["exit_reason"]
@@ -274,6 +300,7 @@ def test_submitit_without_slurm_would_train_a_job_as_often_as_it_has_tasks(tmp_p
 ODD = '''
 import os, signal
 from lightning.pytorch.callbacks import Callback
+from sam_lightning.config.errors import ConfigError
 
 class OddError(Exception):
     """Cannot be sent to another process: it needs two arguments to be made again."""
@@ -284,6 +311,8 @@ class Odd(Callback):
     def on_train_start(self, trainer, module):
         if module.rho == 0.25:
             raise OddError("odd", "odder")
+        if module.rho == 0.75:
+            raise ConfigError("rho=0.75: refused as it starts")
         if module.rho == 0.5:
             os.kill(os.getpid(), signal.SIGKILL)
 '''
@@ -308,7 +337,7 @@ def side_by_side(tmp_path, launcher, *arguments):
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", SIDE_BY_SIDE)
 def test_jobs_side_by_side(tmp_path, launcher):
-    done = side_by_side(tmp_path, launcher, "rho=0.1,0.25,-1")
+    done = side_by_side(tmp_path, launcher, "rho=0.1,0.25,0.75")
     assert done.returncode == 1
     last = "error: OddError: odd and odder (job 1; 2 of 3 jobs failed)"
     assert done.stderr.splitlines()[-1] == last
@@ -320,7 +349,7 @@ def test_jobs_side_by_side(tmp_path, launcher):
     assert (sweep / trained["folder"] / "checkpoints" / "last.ckpt").is_file()
     for job, reason in [
         (odd, "OddError: odd and odder"),
-        (refused, "ConfigError: rho=-1: allowed is a number >= 0"),
+        (refused, "ConfigError: rho=0.75: refused as it starts"),
     ]:
         assert (job["status"], job["exit_reason"]) == ("failed", reason)
         assert summary(sweep / job["folder"])["exit_reason"] == reason
@@ -399,11 +428,10 @@ def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_whose_trials_are_all_refused(tmp_path):
-    study = ["-m", "sweep=rho_optuna", *SMALL, "data.val_size=20", "hydra.sweeper.n_trials=2"]
-    study += ["rho=choice(-1,-2)"]
-    done = command(tmp_path, *study)
+    study = ["-m", "sweep=rho_optuna", *REFUSED, "hydra.sweeper.n_trials=2"]
+    done = forked(tmp_path, *study)
     assert done.returncode == 2
-    assert re.search(r"^error: rho=-[12]: allowed", done.stderr.splitlines()[-1])
+    assert done.stderr.splitlines()[-1] == f"error: {WHY}"
     assert [state for state, *_ in trials(only_sweep(tmp_path))] == ["FAIL", "FAIL"]
 
 
@@ -414,15 +442,17 @@ import sam_lightning.config.schema as command
 original, rhos = command.check, []
 def check(cfg, top_level):
     rhos.append(cfg.rho)
-    if len(rhos) == 2:
+    if len(rhos) == 4:
+        raise command.ConfigError(f"rho={cfg.rho}: refused as it starts")
+    if len(rhos) == 5:
         raise KeyboardInterrupt  # as the second job starts
-    original(cfg, top_level)
+    return original(cfg, top_level)
 command.check = check
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    line = [sys.executable, "-c", program, str(TRAIN), "-m", *SMALL, "rho=-1,-2,-3"]
+    line = [sys.executable, "-c", program, str(TRAIN), "-m", *SMALL, "rho=1,2,3"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert [job["status"] for job in table(only_sweep(tmp_path))] == ["failed", "no result"]
-    assert "job 0 failed: rho=-1: allowed is a number >= 0\n" in done.stdout
+    assert "job 0 failed: rho=1: refused as it starts\n" in done.stdout
