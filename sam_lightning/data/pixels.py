@@ -161,14 +161,16 @@ def visible(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    if turn is not None:
-        image = image.transpose(turn)
     if image.has_transparency_data:
         for mode in ("LA", "RGBA") if image.mode == "La" else ("RGBA",):  # one has no other way
             image = image.convert(mode)
         below = Image.new("RGBA", image.size, BACKGROUND)
-        return Image.alpha_composite(below, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = Image.alpha_composite(below, image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # it would still say how to turn the stored image
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from sam_lightning.models.lite import Lite
 from sam_lightning.models.timm_models import Timm, timm_package
 from sam_lightning.models.torchvision_models import OURS, Torchvision
-from sam_lightning.models.weights import Weights, put, with_channels
+from sam_lightning.models.weights import Weights, put, unwrapped, with_channels
 
 FAMILIES: dict[str, Timm | Torchvision] = {
     "sam_lightning.models.timm_model": Timm(),
@@ -108,6 +109,7 @@ def load_weights(
             say; the message begins with the reason.
     """
     known, ours = family(config), architecture(config)
+    weights = replace(weights, tensors=unwrapped(weights.tensors, model.state_dict()))
     published_ones = bool(config.get("pretrained") and not config.get("weights"))
     twin = known.twin(config) if isinstance(known, Timm) else None
     theirs = of or _known(weights) or _said(weights, known is not None, not published_ones)

@@ -7,7 +7,7 @@ import re
 import socket
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +67,19 @@ def read_weights(path: Path) -> Weights:
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     if not tensors:
         raise ValueError(f"weights={path}: has no tensors by name")
-    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in tensors)), None):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     named = described(path).get("architecture") or said.get("architecture") or inside.get("arch")
     return Weights(tensors, path, sha256(path), None if named is None else str(named))
+
+
+def unwrapped(tensors: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without what wrappers put before every name, if none is the model's ``own``."""
+    found = dict(tensors)
+    while not {*own} & {*found}:
+        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in found)), None)
+        if prefix is None:
+            break
+        found = {k.removeprefix(prefix): v for k, v in found.items()}
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -111,7 +120,7 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor], *, lenient: bool = Fals
     own, given = model.state_dict(), dict(tensors)
     new = []
     for head in head_of(model):
-        parts = [name for name in own if name.startswith(f"{head}.")]
+        parts = [name for name in own if name.startswith(f"{head}.".lstrip("."))]
         if any(name not in given or given[name].shape != own[name].shape for name in parts):
             new += parts
     given = {k: v for k, v in given.items() if k not in new}
@@ -133,8 +142,8 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor], *, lenient: bool = Fals
         for head in head_of(model):
             if not _feeds_relu(model, head):
                 for name in ("weight", "bias"):
-                    if f"{head}.{name}" in new:
-                        model.get_parameter(f"{head}.{name}").zero_()
+                    if (part := f"{head}.{name}".lstrip(".")) in new:
+                        model.get_parameter(part).zero_()
     return new
 
 
@@ -202,10 +211,12 @@ def _ask(url: str) -> None:
 
 def _feeds_relu(model: nn.Module, head: str) -> bool:
     parent, _, name = head.rpartition(".")
-    layers = [*model.get_submodule(parent).named_children()]
-    behind = [n for n, _ in layers].index(name) + 1
-    sequential = isinstance(model.get_submodule(parent), nn.Sequential)
-    return sequential and any(isinstance(layer, nn.ReLU) for _, layer in layers[behind:])
+    around = model.get_submodule(parent)
+    if not isinstance(around, nn.Sequential):
+        return False
+    layers = dict(around.named_children())
+    behind = [*layers].index(name) + 1
+    return any(isinstance(layer, nn.ReLU) for layer in [*layers.values()][behind:])
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         ConfigError: the file is not there, is damaged, or is not a checkpoint of a run.
     """
     try:
-        _check_archive(Path(path))
+        found = os.stat(path)
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        _check_archive(Path(path), stamp)
         # Read into memory, a tensor could claim more bytes than the file has of it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if type(checkpoint["global_step"]) is not int:
@@ -81,8 +84,13 @@ def read(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return checkpoint if mmap else tree_map_only(Tensor, Tensor.clone, checkpoint)
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse an archive that torch would not have written, before anything is unpacked."""
+@cache
+def _check_archive(path: Path, stamp: tuple[int, ...]) -> None:
+    """Refuse an archive that torch would not have written, before anything is unpacked.
+
+    A run that continues reads its checkpoint several times; the file is compared again only if its
+    ``stamp`` is another.
+    """
     if not path.is_file():  # to open a pipe would wait for ever
         raise FileNotFoundError
     with zipfile.ZipFile(path) as archive:

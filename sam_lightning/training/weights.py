@@ -35,12 +35,20 @@ def prepare_as_weights(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: as of ``weights_preprocessing``; or the images must have another shape than
-            ``data`` can make.
+            ``data`` can make; or a model of torchvision is to get weights without our function.
     """
     config: Any = OmegaConf.to_container(cfg.model, resolve=True)
     if not config.get("pretrained") and config.get("weights") is None:
         return
     if not config["_target_"].startswith("sam_lightning.") and takes(cfg, "weights"):
+        if config["_target_"].startswith("torchvision.") and cfg.ckpt_path is None:
+            # It would take them for their own classes alone, and download them whenever it is made.
+            key = "pretrained" if config.get("weights") is None else "weights"
+            raise ConfigError(
+                f"model.{key}={config[key]}: give model=torchvision "
+                f"model.name={config['_target_'].rpartition('.')[2]} and model.pretrained=true, or "
+                "model.weights=FILE"
+            )
         return  # an argument of the user's own
     if cfg.ckpt_path is not None:
         hparams = read(cfg.ckpt_path, mmap=True)["hyper_parameters"]
@@ -178,7 +186,7 @@ def _read(given: str, model: nn.Module, classes: Sequence[str]) -> Weights:
         hparams = checkpoint["hyper_parameters"]
         theirs = architecture(hparams["model"])
         if [*hparams["classes"]] != [*classes]:
-            others = tuple(f"{head}." for head in head_of(model))
+            others = tuple(f"{head}.".lstrip(".") for head in head_of(model))
             tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
     except (ConfigError, LookupError, TypeError, ValueError) as error:
         reason = one_line(error).removeprefix(f"ckpt_path={file}: ")

@@ -12,7 +12,7 @@ import sklearn.datasets
 from PIL import Image, ImageCms, ImageOps
 from torchvision import transforms
 
-from sam_lightning.data.pixels import decode, open_image, suffixes
+from sam_lightning.data.pixels import decode, open_image, suffixes, visible
 from sam_lightning.data.views import CenterCrop
 
 RNG = np.random.default_rng(0)
@@ -68,6 +68,7 @@ def test_images_are_upright(form, orientation):
     expected = ImageOps.exif_transpose(reread(content)).convert("RGB")
     assert expected.size == ((30, 20) if orientation < 5 else (20, 30))
     assert_close(seen(content), np.asarray(expected), 0)
+    assert_close(np.asarray(visible(open_image(content))), np.asarray(expected), 0)  # turned once
 
 
 def segment(marker, content):

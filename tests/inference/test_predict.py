@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.inference.load import data_of, load
@@ -86,6 +86,25 @@ def test_images_may_be_of_many_sizes(run, tmp_path, sized):
             assert row["predictions"][0]["probability"] == pytest.approx(
                 logits.softmax(1).max().item(), rel=1e-4
             )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_photograph_is_seen_as_the_upright_one(run, tmp_path, mode, orientation):
+    pixels = np.random.default_rng(0).integers(256, size=(4, 3, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / ("a.png" if mode == "RGBA" else "a.jpg")
+    Image.fromarray(pixels).resize((60, 80)).convert(mode).save(file, exif=exif)
+    model = load(last(run))
+    with Image.open(file) as image, torch.no_grad():
+        stored = image.copy()
+        stored.info = {}
+        seen = [model.preprocess(i) for i in (ImageOps.exif_transpose(image), stored)]
+        upright, unturned = (model(images).softmax(1)[0].tolist() for images in seen)
+    (row,) = predict(model, [file], top_k=10)
+    found = {entry["class"]: entry["probability"] for entry in row["predictions"]}
+    assert [found[name] for name in model.classes] == upright != unturned
 
 
 # -------------------------------------------------------------------------- damaged images

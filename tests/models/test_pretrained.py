@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -360,16 +361,36 @@ def test_weights_that_fit_by_names_and_shapes_alone_are_refused(kind, tmp_path):
             assert load_weights(build(config), read_weights(tmp_path / name), config) == []
 
 
-def test_a_wrappers_prefix_goes_where_all_names_have_it(tmp_path):
-    names = {
-        "a": (["module.fc.weight", "module.fc.bias"], ["fc.weight", "fc.bias"]),
-        "b": (["_orig_mod.module.fc.weight"], ["fc.weight"]),
-        "c": (["module.fc.weight", "fc.weight"], ["module.fc.weight", "fc.weight"]),
-    }
-    for file, (given, expected) in names.items():
-        tensors = {name: torch.ones(1) for name in given}
-        torch.save({**tensors, "n_averaged": torch.tensor(1)}, tmp_path / f"{file}.pth")
-        assert [*read_weights(tmp_path / f"{file}.pth").tensors] == expected
+class Wrapping(nn.Module):
+    """Has a layer of the name that data parallelism puts before all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), Wrapping()])
+def test_a_wrappers_prefix_goes_where_it_is_not_the_models_own(model, tmp_path):
+    config = {"_target_": "mine"}
+    state = {name: torch.rand(p.shape) for name, p in model.state_dict().items()}
+    for prefix in ("", "module.", "_orig_mod.module."):
+        tensors = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        torch.save({**tensors, "n_averaged": torch.tensor(1)}, tmp_path / "x.pth")
+        fresh = deepcopy(model)
+        assert load_weights(fresh, read_weights(tmp_path / "x.pth"), config) == []
+        assert all(torch.equal(p, state[name]) for name, p in fresh.state_dict().items())
+    mixed = {f"module.{name}": state[name] for name in list(state)[:1]} | dict([*state.items()][1:])
+    torch.save(mixed, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="weights of another model"):
+        load_weights(fresh, read_weights(tmp_path / "x.pth"), config)
+
+
+def test_a_model_that_is_its_own_head_starts_at_zero_for_other_classes(tmp_path):
+    torch.save(nn.Linear(4, 2).state_dict(), tmp_path / "x.pth")
+    model = nn.Linear(4, 3)
+    new = load_weights(model, read_weights(tmp_path / "x.pth"), {"_target_": "mine"})
+    assert new == ["weight", "bias"]
+    assert not any(p.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no weights", b"\x80\x02K\x01."])

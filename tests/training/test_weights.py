@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import zipfile
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import digits
 from sam_lightning.inference import evaluate, export, predict
 from sam_lightning.models.pretrained import published
+from sam_lightning.runs.checkpoint import read
 from sam_lightning.training.run import train
 from sam_lightning.training.weights import prepare_as_weights, weights_preprocessing
 from trained_runs import changed
@@ -83,6 +85,29 @@ def test_a_run_continues_without_the_file(started, tmp_path):
     run(folder, *again, f"model.weights={started.parent / 'mine.safetensors'}")
     assert summary(folder)["weights"] == before
     assert summary(folder)["epochs"] == 2
+
+
+def test_a_run_that_continues_compares_the_bytes_of_its_checkpoint_once(
+    started, tmp_path, monkeypatch
+):
+    compared, original = [], zipfile.ZipFile.testzip
+
+    def testzip(archive):
+        compared.append(str(archive.filename))
+        return original(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", testzip)
+    last = shutil.copytree(started, tmp_path / "run") / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    weights = f"model.weights={started.parent / 'mine.safetensors'}"
+    run(last.parents[1], *RESNET, *STILL, weights, "epochs=2", f"ckpt_path={last}")
+    assert compared == [str(last)]
+    last.write_bytes(content)
+    assert read(last)["global_step"] == 2
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)  # of the same size
+    with pytest.raises(ConfigError, match="is damaged"):
+        read(last)
 
 
 def test_a_checkpoint_needs_no_other_weights(started, tmp_path):
@@ -187,6 +212,14 @@ def test_an_argument_of_a_models_own_stays_as_given(tmp_path):
     run(tmp_path / "run", *own)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert sam_lightning.load(last, trust=[f"{Own.__module__}.Own"]).model.scale == 3
+
+
+@pytest.mark.parametrize("weights", ["weights=DEFAULT", "pretrained=True"])
+def test_torchvisions_weights_come_by_the_model_that_needs_them_once(weights):
+    options = ["model=custom", "model._target_=torchvision.models.resnet18", f"+model.{weights}"]
+    message = rf"^model\.{weights}: give model=torchvision model.name=resnet18 and model.pretrain"
+    with pytest.raises(ConfigError, match=message):
+        prepare_as_weights(configuration(*options))
 
 
 def test_our_models_start_from_runs_and_files(tmp_path):
