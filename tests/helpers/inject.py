@@ -91,6 +91,7 @@ def inject(name, at):
 
 
 def main(cwd, arguments, fault, environment):
+    os.setsid()  # with a process group to kill
     multiprocessing.set_start_method(None, force=True)  # loaders', as in a process of one's own
     os.chdir(cwd)
     os.environ.update(environment)
@@ -117,7 +118,7 @@ def begin(cwd, *arguments, fault=None, **environment):
 def forked(cwd, *arguments, fault=None, kill_after=None, **environment):
     """Run it to its end, or kill it after so many seconds."""
     process = begin(cwd, *arguments, fault=fault, **environment)
-    process.join(kill_after or 120)
+    process.join(kill_after or 250)
     if process.is_alive():
         assert kill_after, "the run hangs"
         process.kill()

@@ -1,6 +1,5 @@
 """SAM under DistributedDataParallel and FSDP2, two processes on gloo, against one plain loop."""
 
-import os
 import traceback
 from contextlib import nullcontext
 
@@ -11,12 +10,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import RANKS, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from inject import SERVER
 from loops_reference import (
     COMBINES,
     METHODS,
@@ -34,7 +33,6 @@ from sam_lightning import SAM
 
 pytestmark = pytest.mark.slow
 
-RANKS = 2
 TWO_FORMS = ["perturbed", "in two"]
 DDP = [
     (method, form, own, views)
@@ -293,35 +291,21 @@ def lightning(rank, method, how):
     return state_of(module.model)
 
 
-def main(rank, folder, kind, cases):
+def program(folder, kind, cases):
     """Run every case and keep what each returns, or its error."""
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    results = {}
+    rank, results = dist.get_rank(), {}
     for case in cases:
         try:
             results[case] = globals()[kind](rank, *case)
         except Exception:
             results[case] = traceback.format_exc()
         dist.barrier()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"{rank}.pt")
 
 
 def run(folder, kind, cases):
-    processes = [SERVER.Process(target=main, args=(r, folder, kind, cases)) for r in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-        if process.is_alive():
-            process.kill()
-    assert [p.exitcode for p in processes] == [0] * RANKS
-    results = [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(RANKS)]
+    run_ranks(program, folder, kind, cases)
+    results = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(RANKS)]
     return {case: [found[case] for found in results] for case in cases}
 
 
@@ -332,7 +316,7 @@ def results(tmp_path_factory):
 
     def get(kind, cases):
         if kind not in known:
-            known[kind] = run(str(tmp_path_factory.mktemp(kind)), kind, cases)
+            known[kind] = run(tmp_path_factory.mktemp(kind), kind, cases)
         return known[kind]
 
     return get

@@ -1,17 +1,12 @@
-"""SAM with the weights of FSDP2, which are DTensors, on two processes.
-
-This file is also the program of the processes: ``torchrun tests/optim/test_sharded.py FOLDER``.
-"""
+"""SAM with the weights of FSDP2, which are DTensors, on two processes."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import RANKS, run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
 from sam_lightning import SAM
 from steps import BASES, RELATIVES, STEPS, batches, network
 
-RANKS = 2
 CASES = {
     f"{method}, {base}": (RELATIVES[method], base)
     for method in ("sam", "asam", "adaptive", "friendly", "looksam")
@@ -64,7 +58,6 @@ def whole(model):
 
 
 def program(folder):
-    dist.init_process_group("gloo")
     rank, results = dist.get_rank(), {}
     for case, (options, base) in CASES.items():
         model = sharded()
@@ -85,16 +78,12 @@ def program(folder):
         results[case] = {"unbroken": whole(model), "restored": whole(restored)}
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={RANKS}", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_ranks(program, folder)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -108,7 +97,3 @@ def test_sharded_weights_move_as_whole_ones_and_continue_from_a_checkpoint(resul
         torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
     for found, expected in zip(results[case]["restored"], results[case]["unbroken"], strict=True):
         assert torch.equal(found, expected)
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

@@ -7,8 +7,8 @@ from random_resume import attempt
 
 @pytest.mark.parametrize(
     "seed",
-    [pytest.param(3, marks=pytest.mark.slow)]
-    + [pytest.param(seed, marks=pytest.mark.long) for seed in (1, 5, 10)],
+    [pytest.param(1, marks=pytest.mark.slow)]
+    + [pytest.param(seed, marks=pytest.mark.long) for seed in (3, 5, 10)],  # 3: two processes
 )
 def test_a_random_run_continues(tmp_path, seed):
     result = attempt(tmp_path, seed)

@@ -1,15 +1,9 @@
-"""What a run logs of its updates, and what is drawn of it for TensorBoard.
-
-This file is also the program of two processes, started by torchrun with a folder.
-"""
+"""What a run logs of its updates, and what is drawn of it for TensorBoard."""
 
 import logging
 import math
-import subprocess
-import sys
 import weakref
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -18,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import RANKS, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -405,11 +400,8 @@ def test_other_data_are_refused_where_there_is_a_tensorboard(tmp_path):
 
 # ------------------------------------------------------------------------------------ two processes
 
-RANKS, SHARD = 2, 8
-
 
 def program(folder):
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     distributed = {"devices": RANKS, "use_distributed_sampler": False}
     batches = [tuple(x.chunk(RANKS)[rank] for x in b) for b in reference.batches([16] * 2)]
@@ -430,16 +422,12 @@ def program(folder):
         torch.save((counts, pixels), folder / "drawn.pt")
     else:
         assert drawn.calls == {}
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={RANKS}", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_ranks(program, folder)
     return folder
 
 
@@ -472,7 +460,3 @@ def test_the_confusion_matrix_is_of_all_devices_the_images_of_one(ranks):
     wrong = [i for i in range(0, 77, RANKS) if predicted[i] != labels[i]]  # of rank 0
     wrong.sort(key=lambda i: float(probabilities[i, labels[i]]))
     assert torch.equal(pixels, served.test.images[wrong[:25]])
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

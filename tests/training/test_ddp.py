@@ -1,18 +1,13 @@
-"""Two real processes, connected by gloo, against the formulas of one.
-
-This file is also the program of the two processes: ``torchrun tests/training/test_ddp.py FOLDER``.
-"""
+"""Two real processes, connected by gloo, against the formulas of one."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import RANKS, run_ranks
 from torch import nn
 
 import reference
@@ -29,7 +24,7 @@ from sam_lightning.optim.methods.msam import MomentumAscent
 from sam_lightning.training.build import make_trainer
 from sam_lightning.training.losses import CrossEntropy
 
-RANKS, STEPS, SHARD = 2, 6, 8
+STEPS, SHARD = 6, 8
 
 CASES = {
     "local": {},
@@ -127,7 +122,6 @@ class Watch(Weights):
 
 
 def program(folder):
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     results = {}
     for case, options in CASES.items():
@@ -162,7 +156,6 @@ def program(folder):
     module, _ = epochs(2, rank, folder / "half.ckpt")
     results["resumed"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def epochs(count, rank, ckpt_path=None):
@@ -184,10 +177,7 @@ def memory_of(module):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={RANKS}", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_ranks(program, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
@@ -411,7 +401,3 @@ def test_synchronous_batch_norm_takes_a_devices_own_weights_for_those_of_all(ran
     )
     moved = (expected["0.weight"] - start["0.weight"]).norm()
     assert 1e-4 < (found["0.weight"] - expected["0.weight"]).norm() / moved < 0.02
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

@@ -35,8 +35,7 @@ def count_images(model):
     return calls
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.3, 3)])
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_twenty_updates_equal_a_plain_loop_in_float64(method, clip, accumulate):
     # BatchNorm over a few samples would amplify rounding to the size of the bound below
