@@ -124,7 +124,9 @@ def _checked(master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[dict
                 except Exception as error:
                     said = str(error) if isinstance(error, ConfigError) else explain(error, [*job])
                     own = [override for override in job if override not in of_all]
-                    if own and re.split("[=:]", said)[0].lstrip("+~") not in map(key_of, of_all):
+                    keys = {*map(key_of, own)}
+                    at_fault = re.split("[=:]", said)[0].lstrip("+~") in keys
+                    if at_fault or (own and number) or any(map(is_group, keys)):
                         said += f" (job {' '.join(own)})"
                     raise ConfigError(said) from error
                 yield config

@@ -170,7 +170,7 @@ LIGHT = [
     ("--config-name=nope", "Cannot find primary config 'nope'."),
     # sweeps
     ("-m method=sam,samm", "method=samm: allowed are asam, "),
-    ("-m rhoo=0.1,0.2", "rhoo=0.1,0.2: no such key; did you mean rho?"),
+    ("-m rhoo=0.1,0.2", "rhoo=0.1: no such key; did you mean rho? (job rhoo=0.1)"),
     ("-m rho=1,2 hydra.sweeper.max_batch_size=0", "max_batch_size=0: allowed is a whole number"),
     ("sweep=rho_optuna hydra.sweeper.n_trials=0", "n_trials=0: allowed is a whole number >= 1"),
     ("sweep=rho_optuna hydra.sweeper.direction=up", "direction=up: allowed is minimize, maximize"),
@@ -188,8 +188,8 @@ LIGHT = [
     ("-m rho=0.1,0.2 lr=-1", "lr=-1: allowed is a number > 0\n"),
     ("-m rho=0.1,-1 hydra.sweeper.max_batch_size=1", "rho=-1: allowed is a number >= 0 (job rho"),
     ("-m rho=0.1,-1 hydra/launcher=joblib", "rho=-1: allowed is a number >= 0 (job rho=-1)"),
-    ("-m model=resnet18,custom", "model._target_: must be given, as in", "(job model=custom)"),
-    ("-m data.download=true,${nowhere}", "data.download=${nowhere}: ", "'nowhere' not found (job"),
+    ("-m data=digits,base", "data.source._target_: must be given, as in", "(job data=base)"),
+    ("-m lr=1,${nowhere}", "lr=${nowhere}: Interpolation key 'nowhere' not found (job lr="),
     ("-m +logger.csv.api_key=x,'***' rho=0", "logger.csv.api_key=***: was not stored; give it"),
     ("-m rho=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: allowed is a folder of each job w"),
     ("-m rho=1 hydra.sweep.subdir=../x", "hydra.sweep.subdir=../x: allowed is a folder of each j"),
@@ -226,7 +226,10 @@ LIGHT = [
         "sweep=rho_optuna hydra.sweeper.params.rho=nope",
         "hydra.sweeper.params: gives no key several",
     ),
-    ("sweep=rho_optuna", "optimized_metric=val/acc: there is no validation data; set data.val_s"),
+    (
+        "sweep=rho_optuna",
+        "optimized_metric=val/acc: there is no validation data; set data.val_size\n",
+    ),
     ("sweep=rho_optuna rho=0.1", "hydra.sweeper.params: gives no key several values"),
     ("sweep=rho_optuna lr=nope", "lr=nope: allowed is a number > 0"),  # not once for each trial
     (
