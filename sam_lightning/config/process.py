@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sam_lightning import WINDOWS
+WINDOWS = "on Windows only the optimizer and the models work; use Linux, macOS or WSL"
 
 
 def let_end() -> None:
