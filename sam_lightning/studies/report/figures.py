@@ -174,8 +174,8 @@ def _looks(names: Iterable[str]) -> list[dict[str, Any]]:
         # Of one method the line with the shortest name, which is the method as it is, comes first.
         same = [n for n, other in zip(names, of_names, strict=True) if other == colour]
         place = sorted(same, key=len).index(name)
-        look = {"label": name, "color": colour, "linestyle": dash(place)}
-        look |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        look = {"label": name, "color": colour, "linestyle": dash(place), "markersize": 5}
+        look |= {"marker": MARKERS[i % len(MARKERS)]}
         looks.append(look | {"markerfacecolor": "white" if place else colour})
     return looks
 
