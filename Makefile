@@ -4,8 +4,7 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
-TASK := experiment=digits_label_noise
-RUNS := logs/digits_label_noise
+STUDY := digits_label_noise
 NO_TRAINING := benchmarks command data_faults datamodule docs figures habits head hostile_files \
 	launch list_models lock main mishaps nothing_left old_names package parts predict pretrained \
 	preview record recipes refusals report rerun secrets security sources structure study sweeps weights
@@ -45,13 +44,9 @@ test-gpu: $(DEV) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 4 --dist load
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) rho=0,0.05,0.1,0.2,0.5 \
-		seed=0,1,2 hydra.sweep.dir=$(RUNS)/epochs_15 ckpt_path=last
-	OMP_NUM_THREADS=1 $(BIN)/python train.py -m $(TASK) epochs=30 rho=0 \
-		seed=0,1,2 hydra.sweep.dir=$(RUNS)/epochs_30 ckpt_path=last
-	$(BIN)/python -m sam_lightning report $(RUNS)/epochs_15 $(RUNS)/epochs_30 out=images/report
+	OMP_NUM_THREADS=1 $(BIN)/python -m sam_lightning study conf/study/$(STUDY).yaml jobs=2
 	$(BIN)/python -m sam_lightning landscape labels=SGD,SAM out=images \
-		ckpt_path=$(RUNS)/epochs_15/0_rho=0,seed=0,$(TASK),$(RUNS)/epochs_15/9_rho=0.2,seed=0,$(TASK)
+		ckpt_path=logs/studies/$(STUDY)/sgd,seed=0,logs/studies/$(STUDY)/sam,rho=0.2,seed=0
 	$(BIN)/python images/sam_update.py out=images/sam_update
 	$(BIN)/python images/overview.py out=images/overview
 

@@ -16,23 +16,21 @@ from sam_lightning.config.errors import one_line_errors
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = """
 Draw the loss around the minima of SGD and SAM beside accuracy against epochs, as PNG and SVG. The
-numbers are in images/landscape.json and results/cifar10_label_noise/runs.json.
+numbers are in images/landscape.json and results/digits_label_noise/runs.json.
 
   python images/overview.py out=images/overview
 """
-NOISE = 0.4
-# Arm and settings of a line, its name, colour and style. SAM's rho is the one validation chose.
+# Arm and settings of a line, its name and style. SAM's rho is the one that validation chose.
 LINES: tuple[tuple[str, dict[str, float], str, str], ...] = (
-    ("sam", {"rho": 0.1}, "SAM, 20 epochs", "C1-"),
-    ("sgd", {}, "SGD, 20 epochs", "C0-"),
-    ("sgd_twice", {}, "SGD, 40 epochs", "C0--"),
+    ("sam", {"rho": 0.2}, "SAM, 15 epochs", "-"),
+    ("sgd", {}, "SGD, 15 epochs", "-"),
+    ("sgd_twice", {}, "SGD, 30 epochs", "--"),
 )
 
 
 def curves(runs: Sequence[dict[str, Any]], arm: str, settings: dict[str, float]) -> np.ndarray:
     """Validation accuracies in %, a row per seed and a column per epoch."""
-    wanted = {"data.label_noise": NOISE, **settings}
-    found = [r["curves"]["val/acc"] for r in runs if (r["arm"], r["settings"]) == (arm, wanted)]
+    found = [r["curves"]["val/acc"] for r in runs if (r["arm"], r["settings"]) == (arm, settings)]
     return 100 * np.array(found)
 
 
@@ -46,11 +44,11 @@ def draw(options: DictConfig) -> list[Path]:
     from sam_lightning.analysis.landscape_plots import COLOURS, bounds, ticks
 
     landscape = json.loads((ROOT / "images/landscape.json").read_text())
-    study = json.loads((ROOT / "results/cifar10_label_noise/runs.json").read_text())
+    study = json.loads((ROOT / "results/digits_label_noise/runs.json").read_text())
     low, high = bounds(landscape)
     with plots.style():
-        figure = Figure((9.6, 3.3), layout="constrained")
-        *maps, graph = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
+        figure = Figure((9, 3.2), layout="constrained")
+        *maps, graph = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
         x, levels = landscape["coordinates"], np.geomspace(low, high, 19)
         levels[[0, -1]] = low, high  # not a rounding error inside
         for axes, name, loss in zip(maps, landscape["labels"], landscape["loss"], strict=True):
@@ -63,14 +61,14 @@ def draw(options: DictConfig) -> list[Path]:
         bar = figure.colorbar(ScalarMappable(LogNorm(low, high), COLOURS), ax=maps, shrink=0.75)
         bar.set_ticks(marks := ticks(low, high), labels=[f"{t:g}" for t in marks])
         bar.minorticks_off()
-        for arm, settings, name, style in LINES:
+        colours = plots.colours(name for _, _, name, _ in LINES)
+        for (arm, settings, name, style), colour in zip(LINES, colours, strict=True):
             accuracy = curves(study["runs"], arm, settings)
             epochs = range(1, 1 + accuracy.shape[1])
-            graph.plot(epochs, accuracy.mean(0), style[2:], color=style[:2], label=name)
-            if style.endswith("-") and not style.endswith("--"):
-                band = accuracy.min(0), accuracy.max(0)
-                graph.fill_between(epochs, *band, color=style[:2], alpha=0.12, linewidth=0)
-        graph.set(title=f"accuracy with {100 * NOISE:g} % wrong labels", xlabel="epoch")
+            graph.plot(epochs, accuracy.mean(0), style, color=colour, label=name)
+            band = accuracy.min(0), accuracy.max(0)
+            graph.fill_between(epochs, *band, color=colour, alpha=0.12, linewidth=0)
+        graph.set(title="accuracy on right labels", xlabel="epoch")
         graph.set_ylabel("validation accuracy, %")
         graph.legend(loc="lower right")
         return plots.save(figure, Path(str(options.out)).expanduser())

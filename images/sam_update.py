@@ -14,6 +14,7 @@ from sam_lightning.config.values import Count, Positive, within
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.contour import ContourSet
     from torch import Tensor, nn
 
 Point = tuple[float, float]
@@ -35,8 +36,9 @@ def draw(options: DictConfig) -> list[Path]:
 
     with plots.style():
         figure, (near, far) = plots.panels(2, 3.8, 3.4)
-        draw_step(near, options)
-        draw_paths(far, options)
+        filled = draw_paths(far, options)
+        draw_step(near, options, filled.levels)
+        figure.colorbar(filled, ax=[near, far], label="loss", format="%.2g", shrink=0.8)
         return plots.save(figure, Path(str(options.out)).expanduser())
 
 
@@ -87,14 +89,14 @@ def point(model: "nn.Module") -> Point:
     return first, second
 
 
-def draw_step(axes: "Axes", options: DictConfig) -> None:
+def draw_step(axes: "Axes", options: DictConfig, levels: Sequence[float]) -> None:
     """w, w + e, and the step along the gradient there, beside the step of SGD."""
     start, perturbed, sam = walk(options, options.rho, 1)
     sgd = walk(options, 0.0, 1)[-1]
     points = [start, perturbed, sam, sgd]
     reach = 0.6 * max(max(values) - min(values) for values in zip(*points, strict=True))
     middle = [(max(values) + min(values)) / 2 for values in zip(*points, strict=True)]
-    draw_loss(axes, options, [(c - 1.2 * reach, c + 1.2 * reach) for c in middle])
+    draw_loss(axes, options, [(c - 1.2 * reach, c + 1.2 * reach) for c in middle], levels)
     # The gradient at w + e, as long as the step that it makes from w.
     there = (perturbed[0] + sam[0] - start[0], perturbed[1] + sam[1] - start[1])
     for begin, end, style in (
@@ -118,24 +120,30 @@ def draw_step(axes: "Axes", options: DictConfig) -> None:
     axes.set_title("one step")
 
 
-def draw_paths(axes: "Axes", options: DictConfig) -> None:
+def draw_paths(axes: "Axes", options: DictConfig) -> "ContourSet":
     """Where the steps lead: SAM goes on along the valley, to where it is wide."""
     paths = {
         "SGD": walk(options, 0.0, options.steps)[::2],
         f"SAM, rho {options.rho:g}": walk(options, options.rho, options.steps)[::2],
     }
-    draw_loss(axes, options, [(0, 3.2), (0, 3.2)])
+    filled = draw_loss(axes, options, [(0, 3.2), (0, 3.2)])
     for i, (name, path) in enumerate(paths.items()):
         axes.plot(*zip(*path, strict=True), f"C{i}", linewidth=0.7)
-        axes.plot(*path[-1], f"C{i}o", markersize=6, label=name)
+        axes.plot(*path[-1], f"C{i}{'os'[i]}", markersize=6, label=f"{name}: end")
     axes.plot(*options.start, "ko", markersize=4)
     axes.axline((0, 0), slope=1, color="k", linestyle=":", linewidth=0.8, label="equal weights")
     axes.legend(loc="lower right", frameon=True)
     axes.set_title(f"{options.steps} steps")
+    return filled
 
 
-def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, float]]) -> None:
-    """Contours of the loss; the floor of the valley is dark."""
+def draw_loss(
+    axes: "Axes",
+    options: DictConfig,
+    limits: Sequence[tuple[float, float]],
+    levels: Sequence[float] = (),
+) -> "ContourSet":
+    """Contours of the loss, at ``levels`` if given; the floor of the valley is dark."""
     import torch
 
     from sam_lightning import plotting as plots
@@ -149,12 +157,15 @@ def draw_loss(axes: "Axes", options: DictConfig, limits: Sequence[tuple[float, f
                 for weight, value in zip(model.parameters(), (first, second), strict=True):
                     weight.fill_(value)
                 heights[i, j] = loss()
-    low, high = heights.min().item(), heights.max().item()
-    levels = low + (high - low) * torch.linspace(0, 1, 16).square()  # close on the valley's floor
-    axes.contourf(x, y, heights, levels, cmap=plots.HEIGHTS, alpha=0.5)
+    if not len(levels):
+        low, high = heights.min().item(), heights.max().item()
+        close = torch.linspace(0, 1, 16).square()  # on the valley's floor
+        levels = (low + (high - low) * close).tolist()
+    filled = axes.contourf(x, y, heights, levels, cmap=plots.HEIGHTS, alpha=0.5, extend="both")
     axes.contour(x, y, heights, levels[1:], colors="white", linewidths=0.5)
     axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
     axes.grid(False)
+    return filled
 
 
 Coordinate = Annotated[float, within(-1000, 1000)]

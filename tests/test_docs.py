@@ -246,7 +246,7 @@ def measured(file, spread):
 def test_accuracies_are_those_of_the_committed_runs():
     photographs = measured("results/cifar10_label_noise/summary.csv", "interval")
     cheaper = measured("results/cifar10_cheaper_sam/summary.csv", "interval")
-    digits_table = measured("images/report/summary.csv", "sd")
+    digits_table = measured("results/digits_label_noise/summary.csv", "sd")
     table = PAGES["README.md"].partition("## Results")[2].partition("## The optimizer")[0]
     shown = re.findall(r"\d+\.\d ± \d+\.\d", table)
     # In the files: SGD for 20 and for 40 epochs, then SAM with rho 0.05, 0.1, 0.2, for each noise;

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -76,7 +77,7 @@ def contours(result: Mapping[str, Any]) -> Figure:
         axes.contourf(x, x, shown, levels, norm=LogNorm(low, high), cmap=COLOURS, extend="max")
         axes.contour(x, x, shown, levels[2::2], colors="white", linewidths=0.5, alpha=0.6)
         axes.plot(0, 0, "+", color="white", markersize=8)
-        axes.set(title=label, xlabel="along the first direction", aspect="equal")
+        axes.set(title=fill(label, 30), xlabel="along the first direction", aspect="equal")
         axes.locator_params(nbins=4, prune="both")
         axes.grid(False)
     row[0].set_ylabel("along the second direction")
@@ -92,7 +93,9 @@ def surfaces(result: Mapping[str, Any]) -> Figure:
     losses, coarse = _losses(result), result["coordinates"]
     low, high = bounds(result)
     marks = ticks(low, high)
-    figure, row = plots.panels(len(losses), 3.6, 3.0, subplot_kw={"projection": "3d"})
+    if len(marks) > 5:  # no room for more
+        marks = [10.0**e for e in range(-12, 6) if low <= 10**e <= high]
+    figure, row = plots.panels(len(losses), 3.8, 3.3, subplot_kw={"projection": "3d"})
     halves = [share * coarse[-1] for share in (-0.5, 0, 0.5)]
     sides = len(coarse) - 1
     fine = np.linspace(coarse[0], coarse[-1], sides * math.ceil(60 / sides) + 1)
@@ -107,11 +110,14 @@ def surfaces(result: Mapping[str, Any]) -> Figure:
         faces = {"facecolors": colours, "shade": False, "rcount": len(fine), "ccount": len(fine)}
         # Thousands of faces, between which antialiasing would leave seams.
         shown.plot_surface(x, y, height, **faces, antialiased=False, rasterized=True)
-        shown.set_title(label, y=1.0)
+        shown.set_title(fill(label, 30), y=1.0)
         shown.set_zlim(np.log10(low), np.log10(high))
         shown.set_zticks(np.log10(marks), labels=[f"{t:g}" for t in marks])
         shown.set(xticks=halves, yticks=halves)
+        shown.set_xlabel("first direction", labelpad=2)
+        shown.set_ylabel("second direction", labelpad=2)
         shown.tick_params(pad=0)
+        shown.set_box_aspect(None, zoom=0.85)  # the layout leaves no room for the labels
         shown.view_init(elev=28, azim=-58)
     _colour_bar(figure, row, result)
     return figure
@@ -124,16 +130,16 @@ def ticks(low: float, high: float) -> list[float]:
 
 def lines(result: Mapping[str, Any]) -> Figure:
     """Of ``1d`` a line per checkpoint; of ``line`` the loss between two, named at the ends."""
-    figure, (axes,) = plots.panels(1, 4.6, 3.2)
-    losses, x = _losses(result), result["coordinates"]
+    figure, (axes,) = plots.panels(1, 6, 3.4)
+    losses, x, labels = _losses(result), result["coordinates"], result["labels"]
     if result["kind"] == "1d":
-        for i, (label, loss) in enumerate(zip(result["labels"], losses, strict=True)):
-            axes.plot(x, loss, linestyle=plots.dash(i), label=label)
+        for i, (loss, colour) in enumerate(zip(losses, plots.colours(labels), strict=True)):
+            axes.plot(x, loss, color=colour, linestyle=plots.dash(i), label=labels[i])
         axes.set_xlabel("along a filter-normalised direction")
-        axes.legend()
+        plots.legend(figure)
     else:
         axes.plot(x, losses[0], marker="o", markersize=3)
-        first, second = result["labels"]
+        first, second = (fill(label, 12) for label in labels)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "1/4", "1/2", "3/4", second])
         axes.set_xlabel("on the line between the weights")
     axes.set_ylabel(_loss_of(result))
@@ -151,7 +157,8 @@ def _losses(result: Mapping[str, Any]) -> np.ndarray:
 
 
 def _loss_of(result: Mapping[str, Any]) -> str:
-    return f"loss, {result['images']} images of {result['split']}"
+    split = {"train": "training", "val": "validation"}.get(result["split"], result["split"])
+    return f"{split} loss, {result['images']:,} images"
 
 
 def _colour_bar(figure: Figure, row: list[Axes], result: Mapping[str, Any]) -> None:

@@ -161,14 +161,16 @@ def draw_density(results: list[dict[str, Any]], stem: Path) -> list[Path]:
     points = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=torch.float64)
     counts = [s.density(points, width) * r["weights"] for r, s in pairs]
     with plots.style():
-        figure, (axes,) = plots.panels(1, 5.0, 3.2)
+        figure, (axes,) = plots.panels(1, 6, 3.4)
         foot = axes.get_xaxis_transform()
+        colours = plots.colours(r["label"] for r in results)
         for i, (r, count) in enumerate(zip(results, counts, strict=True)):
             label, found = plots.plain(r["label"]), r["eigenvalues"]
-            axes.plot(points, count, f"C{i}", linestyle=plots.dash(i), label=label)
-            axes.plot(found, [0.02 + 0.03 * i] * len(found), f"C{i}|", transform=foot)
+            axes.plot(points, count, colours[i], linestyle=plots.dash(i), label=label)
+            height = [0.02 + 0.03 * i] * len(found)
+            axes.plot(found, height, "|", color=colours[i], transform=foot)
         axes.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues per unit")
         # From the peak of a fortieth of an eigenvalue on.
         axes.set_ylim(0.01 / width, 10 * max(count.max().item() for count in counts))
-        axes.legend()
+        plots.legend(figure)
         return plots.save(figure, stem)

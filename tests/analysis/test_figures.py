@@ -9,6 +9,8 @@ from sklearn.datasets import load_breast_cancer
 
 import overview
 import sam_update as figures
+from sam_lightning import plotting as plots
+from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError
 
 
@@ -52,18 +54,36 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_overview_draws_the_curves_of_the_committed_runs(tmp_path, capsys):
-    study = json.loads((overview.ROOT / "results/cifar10_label_noise/runs.json").read_text())
+    study = json.loads((overview.ROOT / "results/digits_label_noise/runs.json").read_text())
     ends = []
     for arm, settings, _, _ in overview.LINES:
         found = overview.curves(study["runs"], arm, settings)
         last = [r["metrics"]["val/acc"] for r in study["runs"] if r["arm"] == arm]
         assert {*found[:, -1].round(3)} <= {*(100 * np.array(last)).round(3)}
         ends.append((found.shape, found[:, -1].mean()))
-    assert [shape for shape, _ in ends] == [(5, 20), (5, 20), (5, 40)]
-    # As in results/cifar10_label_noise/report.md.
-    assert [f"{end:.1f}" for _, end in ends] == ["32.8", "26.9", "26.3"]
+    assert [shape for shape, _ in ends] == [(3, 15), (3, 15), (3, 30)]
+    # As in results/digits_label_noise/report.md.
+    assert [f"{end:.1f}" for _, end in ends] == ["87.7", "69.8", "68.5"]
     overview.main([f"out={tmp_path}/name"])
     assert capsys.readouterr().out.count("/name.") == 2
+
+
+def test_a_method_has_one_colour_in_every_figure():
+    assert plots.METHODS.keys() == {file.stem for file in (CONF / "method").glob("*.yaml")}
+    assert len({*plots.METHODS.values()}) == len(plots.METHODS)
+    sgd, sam = plots.METHODS["sgd"], plots.METHODS["sam"]
+    assert plots.colours(["SAM, rho 0.1", "sgd, 15 epochs", "SGD"]) == [sam, sgd, sgd]
+    assert plots.colours(["base optimizer, seed 1", "sam_on"]) == [sgd, plots.METHODS["sam_on"]]
+    # Names that are of no method have colours of their own, as long as there are any.
+    others = plots.colours(["sam", *(f"run {i}" for i in range(9)), "one more"])
+    assert len({*others[:10]}) == 10
+    assert others[10] == others[1]
+
+
+def test_names_that_differ_at_their_end_are_told_apart_where_they_are_cut():
+    cut = [plots.plain(f"a class with a long name, {i}$", 12) for i in (1, 2)]
+    assert cut == [r"a clas…e, 1\$", r"a clas…e, 2\$"]
+    assert plots.plain("twelve signs", 12) == "twelve signs"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_lightning.plotting import UNDATED, plain, save, style
+from sam_lightning.plotting import UNDATED, colours, dash, legend, plain, save, style
 from sam_lightning.studies.report.comparison import Study
 from sam_lightning.studies.report.runs import curve
 from sam_lightning.studies.report.tables import metric_name, percent, unit
@@ -56,16 +56,18 @@ def metric_against_rho(study: Study, groups: Sequence[int], figure: Figure) -> s
     if not rhos:
         return None
     axes = figure.subplots()
-    for i, (name, line) in enumerate(lines.items()):
+    with_rho = sum(rho[line[0]] != 0 for line in lines.values())
+    aside = _aside(with_rho, 0.012, 0.09)
+    for look, line in zip(_looks(lines), lines.values(), strict=True):
         found = _estimates(study, line)
         if rho[line[0]] != 0:
-            aside = (rhos[-1] / rhos[0]) ** _aside(i, len(lines))
-            _error_bars(axes, i, name, [aside * rho[g] for g in line], found)
+            factor = max(2, rhos[-1] / rhos[0]) ** next(aside)
+            _error_bars(axes, look, [factor * rho[g] for g in line], found)
             continue
         mean, low, high = found[["mean", "low", "high"]].iloc[0]
-        axes.axhline(mean, color=f"C{i}", linestyle="--", label=name)
+        axes.axhline(mean, **{**look, "marker": ""})
         if not math.isnan(low):
-            axes.axhspan(low, high, color=f"C{i}", alpha=0.12, linewidth=0)
+            axes.axhspan(low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     if len(rhos) <= 10:
         axes.set_xticks(rhos)
@@ -91,25 +93,23 @@ def metric_against_epochs(study: Study, groups: Sequence[int], figure: Figure) -
         if all(len(values) for of_group in curves for values in of_group):
             break
     axes = figure.subplots()
-    for i, (group, of_group) in enumerate(zip(shown, curves, strict=True)):
+    bands = len(shown) <= 4  # more would cover each other
+    looks = _looks(plain(study.describe(group, without=study.subjects)) for group in shown)
+    for look, of_group in zip(looks, curves, strict=True):
         seeds = pd.concat(of_group, axis=1, join="inner").sort_index()
         if seeds.empty:
             continue
         seeds = percent(metric) * (1 - seeds if kind == "error" else seeds)
-        name = plain(study.describe(group, without=study.subjects))
-        every = max(1, len(seeds) // 10)
-        axes.plot(seeds.index, seeds.mean(axis=1), label=name, markevery=every, **_marked(i))
-        if len(of_group) > 1:
+        axes.plot(seeds.index, seeds.mean(axis=1), markevery=max(1, len(seeds) // 10), **look)
+        if bands and len(of_group) > 1:
             band = seeds.min(axis=1), seeds.max(axis=1)
-            axes.fill_between(seeds.index, *band, color=f"C{i}", alpha=0.15, linewidth=0)
+            axes.fill_between(seeds.index, *band, color=look["color"], alpha=0.15, linewidth=0)
     if not axes.lines:
         return None
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(figure, "epoch", metric)
-    return (
-        f"{metric_name(metric)} against epochs: means over seeds, bands from the lowest to the "
-        "highest"
-    )
+    bands_are = ", bands from the lowest to the highest" if bands else ""
+    return f"{metric_name(metric)} against epochs: means over seeds{bands_are}"
 
 
 def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> str | None:
@@ -124,15 +124,17 @@ def metric_against_cost(study: Study, groups: Sequence[int], figure: Figure) -> 
     measured = [cost for cost in costs if len(means[cost])]
     if not measured:
         return None
-    figure.set_size_inches(2.5 + 4 * len(measured), 4)
+    figure.set_size_inches(2 + 3.2 * len(measured), 4)
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, measured, strict=True):
-        for i, (name, line) in enumerate(lines.items()):
-            aside = 1 + _aside(i, len(lines)) if cost == "total_passes" else 1
+        aside = _aside(len(lines), 0.006, 0.03 if cost == "total_passes" else 0)
+        for look, line in zip(_looks(lines), lines.values(), strict=True):
             at = means[cost][means[cost].index.isin(line)].sort_values(kind="stable")
+            factor = 1 + next(aside)
             if len(at):
-                _error_bars(axes, i, name, aside * at, _estimates(study, at.index))
+                _error_bars(axes, look, factor * at, _estimates(study, at.index))
         axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
         axes.set_xlabel(costs[cost])
     _label(figure, costs[measured[0]], study.metric)
@@ -159,18 +161,29 @@ def _lines(study: Study, groups: Iterable[int], along: str) -> dict[str, list[in
     return lines
 
 
-def _error_bars(axes: Axes, i: int, name: str, at: Sequence[float], found: pd.DataFrame) -> None:
-    axes.errorbar(at, found["mean"], found["half"], capsize=3, label=name, **_marked(i))
+def _error_bars(axes: Axes, look: dict[str, Any], at: Sequence[float], found: pd.DataFrame) -> None:
+    half = found["half"] if found["half"].notna().any() else None
+    axes.errorbar(at, found["mean"], half, capsize=3, **look)
 
 
-def _marked(i: int) -> dict[str, Any]:
-    """The colour and the marker of a line, for those who see no colours."""
-    return {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+def _looks(names: Iterable[str]) -> list[dict[str, Any]]:
+    """The lines' names, the colours of their methods, and what tells them apart without colours."""
+    names = [*names]
+    looks: list[dict[str, Any]] = []
+    for i, (name, colour) in enumerate(zip(names, of_names := colours(names), strict=True)):
+        # Of one method the line with the shortest name, which is the method as it is, comes first.
+        same = [n for n, other in zip(names, of_names, strict=True) if other == colour]
+        place = sorted(same, key=len).index(name)
+        look = {"label": name, "color": colour, "linestyle": dash(place), "markersize": 5}
+        look |= {"marker": MARKERS[i % len(MARKERS)]}
+        looks.append(look | {"markerfacecolor": "white" if place else colour})
+    return looks
 
 
-def _aside(i: int, count: int) -> float:
-    """Part of the axis that a line is moved by, lest another with equal rho or cost hides it."""
-    return min(0.006, 0.03 / count) * (i - (count - 1) / 2)
+def _aside(count: int, each: float, all_of_them: float) -> Iterator[float]:
+    """Part of the axis that each line is moved by, lest others of equal rho or cost hide it."""
+    step = min(each, all_of_them / max(count, 1))
+    return (step * (i - (count - 1) / 2) for i in range(count))
 
 
 def _estimates(study: Study, groups: Sequence[int]) -> pd.DataFrame:
@@ -179,13 +192,7 @@ def _estimates(study: Study, groups: Sequence[int]) -> pd.DataFrame:
 
 
 def _label(figure: Figure, x: str, metric: str) -> None:
-    """Name the first axes; put the legend beside all, or below where its names are long."""
+    """Name the first axes, and the lines."""
     figure.axes[0].set_xlabel(x)
     figure.axes[0].set_ylabel(f"{metric_name(metric)}{unit(metric)}")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if max(map(len, names), default=0) <= 60:
-        figure.legend(handles, names, loc="outside right upper")
-        return
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.2 * len(names))
-    figure.legend(handles, names, loc="outside lower left")
+    legend(figure)

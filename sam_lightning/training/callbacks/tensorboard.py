@@ -226,7 +226,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str]) -> Figure:
         right = 100 * counts.diagonal().sum() / counts.sum()
         axes.set(xlabel="prediction", ylabel="label", title=f"test accuracy {right:.2f} %")
         axes.grid(False)
-        figure.colorbar(shown, ax=axes, label="% of the label", shrink=0.8, aspect=30)
+        figure.colorbar(shown, ax=axes, label="% of the label's images", shrink=0.8, aspect=30)
     return figure
 
 
