@@ -76,7 +76,7 @@ format: $(DEV)
 define watch
 	@mkdir -p $(VENV)/tmp; start=$$(date +%s); \
 	passed() { echo "  $$(($$(date +%s) - start)) s: $$(du -sm $(VENV) | cut -f1) MB"; }; \
-	while sleep 8 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
+	while sleep 6 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do passed; done & \
 	TMPDIR=$(abspath $(VENV))/tmp $(1) || { echo 'It failed: $(subst ',,$(subst -qq ,,$(1)))'; exit 1; }; \
 	kill $$!; rm -rf $(VENV)/tmp; passed
 endef

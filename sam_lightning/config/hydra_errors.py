@@ -77,7 +77,7 @@ def explain(error: Exception, arguments: list[str]) -> str:
     """An error before a run, in one line, with the argument at fault and what is allowed."""
     text = str(error)
     # Of values that it did not expect Hydra says little, or raises an error of Python.
-    of_group = not isinstance(error, COMPOSING) or "force-add of config groups" in text
+    of_group = not isinstance(error, COMPOSING) or re.search("force-add of|Parent traversal", text)
     for argument in arguments:
         key, choice = key_of(argument), argument.partition("=")[2]
         if not key.strip():
