@@ -5,9 +5,9 @@ BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
 STUDY := digits_label_noise
-NO_TRAINING := benchmarks command data_faults datamodule docs figures habits head hostile_files \
-	launch list_models lock main mishaps nothing_left old_names package parts predict pretrained \
-	preview record recipes refusals report rerun secrets security sources structure study sweeps weights
+NO_TRAINING := benchmarks docs figures head hostile_files launch list_models lock nothing_left \
+	old_names package parts predict pretrained preview record report rerun secrets \
+	security structure study sweeps weights
 
 .PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu figures bench cpu-map docs docs-serve lint format clean
 

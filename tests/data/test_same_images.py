@@ -6,8 +6,6 @@ This file is also the module with the callback of those runs.
 import json
 import os
 import signal
-import subprocess
-import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_lightning.config.conf import CONF
+from inject import forked
 
-TRAIN = CONF.parent / "train.py"
 # Of 61 images, 4 of each of 10 classes, each twice: 80, in 6 batches of 12 and one of 8.
 RUN = ["data=image_folder", "data.subset=61", "data.sampler=balanced", "data.repeats=2"]
 RUN += ["data.image_size=16", "data.view=random_resized_crop", "batch_size=12"]
@@ -62,24 +59,13 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: str, at: str = "") -> int:
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+def train(folder: Path, *arguments: str, at: str = "") -> None:
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [
-            *(sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}"),
-            *(f"data.root={folder.parent / 'photographs'}", *arguments),
-        ],
-        env={**os.environ, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        start_new_session=True,  # with a process group to kill
-        timeout=900,
-    )
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    into = [f"hydra.run.dir={folder / 'run'}", f"data.root={folder.parent / 'photographs'}"]
+    variables = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here}
+    done = forked(folder, *RUN, *into, *arguments, **variables)
     assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr
-    return done.returncode
 
 
 def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:

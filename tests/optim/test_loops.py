@@ -49,28 +49,19 @@ def loop(step, method, model, optimizer, data=None, **options):
 @every_form
 @every_method
 def test_a_plain_loop(method, form):
-    model = network()
-    loop(FORMS[form], method, model, sam_of(model, method))
-    assert_close(state_of(model), PLAIN(method))
-
-
-@every_form
-@every_method
-def test_a_plain_loop_in_float32(method, form):
-    model = network(torch.float32)
-    data = [(images.float(), labels) for images, labels in batches()]
-    loop(FORMS[form], method, model, sam_of(model, method), data)
-    assert_close(state_of(model), PLAIN(method), 1e-5)
-
-
-@every_form
-@every_method
-def test_how_often_the_model_is_called(method, form):
     model, passes = network(), []
     model.register_forward_hook(lambda *_: passes.append(1))
     loop(FORMS[form], method, model, sam_of(model, method))
-    perturbs = sum(perturbs_at(method, i) for i in range(STEPS))
-    assert len(passes) == STEPS + perturbs
+    assert_close(state_of(model), PLAIN(method))
+    assert len(passes) == STEPS + sum(perturbs_at(method, i) for i in range(STEPS))
+
+
+@every_method
+def test_a_plain_loop_in_float32(method):
+    model = network(torch.float32)
+    data = [(images.float(), labels) for images, labels in batches()]
+    loop(with_perturbed, method, model, sam_of(model, method), data)
+    assert_close(state_of(model), PLAIN(method), 1e-5)
 
 
 @pytest.mark.parametrize("step", [with_closure, with_gradients_given])
@@ -215,13 +206,19 @@ class FabricScaling(FabricMixedPrecision):
     convert_output = convert_input
 
 
-@every_form
+@pytest.mark.parametrize("form", ["automatic", *FORMS])
 @every_method
-def test_manual_optimization(method, form):
-    module = Module(method, form)
+def test_lightning_counts_an_update_and_runs_its_hooks_once(method, form):
+    class Hooked(Module):
+        def on_before_optimizer_step(self, optimizer):
+            grads.append(torch.cat([p.grad.flatten() for p in self.parameters()]))
+
+    grads, module = [], Hooked(method, form)
     runner = fit(module)
     assert_close(state_of(module.model), PLAIN(method))
-    assert runner.global_step == STEPS
+    assert len(grads) == runner.global_step == STEPS
+    perturbs = sum(perturbs_at(method, i) for i in range(STEPS))
+    assert module.calls == (STEPS + perturbs if form == "automatic" else STEPS)
 
 
 @two_forms
@@ -234,32 +231,10 @@ def test_manual_optimization_without_the_wrapper(method, form):
 
 
 @every_method
-def test_automatic_optimization(method):
-    module = Module(method, "automatic")
-    runner = fit(module)
-    assert_close(state_of(module.model), PLAIN(method))
-    assert runner.global_step == STEPS
-    assert module.calls == STEPS + sum(perturbs_at(method, i) for i in range(STEPS))
-
-
-@every_method
 def test_automatic_optimization_clips_what_is_stepped_with(method):
     module = Module(method, "automatic")
     fit(module, gradient_clip_val=0.3)
     assert_close(state_of(module.model), PLAIN(method, clip=0.3))
-
-
-@pytest.mark.parametrize("form", ["automatic", *FORMS])
-@every_method
-def test_hooks_run_once_an_update(method, form):
-    class Hooked(Module):
-        def on_before_optimizer_step(self, optimizer):
-            grads.append(torch.cat([p.grad.flatten() for p in self.parameters()]))
-
-    grads, module = [], Hooked(method, form)
-    fit(module)
-    assert len(grads) == STEPS
-    assert_close(state_of(module.model), PLAIN(method))
 
 
 @two_forms
@@ -448,7 +423,10 @@ def test_torch_jit(method, how, told):
 
 # ------------------------------------------------------------------------------ torch.compile
 
-backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+# What aot_eager compiles, eager has traced too.
+backends = pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.long)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -481,12 +459,13 @@ def test_torch_compile(method, form, what, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager"])
 @pytest.mark.parametrize("what", ["model", "step", "calls"])
-@every_form
+@pytest.mark.parametrize(
+    "form", [f if f == "perturbed" else pytest.param(f, marks=pytest.mark.long) for f in FORMS]
+)
 @pytest.mark.parametrize("method", ["sam", "asam", "adaptive", "friendly", "looksam"])
-def test_torch_compile_of_other_methods(method, form, what, backend):
-    assert_close(compiled_loop(method, form, what, backend), PLAIN(method))
+def test_torch_compile_of_other_methods(method, form, what):
+    assert_close(compiled_loop(method, form, what, "aot_eager"), PLAIN(method))
 
 
 @backends

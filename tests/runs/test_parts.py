@@ -22,6 +22,7 @@ SLOW = pytest.mark.slow
 # Four steps an epoch.
 RUN = ["data=digits", "data.subset=100", "data.val_size=50", "model.width=4", "trainer=cpu"]
 RUN += ["epochs=3", "batch_size=25", "data.eval_batch_size=1000", "checkpoint_every_n_steps=1"]
+RUN += ["callbacks.dashboard=null"]
 
 
 # --------------------------------------------------------------------------------------- the table

@@ -21,6 +21,7 @@ from sam_lightning.runs.checkpoint import newest, read
 RUN = ["data=digits", "data.subset=250", "data.val_size=100", "data.label_noise=0.2", "epochs=4"]
 RUN += ["model.width=4", "trainer=cpu", "batch_size=32", "trainer.log_every_n_steps=3"]
 RUN += ["data.eval_batch_size=1000", "scheduler.warmup_epochs=1", "checkpoint_every_n_steps=3"]
+RUN += ["callbacks.dashboard=null"]  # its pictures take as long as the training
 WIDE = ["model=wide_resnet28_10", "model.depth=10", "model.widen_factor=1", "model.dropout=0.3"]
 WIDE += [o for o in RUN if not o.startswith("model")]
 DDP = [o for o in RUN if not o.startswith(("trainer=", "epochs="))]
@@ -55,7 +56,7 @@ def assert_same_run(folder, unbroken):
 def unbroken(tmp_path_factory):
     """The run that nothing stops."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    done = command(folder.parent, *RUN, *into(folder))  # `last` starts anew where nothing is
+    done = forked(folder.parent, *RUN, *into(folder))  # `last` starts anew where nothing is
     assert done.returncode == 0, done.stderr
     assert summary(folder)["updates"] == 32
     return folder
@@ -92,7 +93,7 @@ def test_killed_as_it_saves(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["test:1", "tested:1"])
+@pytest.mark.parametrize("at", [pytest.param("test:1", marks=pytest.mark.long), "tested:1"])
 def test_killed_when_trained(unbroken, tmp_path, at):
     folder = tmp_path / "run"
     assert forked(tmp_path, *RUN, *into(folder), fault=("SIGKILL", at)).returncode < 0
@@ -115,7 +116,7 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
         ("SIGTERM", "pass:20"),
         # An epoch's last update.
         pytest.param("SIGINT", "pass:32", marks=pytest.mark.slow),
-        pytest.param("SIGINT", "pass:19", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "pass:19", marks=pytest.mark.long),
         pytest.param("SIGTERM", "between:10", marks=pytest.mark.slow),
     ],
 )
@@ -180,12 +181,12 @@ EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
 
 
 WATCHED = [
-    ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
-    ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
     (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
     (f"+callbacks.ema={EMA}", "pass:21"),
 ]
 OTHERS = [
+    ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
+    ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
     ("+trainer.val_check_interval=3 checkpoint_every_n_steps=3", "pass:14"),
     ("+trainer.val_check_interval=4 trainer.accumulate_grad_batches=3", "pass:14"),
     ("+trainer.limit_train_batches=5 +trainer.limit_val_batches=1", "pass:19"),
@@ -255,7 +256,9 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+@pytest.mark.parametrize(
+    "damage", [pytest.param(truncate, marks=pytest.mark.slow), flip_a_bit], ids=lambda d: d.__name__
+)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(unbroken, with_previous, damage):
     last = with_previous / "checkpoints" / "last.ckpt"
     damage(last)
@@ -313,9 +316,12 @@ def test_last_is_the_run_started_last(tmp_path):
     done = forked(tmp_path, "ckpt_path=last", "epochs=2")
     assert done.returncode == 0, done.stderr
     assert summary(folder)["updates"] == 16
-    done = forked(tmp_path, f"ckpt_path={folder}", "epochs=3")  # the folder does as well
+    last = (folder / "checkpoints/last.ckpt").relative_to(tmp_path)  # by name
+    done = forked(tmp_path, f"ckpt_path={last}", "epochs=3")
     assert done.returncode == 0, done.stderr
     assert summary(folder)["updates"] == 24
+    assert "epoch 2/3" not in done.stdout
+    assert len([*tmp_path.glob("logs/*/*/*")]) == 2
 
 
 def test_no_last_run(tmp_path):
@@ -368,10 +374,17 @@ def unbroken_pair(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_two_processes(unbroken_pair, tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param(["SIGTERM", "SIGKILL"], marks=pytest.mark.slow),
+        pytest.param(["SIGINT"], marks=pytest.mark.long),
+    ],
+    ids=" ".join,
+)
+def test_two_processes(unbroken_pair, tmp_path, signals):
     folder, saved = tmp_path / "run", 0
-    for name in ("SIGTERM", "SIGINT", "SIGKILL"):
+    for name in signals:
         process = begin(tmp_path, *DDP, *into(folder))
         while process.is_alive() and updates(folder) <= saved:
             time.sleep(0.1)

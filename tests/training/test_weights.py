@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import zipfile
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sam_lightning
+from commands import serve
 from runs import command, configuration, summary, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import digits
@@ -331,6 +331,17 @@ def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeyp
     torch.testing.assert_close(found["model.layer3.0.conv1.weight"], expected, rtol=0, atol=1e-20)
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """``train.py`` where nothing was downloaded before, and nothing can be."""
+    variables = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), CLOSED)
+    variables |= dict.fromkeys(("HF_HOME", "TORCH_HOME"), str(tmp_path_factory.mktemp("hub")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield from serve("sam_lightning.training.run", "sklearn.datasets", "timm")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -343,16 +354,12 @@ def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeyp
         (["model.weights_of=x"], "model.weights_of=x: is about model.weights"),
     ],
 )
-def test_what_cannot_be_loaded_ends_in_one_line(arguments, message, tmp_path):
-    environment = {**os.environ, "https_proxy": CLOSED, "HTTPS_PROXY": CLOSED}
-    environment |= {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch")}
-    (tmp_path / "cwd").mkdir()
+def test_what_cannot_be_loaded_ends_in_one_line(offline, arguments, message, tmp_path):
     options = [*SMALL, "model=timm", "model.name=resnet18", *arguments]
-    done = command(tmp_path / "cwd", *options, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
-    assert not [*(tmp_path / "cwd").iterdir()]
+    result = offline(tmp_path, *options)
+    assert (result.code, result.left) == (2, [])
+    assert result.err.startswith(f"error: {message}")
+    assert result.err.count("\n") == 1
 
 
 @pytest.mark.long
