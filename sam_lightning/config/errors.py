@@ -1,6 +1,7 @@
 """The errors that end a command with one clear line instead of a traceback."""
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -78,6 +79,8 @@ def one_line_errors() -> Iterator[None]:
     """
     outlive_pipes()
     try:
+        for argument in sys.argv:
+            os.fsencode(argument)
         yield
     except (ConfigError, TrainingError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -88,6 +91,9 @@ def one_line_errors() -> Iterator[None]:
         named = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {clean(named)}{error.strerror}", file=sys.stderr)
         sys.exit(2 if error.errno == errno.ENAMETOOLONG else 1)
+    except UnicodeEncodeError as error:
+        print(f"error: {clean(error.object)}: has what no name can have", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         stopped = Interrupted(signal.SIGINT)
         print(f"error: {stopped}", file=sys.stderr)

@@ -197,6 +197,7 @@ LIGHT = [
     ("sweep=rho_optuna data.val_size=20 rho=choice(1,-1)", "rho=-1: allowed is a number >= 0 (job"),
     ("sweep=rho_optuna data.val_size=20 lr=interval(-1,1)", "lr=-1.0: allowed is a number > 0 (jo"),
     ("+hydra.run.x=1", "+hydra.run.x=1: no such key"),
+    ("hydra.run.dir=\ud800", "hydra.run.dir= : has what no name can have"),
     ("--config-dir=", "--config-dir=: must be given, or left out"),
     ("optimized_metric=val/acc", "optimized_metric=val/acc: there is no validation data; set "),
     ("-m rho=range(1,0)", "rho=range(1,0): stands for no value"),
