@@ -27,12 +27,11 @@ _HOME = {
     "frozen_running_stats": "sam_lightning.optim",
     "load": "sam_lightning.inference.load",
 }
-WINDOWS = "on Windows only the optimizer and the models work; use Linux, macOS or WSL"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if sys.platform == "win32" and not _HOME[name].endswith((".optim", ".models")):
-        raise ImportError(f"{name}: {WINDOWS}")
+        raise ImportError(f"{name}: {import_module('sam_lightning.config.process').WINDOWS}")
     return getattr(import_module(_HOME[name]), name)
