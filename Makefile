@@ -57,10 +57,10 @@ cpu-map: $(DEV) ## where oneDNN's gradients are wrong on this CPU: five minutes
 	$(BIN)/python -m benchmarks.onednn
 
 docs: $(DOCS) ## the documentation as a site in site/; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: $(DOCS) ## the site on http://127.0.0.1:8000, drawn again when a page changes
-	$(BIN)/python -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -98,7 +98,7 @@ $(DEV): $(BIN)/python pyproject.toml
 	@touch $(BASE) $@
 
 $(DOCS): $(BIN)/python pyproject.toml
-	@echo 'Installing MkDocs'
+	@echo 'Installing MkDocs: 170 MB'
 	$(call watch,$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.12')
 	@touch $@
 

@@ -33,7 +33,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if sys.platform == "win32" and not _HOME[name].endswith((".optim", ".models")):
-        from sam_lightning.config.process import WINDOWS
-
-        raise ImportError(f"{name}: {WINDOWS}")
+        raise ImportError(f"{name}: {import_module('sam_lightning.config.process').WINDOWS}")
     return getattr(import_module(_HOME[name]), name)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 WINDOWS = "on Windows only the optimizer and the models work; use Linux, macOS or WSL"
-
 SPINS = "10000"  # read by libgomp when it is loaded, 300000 by default
 
 
@@ -29,7 +28,6 @@ def importing(discard: Callable[[], None] = lambda: None) -> Iterator[None]:
     Args:
         discard: called before the process ends.
     """
-
     if sys.platform == "win32":  # it has no POSIX locks, and other signals
         print(f"error: {WINDOWS}", file=sys.stderr)
         sys.exit(2)
