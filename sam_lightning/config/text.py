@@ -41,7 +41,7 @@ def clean(text: object, form: Form = "terminal", *, undecoded: bool = False) -> 
     """
     shown = "".join(c if _visible(c, undecoded) else " " for c in str(text))
     if form == "markdown":
-        shown = _MARKDOWN.sub(r"\\\g<0>", shown.strip())
+        shown = _MARKDOWN.sub(r"\\\g<0>", shown.strip()).replace(r"\<", "&lt;")  # for any reader
         start = re.match(r"\d*", shown)
         if start and not _is_number(shown) and (found := _BLOCK.match(shown, start.end())):
             shown = f"{shown[: found.start()]}\\{shown[found.start() :]}"
