@@ -152,7 +152,7 @@ LIGHT = [
     ("~", "'~': not of the form key=value"),
     ("~=1", "'~=1': not of the form key=value"),
     ("~hydra=1", "~hydra=1: not of the form ~key, or ~group=choice"),
-    ("-m ~=1,2", "'~=1,2': not of the form key=value"),
+    ("-m ~=1,2", "'~=1': not of the form key=value"),
     ("rho", "rho: not of the form key=value"),
     ("rho=0.1,0.2", "rho=0.1,0.2", "several values are a sweep"),
     ("rho=range(0,1)", "rho=range(0,1)", "several values are a sweep"),
