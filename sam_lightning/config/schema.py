@@ -143,6 +143,7 @@ HINTS: dict[str, Any] = REQUIRED | {
     "data.std": list[Part] | None,
     "data.sampler": Literal["shuffled", "balanced"],
     "data.repeats": Count,
+    "data.window": Count | None,
     "data.flip": Fraction,
     "data.eval_batch_size": BatchSize,
     "data.num_workers": Workers | Literal["auto"],

@@ -45,6 +45,7 @@ class Files:
         labels: int64, N.
         stamps: int64, N, as ``stamp_of`` has them.
         size: mean of the files' bytes.
+        sizes: as ``StoredImages`` has them, if it is known that all images can be decoded.
     """
 
     base: str
@@ -52,10 +53,19 @@ class Files:
     labels: Tensor
     stamps: np.ndarray
     size: float
+    sizes: dict[str, list[int]] | None = None
 
     def path(self, index: int) -> str:
         """Where a file is."""
         return os.path.join(self.base, self.names[index])
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a file; an OSError if there are none."""
+        return content_of(self.path(index))[0]
+
+    def known(self) -> np.ndarray | None:
+        """Hashes of the contents as ``contents.hashes`` has them, if ``content`` checks them."""
+        return None
 
     def take(self, indices: Tensor) -> "Files":
         """The files at these indices."""
@@ -77,10 +87,11 @@ class Listing:
     left_out: dict[str, int]
 
 
-def list_images(root: str, split: Any = None) -> Listing:
+def list_images(root: str, split: Any = None, either: bool = False) -> Listing:
     """List a folder of images, whose layout ``image_folder`` describes.
 
-    With ``split``, for ``splitting.divided``, all images are one split.
+    With ``split``, for ``splitting.divided``, all images are one split; with ``either`` they are if
+    there is no folder of training images.
 
     Raises:
         ConfigError: as ``image_folder`` says.
@@ -89,6 +100,8 @@ def list_images(root: str, split: Any = None) -> Listing:
     base = os.path.expanduser(root)
     left_out: Counter[str] = Counter()
     folders = _split_folders(root, base)
+    if either and "train" not in folders:
+        split = WHOLE
     if split is None:
         if "train" not in folders:
             raise ConfigError(f"data.root={root!r}: no folder {base}/train; need {LAYOUT}")
@@ -271,6 +284,16 @@ def _status(entry: os.DirEntry[str]) -> tuple[int, int]:
     except OSError:  # a link to nowhere
         return 0, 0
     return stamp_of(found), found.st_size
+
+
+def content_of(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, and what it is; an OSError if there are none."""
+    # A pipe would wait for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is no ordinary file")
+        return file.read(), status
 
 
 def stamp_of(found: os.stat_result) -> int:

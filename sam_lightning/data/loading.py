@@ -73,17 +73,28 @@ class EpochOrder:
     """The order of the training images, over all ranks together: a function of (seed, epoch).
 
     Args:
-        labels: int64, of all training images.
+        split: the training images.
         seed: of the orders.
         sampler: ``shuffled``: each image once. ``balanced``: each class that has images equally
             often, ceil(images / classes) times; a class takes turns through its images, in an order
             drawn for each turn.
         repeats: each image comes so many times in a row, and only the first of an order come at
             all, so that an epoch keeps its length; of a balanced one, each class is rounded up.
+        window: so many shards, drawn for the epoch, come before the next ones; None: all at once.
+
+    Raises:
+        ValueError: ``window`` is below 1, or the images are in no shards.
     """
 
-    def __init__(self, labels: Tensor, seed: int, sampler: str, repeats: int = 1) -> None:
+    def __init__(
+        self, split: Split, seed: int, sampler: str, repeats: int = 1, window: int | None = None
+    ) -> None:
         self.seed, self.repeats = seed, repeats
+        labels, self._window, self._shards = split.labels, window, None
+        if window is not None:
+            if window < 1 or split.shards is None:
+                raise ValueError(f"window={window}: must be >= 1 for images in shards, else null")
+            self._shards = split.shards.numpy()
         self._length = self._count = len(labels)
         self._members: list[Tensor] = []
         if sampler == "balanced":
@@ -101,6 +112,11 @@ class EpochOrder:
         if self._last is None or self._last[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             indices, copies = self._drawn(generator)
+            if self._shards is not None:
+                turns = torch.randperm(int(self._shards.max()) + 1, generator=generator).numpy()
+                by_window = (turns // self._window)[self._shards[indices]].argsort(kind="stable")
+                indices = indices[by_window]
+                copies = copies if isinstance(copies, int) else copies[by_window]
             if self.repeats > 1:
                 counted = np.arange(self._length)
                 indices = indices[counted // self.repeats]

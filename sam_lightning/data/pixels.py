@@ -1,6 +1,7 @@
 """Image files to pixels as a person sees them, the same for training, evaluation and predict."""
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -28,6 +29,7 @@ RGB = 3  # of torchvision's ImageReadMode
 # says nothing of the pixels; not of what may have an orientation.
 FRAMES, SCAN = (0xC0, 0xC1, 0xC2), 0xDA
 SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {0xE1}
+PPM = re.compile(rb"P6\n(\d{1,6}) (\d{1,6})\n255\n")  # pixels of 3 bytes follow, as they are
 MOST_PIXELS = 2**26  # beyond, Pillow may refuse an image
 ORIENTATION = 0x0112  # EXIF: which side of the stored image is up
 UPRIGHT = {
@@ -75,6 +77,11 @@ def decode(content: bytes) -> Tensor:
     Raises:
         as ``open_image``.
     """
+    if found := PPM.match(content):
+        width, height = map(int, found.groups())
+        if len(content) - found.end() == 3 * height * width:
+            pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=found.end())
+            return pixels.view(height, width, 3).permute(2, 0, 1)
     decoder = _jpeg_decoder()
     if decoder is not None and (_is_plain_jpeg(content) or _is_upright_jpeg(content)):
         with suppress(RuntimeError):  # what it finds broken Pillow is asked, too
