@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image
 
 from sam_lightning.config.conf import CONF
+from sam_lightning.data.listing import list_images
+from sam_lightning.data.packing import Packing, pack
 
 TRAIN = CONF.parent / "train.py"
 # Of 61 images, 4 of each of 10 classes, each twice: 80, in 6 batches of 12 and one of 8.
-RUN = ["data=image_folder", "data.subset=61", "data.sampler=balanced", "data.repeats=2"]
+RUN = ["data.subset=61", "data.sampler=balanced", "data.repeats=2"]
 RUN += ["data.image_size=16", "data.view=random_resized_crop", "batch_size=12"]
 RUN += ["augment=trivialaugment", "augment.color_jitter.brightness=0.4", "augment.erasing.p=0.5"]
 RUN += ["augment.mixup.alpha=0.4", "augment.cutmix.alpha=1.0", "model.width=2", "trainer=cpu"]
@@ -62,14 +65,14 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: str, at: str = "") -> int:
+def train(folder: Path, *arguments: str, at: str = "", data: str = "image_folder") -> int:
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
         [
-            *(sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}"),
-            *(f"data.root={folder.parent / 'photographs'}", *arguments),
+            *(sys.executable, str(TRAIN), f"data={data}", *RUN, *arguments),
+            *(f"hydra.run.dir={folder / 'run'}", f"data.root={folder.parent / data}"),
         ],
         env={**os.environ, **environment},
         cwd=folder,
@@ -97,7 +100,7 @@ def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
-    photographs(tmp_path / "photographs")
+    photographs(tmp_path / "image_folder")
     train(tmp_path / "plain")
     expected = global_batches(tmp_path / "plain")
     assert [len(rows) for rows in expected.values()] == 2 * [12, 12, 12, 12, 12, 12, 8]
@@ -118,3 +121,20 @@ def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
         for arguments, at in parts:
             train(tmp_path / name, *arguments, at=at)
         assert global_batches(tmp_path / name) == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_windows_of_shards_are_the_same_after_a_kill(tmp_path):
+    listing = list_images(str(photographs(tmp_path / "photographs")))
+    pack(listing, tmp_path / "shards", Packing(shard_mb=0.04))
+    run = partial(train, data="shards")
+    run(tmp_path / "plain", "data.window=2", "data.num_workers=0")
+    expected = global_batches(tmp_path / "plain")
+    two = ["data.window=2", "trainer=ddp_cpu", "trainer.devices=2"]
+    run(tmp_path / "ranks", *two, "data.num_workers=2", at="0.3")
+    run(tmp_path / "ranks", *two, "data.num_workers=0", "ckpt_path=last")
+    assert global_batches(tmp_path / "ranks") == expected
+    run(tmp_path / "full", "+trainer.max_steps=1")
+    first = (0, 0)
+    assert global_batches(tmp_path / "full")[first] != expected[first]
