@@ -26,7 +26,7 @@ SETTLED = 2 * 10**9  # ns after which another change to a file has another time 
 _KNOWN = np.dtype([("stamp", np.int64), ("hash", np.uint8, SIZE)])
 
 
-def hash_of(content: bytes) -> bytes:
+def hash_of(content: bytes | bytearray) -> bytes:
     """A hash of ``SIZE`` bytes."""
     return hashlib.blake2b(content, digest_size=SIZE).digest()
 

@@ -59,7 +59,7 @@ class Files:
         """Where a file is."""
         return os.path.join(self.base, self.names[index])
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes | bytearray:
         """The bytes of a file; an OSError if there are none."""
         return content_of(self.path(index))[0]
 

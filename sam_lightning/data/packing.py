@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 QUALITY = 90  # of JPEG
 BROKEN = "broken, not packed"  # what such images are counted as
 
-Encoded = tuple[bytes, str, tuple[int, int]]  # content, suffix, width and height
+Encoded = tuple[bytes | bytearray, str, tuple[int, int]]  # content, suffix, width and height
 
 
 @dataclass(frozen=True)

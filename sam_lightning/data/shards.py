@@ -64,7 +64,7 @@ class Shards:
         """The numbers of the shards that have these blocks."""
         return np.asarray(self.first.searchsorted(blocks, "right") - 1, np.int32)
 
-    def read(self, block: int, length: int, crc: int) -> bytes:
+    def read(self, block: int, length: int, crc: int) -> bytearray:
         """The bytes from a block on; an OSError if they are not those that were packed."""
         number = int(self.of(block))
         file = self._open.get(number)
@@ -72,7 +72,8 @@ class Shards:
             if len(self._open) >= MOST_OPEN:  # it is closed when no thread reads it any more
                 self._open.pop(next(iter(self._open)), None)
             file = self._open[number] = _Opened(self.paths[number])
-        content = os.pread(file.descriptor, length, (block - int(self.first[number])) * BLOCK)
+        content = bytearray(length)
+        os.preadv(file.descriptor, [content], (block - int(self.first[number])) * BLOCK)
         if zlib.crc32(content) != crc:
             raise OSError("is not what was packed; the shard was cut short or changed")
         return content
@@ -110,7 +111,7 @@ class Packed(Files):
         rows = indices if self._rows is None else self._rows[indices]
         return Packed(self.shards, self.split, rows)
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytearray:
         """The bytes of a file; an OSError if they are not those that were packed."""
         row = index if self._rows is None else int(self._rows[index])
         block, length, crc = (int(self.split.arrays[k][row]) for k in ("block", "length", "crc"))
