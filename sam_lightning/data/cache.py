@@ -167,6 +167,8 @@ class StoredImages:
                 if seen.shape != images.shape[1:]:
                     raise ValueError(f"is not of {width} x {height} pixels any more")
                 images[place] = seen
+            except ConfigError:
+                raise
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
                 raise ConfigError(f"data.root: {self.files.path(i)}: {one_line(error)}") from error
         return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -241,6 +243,8 @@ def _decode(
             return "it changed while it was read"
         image = open_image(content)
         return np.asarray(image if view is None else view(image)), image.size
+    except ConfigError:  # what was packed is lost, which is no broken image
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         return one_line(error)
 

@@ -4,10 +4,10 @@
 their sizes and hashes. It is written last, and so is there only if the set is complete.
 """
 
+import hashlib
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ class Index:
             "version": VERSION,
             "classes": self.classes,
             "left_out": self.left_out,
-            "crc": zlib.crc32(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
             "splits": place,
         }
         with tempfile.TemporaryDirectory(dir=folder) as new:
@@ -113,8 +113,8 @@ class Index:
             if text["version"] != VERSION:
                 raise ValueError(f"is of version {text['version']}, not {VERSION}")
             content = np.memmap(folder / ARRAYS, np.uint8, "r")
-            if zlib.crc32(content.data) != text["crc"]:
-                raise ValueError(f"{ARRAYS} has changed: its checksum differs")
+            if hashlib.sha256(content.data).hexdigest() != text["sha256"]:
+                raise ValueError(f"{ARRAYS} has changed: its SHA-256 differs")
             splits = {}
             for name, split in text["splits"].items():
                 arrays = {

@@ -60,7 +60,7 @@ class Files:
         return os.path.join(self.base, self.names[index])
 
     def content(self, index: int) -> bytes | bytearray:
-        """The bytes of a file; an OSError if there are none."""
+        """The bytes of a file; an OSError if there are none, a ConfigError if a shard is lost."""
         return content_of(self.path(index))[0]
 
     def known(self) -> np.ndarray | None:

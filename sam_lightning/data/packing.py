@@ -24,6 +24,7 @@ from sam_lightning.data.index import BLOCK, FILE, Image, Index, Shard, SplitInde
 from sam_lightning.data.listing import Files, Listing
 from sam_lightning.data.mapped import alone
 from sam_lightning.data.pixels import open_image
+from sam_lightning.data.remote import digest
 from sam_lightning.data.shards import UNFINISHED
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Packing:
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=QUALITY)
             return buffer.getvalue(), ".jpg", image.size
+        except ConfigError:
+            raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
             return one_line(error)
 
@@ -206,7 +209,7 @@ class _Writer:
         self._add(f"{key}{suffix}", content)
         self.rows.append([index, *where, *size])
 
-    def _add(self, name: str, content: bytes) -> None:
+    def _add(self, name: str, content: bytes | bytearray) -> None:
         member = tarfile.TarInfo(name)  # of nobody, and of 1970
         member.size = len(content)
         self.tar.addfile(member, io.BytesIO(content))
@@ -218,7 +221,7 @@ class _Writer:
         os.fsync(self.file.fileno())
         self.file.close()
         name = self.new.name
-        shard = Shard(name, self.new.stat().st_size, _sha256(self.new))
+        shard = Shard(name, self.new.stat().st_size, digest(self.new))
         os.replace(self.new, self.out / name)
         note = {"shard": shard, "taken": taken, "rows": self.rows}
         _write_whole(self.out / UNFINISHED / f"{self.stem}.json", json.dumps(note))
@@ -229,17 +232,9 @@ def _finished(out: Path, stem: str) -> dict[str, Any] | None:
     """What was noted of a shard, if it is whole."""
     with suppress(OSError, ValueError):
         note: dict[str, Any] = json.loads((out / UNFINISHED / f"{stem}.json").read_bytes())
-        if _sha256(out / f"{stem}.tar") == note["shard"][2]:
+        if digest(out / f"{stem}.tar") == note["shard"][2]:
             return note
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.index import BLOCK, FILE, Index, Shard, SplitIndex, first_blocks
 from sam_lightning.data.listing import WHOLE, Files, Listing, list_images
+from sam_lightning.data.remote import fetch, index_of, is_address
 from sam_lightning.data.source import Names
 from sam_lightning.data.tars import find, indexed
 
@@ -37,19 +38,22 @@ class Shards:
     Args:
         base: the folder that their names are relative to.
         files: the shards.
+        address: where those are that are not in the folder yet; None: all are there.
 
     Raises:
         ConfigError: one is not there, or has another size.
     """
 
-    def __init__(self, base: str, files: Sequence[Shard]) -> None:
+    def __init__(self, base: str, files: Sequence[Shard], address: str | None = None) -> None:
         self.paths = [os.path.join(base, shard.name) for shard in files]
-        self.files, self.first = files, first_blocks(files)
+        self.files, self.first, self.address = files, first_blocks(files), address
         self._open: dict[int, _Opened] = {}
         for path, shard in zip(self.paths, files, strict=True):
             try:
                 size = os.stat(path).st_size
             except OSError as error:
+                if address and isinstance(error, FileNotFoundError):
+                    continue
                 raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
             if size != shard.size:
                 raise ConfigError(
@@ -71,6 +75,9 @@ class Shards:
         if file is None:
             if len(self._open) >= MOST_OPEN:  # it is closed when no thread reads it any more
                 self._open.pop(next(iter(self._open)), None)
+            if self.address:
+                shard, path = self.files[number], self.paths[number]
+                fetch(f"{self.address}/{shard.name}", Path(path), shard.sha256)
             file = self._open[number] = _Opened(self.paths[number])
         content = bytearray(length)
         os.preadv(file.descriptor, [content], (block - int(self.first[number])) * BLOCK)
@@ -112,10 +119,13 @@ class Packed(Files):
         return Packed(self.shards, self.split, rows)
 
     def content(self, index: int) -> bytearray:
-        """The bytes of a file; an OSError if they are not those that were packed."""
+        """The bytes of a file; a ConfigError if they are not those that were packed."""
         row = index if self._rows is None else int(self._rows[index])
         block, length, crc = (int(self.split.arrays[k][row]) for k in ("block", "length", "crc"))
-        return self.shards.read(block, length, crc)
+        try:
+            return self.shards.read(block, length, crc)
+        except OSError as error:
+            raise ConfigError(f"data.root: {self.path(index)}: {one_line(error)}") from error
 
     def known(self) -> np.ndarray:
         """Checksum and length of each image, and the begin of its shard's SHA-256."""
@@ -129,15 +139,17 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
     """The images of a folder, in shards or in folders of classes.
 
     Args:
-        root: the folder.
+        root: the folder, or the address of shards with their index.
         split: None: the folder has splits; else they are to be drawn by ``divided``.
-        cache: for the index of shards of other tools.
+        cache: for the index of shards of other tools, and for copies of those at an address.
         either: take the folder with its splits if it has any, and else as one.
 
     Raises:
         ConfigError, OSError: as ``list_images``; or the shards are not as they were packed.
     """
-    base = os.path.expanduser(root)
+    base, address = os.path.expanduser(root), None
+    if is_address(root):
+        base, address = str(index_of(root, cache)), root.rstrip("/")
     if os.path.isfile(os.path.join(base, FILE)):
         index = Index.read(Path(base))
     elif os.path.isdir(os.path.join(base, UNFINISHED)):
@@ -157,7 +169,7 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
             "data.split=null"
         )
     files = {
-        name: Packed(Shards(base, index.splits[name].shards), index.splits[name])
+        name: Packed(Shards(base, index.splits[name].shards, address), index.splits[name])
         for name in ("train", "test", "val", WHOLE)
         if name in there
     }

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ RUN += ["data.image_size=16", "data.view=random_resized_crop", "batch_size=12"]
 RUN += ["augment=trivialaugment", "augment.color_jitter.brightness=0.4", "augment.erasing.p=0.5"]
 RUN += ["augment.mixup.alpha=0.4", "augment.cutmix.alpha=1.0", "model.width=2", "trainer=cpu"]
 RUN += ["epochs=2", "test=false", "trainer.log_every_n_steps=1", "checkpoint_every_n_steps=1"]
+TWO = ["trainer=ddp_cpu", "trainer.devices=2"]
 RUN += ["+callbacks.seen._target_=test_same_images.Seen", "data.eval_batch_size=1000"]
 
 
@@ -65,14 +65,23 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: str, at: str = "", data: str = "image_folder") -> int:
+def photographs_and_shards(folder: Path) -> tuple[list[str], list[str]]:
+    """Both of the same images, as settings."""
+    listing = list_images(str(photographs(folder / "photos")))
+    pack(listing, folder / "shards", Packing(shard_mb=0.04))
+    places = {"image_folder": "photos", "shards": "shards"}
+    first, second = ([f"data={k}", f"data.root={folder / v}"] for k, v in places.items())
+    return first, second
+
+
+def train(folder: Path, *arguments: str, at: str = "") -> int:
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
         [
-            *(sys.executable, str(TRAIN), f"data={data}", *RUN, *arguments),
-            *(f"hydra.run.dir={folder / 'run'}", f"data.root={folder.parent / data}"),
+            *(sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder / 'run'}"),
+            *arguments,
         ],
         env={**os.environ, **environment},
         cwd=folder,
@@ -100,21 +109,20 @@ def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
-    photographs(tmp_path / "image_folder")
-    train(tmp_path / "plain")
+    photos, shards = photographs_and_shards(tmp_path)
+    train(tmp_path / "plain", *photos)
     expected = global_batches(tmp_path / "plain")
     assert [len(rows) for rows in expected.values()] == 2 * [12, 12, 12, 12, 12, 12, 8]
     assert len({row[0] for rows in expected.values() for row in rows}) > 150  # of 160
-    two = ["trainer=ddp_cpu", "trainer.devices=2"]
-    runs = {  # workers 3, 0 and 2 on one rank, then 2 and 3 on two ranks
+    runs = {  # workers 3, 0 and 2 on one rank, the last ones with shards; then 2 and 3 on two ranks
         "killed": [
-            (["data.num_workers=3"], "0.4"),
-            (["ckpt_path=last", "data.num_workers=0"], "1.2"),
-            (["ckpt_path=last", "data.num_workers=2"], ""),
+            ([*photos, "data.num_workers=3"], "0.4"),
+            ([*photos, "ckpt_path=last", "data.num_workers=0"], "1.2"),
+            ([*shards, "ckpt_path=last", "data.num_workers=2"], ""),
         ],
         "ranks": [
-            ([*two, "data.num_workers=2"], "1.1"),
-            ([*two, "ckpt_path=last", "data.num_workers=3"], ""),
+            ([*photos, *TWO, "data.num_workers=2"], "1.1"),
+            ([*photos, *TWO, "ckpt_path=last", "data.num_workers=3"], ""),
         ],
     }
     for name, parts in runs.items():
@@ -126,15 +134,12 @@ def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_windows_of_shards_are_the_same_after_a_kill(tmp_path):
-    listing = list_images(str(photographs(tmp_path / "photographs")))
-    pack(listing, tmp_path / "shards", Packing(shard_mb=0.04))
-    run = partial(train, data="shards")
-    run(tmp_path / "plain", "data.window=2", "data.num_workers=0")
+    _, shards = photographs_and_shards(tmp_path)
+    window = [*shards, "data.window=2"]
+    train(tmp_path / "plain", *window, "data.num_workers=0")
     expected = global_batches(tmp_path / "plain")
-    two = ["data.window=2", "trainer=ddp_cpu", "trainer.devices=2"]
-    run(tmp_path / "ranks", *two, "data.num_workers=2", at="0.3")
-    run(tmp_path / "ranks", *two, "data.num_workers=0", "ckpt_path=last")
+    train(tmp_path / "ranks", *window, *TWO, "data.num_workers=2", at="0.3")
+    train(tmp_path / "ranks", *window, *TWO, "data.num_workers=0", "ckpt_path=last")
     assert global_batches(tmp_path / "ranks") == expected
-    run(tmp_path / "full", "+trainer.max_steps=1")
-    first = (0, 0)
-    assert global_batches(tmp_path / "full")[first] != expected[first]
+    train(tmp_path / "full", *shards, "+trainer.max_steps=1")
+    assert global_batches(tmp_path / "full")[0, 0] != expected[0, 0]
