@@ -173,6 +173,10 @@ class StoredImages:
                 raise ConfigError(f"data.root: {self.files.path(i)}: {one_line(error)}") from error
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Let shards at an address be copied while others are read."""
+        self.files.fetch_ahead(shards)
+
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""
         broken, count = notes["broken"], len(files.names)

@@ -14,14 +14,15 @@ from sam_lightning.config.errors import ConfigError, named_errors, one_line
 from sam_lightning.data.index import ARRAYS, FILE
 from sam_lightning.data.mapped import alone
 
+PROTOCOLS = ("https", "http", "s3", "gs", "hf")
 TRIES = 5
 WAIT = 1.0  # seconds before the second try; before each later one twice as long
 LASTING = (ImportError, FileNotFoundError, PermissionError, ValueError)  # trying again is no use
 
 
 def is_address(root: str) -> bool:
-    """Whether this is no folder of this machine: ``s3://``, ``gs://``, ``https://``, ``hf://``."""
-    return "://" in root
+    """Whether this is no folder of this machine but an address of one of ``PROTOCOLS``."""
+    return root.partition("://")[0] in PROTOCOLS and "://" in root
 
 
 def index_of(root: str, cache: Path) -> Path:

@@ -1,8 +1,10 @@
 """Photographs in tar shards, read at random where they are."""
 
 import os
+import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Shards:
         self.paths = [os.path.join(base, shard.name) for shard in files]
         self.files, self.first, self.address = files, first_blocks(files), address
         self._open: dict[int, _Opened] = {}
+        self._thread: threading.Thread | None = None
         for path, shard in zip(self.paths, files, strict=True):
             try:
                 size = os.stat(path).st_size
@@ -62,7 +65,7 @@ class Shards:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # another process opens them for itself
+        return self.__dict__ | {"_open": {}, "_thread": None}  # each process has its own
 
     def of(self, blocks: Any) -> np.ndarray:
         """The numbers of the shards that have these blocks."""
@@ -75,15 +78,35 @@ class Shards:
         if file is None:
             if len(self._open) >= MOST_OPEN:  # it is closed when no thread reads it any more
                 self._open.pop(next(iter(self._open)), None)
-            if self.address:
-                shard, path = self.files[number], self.paths[number]
-                fetch(f"{self.address}/{shard.name}", Path(path), shard.sha256)
+            self._fetch(number)
             file = self._open[number] = _Opened(self.paths[number])
         content = bytearray(length)
         os.preadv(file.descriptor, [content], (block - int(self.first[number])) * BLOCK)
         if zlib.crc32(content) != crc:
             raise OSError("is not what was packed; the shard was cut short or changed")
         return content
+
+    def _fetch(self, number: int) -> None:
+        if self.address:
+            shard, path = self.files[number], self.paths[number]
+            fetch(f"{self.address}/{shard.name}", Path(path), shard.sha256)
+
+    def fetch_ahead(self, numbers: Sequence[int]) -> None:
+        """Let a thread copy those of these shards that are not here, in turn, unless one is at it.
+
+        What fails is tried again by who reads the shard, and is told then.
+        """
+        if self.address is None or (self._thread and self._thread.is_alive()):
+            return
+        if missing := [n for n in numbers if not os.path.exists(self.paths[n])]:
+
+            def copy() -> None:
+                with suppress(Exception):
+                    for number in missing:
+                        self._fetch(number)
+
+            self._thread = threading.Thread(target=copy, daemon=True)
+            self._thread.start()
 
 
 class Packed(Files):
@@ -126,6 +149,10 @@ class Packed(Files):
             return self.shards.read(block, length, crc)
         except OSError as error:
             raise ConfigError(f"data.root: {self.path(index)}: {one_line(error)}") from error
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Let the shards of these numbers be copied to this machine."""
+        self.shards.fetch_ahead(shards)
 
     def known(self) -> np.ndarray:
         """Checksum and length of each image, and the begin of its shard's SHA-256."""

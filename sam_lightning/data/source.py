@@ -110,6 +110,9 @@ class Unread(Protocol):
         same part.
         """
 
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Images of these shards, by their numbers in ``Split.shards``, are needed soon."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

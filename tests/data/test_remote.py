@@ -3,16 +3,20 @@
 import multiprocessing
 import os
 import threading
+import time
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from shard_files import CROPS, data_of, epoch, packed, photographs
 
 from image_files import one_line_error
+from runs import configuration
 from sam_lightning.data import image_folder, remote
 from sam_lightning.data.index import Index
+from sam_lightning.inference.load import data_of as data_of_run
 
 
 class Storage:
@@ -122,3 +126,32 @@ def test_processes_that_start_at_once_copy_once(storage, tmp_path):
     assert len(shards) == len(Index.read(tmp_path / "packed").splits["train"].shards)
     left = os.listdir(next((tmp_path / "cache").glob("remote-*")))
     assert sorted(left) == sorted([*shards, "shards.bin", "shards.json"])
+
+
+def test_the_next_shards_are_copied_while_others_are_read(storage, tmp_path):
+    data = data_of(storage.root, tmp_path, window=1, mean=[0.5] * 3, std=[0.5] * 3, batch_size=1)
+    batches = iter(data.train_loader())
+    next(batches)  # of one shard, from which all batches that are loaded by now are
+    count = len(data.train) // 5 // 2
+    for _ in range(count):
+        next(batches)
+    deadline = time.monotonic() + 60
+    while len([name for name in storage.seen if name.startswith("train")]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    left = [key.indices.tolist() for _, _, key in batches]
+    assert len(left) == len(data.train) - 1 - count
+    assert {c for name, c in storage.seen.items() if name.startswith("train")} == {1}
+
+
+def test_a_checkpoint_leads_to_no_address(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = configuration("data=shards", f"data.root={storage.root}", "data.image_size=8")
+    cfg.output_dir = str(tmp_path)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    config |= {"classes": ["ant", "bee"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    said = one_line_error(data_of_run, config)
+    assert said == f"data.root={storage.root}: is an address, which has to be typed"
+    assert not storage.seen
+    typed = data_of_run(config, storage.root)
+    assert len(typed.test) == 24

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,18 @@ def test_broken_images_are_refused_or_left_out(tmp_path, capsys):
     ours = data_of(out, tmp_path)
     assert [*ours.train.names] == [*plain.train.names]
     assert epoch(ours) == epoch(plain)
+
+
+def test_a_full_disk_leaves_nothing_half_done(tmp_path):
+    root = photographs(tmp_path / "photos")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            packed(root, tmp_path / "packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize(
