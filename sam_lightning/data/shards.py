@@ -52,6 +52,8 @@ class Shards:
         self._open: dict[int, _Opened] = {}
         self._thread: threading.Thread | None = None
         for path, shard in zip(self.paths, files, strict=True):
+            if address and os.path.basename(shard.name) != shard.name:
+                raise ConfigError(f"data.root: {address}: {shard.name!r} is no name of a shard")
             try:
                 size = os.stat(path).st_size
             except OSError as error:

@@ -98,6 +98,15 @@ def test_a_set_that_is_not_there_is_refused_at_once(storage, tmp_path):
     assert said.startswith(f"data.root: {storage.root}/shards.json cannot be read: ")
 
 
+def test_an_index_leads_to_no_other_place(storage, tmp_path):
+    (tmp_path / "evil.tar").write_bytes(b"somewhere else")
+    file = tmp_path / "packed" / "shards.json"
+    file.write_text(file.read_text().replace("train-000001.tar", "../evil.tar"))
+    said = one_line_error(data_of, storage.root, tmp_path)
+    assert said == f"data.root: {storage.root}: '../evil.tar' is no name of a shard"
+    assert "evil.tar" not in storage.seen
+
+
 def test_a_set_that_was_packed_again_is_copied_again(storage, tmp_path):
     first = epoch(data_of(storage.root, tmp_path))
     (tmp_path / "packed").rename(tmp_path / "old")
