@@ -199,7 +199,7 @@ def _subfolders(folder: str) -> Iterator[tuple[str, str]]:
     """Names and paths of the folders in a folder that are not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not _is_hidden(entry.name) and _is_folder(entry):
+            if not is_hidden(entry.name) and is_folder(entry):
                 yield entry.name, entry.path
 
 
@@ -224,11 +224,13 @@ def _classes(root: str, folder: str) -> dict[str, str]:
     return found
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems put beside others."""
     return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -257,9 +259,9 @@ def _walk(
         with os.scandir(here) as entries:
             for entry in entries:
                 name = entry.name
-                if _is_hidden(name):
+                if is_hidden(name):
                     left_out[HIDDEN] += 1
-                elif _is_folder(entry):
+                elif is_folder(entry):
                     if not (entry.is_symlink() and _leads_up(entry.path)):
                         pending.append(entry.path)
                 elif name[name.rfind(".") :].lower() in known:
@@ -315,8 +317,8 @@ def _count_beside(folder: str, left_out: Counter[str]) -> None:
     """Count what is in a split's folder and in none of its classes."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 left_out[HIDDEN] += 1
-            elif not _is_folder(entry):
+            elif not is_folder(entry):
                 is_image = os.path.splitext(entry.name)[1].lower() in suffixes()
                 left_out["beside the class folders" if is_image else _kind(entry.name)] += 1

@@ -97,7 +97,7 @@ def made(path: Path, shape: tuple[int, ...], fill: Fill) -> tuple[Tensor, Notes]
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, level: int = logging.INFO) -> Iterator[None]:
     """Let one process at a time make the file; leave no new folder that stays empty."""
     new = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -106,7 +106,7 @@ def alone(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("another process makes %s; waiting for it", path)
+                log.log(level, "another process makes %s; waiting for it", path)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks: both do the work, and one file stays

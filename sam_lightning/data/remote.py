@@ -5,6 +5,7 @@ A copy is made by one process for all, compared with the SHA-256 in the index, a
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -56,7 +57,7 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
     """
     import fsspec  # type: ignore[import-untyped]  # slow to import
 
-    with alone(path):
+    with alone(path, logging.DEBUG):  # readers wait often
         for left in reversed(range(TRIES)):
             if path.is_file():
                 return

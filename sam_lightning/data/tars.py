@@ -14,7 +14,7 @@ from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
 from sam_lightning.data.contents import each
 from sam_lightning.data.index import BLOCK, FILE, Image, Index, Shard, SplitIndex
-from sam_lightning.data.listing import SPLITS, WHOLE, stamp_of
+from sam_lightning.data.listing import SPLITS, WHOLE, is_folder, is_hidden, stamp_of
 from sam_lightning.data.mapped import alone
 from sam_lightning.data.pixels import suffixes
 
@@ -42,9 +42,9 @@ def find(base: str) -> list[str]:
         prefix = pending.pop()
         with os.scandir(os.path.join(base, prefix)) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_hidden(entry.name):
                     continue
-                if not entry.is_dir():
+                if not is_folder(entry):
                     found += [prefix + entry.name] * entry.name.lower().endswith(".tar")
                 elif prefix or entry.name.lower() not in names:
                     return []

@@ -30,7 +30,7 @@ from sam_lightning.studies.pack import main
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -288,6 +288,7 @@ def test_shards_of_other_tools_are_indexed_once(tmp_path, names, monkeypatch):
         for i, part in enumerate((members[:30], members[30:])):
             name = f"{split}/{i}.tar" if names == "folders" else f"my-{split}-{i}.tar"
             write_tar(foreign / name, part)
+    (foreign / "lost+found").mkdir()
     before = files(foreign) if names == "words" else None
     ours = data_of(foreign, tmp_path)
     monkeypatch.setattr("sam_lightning.data.tars.read_tar", None)  # never again
@@ -338,6 +339,7 @@ def test_tars_that_cannot_be_understood_are_refused(tmp_path):
 def test_an_archive_beside_folders_of_classes_is_left_out(tmp_path):
     root = photographs(tmp_path / "photos")
     (root / "photos.tar").write_bytes(b"as it was downloaded")
+    (root / "itself").symlink_to("itself")
     assert data_of(root, tmp_path).classes == ["ant", "bee"]
 
 
