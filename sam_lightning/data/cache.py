@@ -16,6 +16,7 @@ from sam_lightning.data.contents import each, hash_of, hashes
 from sam_lightning.data.listing import Files
 from sam_lightning.data.mapped import Notes, Write, made, opened
 from sam_lightning.data.pixels import decode, open_image
+from sam_lightning.data.shards import Packed
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
 VERSION = 2  # of what a file becomes; with another one all is decoded again
@@ -175,7 +176,8 @@ class StoredImages:
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Let shards at an address be copied while others are read."""
-        self.files.fetch_ahead(shards)
+        assert isinstance(self.files, Packed)
+        self.files.shards.fetch_ahead(shards)
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""

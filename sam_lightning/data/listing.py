@@ -5,7 +5,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,6 @@ class Files:
     def content(self, index: int) -> bytes | bytearray:
         """The bytes of a file; an OSError if there are none, a ConfigError if a shard is lost."""
         return content_of(self.path(index))[0]
-
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Let the shards of these numbers be copied to this machine."""
 
     def known(self) -> np.ndarray | None:
         """Hashes of the contents as ``contents.hashes`` has them, if ``content`` checks them."""

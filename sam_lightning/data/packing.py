@@ -61,6 +61,7 @@ class Packing:
                 image = image.resize((width, height), Pillow.Resampling.BICUBIC)
             if self.format == "keep":
                 suffix = os.path.splitext(files.names[index])[1].lower()
+                suffix = suffix or f".{Pillow.open(io.BytesIO(content)).format}".lower()
                 return content, suffix, image.size
             if self.format == "raw":
                 head = b"P6\n%d %d\n255\n" % image.size

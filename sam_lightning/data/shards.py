@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.data.hugging_face import HUB, tables
 from sam_lightning.data.index import BLOCK, FILE, Index, Shard, SplitIndex, first_blocks
 from sam_lightning.data.listing import WHOLE, Files, Listing, list_images
 from sam_lightning.data.remote import fetch, index_of, is_address
@@ -152,10 +153,6 @@ class Packed(Files):
         except OSError as error:
             raise ConfigError(f"data.root: {self.path(index)}: {one_line(error)}") from error
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Let the shards of these numbers be copied to this machine."""
-        self.shards.fetch_ahead(shards)
-
     def known(self) -> np.ndarray:
         """Checksum and length of each image, and the begin of its shard's SHA-256."""
         own = np.stack([self._of("crc"), self._of("length")], 1).astype("<u4").view(np.uint8)
@@ -179,11 +176,13 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
     base, address = os.path.expanduser(root), None
     if is_address(root):
         base, address = str(index_of(root, cache)), root.rstrip("/")
+    if root.startswith(HUB) or find(base, ".parquet"):
+        return tables(root, split, cache, either)
     if os.path.isfile(os.path.join(base, FILE)):
         index = Index.read(Path(base))
     elif os.path.isdir(os.path.join(base, UNFINISHED)):
         raise ConfigError(f"data.root={root!r}: is not packed to its end; the same command goes on")
-    elif tars := find(base):
+    elif tars := find(base, ".tar"):
         index = indexed(base, tars, cache)
     else:
         return list_images(root, split, either)

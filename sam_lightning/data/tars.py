@@ -31,8 +31,8 @@ class Member(NamedTuple):
     crc: int
 
 
-def find(base: str) -> list[str]:
-    """The names of the tar files in a folder, or in its folders of splits if they have no others.
+def find(base: str, suffix: str) -> list[str]:
+    """The names of the files of a kind in a folder, or in its folders of splits and no others.
 
     So an archive beside folders of classes, which it was unpacked to, is not taken for a shard.
     """
@@ -45,7 +45,7 @@ def find(base: str) -> list[str]:
                 if is_hidden(entry.name):
                     continue
                 if not is_folder(entry):
-                    found += [prefix + entry.name] * entry.name.lower().endswith(".tar")
+                    found += [prefix + entry.name] * entry.name.lower().endswith(suffix)
                 elif prefix or entry.name.lower() not in names:
                     return []
                 else:
@@ -84,7 +84,7 @@ def _index(base: str, names: list[str]) -> Index:
     with progress("indexing", len(names)) as advance:
         for name, (shard, members) in zip(names, each(scan, range(len(names)), CHUNK), strict=True):
             samples = [*_samples(os.path.join(base, name), name, members, left_out)]
-            by_split.setdefault(_split_of(base, name), []).append((shard, samples))
+            by_split.setdefault(split_of(base, name), []).append((shard, samples))
             advance()
     if len(by_split) > 1 and WHOLE in by_split:
         odd = by_split[WHOLE][0][0].name
@@ -162,8 +162,8 @@ def _classes(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
     return names, numbers
 
 
-def _split_of(base: str, name: str) -> str:
-    """The split that the name of a shard has among its words."""
+def split_of(base: str, name: str) -> str:
+    """The split that the name of a file has among its words, or ``WHOLE``."""
     words = re.findall("[a-z]+", name.lower())
     found = [split for split, known in SPLITS.items() if not {*known}.isdisjoint(words)]
     if len(found) > 1:
