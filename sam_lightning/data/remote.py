@@ -71,7 +71,9 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
                     os.replace(new, path)
             except Exception as error:  # of as many kinds as there are protocols
                 if not left or isinstance(error, LASTING):
-                    raise ConfigError(f"data.root: {address}: {one_line(error)}") from error
+                    gone = isinstance(error, FileNotFoundError)  # which says only the address
+                    said = "is not there" if gone else one_line(error)
+                    raise ConfigError(f"data.root: {address}: {said}") from error
                 time.sleep(WAIT * 2 ** (TRIES - 1 - left))
 
 

@@ -90,7 +90,7 @@ def test_what_goes_wrong_for_a_time_is_tried_again(storage, tmp_path, how):
 
 def test_a_set_that_is_not_there_is_refused_at_once(storage, tmp_path):
     said = one_line_error(data_of, storage.root + "/nowhere", tmp_path)
-    assert said.startswith(f"data.root: {storage.root}/nowhere/shards.json: ")
+    assert said == f"data.root: {storage.root}/nowhere/shards.json: is not there"
     assert storage.seen["shards.json"] == 1
     assert "no_such" in one_line_error(data_of, "no_such://place", tmp_path)
     (tmp_path / "packed" / "shards.json").write_text("<html>")
