@@ -1,16 +1,17 @@
-"""Folders of image files: CPU seconds to list and to decode them, memory of two processes."""
+"""Image files and tar shards: CPU seconds to list and to decode them, memory of two processes."""
 
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image as Pillow
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -20,19 +21,33 @@ from torchvision.io import decode_jpeg, read_file
 from benchmarks.timing import Measurement, interleave, ratio, summary
 from sam_lightning.data import image_folder
 from sam_lightning.data.image_data import ImageData
+from sam_lightning.data.index import ARRAYS, BLOCK, Image, Index, Shard, SplitIndex
+from sam_lightning.data.listing import list_images
+from sam_lightning.data.packing import Packing, pack
 
 CLASSES = 100
 PROCESSES = 2
-# Opens a set, looks at all of it, and says how many kB of memory its images take, each divided by
-# the processes that share it.
+SHARDS = {
+    "shards of the files": Packing(),
+    "256-pixel shards": Packing(side=256, format="jpeg"),
+    "raw 256-pixel shards": Packing(side=256, format="raw"),
+}
+# Opens a set, looks at all of it, and says how many kB of memory its images or its index take,
+# divided by the processes that share them.
 READER = """
 import re, sys
 from sam_lightning.data import image_folder
-images = image_folder(sys.argv[1], int(sys.argv[2]), cache_dir=sys.argv[3]).train.images
-images.sum()
+_, root, side, cache, what = sys.argv
+split = image_folder(root, int(side), cache_dir=cache, view="resize").train
+if what == "images":
+    split.images.sum()
+    start = split.images.data_ptr()
+else:
+    arrays = split.stored.files.split.arrays
+    sum(int(array.sum()) for array in arrays.values())
+    start = arrays["block"].ctypes.data
 print("ready", flush=True)
 sys.stdin.readline()
-start = images.data_ptr()
 for part in re.split("^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
     first, last = (int(address, 16) for address in part.split()[0].split("-"))
     if first <= start < last:
@@ -50,7 +65,13 @@ def measure(quick: bool) -> list[Measurement]:
         cases = {"ours": lambda: cpu(listed, root), "os.scandir + stat": lambda: cpu(scanned, root)}
         seconds = interleave(cases, rounds)
         what = f"{files:,} files"
+        shards = Path(folder, "shards")
+        write_index(shards, root)
+        size = (shards / ARRAYS).stat().st_size
+        opening = interleave({"shards": lambda: cpu(listed, shards)}, rounds)
         rows = [
+            summary("photographs", f"ours: opening shards of {what}", opening["shards"], "CPU s"),
+            summary("photographs", f"index of shards of {what}", [size / files], "bytes an image"),
             ratio("photographs", f"listing {what}, ours / os.scandir + stat", *seconds.values()),
             *(
                 summary("photographs", f"{n}: listing {what}", s, "CPU s")
@@ -61,10 +82,15 @@ def measure(quick: bool) -> list[Measurement]:
             root = Path(folder, "images")
             noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
             file = Path(folder, "noise.png")
-            Image.fromarray(noise).save(file)
+            Pillow.fromarray(noise).save(file)
             make(root, images, lambda i: file.read_bytes())
-            copies = sum(memory(root, side, Path(folder, "cache"))) / (images * 3 * side**2)
+            cache = Path(folder, "cache")
+            image_folder(str(root), side, cache_dir=str(cache)).train.images.sum()
+            copies = sum(memory(root, side, cache, "images")) / (images * 3 * side**2)
             what = f"{PROCESSES} processes: images in memory, {images} of {side} x {side}"
+            rows.append(summary("photographs", what, [copies], "copies"))
+            copies = sum(memory(shards, side, cache, "index")) / size
+            what = f"{PROCESSES} processes: index of shards in memory, {files:,} images"
             rows.append(summary("photographs", what, [copies], "copies"))
         return rows + decoding(Path(folder, "photographs"), 4 if quick else 32, 2 * rounds)
 
@@ -72,12 +98,9 @@ def measure(quick: bool) -> list[Measurement]:
 def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
     """Random resized crops of JPEGs to 224 pixels, by ours and by torchvision's pipeline."""
     write_photographs(root, count)
-    source = partial(image_folder, str(root), 224, str(root / "cache"), view="random_resized_crop")
-    mean = std = [0.5] * 3
-    data = ImageData(
-        source, count, mean=mean, std=std, augment={}, num_workers=0, pixels_of=["train"]
-    )
-    data.read()
+    listing = list_images(str(root))
+    for kind, how in SHARDS.items():
+        pack(listing, root.parent / kind, how)
     view = T.Compose([T.RandomResizedCrop(224), T.PILToTensor()])
     theirs = DataLoader(ImageFolder(str(root / "train"), view), count)
     files = [path for path, _ in ImageFolder(str(root / "train")).samples]
@@ -86,9 +109,9 @@ def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
         for file in files:
             decode_jpeg(read_file(file))
 
-    loader = data.train_loader()
     cases: dict[str, Callable[[], object]] = {
-        "ours": lambda: [*loader],
+        "ours": partial(list, loader(root, count)),
+        **{kind: partial(list, loader(root.parent / kind, count)) for kind in SHARDS},
         "PIL + torchvision": lambda: [*theirs],
         "libjpeg-turbo alone": decode_only,
     }
@@ -96,13 +119,44 @@ def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
     speeds = {name: [count / s for s in values] for name, values in seconds.items()}
     ours = speeds.pop("ours")
     what = "random resized crops of JPEGs of 500 x 375 to 224"
+    packed = {kind: speeds.pop(kind) for kind in SHARDS}
+    peer = "PIL + torchvision"
     return [
+        *(
+            ratio("photographs", f"{n} / {peer} (images/CPU s): {what}", v, speeds[peer])
+            for n, v in packed.items()
+        ),
         *(
             ratio("photographs", f"ours / {n} (images/CPU s): {what}", ours, v)
             for n, v in speeds.items()
         ),
         summary("photographs", f"ours: {what}", ours, "images/CPU s"),
     ]
+
+
+def loader(root: Path, batch_size: int) -> Iterable[object]:
+    """Ours, of random crops, without augmentation."""
+    source = partial(image_folder, str(root), 224, str(root / "cache"), view="random_resized_crop")
+    options: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3, "augment": {}, "num_workers": 0}
+    data = ImageData(source, batch_size, pixels_of=["train"], **options)
+    data.read()
+    return data.train_loader()
+
+
+def write_index(folder: Path, root: Path) -> None:
+    """The index of a folder of images as if it was packed, with empty shards of the right size."""
+    folder.mkdir()
+    listing, splits = list_images(str(root)), {}
+    for name, files in listing.splits.items():
+        shard = Shard(f"{name}-000000.tar", 4 * BLOCK * len(files.names), "00" * 32)
+        with (folder / shard.name).open("wb") as file:
+            file.truncate(shard.size)
+        rows = [
+            Image(of, label, 0, 4 * BLOCK * i, BLOCK, i)
+            for i, (of, label) in enumerate(zip(files.names, files.labels.tolist(), strict=True))
+        ]
+        splits[name] = SplitIndex.of([shard], rows)
+    Index(splits, listing.classes, {}).write(folder)
 
 
 def write_photographs(root: Path, count: int) -> None:
@@ -118,7 +172,7 @@ def write_photographs(root: Path, count: int) -> None:
                 file = root / split / str(cls) / f"{i}.jpg"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 part = image[top : top + 375, left : left + 500]
-                Image.fromarray(part).save(file, quality=90)
+                Pillow.fromarray(part).save(file, quality=90)
 
 
 def make(root: Path, files: int, content: Callable[[int], bytes]) -> None:
@@ -156,10 +210,9 @@ def scanned(root: Path) -> int:
     return count
 
 
-def memory(root: Path, side: int, cache: Path) -> list[int]:
-    """Bytes that the images take in each of the processes, shared ones divided among them."""
-    command = [sys.executable, "-c", READER, str(root), str(side), str(cache)]
-    image_folder(str(root), side, cache_dir=str(cache)).train.images.sum()
+def memory(root: Path, side: int, cache: Path, what: str) -> list[int]:
+    """Bytes that images or index take in each of the processes, shared ones divided among them."""
+    command = [sys.executable, "-c", READER, str(root), str(side), str(cache), what]
     running = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(PROCESSES)

@@ -23,6 +23,7 @@ COMMANDS = {
     "rerun": ("studies.rerun", "train with the settings of a run once more"),
     "diff": ("studies.diff", "compare the settings and metrics of two runs"),
     "preview": ("studies.preview", "show the data of a run, as counts and pictures"),
+    "pack": ("studies.pack", "pack photographs into tar shards"),
     "list-models": ("studies.list_models", "list models: size, FLOPs, pretrained weights"),
     "cost": ("studies.cost", "estimate FLOPs and hours of a run or a sweep"),
 }

@@ -154,6 +154,7 @@ HINTS: dict[str, Any] = REQUIRED | {
     "data.std": list[Part] | None,
     "data.sampler": Literal["shuffled", "balanced"],
     "data.repeats": Annotated[int, within(1, 1000)],
+    "data.window": Count | None,
     "data.flip": Fraction,
     "data.eval_batch_size": BatchSize,
     "data.num_workers": Workers | Literal["auto"],
@@ -301,7 +302,7 @@ def _check_files(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"model.weights={weights}: no such file, and no folder of a run")
     name = values["data.source._target_"].rpartition(".")[2]
     root = Path(os.path.expanduser(given))
-    if name == "image_folder" and not root.is_dir():
+    if name == "image_folder" and "://" not in given and not root.is_dir():
         raise ConfigError(f"data.root={given}: no such folder")
     if name in OWN_FILES and not any(root.glob(OWN_FILES[name])):
         found = [p for pattern in PHOTOGRAPHS for p in islice(root.glob(pattern), 1000)]

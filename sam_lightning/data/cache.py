@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
-from sam_lightning.data.contents import content_of, each, hash_of, hashes
+from sam_lightning.data.contents import each, hash_of, hashes
 from sam_lightning.data.listing import Files
 from sam_lightning.data.mapped import Notes, Write, made, opened
 from sam_lightning.data.pixels import decode, open_image
+from sam_lightning.data.shards import Packed
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
 VERSION = 2  # of what a file becomes; with another one all is decoded again
@@ -82,10 +83,10 @@ class StoredImages:
         reasons = []
         count = len(self.files.names)
         for i in range(count if self.skip_broken else min(NAMED, count)):
-            decoded = _decode(path := self.files.path(i), None, None)
+            decoded = _decode(self.files, i, None, None)
             if not isinstance(decoded, str):
                 height, width, _ = decoded[0].shape
-                return (height, width), path
+                return (height, width), self.files.path(i)
             reasons.append((i, decoded))
         raise ConfigError(_refusal(self.files, reasons))
 
@@ -132,16 +133,19 @@ class StoredImages:
 
     def _whole(self, indices: Tensor) -> Tensor:
         """Positions of the images whose files can be decoded, by decoding thumbnails, once."""
-        small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
-        _, positions = small.load(indices)
+        if self.files.sizes is None:
+            small = StoredImages(self.files, THUMBNAIL, self.cache_dir, self.skip_broken)
+            _, positions = small.load(indices)
+            self.broken, self.sizes = small.broken, small.sizes
+        else:
+            positions, self.sizes = torch.arange(len(indices)), self.files.sizes
         for side, length in zip(("height", "width"), self.shape[2:], strict=True):
-            least, _, largest = small.sizes[side]
+            least, _, largest = self.sizes[side]
             if self.fixed is None and not least == length == largest:
                 raise ConfigError(
                     f"data.image_size=null: {self._first[1]} has a {side} of {length} pixels, and "
                     f"others of {least} to {largest}; set data.image_size to bring them to one size"
                 )
-        self.broken, self.sizes = small.broken, small.sizes
         return positions
 
     def read(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
@@ -154,9 +158,8 @@ class StoredImages:
         # In the memory order of decoded images: to turn them would take a tenth of the time.
         images = np.empty((len(indices), height, width, channels), np.uint8)
         for place, i in enumerate(indices.tolist()):
-            path = self.files.path(i)
             try:
-                content, _ = content_of(path)
+                content = self.files.content(i)
                 if seeds is None or self.random is None:
                     image = open_image(content)
                     seen = np.asarray(self.fixed(image) if self.fixed else image)
@@ -165,9 +168,16 @@ class StoredImages:
                 if seen.shape != images.shape[1:]:
                     raise ValueError(f"is not of {width} x {height} pixels any more")
                 images[place] = seen
+            except ConfigError:
+                raise
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
-                raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
+                raise ConfigError(f"data.root: {self.files.path(i)}: {one_line(error)}") from error
         return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Let shards at an address be copied while others are read."""
+        assert isinstance(self.files, Packed)
+        self.files.shards.fetch_ahead(shards)
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""
@@ -188,10 +198,12 @@ class StoredImages:
         chunk = np.empty((rows, channels, height, width), np.uint8)
         sizes = np.zeros((count, 2), np.int32)
         broken: list[tuple[int, str]] = []
+        to_compare = None if files.known() is not None else found
         lowest, highest = np.full(channels, 255), np.zeros(channels, int)
 
         def fill(i: int) -> str | None:
-            decoded = _decode(files.path(i), self.fixed, found[i])
+            known = None if to_compare is None else to_compare[i]
+            decoded = _decode(files, i, self.fixed, known)
             if isinstance(decoded, str):
                 return decoded
             pixels, sizes[i] = decoded
@@ -203,7 +215,7 @@ class StoredImages:
             for start in range(0, count, rows):
                 these = range(start, min(start + rows, count))
                 good = []
-                for i, reason in zip(these, each(fill, these, files), strict=True):
+                for i, reason in zip(these, each(fill, these, files.size), strict=True):
                     advance()
                     if reason is None:
                         good.append(i % rows)
@@ -227,14 +239,18 @@ class StoredImages:
         return notes
 
 
-def _decode(path: str, view: CenterCrop | None, known: np.ndarray | None) -> Decoded | str:
+def _decode(
+    files: Files, index: int, view: CenterCrop | None, known: np.ndarray | None
+) -> Decoded | str:
     """An image file, or why it is none. ``known`` is the hash of the content that it must have."""
     try:
-        content, _ = content_of(path)
+        content = files.content(index)
         if known is not None and hash_of(content) != known.tobytes():
             return "it changed while it was read"
         image = open_image(content)
         return np.asarray(image if view is None else view(image)), image.size
+    except ConfigError:  # what was packed is lost, which is no broken image
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         return one_line(error)
 

@@ -6,18 +6,19 @@ program can set the time at which an inode changed, so unpacking an archive cann
 
 import hashlib
 import os
-import stat
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sam_lightning.config.progress import progress
-from sam_lightning.data.listing import Files, stamp_of
+from sam_lightning.data.listing import Files, content_of, stamp_of
 
 SIZE = 16  # bytes of a hash
 SMALL = 8_000  # bytes of a file that is read without threads, which would wait for the GIL
@@ -25,17 +26,7 @@ SETTLED = 2 * 10**9  # ns after which another change to a file has another time 
 _KNOWN = np.dtype([("stamp", np.int64), ("hash", np.uint8, SIZE)])
 
 
-def content_of(path: str) -> tuple[bytes, os.stat_result]:
-    """The bytes of a file, and what it is; an OSError if there are none."""
-    # A pipe would wait for somebody who writes to it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("is no ordinary file")
-        return file.read(), status
-
-
-def hash_of(content: bytes) -> bytes:
+def hash_of(content: bytes | bytearray) -> bytes:
     """A hash of ``SIZE`` bytes."""
     return hashlib.blake2b(content, digest_size=SIZE).digest()
 
@@ -47,6 +38,8 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
         files: those to hash.
         folder: where hashes of earlier calls are, and new ones are kept if that works.
     """
+    if (there := files.known()) is not None:
+        return there
     base = os.fsencode(os.path.realpath(files.base))
     index = folder / f"contents-{hashlib.blake2b(base, digest_size=16).hexdigest()}.npy"
     known = _known(index)
@@ -67,7 +60,7 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
 
     if unknown:
         with progress("reading", len(unknown)) as advance:
-            for _ in each(read, unknown, files):
+            for _ in each(read, unknown, files.size):
                 advance()
     if settled.any():
         with suppress(OSError):  # else they are hashed again next time
@@ -78,15 +71,27 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
     return found["hash"]
 
 
-def each(call: Callable[[int], object], indices: Sequence[int], files: Files) -> Iterator[object]:
-    """``call`` with each of the indices of files, in several threads unless the files are tiny."""
-    if files.size <= SMALL:
+def each(call: Callable[[int], Any], indices: Sequence[int], size: float) -> Iterator[Any]:
+    """``call`` with each of the indices of files, in several threads unless the files are tiny.
+
+    Args:
+        size: mean of the files' bytes.
+
+    The results come in order, and only some are made in advance.
+    """
+    if size <= SMALL:
         yield from map(call, indices)
         return
     from joblib import cpu_count  # heeds affinity and the limits of containers
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        yield from pool.map(call, indices)
+    count, waiting = cpu_count(), deque[Future[Any]]()
+    with ThreadPoolExecutor(count) as pool:
+        for i in indices:
+            waiting.append(pool.submit(call, i))
+            if len(waiting) > 4 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _known(index: Path) -> np.ndarray:

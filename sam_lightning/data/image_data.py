@@ -64,8 +64,7 @@ class ImageData:
         mean: per channel, of pixels in 0..1; None: computed from the training images.
         std: likewise.
         augment: the entries of a ``BatchAugment`` by name; crop and flip by default.
-        sampler: ``shuffled`` or ``balanced``, see ``EpochOrder``.
-        repeats: how often an image comes in a row, each time augmented differently.
+        sampler, repeats, window: of the order, as ``EpochOrder`` takes them.
         num_workers: loading processes; "auto": none, or ``suggested_workers`` where images are
             decoded each time or single images are augmented. The batches are the same.
         drop_last: leave out the last training batch of an epoch if it is not full.
@@ -98,6 +97,7 @@ class ImageData:
     augment: Mapping[str, Any] = field(default_factory=crop_flip)
     sampler: str = "shuffled"
     repeats: int = 1
+    window: int | None = None
     num_workers: int | str = AUTO
     drop_last: bool = False
     pin_memory: bool | None = None
@@ -176,10 +176,9 @@ class ImageData:
         """The order of the training images and their augmentation, tried on one of them."""
         assert self.mean is not None
         assert self.std is not None
-        seed = draw_seed(self.seed, _AUGMENT)
-        augment = BatchAugment(self.mean, self.std, self.augment, seed)
+        augment = BatchAugment(self.mean, self.std, self.augment, draw_seed(self.seed, _AUGMENT))
         seed = draw_seed(self.seed, _SHUFFLE)
-        self._order = EpochOrder(self.train.labels, seed, self.sampler, self.repeats)
+        self._order = EpochOrder(self.train, seed, self.sampler, self.repeats, self.window)
         if self.drop_last and len(self._order) < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size}: must be <= {len(self._order)}, the number of "

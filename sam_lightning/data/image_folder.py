@@ -1,12 +1,14 @@
-"""Folders of image files, one folder per class."""
+"""Folders of image files, one folder per class, and the same in tar shards."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
-from sam_lightning.data.listing import list_images
+from sam_lightning.data.shards import Packed, listed
 from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.data.splitting import divided
 from sam_lightning.data.views import RandomResizedCrop, evaluation_view
@@ -33,6 +35,9 @@ def image_folder(
       names may be ``Train``, ``training``, ``valid``, ``validation`` or ``testing``. Without
       ``test``, ``val`` is the test set, and without both there is none.
     - With ``split``, ``root/<class>/*``.
+    - Either of them as ``python -m sam_lightning pack`` has packed it: the same images in the same
+      order. Tar files of other tools in the layout of WebDataset, with ``train``, ``val`` or
+      ``test`` in their names or those of their folders; with ``split``, without.
 
     Classes are the sorted names of the folders. Images are files that Pillow can open, by suffix,
     at any depth, in the order of torchvision's ``ImageFolder``. Hidden files and folders, those
@@ -79,13 +84,13 @@ def image_folder(
             fixed = evaluation_view(size, view, crop_fraction, interpolation, crop_mode)
             if view == "random_resized_crop":
                 random = RandomResizedCrop(image_size, crop_scale, crop_ratio, fixed.interpolation)
+    cache = Path(os.path.expanduser(cache_dir or "data/cache"))
     try:
-        listing = list_images(root, split)
+        listing = listed(root, split, cache)
     except OSError as error:
         raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
     if split is not None:
         listing = divided(listing, split, split_seed)
-    cache = Path(os.path.expanduser(cache_dir or "data/cache"))
     splits: dict[str, Split] = {}
     first = None
     for name, files in listing.splits.items():
@@ -99,7 +104,8 @@ def image_folder(
             memory_gb * 1e9,
         )
         first = first or images
-        splits[name] = Split(images, files.labels, files.names)
+        shards = torch.from_numpy(files.numbers()) if isinstance(files, Packed) else None
+        splits[name] = Split(images, files.labels, files.names, shards=shards)
     test = splits.get("test") or splits.pop("val", None)
     return ImageSource(
         splits["train"],

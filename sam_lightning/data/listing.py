@@ -45,6 +45,7 @@ class Files:
         labels: int64, N.
         stamps: int64, N, as ``stamp_of`` has them.
         size: mean of the files' bytes.
+        sizes: as ``StoredImages`` has them, if it is known that all images can be decoded.
     """
 
     base: str
@@ -52,10 +53,19 @@ class Files:
     labels: Tensor
     stamps: np.ndarray
     size: float
+    sizes: dict[str, list[int]] | None = None
 
     def path(self, index: int) -> str:
         """Where a file is."""
         return os.path.join(self.base, self.names[index])
+
+    def content(self, index: int) -> bytes | bytearray:
+        """The bytes of a file; an OSError if there are none, a ConfigError if a shard is lost."""
+        return content_of(self.path(index))[0]
+
+    def known(self) -> np.ndarray | None:
+        """Hashes of the contents as ``contents.hashes`` has them, if ``content`` checks them."""
+        return None
 
     def take(self, indices: Tensor) -> "Files":
         """The files at these indices."""
@@ -77,10 +87,11 @@ class Listing:
     left_out: dict[str, int]
 
 
-def list_images(root: str, split: Any = None) -> Listing:
+def list_images(root: str, split: Any = None, either: bool = False) -> Listing:
     """List a folder of images, whose layout ``image_folder`` describes.
 
-    With ``split``, for ``splitting.divided``, all images are one split.
+    With ``split``, for ``splitting.divided``, all images are one split; with ``either`` they are if
+    there is no folder of training images.
 
     Raises:
         ConfigError: as ``image_folder`` says.
@@ -89,6 +100,8 @@ def list_images(root: str, split: Any = None) -> Listing:
     base = os.path.expanduser(root)
     left_out: Counter[str] = Counter()
     folders = _split_folders(root, base)
+    if either and "train" not in folders:
+        split = WHOLE
     if split is None:
         if "train" not in folders:
             raise ConfigError(f"data.root={root!r}: no folder {base}/train; need {LAYOUT}")
@@ -183,7 +196,7 @@ def _subfolders(folder: str) -> Iterator[tuple[str, str]]:
     """Names and paths of the folders in a folder that are not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not _is_hidden(entry.name) and _is_folder(entry):
+            if not is_hidden(entry.name) and is_folder(entry):
                 yield entry.name, entry.path
 
 
@@ -208,11 +221,13 @@ def _classes(root: str, folder: str) -> dict[str, str]:
     return found
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems put beside others."""
     return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -241,9 +256,9 @@ def _walk(
         with os.scandir(here) as entries:
             for entry in entries:
                 name = entry.name
-                if _is_hidden(name):
+                if is_hidden(name):
                     left_out[HIDDEN] += 1
-                elif _is_folder(entry):
+                elif is_folder(entry):
                     if not (entry.is_symlink() and _leads_up(entry.path)):
                         pending.append(entry.path)
                 elif name[name.rfind(".") :].lower() in known:
@@ -273,6 +288,16 @@ def _status(entry: os.DirEntry[str]) -> tuple[int, int]:
     return stamp_of(found), found.st_size
 
 
+def content_of(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, and what it is; an OSError if there are none."""
+    # A pipe would wait for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is no ordinary file")
+        return file.read(), status
+
+
 def stamp_of(found: os.stat_result) -> int:
     """A hash of what tells a file from others and from itself before a change.
 
@@ -289,8 +314,8 @@ def _count_beside(folder: str, left_out: Counter[str]) -> None:
     """Count what is in a split's folder and in none of its classes."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 left_out[HIDDEN] += 1
-            elif not _is_folder(entry):
+            elif not is_folder(entry):
                 is_image = os.path.splitext(entry.name)[1].lower() in suffixes()
                 left_out["beside the class folders" if is_image else _kind(entry.name)] += 1

@@ -21,6 +21,7 @@ from sam_lightning.data.source import Split
 SAMPLERS = ("shuffled", "balanced")
 AUTO = "auto"  # as the number of loading processes: ``suggested_workers`` where there is work
 MOST_WORKERS = 16
+AHEAD = 4  # shards that are fetched in advance where all are mixed
 _EPOCH = 40  # bits of a position in an epoch, below the number of the epoch
 
 
@@ -73,17 +74,28 @@ class EpochOrder:
     """The order of the training images, over all ranks together: a function of (seed, epoch).
 
     Args:
-        labels: int64, of all training images.
+        split: the training images.
         seed: of the orders.
         sampler: ``shuffled``: each image once. ``balanced``: each class that has images equally
             often, ceil(images / classes) times; a class takes turns through its images, in an order
             drawn for each turn.
         repeats: each image comes so many times in a row, and only the first of an order come at
             all, so that an epoch keeps its length; of a balanced one, each class is rounded up.
+        window: so many shards, drawn for the epoch, come before the next ones; None: all at once.
+
+    Raises:
+        ValueError: ``window`` is below 1, or the images are in no shards.
     """
 
-    def __init__(self, labels: Tensor, seed: int, sampler: str, repeats: int = 1) -> None:
+    def __init__(
+        self, split: Split, seed: int, sampler: str, repeats: int = 1, window: int | None = None
+    ) -> None:
         self.seed, self.repeats = seed, repeats
+        labels, self._window = split.labels, window
+        if window is not None and (window < 1 or split.shards is None):
+            raise ValueError(f"window={window}: must be >= 1 for images in shards, else null")
+        self._shards = None if split.shards is None else split.shards.numpy()
+        self._needed: tuple[int, Integers, Integers] | None = None
         self._length = self._count = len(labels)
         self._members: list[Tensor] = []
         if sampler == "balanced":
@@ -101,6 +113,11 @@ class EpochOrder:
         if self._last is None or self._last[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             indices, copies = self._drawn(generator)
+            if self._shards is not None and self._window is not None:
+                turns = torch.randperm(int(self._shards.max()) + 1, generator=generator).numpy()
+                by_window = (turns // self._window)[self._shards[indices]].argsort(kind="stable")
+                indices = indices[by_window]
+                copies = copies if isinstance(copies, int) else copies[by_window]
             if self.repeats > 1:
                 counted = np.arange(self._length)
                 indices = indices[counted // self.repeats]
@@ -108,6 +125,21 @@ class EpochOrder:
                 copies = copies * self.repeats + counted % self.repeats
             self._last = epoch, indices, copies
         return self._last[1:]
+
+    def next_shards(self, epoch: int, position: int) -> list[int]:
+        """The shards that an epoch needs first at a position or behind it, in turn.
+
+        They are at most ``window``, or ``AHEAD``.
+        """
+        assert self._shards is not None
+        indices, _ = self.of(epoch)
+        if self._needed is None or self._needed[0] != epoch:
+            numbers, first = np.unique(self._shards[indices], return_index=True)
+            turns = first.argsort()
+            self._needed = epoch, first[turns], numbers[turns]
+        _, first, numbers = self._needed
+        start = int(first.searchsorted(position))
+        return numbers[start : start + (self._window or AHEAD)].tolist()
 
     def _drawn(self, generator: torch.Generator) -> tuple[Integers, Any]:
         if not self._members:
@@ -165,8 +197,12 @@ class TrainDataset(SplitDataset):
         indices = indices[positions]
         copies = copies if isinstance(copies, int) else copies[positions]
         key = BatchKey(epoch, batch, indices, copies, partners)
-        unread = not isinstance(self.split.stored, Tensor)
-        images, labels = self.load(indices, self.augment.view_seeds(key) if unread else None)
+        stored, seeds = self.split.stored, None
+        if not isinstance(stored, Tensor):
+            seeds = self.augment.view_seeds(key)
+            if self.split.shards is not None:
+                stored.fetch_ahead(self.order.next_shards(epoch, first))
+        images, labels = self.load(indices, seeds)
         return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
 
     def _with_partners(self, positions: Integers, batch: int) -> tuple[Integers, Integers]:

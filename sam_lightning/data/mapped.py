@@ -70,7 +70,7 @@ def made(path: Path, shape: tuple[int, ...], fill: Fill) -> tuple[Tensor, Notes]
     Without a place to write to, with a warning, the images are in this process's memory.
     """
     try:
-        with _alone(path):
+        with alone(path):
             if (found := opened(path)) is not None:
                 return found
             _write(path, shape, fill)
@@ -97,8 +97,8 @@ def made(path: Path, shape: tuple[int, ...], fill: Fill) -> tuple[Tensor, Notes]
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time make the file."""
+def alone(path: Path, level: int = logging.INFO) -> Iterator[None]:
+    """Let one process at a time make the file; leave no new folder that stays empty."""
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _alone(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("another process decodes these images; waiting for it")
+                log.log(level, "another process makes %s; waiting for it", path)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks: both do the work, and one file stays

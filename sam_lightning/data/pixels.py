@@ -1,6 +1,7 @@
 """Image files to pixels as a person sees them, the same for training, evaluation and predict."""
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -28,6 +29,7 @@ RGB = 3  # of torchvision's ImageReadMode
 # says nothing of the pixels; not of what may have an orientation.
 FRAMES, SCAN = (0xC0, 0xC1, 0xC2), 0xDA
 SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {0xE1}
+PPM = re.compile(rb"P6\n(\d{1,6}) (\d{1,6})\n255\n")  # pixels of 3 bytes follow, as they are
 MOST_PIXELS = 2**26  # beyond, Pillow may refuse an image
 ORIENTATION = 0x0112  # EXIF: which side of the stored image is up
 UPRIGHT = {
@@ -58,29 +60,38 @@ def suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
 
 
-def open_image(file: str | Path | bytes) -> Image.Image:
+def open_image(file: str | Path | bytes | bytearray) -> Image.Image:
     """An image file, from its path or its content, as ``visible`` shows it.
 
     Raises:
         OSError, ValueError, SyntaxError and others of Pillow: the file cannot be read, is no
             image, is truncated, is too large to be one, or ``visible`` refuses it.
     """
-    with _opened(file if isinstance(file, bytes) else Path(file).read_bytes()) as image:
+    with _opened(file if isinstance(file, bytes | bytearray) else Path(file).read_bytes()) as image:
         return visible(image)
 
 
-def decode(content: bytes) -> Tensor:
+def decode(content: bytes | bytearray) -> Tensor:
     """The pixels of ``open_image``, uint8 3 x H x W, in memory as H x W x 3.
 
     Raises:
         as ``open_image``.
     """
+    if found := PPM.match(content):
+        width, height = map(int, found.groups())
+        if len(content) - found.end() == 3 * height * width:
+            pixels = torch.frombuffer(_writable(content), dtype=torch.uint8, offset=found.end())
+            return pixels.view(height, width, 3).permute(2, 0, 1)
     decoder = _jpeg_decoder()
     if decoder is not None and (_is_plain_jpeg(content) or _is_upright_jpeg(content)):
         with suppress(RuntimeError):  # what it finds broken Pillow is asked, too
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            data = torch.frombuffer(_writable(content), dtype=torch.uint8)
             return decoder(data, RGB, False)
     return torch.from_numpy(np.array(open_image(content))).permute(2, 0, 1)
+
+
+def _writable(content: bytes | bytearray) -> bytearray:
+    return content if isinstance(content, bytearray) else bytearray(content)
 
 
 @cache
@@ -93,7 +104,7 @@ def _jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
     return None
 
 
-def _is_plain_jpeg(content: bytes) -> bool:
+def _is_plain_jpeg(content: bytes | bytearray) -> bool:
     """Whether it is a JPEG in colour without metadata that might turn it: no in all doubts.
 
     Pillow takes a tenth of the time of decoding to look at the same.
@@ -114,13 +125,13 @@ def _is_plain_jpeg(content: bytes) -> bool:
     return False
 
 
-def _is_upright_jpeg(content: bytes) -> bool:
+def _is_upright_jpeg(content: bytes | bytearray) -> bool:
     with _opened(content) as image:
         is_rgb = image.format == "JPEG" and image.mode == "RGB"
         return is_rgb and _orientation(image) not in UPRIGHT
 
 
-def _opened(content: bytes) -> Image.Image:
+def _opened(content: bytes | bytearray) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), "r", formats())
     except UnidentifiedImageError as error:  # which would name an address in memory

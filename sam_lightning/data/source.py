@@ -17,23 +17,41 @@ from torch import Tensor
 from sam_lightning.config.errors import ConfigError
 
 CHUNK = 2**24  # bytes of images looked at together
+NAMES = ("text", "ends", "folders", "folder_ends", "starts")  # the arrays of ``Names``
 
 
 class Names(Sequence[str]):
-    """Names of files in two arrays: a fifth of the memory of a list, and shared by forks."""
+    """Names of files in arrays: a tenth of the memory of a list, and shared by processes.
 
-    def __init__(self, text: bytes, ends: np.ndarray, index: np.ndarray | None = None) -> None:
-        self._text, self._ends, self._index = text, ends, index
+    Args:
+        arrays: ``text``, names without their folders, each with a zero byte behind it; ``ends``,
+            where these bytes are; ``folders`` and ``folder_ends``, the same of folders, each once
+            for all names that follow each other; ``starts``, the first name of each folder.
+        index: which names, in which order; None: all of them.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], index: np.ndarray | None = None) -> None:
+        self.arrays = {key: arrays[key] for key in NAMES}
+        self._index = index
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
         """These names."""
-        text = os.fsencode("".join(f"{name}\0" for name in names))
-        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == 0)
-        return cls(text, ends.astype(np.uint32) if len(text) < 2**32 else ends)
+        files: list[str] = []
+        folders: list[str] = []
+        starts: list[int] = []
+        for name in names:
+            folder, slash, file = name.rpartition("/")
+            folder += slash
+            if not folders or folder != folders[-1]:
+                folders.append(folder)
+                starts.append(len(files))
+            files.append(file)
+        parts = (*_joined(files), *_joined(folders), smallest(starts))
+        return cls(dict(zip(NAMES, parts, strict=True)))
 
     def __len__(self) -> int:
-        return len(self._ends) if self._index is None else len(self._index)
+        return len(self.arrays["ends"]) if self._index is None else len(self._index)
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -43,14 +61,30 @@ class Names(Sequence[str]):
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         at = range(len(self))[i] if self._index is None else int(self._index[i])
-        start = int(self._ends[at - 1]) + 1 if at else 0
-        return os.fsdecode(self._text[start : int(self._ends[at])])
+        text, ends, folders, folder_ends, starts = self.arrays.values()
+        folder = int(starts.searchsorted(at, "right")) - 1
+        return os.fsdecode(_part(folders, folder_ends, folder) + _part(text, ends, at))
 
     def take(self, indices: Tensor) -> "Names":
         """The names at these indices."""
         index: Any = indices.cpu().numpy()
         index = index if self._index is None else self._index[index]
-        return Names(self._text, self._ends, index)
+        return Names(self.arrays, index)
+
+
+def smallest(values: Any) -> np.ndarray:
+    """Whole numbers, none below 0, in as few bytes as hold them."""
+    found = np.asarray(values, np.int64)
+    return found.astype(np.min_scalar_type(int(found.max(initial=0))))
+
+
+def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    text = np.frombuffer(os.fsencode("".join(f"{text}\0" for text in texts)), np.uint8)
+    return text, smallest(np.flatnonzero(text == 0))
+
+
+def _part(text: np.ndarray, ends: np.ndarray, at: int) -> bytes:
+    return text[int(ends[at - 1]) + 1 if at else 0 : int(ends[at])].tobytes()
 
 
 class Unread(Protocol):
@@ -76,6 +110,9 @@ class Unread(Protocol):
         same part.
         """
 
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Images of these shards, by their numbers in ``Split.shards``, are needed soon."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -88,12 +125,14 @@ class Split:
         labels: int64, N, each in 0..number of classes - 1.
         names: N texts, such as ``test/cat/1.png``, or None if the images have no names.
         index: int64, N: where the images are in ``stored``; None: they are all of those, in order.
+        shards: N numbers of the shards that the images are in; None: they are in no shards.
     """
 
     stored: Tensor | Unread
     labels: Tensor
     names: Sequence[str] | None = None
     index: Tensor | None = None
+    shards: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,7 +175,8 @@ class Split:
         if names is not None:
             names = names if isinstance(names, Names) else Names.of(names)
             names = names.take(indices)
-        return Split(self.stored, self.labels.index_select(0, indices), names, index)
+        shards = None if self.shards is None else self.shards[indices.to(self.shards.device)]
+        return Split(self.stored, self.labels.index_select(0, indices), names, index, shards)
 
     def to(self, device: torch.device) -> "Split":
         """The same on ``device``: itself if it is there, or else a copy of its images."""

@@ -277,6 +277,8 @@ def _read_data(stored: DictConfig, root: dict[str, str], overrides: dict[str, An
         and "download" in stored.data.source
     ):
         overrides = {"download": False, **overrides}
+    if not root and "://" in (address := str(stored.data.source.get("root"))):
+        raise ConfigError(f"data.root={address}: is an address, which has to be typed")
     for key, value in {**root, **overrides}.items():
         if key in SOURCE_KEYS:
             if key not in stored.data.source:

@@ -21,7 +21,7 @@ from image_files import assert_equals_torchvision, one_line_error, write_images
 from runs import command, configuration, run, summary
 from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.data import cache, contents, image_folder
+from sam_lightning.data import cache, contents, image_folder, listing
 from sam_lightning.data.image_data import ImageData, build_data
 from sam_lightning.data.source import read_splits
 from sam_lightning.inference.load import data_of, load
@@ -40,8 +40,8 @@ def decoded(monkeypatch):
 def read(monkeypatch):
     """The files that were read."""
     seen = []
-    original = contents.content_of
-    for module in (cache, contents):
+    original = listing.content_of
+    for module in (listing, contents):
         monkeypatch.setattr(module, "content_of", lambda p: seen.append(p) or original(p))
     return seen
 

@@ -16,13 +16,16 @@ import pytest
 from PIL import Image
 
 from inject import forked
+from sam_lightning.data.listing import list_images
+from sam_lightning.data.packing import Packing, pack
 
 # Of 61 images, 4 of each of 10 classes, each twice: 80, in 6 batches of 12 and one of 8.
-RUN = ["data=image_folder", "data.subset=61", "data.sampler=balanced", "data.repeats=2"]
+RUN = ["data.subset=61", "data.sampler=balanced", "data.repeats=2"]
 RUN += ["data.image_size=16", "data.view=random_resized_crop", "batch_size=12"]
 RUN += ["augment=trivialaugment", "augment.color_jitter.brightness=0.4", "augment.erasing.p=0.5"]
 RUN += ["augment.mixup.alpha=0.4", "augment.cutmix.alpha=1.0", "model.width=2", "trainer=cpu"]
 RUN += ["epochs=2", "test=false", "trainer.log_every_n_steps=1", "checkpoint_every_n_steps=1"]
+TWO = ["trainer=ddp_cpu", "trainer.devices=2"]
 RUN += ["+callbacks.seen._target_=test_same_images.Seen", "data.eval_batch_size=1000"]
 
 
@@ -59,12 +62,21 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
+def photographs_and_shards(folder: Path) -> tuple[list[str], list[str]]:
+    """Both of the same images, as settings."""
+    listing = list_images(str(photographs(folder / "photos")))
+    pack(listing, folder / "shards", Packing(shard_mb=0.04))
+    places = {"image_folder": "photos", "shards": "shards"}
+    first, second = ([f"data={k}", f"data.root={folder / v}"] for k, v in places.items())
+    return first, second
+
+
 def train(folder: Path, *arguments: str, at: str = "") -> None:
     folder.mkdir(exist_ok=True)
     here = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    into = [f"hydra.run.dir={folder / 'run'}", f"data.root={folder.parent / 'photographs'}"]
     variables = {"SEEN": str(folder), "KILLED_AT": at, "PYTHONPATH": here}
-    done = forked(folder, *RUN, *into, *arguments, **variables)
+    into = f"hydra.run.dir={folder / 'run'}"
+    done = forked(folder, *RUN, into, *arguments, **variables)
     assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr
 
 
@@ -83,24 +95,37 @@ def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
-    photographs(tmp_path / "photographs")
-    train(tmp_path / "plain")
+    photos, shards = photographs_and_shards(tmp_path)
+    train(tmp_path / "plain", *photos)
     expected = global_batches(tmp_path / "plain")
     assert [len(rows) for rows in expected.values()] == 2 * [12, 12, 12, 12, 12, 12, 8]
     assert len({row[0] for rows in expected.values() for row in rows}) > 150  # of 160
-    two = ["trainer=ddp_cpu", "trainer.devices=2"]
-    runs = {  # workers 3, 0 and 2 on one rank, then 2 and 3 on two ranks
+    runs = {  # workers 3, 0 and 2 on one rank, the last ones with shards; then 2 and 3 on two ranks
         "killed": [
-            (["data.num_workers=3"], "0.4"),
-            (["ckpt_path=last", "data.num_workers=0"], "1.2"),
-            (["ckpt_path=last", "data.num_workers=2"], ""),
+            ([*photos, "data.num_workers=3"], "0.4"),
+            ([*photos, "ckpt_path=last", "data.num_workers=0"], "1.2"),
+            ([*shards, "ckpt_path=last", "data.num_workers=2"], ""),
         ],
         "ranks": [
-            ([*two, "data.num_workers=2"], "1.1"),
-            ([*two, "ckpt_path=last", "data.num_workers=3"], ""),
+            ([*photos, *TWO, "data.num_workers=2"], "1.1"),
+            ([*photos, *TWO, "ckpt_path=last", "data.num_workers=3"], ""),
         ],
     }
     for name, parts in runs.items():
         for arguments, at in parts:
             train(tmp_path / name, *arguments, at=at)
         assert global_batches(tmp_path / name) == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_windows_of_shards_are_the_same_after_a_kill(tmp_path):
+    _, shards = photographs_and_shards(tmp_path)
+    window = [*shards, "data.window=2"]
+    train(tmp_path / "plain", *window, "data.num_workers=0")
+    expected = global_batches(tmp_path / "plain")
+    train(tmp_path / "ranks", *window, *TWO, "data.num_workers=2", at="0.3")
+    train(tmp_path / "ranks", *window, *TWO, "data.num_workers=0", "ckpt_path=last")
+    assert global_batches(tmp_path / "ranks") == expected
+    train(tmp_path / "full", *shards, "+trainer.max_steps=1")
+    assert global_batches(tmp_path / "full")[0, 0] != expected[0, 0]

@@ -1,0 +1,171 @@
+"""Tar shards of other tools, in the layout of WebDataset: which there are, and what is in them."""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.config.progress import progress
+from sam_lightning.data.contents import each
+from sam_lightning.data.index import BLOCK, FILE, Image, Index, Shard, SplitIndex
+from sam_lightning.data.listing import SPLITS, WHOLE, is_folder, is_hidden, stamp_of
+from sam_lightning.data.mapped import alone
+from sam_lightning.data.pixels import suffixes
+
+CHUNK = 2**20
+CLASSES = "classnames.txt"  # a class a line, beside shards whose labels are numbers
+
+
+class Member(NamedTuple):
+    """A file in a tar file: its name, where its bytes begin, how many, and their CRC-32."""
+
+    name: str
+    offset: int
+    length: int
+    crc: int
+
+
+def find(base: str, suffix: str) -> list[str]:
+    """The names of the files of a kind in a folder, or in its folders of splits and no others.
+
+    So an archive beside folders of classes, which it was unpacked to, is not taken for a shard.
+    """
+    names = set(SPLITS["train"] + SPLITS["val"] + SPLITS["test"])
+    found, pending = [], [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(os.path.join(base, prefix)) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if not is_folder(entry):
+                    found += [prefix + entry.name] * entry.name.lower().endswith(suffix)
+                elif prefix or entry.name.lower() not in names:
+                    return []
+                else:
+                    pending.append(f"{entry.name}/")
+    return sorted(found)
+
+
+def indexed(base: str, names: list[str], cache: Path) -> Index:
+    """The index of tar files, made when they are first read and kept in ``cache``.
+
+    Samples are files of one name up to its first dot: an image, and ``.cls`` with the number or the
+    name of its class. All others are left out.
+
+    Raises:
+        ConfigError: a file is no tar file or was cut short, a sample has no label or two images, or
+            it cannot be told which split a file is of.
+    """
+    key = hashlib.blake2b(repr(os.path.realpath(base)).encode(), digest_size=16)
+    for name in names:
+        key.update(f"{name}\0{stamp_of(os.stat(os.path.join(base, name)))}\0".encode())
+    folder = cache / f"shards-{key.hexdigest()}"
+    with alone(folder / "index"):
+        if not (folder / FILE).is_file():
+            _index(base, names).write(folder)
+        return Index.read(folder)
+
+
+def _index(base: str, names: list[str]) -> Index:
+    left_out: Counter[str] = Counter()
+    by_split: dict[str, list[tuple[Shard, list[Any]]]] = {}
+    paths = [os.path.join(base, name) for name in names]
+
+    def scan(i: int) -> tuple[Shard, list[Any]]:
+        return read_tar(paths[i], names[i])
+
+    with progress("indexing", len(names)) as advance:
+        for name, (shard, members) in zip(names, each(scan, range(len(names)), CHUNK), strict=True):
+            samples = [*_samples(os.path.join(base, name), name, members, left_out)]
+            by_split.setdefault(split_of(base, name), []).append((shard, samples))
+            advance()
+    if len(by_split) > 1 and WHOLE in by_split:
+        odd = by_split[WHOLE][0][0].name
+        raise ConfigError(f"data.root={base!r}: {odd} is not named for a split, and others are")
+    classes, numbers = _classes(base, {s[1] for of in by_split.values() for _, x in of for s in x})
+    splits = {}
+    for split, of in by_split.items():
+        images = [
+            Image(f"{shard.name}/{member.name}", numbers[label], number, *member[1:])
+            for number, (shard, samples) in enumerate(of)
+            for member, label in samples
+        ]
+        splits[split] = SplitIndex.of([shard for shard, _ in of], images)
+    return Index(splits, classes, dict(left_out.most_common()))
+
+
+def read_tar(path: str, name: str) -> tuple[Shard, list[tuple[Member, bytes]]]:
+    """A tar file as a shard, and its members with the content of small ones."""
+    members, digest = [], hashlib.sha256()
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isreg():
+                    content = os.pread(file.fileno(), member.size, member.offset_data)
+                    where = (member.offset_data, member.size, zlib.crc32(content))
+                    small = content if member.size <= BLOCK else b""
+                    members.append((Member(member.name, *where), small))
+            file.seek(0)
+            size, last = 0, b""
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                size, last = size + len(chunk), chunk
+            if last[-BLOCK:].strip(b"\0"):
+                raise tarfile.ReadError("it was cut short")
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(f"data.root: {path}: is no whole tar file ({one_line(error)})") from error
+    return Shard(name, size, digest.hexdigest()), members
+
+
+def _samples(
+    path: str, name: str, members: list[tuple[Member, bytes]], left_out: Counter[str]
+) -> Iterator[tuple[Member, str]]:
+    images: dict[str, Member] = {}
+    labels: dict[str, str] = {}
+    for member, content in members:
+        folder, slash, file = member.name.removeprefix("./").rpartition("/")
+        key, _, kind = file.partition(".")
+        sample, suffix = folder + slash + key, os.path.splitext(f"-.{kind}")[1].lower()
+        if kind.lower() == "cls":
+            labels[sample] = content.decode("utf-8", "backslashreplace").strip()
+        elif suffix in suffixes():
+            if sample in images:
+                raise ConfigError(f"data.root: {path}: sample {sample} has two images")
+            images[sample] = member
+        else:
+            left_out[suffix or "without suffix"] += 1
+    if odd := sorted({*images} ^ {*labels}):
+        what = ".cls with its class" if odd[0] in images else "image"
+        raise ConfigError(f"data.root: {path}: sample {odd[0]} has no {what}")
+    yield from ((images[sample], labels[sample]) for sample in images)
+
+
+def _classes(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, and the number of the class of each label."""
+    if not all(re.fullmatch(r"\d{1,6}", label) for label in labels):
+        names = sorted(labels)
+        return names, {label: i for i, label in enumerate(names)}
+    numbers = {label: int(label) for label in labels}
+    count, file = max(numbers.values(), default=-1) + 1, Path(base, CLASSES)
+    names = [str(i) for i in range(count)]
+    if file.is_file():
+        names = file.read_text(encoding="utf-8").splitlines()
+        if len(names) < count or len({*names}) < len(names):
+            raise ConfigError(f"data.root: {file}: must have {count} names, each once")
+    return names, numbers
+
+
+def split_of(base: str, name: str) -> str:
+    """The split that the name of a file has among its words, or ``WHOLE``."""
+    words = re.findall("[a-z]+", name.lower())
+    found = [split for split, known in SPLITS.items() if not {*known}.isdisjoint(words)]
+    if len(found) > 1:
+        raise ConfigError(f"data.root={base!r}: {name} may be of {' or '.join(found)}; rename it")
+    return found[0] if found else WHOLE
