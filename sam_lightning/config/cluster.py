@@ -22,12 +22,16 @@ def launched() -> Launched | None:
     is a shell that the user starts processes from.
 
     Raises:
-        ConfigError: SLURM has no number of tasks per node, or a value is not a number.
+        ConfigError: SLURM has no number of tasks per node, there is no LOCAL_RANK beside
+            WORLD_SIZE, or a value is not a number.
     """
     env = os.environ
     if "WORLD_SIZE" in env:
         per_node = number("LOCAL_WORLD_SIZE", 0) or None
         found = Launched("torchrun", number("RANK", 0), number("WORLD_SIZE", 1), per_node)
+        if found.processes > 1 and "LOCAL_RANK" not in env:  # Lightning would start more of them
+            advice = "start the processes with torchrun, which sets both"
+            raise ConfigError(f"WORLD_SIZE={found.processes}: there is no LOCAL_RANK; {advice}")
     elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         tasks = number("SLURM_NTASKS", 1)
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:

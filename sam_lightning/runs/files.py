@@ -120,7 +120,8 @@ def make_folder(folder: Path, given: Path, key: str = "out") -> Path:
 def record_failure(cfg: DictConfig, reason: str) -> None:
     """Write the first cause to ``metrics.json``: rank 0 may have written a later one, or nothing.
 
-    A complete run stays complete; why it was not continued is beside it, as ``refused``.
+    A complete run stays complete; why it was not continued, or is of no use to a search, is beside
+    it, as ``refused``.
     """
     path = Path(cfg.output_dir) / "metrics.json"
     summary = read_summary(path) or {"metrics": {}, "config": without_secrets(_plain(cfg))}

@@ -243,6 +243,7 @@ def test_checks_and_lists_without_torch_and_ends_with_code_2(here):
 
 def test_a_launcher_around(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="one process, and torchrun has started 2: leave it out"):
         main([write(FILE)])
 

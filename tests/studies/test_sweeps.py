@@ -309,11 +309,12 @@ class OddError(Exception):
 
 class Odd(Callback):
     def on_train_start(self, trainer, module):
-        if module.rho == 0.25:
+        rho = module.sam.defaults["rho"]
+        if rho == 0.25:
             raise OddError("odd", "odder")
-        if module.rho == 0.75:
+        if rho == 0.75:
             raise ConfigError("rho=0.75: refused as it starts")
-        if module.rho == 0.5:
+        if rho == 0.5:
             os.kill(os.getpid(), signal.SIGKILL)
 '''
 
@@ -410,8 +411,12 @@ def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: optimized_metric=val/loss: came out as nan"
     assert [state for state, *_ in trials(sweep)] == ["FAIL", "FAIL"]
+    why = "TrainingError: optimized_metric=val/loss: came out as nan"
+    assert [(job["status"], job["exit_reason"]) for job in table(sweep)] == [("failed", why)] * 2
     failed = {job["folder"]: summary(sweep / job["folder"]) for job in table(sweep)}
-    assert {found["status"] for found in failed.values()} == {"failed"}
+    for found in failed.values():  # what was trained is complete, and has no such number
+        assert (found["status"], found["refused"]) == ("completed", why)
+        assert found["metrics"]["val/loss"] is None
 
     done = command(tmp_path, *study, "lr=0.1")
     assert done.returncode == 0, done.stderr
@@ -420,6 +425,7 @@ def test_a_study_survives_failed_trials_and_goes_on(tmp_path):
     assert len({rho for _, rho, _ in found}) == 4  # none was drawn a second time
     jobs = table(sweep)
     assert [job["job"] for job in jobs] == ["0", "1", "2", "3"]
+    assert [job["status"] for job in jobs] == ["failed", "failed", "completed", "completed"]
     assert {job["folder"]: summary(sweep / job["folder"]) for job in jobs[:2]} == failed
     for job, (_, rho, value) in zip(jobs, found, strict=True):
         assert summary(sweep / job["folder"])["config"]["rho"] == rho

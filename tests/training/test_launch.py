@@ -32,6 +32,9 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.training.launch import init_process_group, local_processes
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+RANKS = [
+    {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"
+]
 SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_NTASKS_PER_NODE": "3"}
 
 
@@ -69,6 +72,13 @@ def test_who_has_started_this_process(environment, variables, found):
 def test_slurm_has_to_say_where_its_tasks_are(environment):
     environment({"SLURM_NTASKS": "6", "SLURM_PROCID": "4"})
     with pytest.raises(ConfigError, match="give --nodes and --ntasks-per-node, not --ntasks=6"):
+        launched()
+
+
+def test_ranks_without_a_place_on_their_machine_are_refused(environment, monkeypatch):
+    environment({"WORLD_SIZE": "2", "RANK": "1"})
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: there is no LOCAL_RANK; start the proc"):
         launched()
 
 
@@ -201,8 +211,9 @@ def test_processes_leave_no_threads_that_hold_tensors(tmp_path, started):
     processes = [([*line, "trainer.devices=2"], {})]
     if started == "by torchrun":
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        meeting |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        processes = [(line, meeting | {"RANK": str(rank)}) for rank in range(2)]
+        # Without this id Lightning does not know torchrun.
+        meeting["TORCHELASTIC_RUN_ID"] = "none"
+        processes = [(line, meeting | rank) for rank in RANKS]
     path = {"PYTHONPATH": str(tmp_path)}
     outputs = together(tmp_path, *((line, variables | path) for line, variables in processes))
     assert [code for _, code in outputs] == [0] * len(processes), outputs
@@ -253,8 +264,7 @@ def test_two_nodes_of_slurm_are_one_run(tmp_path):
 def as_ranks(cwd, *arguments):
     """What two processes that torchrun would start so print, and their exit codes."""
     line = [sys.executable, str(TRAIN), *SMALL, *arguments]
-    ranks = [{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank)} for rank in range(2)]
-    return together(cwd, *((line, rank) for rank in ranks))
+    return together(cwd, *((line, rank) for rank in RANKS))
 
 
 @pytest.mark.parametrize("sweep", [["-m", "rho=0.1,0.2"], ["sweep=rho_grid"]])
