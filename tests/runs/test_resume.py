@@ -374,6 +374,7 @@ def unbroken_pair(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "signals",
     [
