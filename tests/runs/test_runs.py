@@ -419,7 +419,8 @@ CHOICES = sorted(
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_passes_the_check(choice, tmp_path):
     needs = {
-        **dict.fromkeys(("data=image_folder", "data=shards"), [f"data.root={tmp_path}"]),
+        "data=image_folder": [f"data.root={tmp_path}"],
+        "data=shards": [f"data.root={tmp_path}"],
         "model=custom": ["model._target_=torchvision.models.resnet18"],
         "model=timm": ["model.name=vit_small_patch16_224"],
         "model=torchvision": ["model.name=convnext_tiny"],
