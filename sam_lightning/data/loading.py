@@ -81,7 +81,7 @@ class EpochOrder:
             drawn for each turn.
         repeats: each image comes so many times in a row, and only the first of an order come at
             all, so that an epoch keeps its length; of a balanced one, each class is rounded up.
-        window: so many shards, drawn for the epoch, come before the next ones; None: all at once.
+        window: number of shards whose images are mixed at a time; None: all shards.
 
     Raises:
         ValueError: ``window`` is below 1, or the images are in no shards.

@@ -67,7 +67,7 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
                     system, place = fsspec.url_to_fs(address)
                     system.get_file(place, str(new))
                     if sha256 and digest(new) != sha256:
-                        raise OSError("its SHA-256 is not that of the index")
+                        raise OSError("its SHA-256 differs from the index")
                     os.replace(new, path)
             except Exception as error:  # of as many kinds as there are protocols
                 if not left or isinstance(error, LASTING):

@@ -75,7 +75,7 @@ class Shards:
         return np.asarray(self.first.searchsorted(blocks, "right") - 1, np.int32)
 
     def read(self, block: int, length: int, crc: int) -> bytearray:
-        """The bytes from a block on; an OSError if they are not those that were packed."""
+        """The bytes that begin at a block. Raises OSError if they have changed since packing."""
         number = int(self.of(block))
         file = self._open.get(number)
         if file is None:
