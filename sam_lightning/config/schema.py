@@ -70,7 +70,9 @@ Devices = Annotated[list[Index], Rule("a list of device indices", distinct)]
 PartOfAll = Annotated[float, Rule("a fraction below 1", lambda v: 0 < v < 1)]
 Part = Annotated[float, within(0, 1, above=True)]
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "64", 32, 64]
-Workers = Annotated[int, within(0, 16 * (os.cpu_count() or 1), ", 16 for each processor")]
+_MOST = 16 * (os.cpu_count() or 1)
+Workers = Annotated[int, within(0, _MOST, ", 16 for each processor")]
+Threads = Annotated[int, within(1, _MOST, ", 16 for each processor")]
 
 
 # The keys that every configuration has, and what they allow; conf/train.yaml and the files of the
@@ -83,6 +85,7 @@ REQUIRED: dict[str, Any] = {
     "lr": Positive,
     "weight_decay": NonNegative,
     "label_smoothing": BelowOne,
+    "threads": Threads | None,
     "compile": bool,
     "memory_format": Literal["auto", "contiguous", "channels_last"],
     "max_skipped_steps": Count,

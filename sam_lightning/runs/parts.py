@@ -38,7 +38,7 @@ TABLE = {
         trainer.enable_progress_bar trainer.enable_model_summary
     """,
     STEPS: """
-        epochs lr rho weight_decay label_smoothing max_skipped_steps compile memory_format
+        epochs lr rho weight_decay label_smoothing max_skipped_steps threads compile memory_format
         loss method optimizer scheduler callbacks trainer
     """,
     EPOCHS: """

@@ -261,6 +261,7 @@ def _start(trainer: L.Trainer) -> dict[str, Any]:
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
         "devices": trainer.world_size,
+        "threads": torch.get_num_threads(),  # of each process: sums round by their number
     }
 
 

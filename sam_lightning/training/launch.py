@@ -173,7 +173,8 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
 def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> RunProcsResult:
     """Start the processes and wait for them; terminate all if one fails or a signal comes."""
     # Otherwise each process would use as many threads as there are cores.
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+    share = max(1, (os.cpu_count() or 1) // processes)
+    threads = cfg.threads or int(os.environ.get("OMP_NUM_THREADS", share))
     config = OmegaConf.to_container(cfg, resolve=True)
     logs: Any = None
     if HydraConfig.initialized():

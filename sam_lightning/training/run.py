@@ -64,13 +64,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if world_size > 1 and found is not None:
         init_process_group(cfg.trainer)
     # Rank 0 alone has a folder.
-    with owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext():
+    folder = owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext()
+    with folder, _threads(cfg.threads):
         resume(cfg)
         prepare_as_weights(cfg)
         if world_size > 1 and found is None:
             prepare_data(cfg)  # only in this process, so that no other waits
             return launch(cfg, processes, _train_rank)
         return _train(cfg)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many in the block; the next run of a sweep may be in this process too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_rank(cfg: DictConfig) -> dict[str, float]:
