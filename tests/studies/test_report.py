@@ -727,6 +727,14 @@ def test_figures_show_the_numbers(sweep, tmp_path):
     assert [c[0].get_xdata()[0] for c in seconds.containers] == [10, 10]
 
 
+def test_no_axis_of_accuracy_leaves_0_to_100_percent(tmp_path):
+    for rho in ("rho=0.1", "rho=0.2"):
+        leave_seeds(tmp_path / rho, rho, accs=[0.0, 0.9])  # an interval of 45 ± 572 %
+    study = study_of(tmp_path)
+    figures.metric_against_rho(study, study.settings.index, figure := Figure())
+    assert figure.axes[0].get_ylim() == (-2, 102)
+
+
 @pytest.mark.parametrize("length", [5, 40, 100])
 def test_a_legend_covers_nothing(sweep, monkeypatch, length):
     study = analyse(read_runs([sweep])[0], "test/acc", "sgd")

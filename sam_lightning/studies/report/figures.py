@@ -193,6 +193,10 @@ def _estimates(study: Study, groups: Sequence[int]) -> pd.DataFrame:
 
 def _label(figure: Figure, x: str, metric: str) -> None:
     """Name the first axes, and the lines."""
-    figure.axes[0].set_xlabel(x)
-    figure.axes[0].set_ylabel(f"{metric_name(metric)}{unit(metric)}")
+    axes = figure.axes[0]
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{metric_name(metric)}{unit(metric)}")
+    if percent(metric) == 100:  # the interval of two seeds may leave 0..100 %
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))
     legend(figure)
