@@ -122,7 +122,7 @@ def image_folder(
         for name, count in (expected or {}).items()
         if counts.get(name, 0) != count
     ]
-    if odd and not number("LOCAL_RANK", 0):  # told once
+    if odd and not number("LOCAL_RANK", 0):  # not every process
         log.warning("data.root=%r: is not the whole set: %s", root, ", ".join(odd))
     return ImageSource(
         splits["train"],

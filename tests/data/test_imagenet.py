@@ -32,6 +32,7 @@ from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.schema import check
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
+from sam_lightning.studies import cost
 
 PAGE = (CONF.parent / "docs" / "imagenet.md").read_text()
 RECIPE = (CONF / "experiment" / "imagenet_resnet50.yaml").read_text()
@@ -197,7 +198,7 @@ def test_every_command_trains_as_the_paper(text):
     assert found >= 3
 
 
-def test_recipe_and_page_have_the_figures_of_the_paper():
+def test_recipe_and_page_have_the_figures_of_the_paper(tmp_path):
     published = {
         "100": "22.5 ± 0.1, 6.28 ± 0.08, 22.9 ± 0.1, 6.62 ± 0.11",
         "200": "21.4 ± 0.1, 5.82 ± 0.03, 22.3 ± 0.1, 6.37 ± 0.04",
@@ -208,6 +209,12 @@ def test_recipe_and_page_have_the_figures_of_the_paper():
         assert re.sub(r" {2,}", ", ", row) == figures
         (row,) = re.findall(rf"^\| {epochs} \| (.*) \| [\d.]+ \|$", PAGE, re.M)
         assert row.replace(" | ", ", ") == figures
+    root = full_size(tmp_path / "imagenet", {"train": 1000, "val": 1000})
+    options = ["experiment=imagenet_resnet50", f"data.root={root}", "data.drop_last=false"]
+    forward = cost.estimate(cost.configuration(options)).forward
+    for epochs, hours in re.findall(r"^\| (\d+) \| 2.* \| ([\d.]+) \|$", PAGE, re.M):
+        flops = forward * 3 * 2 * FULL["train"] * int(epochs)
+        assert f"{flops / 2e13 / 3600:.1f}" == hours
 
 
 START = """
