@@ -31,6 +31,7 @@ from runs import column, command, configuration, summary
 from sam_lightning.config.conf import CONF, top_level
 from sam_lightning.config.instantiate import build
 from sam_lightning.config.schema import check
+from sam_lightning.data.source import read_splits
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 from sam_lightning.studies import cost
 
@@ -130,6 +131,17 @@ def test_a_part_is_named_in_a_warning_and_works(tmp_path, caplog):
     imagenet(root, "data.source.expected=null")
     assert caplog.records == []
     assert len(source.test) == 9
+
+
+def test_validation_is_kept_decoded_or_decoded_each_time_as_one_chooses(tmp_path):
+    root = arranged(tmp_path / "imagenet")
+    (kept,) = read_splits(imagenet(root).test)
+    (file,) = (tmp_path / "cache").glob("images-*.u8")
+    assert file.stat().st_size == 9 * 3 * 16**2
+    file.unlink()
+    (unread,) = read_splits(imagenet(root, "data.memory_gb=0").test)
+    assert not isinstance(unread.stored, torch.Tensor)
+    assert torch.equal(kept.stored, unread.stored.read(torch.arange(9)))
 
 
 # --------------------------------------------------------------------------------------- odd files
