@@ -1,17 +1,21 @@
 """Folders of image files, one folder per class, and the same in tar shards."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from sam_lightning.config.cluster import number
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
 from sam_lightning.data.shards import Packed, listed
 from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.data.splitting import divided
 from sam_lightning.data.views import RandomResizedCrop, evaluation_view
+
+log = logging.getLogger(__name__)
 
 
 def image_folder(
@@ -28,6 +32,7 @@ def image_folder(
     interpolation: str | None = None,
     crop_mode: str | None = None,
     memory_gb: float = 8.0,
+    expected: Mapping[str, int] | None = None,
 ) -> ImageSource:
     """Image files in folders, as people have them.
 
@@ -38,6 +43,7 @@ def image_folder(
     - Either of them as ``python -m sam_lightning pack`` has packed it: the same images in the same
       order. Tar files of other tools in the layout of WebDataset, with ``train``, ``val`` or
       ``test`` in their names or those of their folders; with ``split``, without.
+    - ImageNet as ``list_imagenet`` says.
 
     Classes are the sorted names of the folders. Images are files that Pillow can open, by suffix,
     at any depth, in the order of torchvision's ``ImageFolder``. Hidden files and folders, those
@@ -67,6 +73,8 @@ def image_folder(
         crop_mode: of evaluation, as in ``views.CenterCrop``; None: ``center``.
         memory_gb: most that the decoded images of a split may take, in 10^9 bytes. Those of a
             larger one are decoded each time they are needed.
+        expected: how many ``classes`` and images of ``train``, ``val`` and ``test`` there should
+            be; a warning names other numbers.
 
     Raises:
         ConfigError: a folder is missing, a class is empty, the class names of the folders differ,
@@ -106,7 +114,16 @@ def image_folder(
         first = first or images
         shards = torch.from_numpy(files.numbers()) if isinstance(files, Packed) else None
         splits[name] = Split(images, files.labels, files.names, shards=shards)
-    test = splits.get("test") or splits.pop("val", None)
+    test = splits.pop("test", None) or splits.pop("val", None)
+    counts = {name: len(split) for name, split in (splits | {"test": test}).items() if split}
+    counts["classes"] = len(listing.classes)
+    odd = [
+        f"{name} {counts.get(name, 0):,} (of {count:,})"
+        for name, count in (expected or {}).items()
+        if counts.get(name, 0) != count
+    ]
+    if odd and not number("LOCAL_RANK", 0):  # not every process
+        log.warning("data.root=%r: is not the whole set: %s", root, ", ".join(odd))
     return ImageSource(
         splits["train"],
         test,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.data.hugging_face import HUB, tables
+from sam_lightning.data.imagenet import list_imagenet
 from sam_lightning.data.index import BLOCK, FILE, Index, Shard, SplitIndex, first_blocks
 from sam_lightning.data.listing import WHOLE, Files, Listing, list_images
 from sam_lightning.data.remote import fetch, index_of, is_address
@@ -182,6 +183,8 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
         index = Index.read(Path(base))
     elif os.path.isdir(os.path.join(base, UNFINISHED)):
         raise ConfigError(f"data.root={root!r}: is not packed to its end; the same command goes on")
+    elif split is None and (imagenet := list_imagenet(base)) is not None:
+        return imagenet
     elif tars := find(base, ".tar"):
         index = indexed(base, tars, cache)
     else:

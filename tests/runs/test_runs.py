@@ -395,7 +395,7 @@ RECIPES = {
 }
 
 
-PHOTOGRAPHS = ("finetune", "finetune_efficientnet", "vit_s16")
+PHOTOGRAPHS = ("finetune", "finetune_efficientnet", "imagenet_resnet50", "vit_s16")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
@@ -420,6 +420,7 @@ CHOICES = sorted(
 def test_every_choice_passes_the_check(choice, tmp_path):
     needs = {
         "data=image_folder": [f"data.root={tmp_path}"],
+        "data=imagenet": [f"data.root={tmp_path}"],
         "data=shards": [f"data.root={tmp_path}"],
         "model=custom": ["model._target_=torchvision.models.resnet18"],
         "model=timm": ["model.name=vit_small_patch16_224"],
