@@ -59,8 +59,7 @@ class ImageDataModule(ImageData, LightningDataModule):
         # Lightning sets the epoch too, but in a resumed run only after workers took their first
         # indices from the sampler.
         epoch = 0 if self.trainer is None else _epoch(self.trainer)
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        loader = self.train_loader(*self._world(), epoch, self._pin_memory(), overfit)
+        loader = self.train_loader(*self._world(), epoch, self._pin_memory())
         loader.done = self._batches_done
         return loader
 
@@ -103,7 +102,10 @@ class ImageDataModule(ImageData, LightningDataModule):
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
 
-def _epoch(trainer: Any) -> int:
-    """The running or the next epoch; ``trainer.current_epoch`` lags behind it in a resumed run."""
+def _epoch(trainer: Any) -> int | None:
+    """The running or the next epoch; ``trainer.current_epoch`` lags behind it in a resumed run.
+
+    None: all are as the first one, as ``overfit_batches`` says.
+    """
     epoch: int = trainer.fit_loop.epoch_progress.current.processed
-    return epoch
+    return None if trainer.overfit_batches else epoch
