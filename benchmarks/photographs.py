@@ -21,7 +21,7 @@ from torchvision.io import decode_jpeg, read_file
 from benchmarks.timing import Measurement, interleave, ratio, summary
 from sam_lightning.data import image_folder
 from sam_lightning.data.image_data import ImageData
-from sam_lightning.data.index import ARRAYS, BLOCK, Image, Index, Shard, SplitIndex
+from sam_lightning.data.index import ARRAYS, BLOCK, ROW, Index, Shard, SplitIndex
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.packing import Packing, pack
 
@@ -151,11 +151,10 @@ def write_index(folder: Path, root: Path) -> None:
         shard = Shard(f"{name}-000000.tar", 4 * BLOCK * len(files.names), "00" * 32)
         with (folder / shard.name).open("wb") as file:
             file.truncate(shard.size)
-        rows = [
-            Image(of, label, 0, 4 * BLOCK * i, BLOCK, i)
-            for i, (of, label) in enumerate(zip(files.names, files.labels.tolist(), strict=True))
-        ]
-        splits[name] = SplitIndex.of([shard], rows)
+        rows = np.zeros(len(files.names), ROW)
+        rows["crc"] = np.arange(len(rows))
+        rows["offset"], rows["length"] = 4 * BLOCK * rows["crc"].astype(np.int64), BLOCK
+        splits[name] = SplitIndex.of([shard], files.names, files.labels, rows)
     Index(splits, listing.classes, {}).write(folder)
 
 
