@@ -96,6 +96,15 @@ def image_folder(
         listing = listed_once(found, repr((root, split, split_seed)), cache)
     except OSError as error:
         raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
+    classes = listing.classes
+    counts = {n: f.labels.bincount(minlength=len(classes)) for n, f in listing.splits.items()}
+    trained = counts["train"] > 0
+    for name, count in counts.items():
+        for label in ((count > 0) & ~trained).nonzero():
+            cls = classes[int(label)]
+            raise ConfigError(f"data.root={root!r}: {name} has images of class {cls!r}, train none")
+    if trained.sum() < 2:
+        raise ConfigError(f"data.root={root!r}: needs two classes, train has {int(trained.sum())}")
     splits: dict[str, Split] = {}
     first = None
     for name, files in listing.splits.items():
@@ -115,7 +124,7 @@ def image_folder(
     return ImageSource(
         splits["train"],
         test,
-        listing.classes,
+        classes,
         splits.get("val"),
         listing.left_out,
         split is not None,

@@ -17,7 +17,7 @@ from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
 from sam_lightning.data.contents import each
 from sam_lightning.data.index import BLOCK, FILE, ROW, Index, Shard, SplitIndex
-from sam_lightning.data.listing import SPLITS, WHOLE, is_folder, is_hidden, stamp_of
+from sam_lightning.data.listing import HIDDEN, SPLITS, WHOLE, is_folder, is_hidden, stamp_of
 from sam_lightning.data.mapped import alone
 from sam_lightning.data.pixels import suffixes
 from sam_lightning.data.source import Names
@@ -38,9 +38,10 @@ class Member(NamedTuple):
 def find(base: str, suffix: str) -> list[str]:
     """The names of the files of a kind in a folder, or in its folders of splits and no others.
 
-    So an archive beside folders of classes, which it was unpacked to, is not taken for a shard.
+    So an archive beside folders of classes, which it was unpacked to, is not taken for a shard. A
+    copy of a repository of Hugging Face has a folder ``data``.
     """
-    names = set(SPLITS["train"] + SPLITS["val"] + SPLITS["test"])
+    names = {"data", *SPLITS["train"], *SPLITS["val"], *SPLITS["test"]}
     found, pending = [], [""]
     while pending:
         prefix = pending.pop()
@@ -67,14 +68,20 @@ def indexed(base: str, names: list[str], cache: Path) -> Index:
         ConfigError: a file is no tar file or was cut short, a sample has no label or two images, or
             it cannot be told which split a file is of.
     """
-    key = hashlib.blake2b(repr(os.path.realpath(base)).encode(), digest_size=16)
-    for name in names:
-        key.update(f"{name}\0{stamp_of(os.stat(os.path.join(base, name)))}\0".encode())
-    folder = cache / f"shards-{key.hexdigest()}"
+    folder = cache / f"shards-{state_of(base, names)}"
     with alone(folder / "index"):
         if not (folder / FILE).is_file():
             _index(base, names).write(folder)
         return Index.read(folder)
+
+
+def state_of(base: str, names: list[str]) -> str:
+    """A hash of which files these are, which differs when one has changed."""
+    key = hashlib.blake2b(repr(os.path.realpath(base)).encode(), digest_size=16)
+    for name in names:
+        stamp = stamp_of(os.stat(os.path.join(base, name)))
+        key.update(os.fsencode(f"{name}\0{stamp}\0"))
+    return key.hexdigest()
 
 
 def _index(base: str, names: list[str]) -> Index:
@@ -90,7 +97,7 @@ def _index(base: str, names: list[str]) -> Index:
     with progress("indexing", len(names)) as advance:
         for split, mine in by_split.items():
             found[split] = _read_split(base, mine, left_out, texts, advance)
-    classes, numbers = _classes(base, {*texts})
+    classes, numbers = classes_of(base, {*texts})
     turned = np.array([numbers[text] for text in texts])
     splits = {
         split: SplitIndex.of(shards, listed, turned[labels], rows)
@@ -158,8 +165,12 @@ def _samples(
         folder, slash, file = member.name.removeprefix("./").rpartition("/")
         key, _, kind = file.partition(".")
         sample, suffix = folder + slash + key, os.path.splitext(f"-.{kind}")[1].lower()
-        if kind.lower() == "cls":
+        if any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+            left_out[HIDDEN] += 1
+        elif kind.lower() == "cls":
             labels[sample] = content.decode("utf-8", "backslashreplace").strip()
+            if not is_class(labels[sample]):
+                raise ConfigError(f"data.root: {path}: no class in {member.name}: {content!r}")
         elif suffix in suffixes():
             if sample in images:
                 raise ConfigError(f"data.root: {path}: sample {sample} has two images")
@@ -172,7 +183,12 @@ def _samples(
     yield from ((images[sample], labels[sample]) for sample in images)
 
 
-def _classes(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
+def is_class(label: str) -> bool:
+    """Whether a label is the number or the name of a class, and not -1 or nothing."""
+    return label.isprintable() and re.fullmatch(r"|-\d+", label) is None
+
+
+def classes_of(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
     """The names of the classes, and the number of the class of each label."""
     if not all(re.fullmatch(r"\d{1,6}", label) for label in labels):
         names = sorted(labels)
