@@ -84,6 +84,7 @@ def _ranks(folder, split):
     assert len([*Path(cache).iterdir()]) == 4
 
 
+@pytest.mark.slow
 def test_ranks_see_what_the_first_one_lists(tmp_path):
     write_images(tmp_path / "made", splits=("train",))
     (tmp_path / "made" / "train").rename(tmp_path / "photos")
@@ -138,6 +139,7 @@ def test_ranks_and_workers_map_one_copy(tmp_path):
     assert file.stat().st_size <= 400 * (40 + len("0000000000.jpg")) + 100
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_worker_maps_the_index_of_shards(tmp_path):
     out = packed(photographs(tmp_path / "photos"), tmp_path / "packed")
