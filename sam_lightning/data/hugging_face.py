@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_lightning.config.errors import ConfigError, one_line
+from sam_lightning.config.errors import ConfigError, named_errors, one_line
 from sam_lightning.data.listing import SPLITS, WHOLE, Files, Listing, content_of
 from sam_lightning.data.source import Names
 from sam_lightning.data.tars import classes_of, find, is_class, split_of, state_of
@@ -141,15 +141,20 @@ def _local(datasets: Any, root: str, cache: Path, left_out: Counter[str]) -> tup
     names = find(base, ".parquet")
     for name in names:
         file = os.path.join(base, name)
-        if parquet.read_metadata(file).num_rows:
+        with named_errors(f"data.root: {file}: cannot be read", Exception):
+            count = parquet.read_metadata(file).num_rows
+        if count:
             by_split.setdefault(split_of(base, name), []).append(file)
         else:
             left_out["empty .parquet"] += 1
     state, found = state_of(base, names), {}
     for split, files in by_split.items():
-        of = [datasets.Features.from_arrow_schema(parquet.read_schema(file)) for file in files]
-        if odd := [file for file, features in zip(files, of, strict=True) if features != of[0]]:
-            raise ConfigError(f"data.root: {odd[0]}: has other columns or classes than {files[0]}")
+        classes = []  # of each file, by column
+        for file in files:
+            features = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+            classes.append({key: of.names for key, of in features.items() if hasattr(of, "names")})
+            if classes[-1] != classes[0]:
+                raise ConfigError(f"data.root: {file}: has other classes than {files[0]}")
         place = str(cache / f"tables-{state}")
         given = {"data_files": {"train": files}, "split": "train", "cache_dir": place}
         # Rows at a time: else as many as are in the first group, which may be none.

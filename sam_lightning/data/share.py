@@ -50,9 +50,11 @@ def listed_once(make: Callable[[], Listing], question: str, cache: Path) -> List
     if dist.is_available() and dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
     first = number("LOCAL_RANK", number("SLURM_LOCALID", 0)) == 0
-    if store and not first and store.check([key]):
+    if store and first:
+        store.set(key, "")
+    elif store and store.check([key]) and (told := store.get(key)):
         with suppress(OSError):  # it was removed since
-            return _opened(store.get(key))
+            return _opened(told)
     listing = make()
     if any(type(files) is not Files for files in listing.splits.values()):
         return listing
@@ -80,7 +82,7 @@ def listed_once(make: Callable[[], Listing], question: str, cache: Path) -> List
     return listing
 
 
-def _opened(text: str | bytes) -> Listing:
+def _opened(text: Any) -> Listing:
     path, splits, classes, left_out = json.loads(text)
     files: dict[str, Files] = {
         name: MappedFiles(base, size, Mapped(Path(path), places))

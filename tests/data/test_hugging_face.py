@@ -168,7 +168,7 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, case):
 def test_files_that_name_classes_differently_are_refused(tmp_path):
     root = photographs(tmp_path / "photos")
     out = write(root, tmp_path / "parquet")
-    for split, said in (("test", "test has other columns or classes"), ("train", "has other colu")):
+    for split, said in (("test", "test has other columns or classes"), ("train", "has other clas")):
         file = out / f"{split}-00000-of-00002.parquet"
         table = parquet.read_table(file)
         about = table.schema.metadata[b"huggingface"].replace(b'"ant", "bee"', b'"bee", "ant"')
