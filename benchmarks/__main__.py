@@ -35,7 +35,10 @@ BUSY = (
     "warning: other processes use this machine. Threads that wait for one another then take many "
     "times as long: --threads 1 gives steadier ratios."
 )
-PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "pytorch-optimizer")
+PACKAGES = (
+    *("torch", "torchvision", "lightning", "hydra-core"),
+    *("pytorch-optimizer", "webdataset", "datasets"),
+)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -18,10 +19,11 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 from torchvision.io import decode_jpeg, read_file
 
+from benchmarks.loaders import datasets_loader, installed, webdataset_loader
 from benchmarks.timing import Measurement, interleave, ratio, summary
 from sam_lightning.data import image_folder
 from sam_lightning.data.image_data import ImageData
-from sam_lightning.data.index import ARRAYS, BLOCK, Image, Index, Shard, SplitIndex
+from sam_lightning.data.index import ARRAYS, BLOCK, ROW, Index, Shard, SplitIndex
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.packing import Packing, pack
 
@@ -36,16 +38,18 @@ SHARDS = {
 # divided by the processes that share them.
 READER = """
 import re, sys
-from sam_lightning.data import image_folder
+from sam_lightning.data import image_folder, share
 _, root, side, cache, what = sys.argv
+share.SMALL = 0
 split = image_folder(root, int(side), cache_dir=cache, view="resize").train
 if what == "images":
     split.images.sum()
     start = split.images.data_ptr()
 else:
-    arrays = split.stored.files.split.arrays
+    files = split.stored.files
+    arrays = files.arrays if what == "listing" else files.split.arrays
     sum(int(array.sum()) for array in arrays.values())
-    start = arrays["block"].ctypes.data
+    start = arrays["text"].ctypes.data
 print("ready", flush=True)
 sys.stdin.readline()
 for part in re.split("^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
@@ -79,12 +83,16 @@ def measure(quick: bool) -> list[Measurement]:
             ),
         ]
         if Path("/proc/self/smaps").exists():
+            cache = Path(folder, "cache")
+            found = memory(root, side, cache, "listing")
+            (file,) = cache.glob("listing-*.bin")
+            what = f"{PROCESSES} processes: listing in memory, {files:,} files"
+            rows.append(summary("photographs", what, [sum(found) / file.stat().st_size], "copies"))
             root = Path(folder, "images")
             noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
             file = Path(folder, "noise.png")
             Pillow.fromarray(noise).save(file)
             make(root, images, lambda i: file.read_bytes())
-            cache = Path(folder, "cache")
             image_folder(str(root), side, cache_dir=str(cache)).train.images.sum()
             copies = sum(memory(root, side, cache, "images")) / (images * 3 * side**2)
             what = f"{PROCESSES} processes: images in memory, {images} of {side} x {side}"
@@ -92,7 +100,7 @@ def measure(quick: bool) -> list[Measurement]:
             copies = sum(memory(shards, side, cache, "index")) / size
             what = f"{PROCESSES} processes: index of shards in memory, {files:,} images"
             rows.append(summary("photographs", what, [copies], "copies"))
-        return rows + decoding(Path(folder, "photographs"), 4 if quick else 32, 2 * rounds)
+        return rows + decoding(Path(folder, "photographs"), 4 if quick else 128, 2 * rounds)
 
 
 def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
@@ -115,16 +123,34 @@ def decoding(root: Path, count: int, rounds: int) -> list[Measurement]:
         "PIL + torchvision": lambda: [*theirs],
         "libjpeg-turbo alone": decode_only,
     }
-    seconds = interleave(cases, rounds, clock=time.process_time)
+    others: dict[str, Callable[[], object]] = {}  # by the name of ours that reads the same files
+    if (package := installed("webdataset")) is not None:
+        for kind in SHARDS:
+            folder = root.parent / kind
+            others[f"{kind} / webdataset"] = partial(
+                list, webdataset_loader(package, folder, view, count)
+            )
+    if (package := installed("datasets")) is not None:
+        for kind in ("shards of the files", "256-pixel shards"):
+            unpacked = extracted(root.parent / kind)
+            others[f"{kind} / datasets"] = partial(
+                list, datasets_loader(package, unpacked, view, count)
+            )
+    seconds = interleave(cases | others, rounds, clock=time.process_time)
     speeds = {name: [count / s for s in values] for name, values in seconds.items()}
     ours = speeds.pop("ours")
     what = "random resized crops of JPEGs of 500 x 375 to 224"
+    beside = {name: speeds.pop(name) for name in others}
     packed = {kind: speeds.pop(kind) for kind in SHARDS}
     peer = "PIL + torchvision"
     return [
         *(
             ratio("photographs", f"{n} / {peer} (images/CPU s): {what}", v, speeds[peer])
             for n, v in packed.items()
+        ),
+        *(
+            ratio("photographs", f"{n} (images/CPU s): {what}", packed[n.partition(" / ")[0]], v)
+            for n, v in beside.items()
         ),
         *(
             ratio("photographs", f"ours / {n} (images/CPU s): {what}", ours, v)
@@ -143,6 +169,14 @@ def loader(root: Path, batch_size: int) -> Iterable[object]:
     return data.train_loader()
 
 
+def extracted(shards: Path) -> list[Path]:
+    """The image files that are in the shards of a folder, unpacked."""
+    for file in shards.glob("train-*.tar"):
+        with tarfile.open(file) as tar:
+            tar.extractall(shards / "files", filter="data")
+    return sorted((shards / "files").glob("*.jpg"))
+
+
 def write_index(folder: Path, root: Path) -> None:
     """The index of a folder of images as if it was packed, with empty shards of the right size."""
     folder.mkdir()
@@ -151,11 +185,10 @@ def write_index(folder: Path, root: Path) -> None:
         shard = Shard(f"{name}-000000.tar", 4 * BLOCK * len(files.names), "00" * 32)
         with (folder / shard.name).open("wb") as file:
             file.truncate(shard.size)
-        rows = [
-            Image(of, label, 0, 4 * BLOCK * i, BLOCK, i)
-            for i, (of, label) in enumerate(zip(files.names, files.labels.tolist(), strict=True))
-        ]
-        splits[name] = SplitIndex.of([shard], rows)
+        rows = np.zeros(len(files.names), ROW)
+        rows["crc"] = np.arange(len(rows))
+        rows["offset"], rows["length"] = 4 * BLOCK * rows["crc"].astype(np.int64), BLOCK
+        splits[name] = SplitIndex.of([shard], files.names, files.labels, rows)
     Index(splits, listing.classes, {}).write(folder)
 
 
@@ -194,7 +227,7 @@ def cpu(call: Callable[[Path], object], root: Path) -> float:
 
 def listed(root: Path) -> int:
     """Names, labels and states of all files, by ours."""
-    return len(image_folder(str(root), 224).train)
+    return len(image_folder(str(root), 224, str(root.parent / "cache")).train)
 
 
 def scanned(root: Path) -> int:

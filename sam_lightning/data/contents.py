@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -43,12 +43,14 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
     base = os.fsencode(os.path.realpath(files.base))
     index = folder / f"contents-{hashlib.blake2b(base, digest_size=16).hexdigest()}.npy"
     known = _known(index)
-    where = {stamp: i for i, stamp in enumerate(known["stamp"].tolist())}
-    places = np.array([where.get(stamp, -1) for stamp in files.stamps.tolist()])
-    found = np.zeros(len(places), _KNOWN)
+    order = known["stamp"].argsort(kind="stable")
+    places = known["stamp"][order].searchsorted(files.stamps, "right") - 1
+    found = np.zeros(len(files.stamps), _KNOWN)
+    if len(known):
+        found[:] = known[order[places]]  # the one before, where there is none
+    unknown = np.flatnonzero(found["stamp"] != files.stamps)
+    found["hash"][unknown] = 0
     found["stamp"] = files.stamps
-    found["hash"][places >= 0] = known["hash"][places[places >= 0]]
-    unknown = np.flatnonzero(places < 0).tolist()
     now, settled = time.time_ns(), np.zeros(len(found), bool)
 
     def read(i: int) -> None:
@@ -58,7 +60,7 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
             changed = max(status.st_mtime_ns, status.st_ctime_ns)
             settled[i] = stamp_of(status) == files.stamps[i] and changed < now - SETTLED
 
-    if unknown:
+    if len(unknown):
         with progress("reading", len(unknown)) as advance:
             for _ in each(read, unknown, files.size):
                 advance()
@@ -71,7 +73,7 @@ def hashes(files: Files, folder: Path) -> np.ndarray:
     return found["hash"]
 
 
-def each(call: Callable[[int], Any], indices: Sequence[int], size: float) -> Iterator[Any]:
+def each(call: Callable[[int], Any], indices: Iterable[int], size: float) -> Iterator[Any]:
     """``call`` with each of the indices of files, in several threads unless the files are tiny.
 
     Args:
@@ -85,13 +87,16 @@ def each(call: Callable[[int], Any], indices: Sequence[int], size: float) -> Ite
     from joblib import cpu_count  # heeds affinity and the limits of containers
 
     count, waiting = cpu_count(), deque[Future[Any]]()
-    with ThreadPoolExecutor(count) as pool:
+    pool = ThreadPoolExecutor(count)
+    try:
         for i in indices:
             waiting.append(pool.submit(call, i))
             if len(waiting) > 4 * count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:  # maybe in one of its own threads, which must not wait for itself
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _known(index: Path) -> np.ndarray:

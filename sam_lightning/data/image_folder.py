@@ -10,7 +10,9 @@ import torch
 from sam_lightning.config.cluster import number
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
+from sam_lightning.data.listing import Listing
 from sam_lightning.data.shards import Packed, listed
+from sam_lightning.data.share import listed_once
 from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.data.splitting import divided
 from sam_lightning.data.views import RandomResizedCrop, evaluation_view
@@ -93,12 +95,24 @@ def image_folder(
             if view == "random_resized_crop":
                 random = RandomResizedCrop(image_size, crop_scale, crop_ratio, fixed.interpolation)
     cache = Path(os.path.expanduser(cache_dir or "data/cache"))
-    try:
+
+    def found() -> Listing:
         listing = listed(root, split, cache)
+        return listing if split is None else divided(listing, split, split_seed)
+
+    try:
+        listing = listed_once(found, repr((root, split, split_seed)), cache)
     except OSError as error:
         raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
-    if split is not None:
-        listing = divided(listing, split, split_seed)
+    classes = listing.classes
+    counts = {n: f.labels.bincount(minlength=len(classes)) for n, f in listing.splits.items()}
+    trained = counts["train"] > 0
+    for name, count in counts.items():
+        for label in ((count > 0) & ~trained).nonzero():
+            cls = classes[int(label)]
+            raise ConfigError(f"data.root={root!r}: {name} has images of class {cls!r}, train none")
+    if trained.sum() < 2:
+        raise ConfigError(f"data.root={root!r}: needs two classes, train has {int(trained.sum())}")
     splits: dict[str, Split] = {}
     first = None
     for name, files in listing.splits.items():
@@ -127,7 +141,7 @@ def image_folder(
     return ImageSource(
         splits["train"],
         test,
-        listing.classes,
+        classes,
         splits.get("val"),
         listing.left_out,
         split is not None,

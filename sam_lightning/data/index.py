@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,11 @@ FILE, ARRAYS = "shards.json", "shards.bin"
 VERSION = 1
 BLOCK = 512  # bytes of tar, at whose multiples all begins
 
+# Of an image: the number of its shard, where it is there and how long, and its CRC-32.
+ROW = [("shard", np.int32), ("offset", np.int64), ("length", np.int64), ("crc", np.uint32)]
+
 Arrays = Mapping[str, np.ndarray]
+Places = dict[str, tuple[str, int, int]]
 
 
 class Shard(NamedTuple):
@@ -33,15 +37,35 @@ class Shard(NamedTuple):
     sha256: str
 
 
-class Image(NamedTuple):
-    """An image in a shard: name, label, number of the shard; where, how long, and its CRC-32."""
+class Mapped(dict[str, np.ndarray]):
+    """Arrays in a file, which all processes that have them map, and a worker that gets them too.
 
-    name: str
-    label: int
-    shard: int
-    offset: int
-    length: int
-    crc: int
+    Args:
+        path: of the file.
+        places: of each array its type, length and offset, as ``write_arrays`` returns them.
+    """
+
+    def __init__(self, path: Path, places: Places) -> None:
+        self.path, self.places = path, places
+        content = np.memmap(path, np.uint8, "c")  # torch warns of arrays that are only to be read
+        super().__init__({key: np.frombuffer(content, *place) for key, place in places.items()})
+
+    def __reduce__(self) -> Any:
+        return Mapped, (self.path, self.places)
+
+
+def write_arrays(path: Path, splits: Mapping[str, Arrays]) -> tuple[dict[str, Places], str]:
+    """Write the arrays of splits to a new file; return the places of each, and its SHA-256."""
+    places, digest = dict[str, Places](), hashlib.sha256()
+    with path.open("wb") as file:
+        for name, arrays in splits.items():
+            places[name] = {}
+            for key, array in arrays.items():
+                places[name][key] = array.dtype.str, len(array), file.tell()
+                for part in (array.data, bytes(-array.nbytes % 8)):
+                    digest.update(part)
+                    file.write(part)
+    return places, digest.hexdigest()
 
 
 @dataclass
@@ -57,16 +81,17 @@ class SplitIndex:
     sizes: dict[str, list[int]] | None = None
 
     @classmethod
-    def of(cls, shards: list[Shard], images: Sequence[Image], **options: Any) -> "SplitIndex":
-        """That of images, in their order."""
-        names, label, shard, offset, length, crc = zip(*images, strict=True)
+    def of(
+        cls, shards: list[Shard], names: Names, labels: Any, rows: np.ndarray, **options: Any
+    ) -> "SplitIndex":
+        """That of images with these names and labels, and ``rows`` that have what ``ROW`` says."""
         arrays = {
-            "block": smallest(first_blocks(shards)[np.array(shard)] + np.array(offset) // BLOCK),
-            "length": smallest(length),
-            "crc": np.array(crc, np.uint32),
-            "label": smallest(label),
+            "block": smallest(first_blocks(shards)[rows["shard"]] + rows["offset"] // BLOCK),
+            "length": smallest(rows["length"]),
+            "crc": rows["crc"].copy(),
+            "label": smallest(labels),
         }
-        return cls(shards, arrays | Names.of(names).arrays, **options)
+        return cls(shards, arrays | names.alone(), **options)
 
 
 @dataclass
@@ -79,22 +104,19 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Write both files, whole."""
-        content, place = bytearray(), {}
-        for name, split in self.splits.items():
-            place[name] = asdict(split)
-            for key, array in split.arrays.items():
-                place[name]["arrays"][key] = [array.dtype.str, len(array), len(content)]
-                content += array.tobytes()
-                content += bytes(-len(content) % 8)
-        text = {
-            "version": VERSION,
-            "classes": self.classes,
-            "left_out": self.left_out,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "splits": place,
-        }
         with tempfile.TemporaryDirectory(dir=folder) as new:
-            Path(new, ARRAYS).write_bytes(content)
+            of_splits = {name: split.arrays for name, split in self.splits.items()}
+            places, sha256 = write_arrays(Path(new, ARRAYS), of_splits)
+            text = {
+                "version": VERSION,
+                "classes": self.classes,
+                "left_out": self.left_out,
+                "sha256": sha256,
+                "splits": {
+                    name: {"shards": split.shards, "arrays": places[name], "sizes": split.sizes}
+                    for name, split in self.splits.items()
+                },
+            }
             Path(new, FILE).write_text(json.dumps(text, indent=1) + "\n")
             for file in (ARRAYS, FILE):
                 with open(Path(new, file), "rb") as written:
@@ -117,11 +139,8 @@ class Index:
                 raise ValueError(f"{ARRAYS} has changed: its SHA-256 differs")
             splits = {}
             for name, split in text["splits"].items():
-                arrays = {
-                    key: np.frombuffer(content, dtype, count, offset)
-                    for key, (dtype, count, offset) in split["arrays"].items()
-                }
                 shards = [Shard(*shard) for shard in split["shards"]]
+                arrays = Mapped(folder / ARRAYS, split["arrays"])
                 splits[name] = SplitIndex(shards, arrays, split["sizes"])
             return cls(splits, text["classes"], text["left_out"])
 

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,24 +136,36 @@ def list_images(root: str, split: Any = None, either: bool = False) -> Listing:
         )
     splits = {}
     for name, found in by_split.items():
-        names: list[str] = []
-        status: list[tuple[int, int]] = []
-        labels = []
-        for label, cls in enumerate(classes):
-            before, out_before = len(names), left_out.copy()
-            _walk(os.path.join(base, folders[name], found[cls]), base, names, status, left_out)
-            if len(names) == before:
-                raise ConfigError(
-                    f"data.root={root!r}: folder {os.path.join(base, folders[name], found[cls])}: "
-                    f"no image of class {cls!r} in it{told(left_out - out_before)}"
-                )
-            labels += [label] * (len(names) - before)
-        stamps, sizes = np.array(status, np.int64).T
-        splits[name] = Files(
-            base, Names.of(names), torch.tensor(labels), stamps.copy(), float(sizes.mean())
+        folder = os.path.join(base, folders[name])
+        splits[name] = _files(
+            root, base, {c: os.path.join(folder, found[c]) for c in classes}, left_out
         )
-        _count_beside(os.path.join(base, folders[name]), left_out)
+        _count_beside(folder, left_out)
     return Listing(splits, classes, dict(left_out.most_common()))
+
+
+def _files(root: str, base: str, folders: dict[str, str], left_out: Counter[str]) -> Files:
+    """The images in the folders of classes, without objects for more than a class."""
+    counts, stamps, total = list[int](), array("q"), 0
+
+    def names() -> Iterator[str]:
+        nonlocal total
+        for cls, folder in folders.items():
+            before, out_before = len(stamps), left_out.copy()
+            for some, status in _walk(folder, base, left_out):
+                stamps.extend(stamp for stamp, _ in status)
+                total += sum(size for _, size in status)
+                yield from some
+            if len(stamps) == before:
+                raise ConfigError(
+                    f"data.root={root!r}: folder {folder}: no image of class {cls!r} in "
+                    f"it{told(left_out - out_before)}"
+                )
+            counts.append(len(stamps) - before)
+
+    listed = Names.of(names())
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return Files(base, listed, labels, np.array(stamps), total / len(stamps))
 
 
 def told(left_out: dict[str, int]) -> str:
@@ -164,11 +177,13 @@ def told(left_out: dict[str, int]) -> str:
 
 def images_below(folder: Path) -> tuple[list[Path], dict[str, int]]:
     """All image files of a folder and those below it, in order, and what is left out."""
-    names: list[str] = []
-    status: list[tuple[int, int]] = []
     left_out: Counter[str] = Counter()
-    _walk(str(folder), str(folder), names, status, left_out)
-    files = [folder / name for name, (stamp, _) in zip(names, status, strict=True) if stamp]
+    files = [
+        folder / name
+        for names, status in _walk(str(folder), str(folder), left_out)
+        for name, (stamp, _) in zip(names, status, strict=True)
+        if stamp
+    ]
     return sorted(files), dict(left_out.most_common())
 
 
@@ -241,13 +256,11 @@ def _kind(name: str) -> str:
 
 
 def _walk(
-    folder: str,
-    base: str,
-    names: list[str],
-    status: list[tuple[int, int]],
-    left_out: Counter[str],
-) -> None:
-    """Append the images of a folder and those below, in the order of torchvision's ImageFolder."""
+    folder: str, base: str, left_out: Counter[str]
+) -> Iterator[tuple[list[str], list[tuple[int, int]]]]:
+    """The images of a folder and of each one below, in the order of torchvision's ImageFolder:
+    names below ``base``, and stamps and sizes.
+    """
     known, found = suffixes(), []
     pending = [folder]
     while pending:
@@ -271,8 +284,7 @@ def _walk(
         prefix = here[start:].replace(os.sep, "/")
         prefix += "/" if prefix else ""
         files.sort()
-        names += [prefix + name for name, _ in files]
-        status += [row for _, row in files]
+        yield [prefix + name for name, _ in files], [row for _, row in files]
 
 
 def _leads_up(link: str) -> bool:

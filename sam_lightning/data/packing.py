@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image as Pillow
 
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
 from sam_lightning.data.contents import each
-from sam_lightning.data.index import BLOCK, FILE, Image, Index, Shard, SplitIndex
+from sam_lightning.data.index import BLOCK, FILE, ROW, Index, Shard, SplitIndex
 from sam_lightning.data.listing import Files, Listing
 from sam_lightning.data.mapped import alone
 from sam_lightning.data.pixels import open_image
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 QUALITY = 90  # of JPEG
 BROKEN = "broken, not packed"  # what such images are counted as
 
+PACKED = [*ROW, ("width", np.int32), ("height", np.int32)]
 Encoded = tuple[bytes | bytearray, str, tuple[int, int]]  # content, suffix, width and height
 
 
@@ -117,7 +119,9 @@ def _begin(listing: Listing, out: Path, how: Packing) -> None:
     plan = hashlib.sha256(repr((how.side, how.format, how.shard_mb, listing.classes)).encode())
     for name, files in listing.splits.items():
         known = files.known()
-        plan.update("\0".join([name, *files.names]).encode("utf-8", "surrogateescape"))
+        plan.update(name.encode())
+        for of in files.names:
+            plan.update(b"\0" + os.fsencode(of))
         plan.update(files.stamps.tobytes() if known is None else known.tobytes())
         plan.update(files.labels.numpy().tobytes())
     file = out / UNFINISHED / "plan"
@@ -141,21 +145,31 @@ def _pack_split(
 ) -> tuple[SplitIndex, int]:
     """The shards of a split: its index, and how many images were broken."""
     # NumPy promises that this order never changes.
-    order = np.random.RandomState(0).permutation(len(files.names)).tolist()
-    done: list[dict[str, Any]] = []
-    while (note := _finished(out, f"{name}-{len(done):06}")) is not None:
-        done.append(note)
-    place = sum(note["taken"] for note in done)
-    for _ in range(place):
+    order = np.random.RandomState(0).permutation(len(files.names))
+    packed = np.zeros(len(order), PACKED)
+    shards: list[Shard] = []
+    place = begin = 0  # in the order: of the next image, and of the first one of its shard
+
+    def add(note: dict[str, Any]) -> None:
+        nonlocal begin
+        for i, *row in note["rows"]:
+            packed[i] = len(shards), *row
+        shards.append(Shard(*note["shard"]))
+        begin += note["taken"]
+
+    while (note := _finished(out, f"{name}-{len(shards):06}")) is not None:
+        add(note)
+    place = begin
+    for _ in range(begin):
         advance()
     shard = None
-    left = order[place:]
-    found = each(lambda i: how.encoded(files, i), left, files.size)
+    found = each(lambda i: (i, how.encoded(files, i)), map(int, order[place:]), files.size)
     try:
-        for i, encoded in zip(left, found, strict=True):
+        for i, encoded in found:
             if isinstance(encoded, str):
                 if not how.skip_broken:
-                    stay = f"; {len(done)} shards stay, the same command goes on" if done else ""
+                    count = len(shards)
+                    stay = f"; {count} shards stay, the same command goes on" if count else ""
                     raise ConfigError(
                         f"input: {files.path(i)}: cannot be packed ({encoded}); skip_broken=true "
                         f"leaves such images out{stay}"
@@ -163,28 +177,27 @@ def _pack_split(
                 log.warning("left out: %s (%s)", files.path(i), encoded)
             else:
                 if shard and not shard.has_room(encoded, how.shard_mb):
-                    done.append(shard.close(place - sum(note["taken"] for note in done)))
+                    add(shard.close(place - begin))
                     shard = None
-                shard = shard or _Writer(out, f"{name}-{len(done):06}")
+                shard = shard or _Writer(out, f"{name}-{len(shards):06}")
                 shard.add(i, f"{place:06}", encoded, int(files.labels[i]))
             place += 1
             advance()
         if shard:
-            done.append(shard.close(place - sum(note["taken"] for note in done)))
+            add(shard.close(place - begin))
     finally:
         if shard:
             shard.file.close()
-    images = {i: (number, *row) for number, note in enumerate(done) for i, *row in note["rows"]}
-    if not images:
+    kept = torch.from_numpy(np.flatnonzero(packed["width"]))
+    if not len(kept):
         raise ConfigError(f"skip_broken=true: no image of {name} can be decoded")
-    shards = [Shard(*note["shard"]) for note in done]
-    rows = [Image(files.names[i], int(files.labels[i]), *images[i][:4]) for i in sorted(images)]
-    seen = np.array([row[4:] for row in images.values()])
+    rows = packed[kept.numpy()]
     sizes = {
-        side: [int(f(of)) for f in (np.min, np.median, np.max)]
-        for side, of in zip(("width", "height"), seen.T, strict=True)
+        side: [int(f(rows[side])) for f in (np.min, np.median, np.max)]
+        for side in ("width", "height")
     }
-    return SplitIndex.of(shards, rows, sizes=sizes), len(order) - len(images)
+    index = SplitIndex.of(shards, files.names.take(kept), files.labels[kept], rows, sizes=sizes)
+    return index, len(order) - len(kept)
 
 
 class _Writer:
@@ -206,6 +219,7 @@ class _Writer:
         """Add an image and its label."""
         content, suffix, size = encoded
         self._add(f"{key}.cls", b"%d" % label)
+        self.tar.members = []  # type: ignore[attr-defined]  # it would remember all
         where = self.tar.offset + BLOCK, len(content), zlib.crc32(content)
         self._add(f"{key}{suffix}", content)
         self.rows.append([index, *where, *size])

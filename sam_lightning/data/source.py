@@ -5,9 +5,11 @@ a YAML file in ``conf/data``.
 """
 
 import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -31,27 +33,23 @@ class Names(Sequence[str]):
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], index: np.ndarray | None = None) -> None:
-        self.arrays = {key: arrays[key] for key in NAMES}
-        self._index = index
+        self.arrays, self._index = arrays, index
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
         """These names."""
-        files: list[str] = []
-        folders: list[str] = []
-        starts: list[int] = []
-        for name in names:
-            folder, slash, file = name.rpartition("/")
-            folder += slash
-            if not folders or folder != folders[-1]:
-                folders.append(folder)
-                starts.append(len(files))
-            files.append(file)
-        parts = (*_joined(files), *_joined(folders), smallest(starts))
+        text, folders, starts, count = bytearray(), bytearray(), array("q"), 0
+        for folder, some in groupby(names, lambda name: name[: name.rfind("/") + 1]):
+            files = [name[len(folder) :] for name in some]
+            starts.append(count)
+            count += len(files)
+            text += os.fsencode("\0".join([*files, ""]))
+            folders += os.fsencode(f"{folder}\0")
+        parts = (*_with_ends(text), *_with_ends(folders), smallest(starts))
         return cls(dict(zip(NAMES, parts, strict=True)))
 
     def __len__(self) -> int:
-        return len(self.arrays["ends"]) if self._index is None else len(self._index)
+        return len(self.arrays["ends"] if self._index is None else self._index)
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -61,7 +59,7 @@ class Names(Sequence[str]):
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         at = range(len(self))[i] if self._index is None else int(self._index[i])
-        text, ends, folders, folder_ends, starts = self.arrays.values()
+        text, ends, folders, folder_ends, starts = (self.arrays[key] for key in NAMES)
         folder = int(starts.searchsorted(at, "right")) - 1
         return os.fsdecode(_part(folders, folder_ends, folder) + _part(text, ends, at))
 
@@ -71,6 +69,11 @@ class Names(Sequence[str]):
         index = index if self._index is None else self._index[index]
         return Names(self.arrays, index)
 
+    def alone(self) -> dict[str, np.ndarray]:
+        """Arrays that have these names and no others."""
+        arrays = self.arrays if self._index is None else Names.of(self).arrays
+        return {key: arrays[key] for key in NAMES}
+
 
 def smallest(values: Any) -> np.ndarray:
     """Whole numbers, none below 0, in as few bytes as hold them."""
@@ -78,8 +81,8 @@ def smallest(values: Any) -> np.ndarray:
     return found.astype(np.min_scalar_type(int(found.max(initial=0))))
 
 
-def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    text = np.frombuffer(os.fsencode("".join(f"{text}\0" for text in texts)), np.uint8)
+def _with_ends(joined: bytearray) -> tuple[np.ndarray, np.ndarray]:
+    text = np.frombuffer(joined, np.uint8)
     return text, smallest(np.flatnonzero(text == 0))
 
 

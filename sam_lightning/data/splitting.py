@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,12 +52,11 @@ def _drawn(files: Files, split: Any, seed: int) -> dict[str, Tensor]:
             f"data.split={split}: must be the fraction of test images, or the fractions of "
             "training, (validation) and test images, which are 1 together, or a file split.json"
         )
-    keys = torch.tensor(
-        [
-            int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "big") >> 1
-            for named in (f"{seed}:{_text(_nfc(name))}" for name in files.names)
-        ]
-    )
+    hashed = bytearray()
+    for name in files.names:
+        named = f"{seed}:{_text(_nfc(name))}"
+        hashed += hashlib.blake2b(named.encode(), digest_size=8).digest()
+    keys = torch.from_numpy((np.frombuffer(hashed, ">u8") >> 1).astype(np.int64))
     total, sizes = len(keys), [0] + [round(len(keys) * part) for part in parts[1:]]
     if min(sizes[1:]) < 1 or sum(sizes) >= total:
         raise ConfigError(f"data.split={split}: leaves a part of the {total} images empty")

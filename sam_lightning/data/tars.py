@@ -5,18 +5,22 @@ import os
 import re
 import tarfile
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.progress import progress
 from sam_lightning.data.contents import each
-from sam_lightning.data.index import BLOCK, FILE, Image, Index, Shard, SplitIndex
-from sam_lightning.data.listing import SPLITS, WHOLE, is_folder, is_hidden, stamp_of
+from sam_lightning.data.index import BLOCK, FILE, ROW, Index, Shard, SplitIndex
+from sam_lightning.data.listing import HIDDEN, SPLITS, WHOLE, is_folder, is_hidden, stamp_of
 from sam_lightning.data.mapped import alone
 from sam_lightning.data.pixels import suffixes
+from sam_lightning.data.source import Names
 
 CHUNK = 2**20
 CLASSES = "classnames.txt"  # a class a line, beside shards whose labels are numbers
@@ -34,9 +38,10 @@ class Member(NamedTuple):
 def find(base: str, suffix: str) -> list[str]:
     """The names of the files of a kind in a folder, or in its folders of splits and no others.
 
-    So an archive beside folders of classes, which it was unpacked to, is not taken for a shard.
+    So an archive beside folders of classes, which it was unpacked to, is not taken for a shard. A
+    copy of a repository of Hugging Face has a folder ``data``.
     """
-    names = set(SPLITS["train"] + SPLITS["val"] + SPLITS["test"])
+    names = {"data", *SPLITS["train"], *SPLITS["val"], *SPLITS["test"]}
     found, pending = [], [""]
     while pending:
         prefix = pending.pop()
@@ -63,42 +68,69 @@ def indexed(base: str, names: list[str], cache: Path) -> Index:
         ConfigError: a file is no tar file or was cut short, a sample has no label or two images, or
             it cannot be told which split a file is of.
     """
-    key = hashlib.blake2b(repr(os.path.realpath(base)).encode(), digest_size=16)
-    for name in names:
-        key.update(f"{name}\0{stamp_of(os.stat(os.path.join(base, name)))}\0".encode())
-    folder = cache / f"shards-{key.hexdigest()}"
+    folder = cache / f"shards-{state_of(base, names)}"
     with alone(folder / "index"):
         if not (folder / FILE).is_file():
             _index(base, names).write(folder)
         return Index.read(folder)
 
 
+def state_of(base: str, names: list[str]) -> str:
+    """A hash of which files these are, which differs when one has changed."""
+    key = hashlib.blake2b(repr(os.path.realpath(base)).encode(), digest_size=16)
+    for name in names:
+        stamp = stamp_of(os.stat(os.path.join(base, name)))
+        key.update(os.fsencode(f"{name}\0{stamp}\0"))
+    return key.hexdigest()
+
+
 def _index(base: str, names: list[str]) -> Index:
     left_out: Counter[str] = Counter()
-    by_split: dict[str, list[tuple[Shard, list[Any]]]] = {}
+    by_split: dict[str, list[str]] = {}
+    for name in names:
+        by_split.setdefault(split_of(base, name), []).append(name)
+    if len(by_split) > 1 and WHOLE in by_split:
+        odd = by_split[WHOLE][0]
+        raise ConfigError(f"data.root={base!r}: {odd} is not named for a split, and others are")
+    texts: dict[str, int] = {}  # the labels, and the turn in which each was found
+    found = {}
+    with progress("indexing", len(names)) as advance:
+        for split, mine in by_split.items():
+            found[split] = _read_split(base, mine, left_out, texts, advance)
+    classes, numbers = classes_of(base, {*texts})
+    turned = np.array([numbers[text] for text in texts])
+    splits = {
+        split: SplitIndex.of(shards, listed, turned[labels], rows)
+        for split, (shards, listed, labels, rows) in found.items()
+    }
+    return Index(splits, classes, dict(left_out.most_common()))
+
+
+def _read_split(
+    base: str,
+    names: list[str],
+    left_out: Counter[str],
+    texts: dict[str, int],
+    advance: Callable[[], None],
+) -> tuple[list[Shard], Names, np.ndarray, np.ndarray]:
+    """The shards of a split; names, labels by their turn, and ``ROW`` of its images."""
+    shards, labels, rows = list[Shard](), array("q"), list[np.ndarray]()
     paths = [os.path.join(base, name) for name in names]
 
-    def scan(i: int) -> tuple[Shard, list[Any]]:
-        return read_tar(paths[i], names[i])
-
-    with progress("indexing", len(names)) as advance:
-        for name, (shard, members) in zip(names, each(scan, range(len(names)), CHUNK), strict=True):
-            samples = [*_samples(os.path.join(base, name), name, members, left_out)]
-            by_split.setdefault(split_of(base, name), []).append((shard, samples))
+    def images() -> Iterator[str]:
+        read = each(lambda i: read_tar(paths[i], names[i]), range(len(names)), CHUNK)
+        for path, (shard, members) in zip(paths, read, strict=True):
+            samples = [*_samples(path, members, left_out)]
+            labels.extend(texts.setdefault(label, len(texts)) for _, label in samples)
+            rows.append(np.array([(len(shards), *image[1:]) for image, _ in samples], ROW))
+            shards.append(shard)
             advance()
-    if len(by_split) > 1 and WHOLE in by_split:
-        odd = by_split[WHOLE][0][0].name
-        raise ConfigError(f"data.root={base!r}: {odd} is not named for a split, and others are")
-    classes, numbers = _classes(base, {s[1] for of in by_split.values() for _, x in of for s in x})
-    splits = {}
-    for split, of in by_split.items():
-        images = [
-            Image(f"{shard.name}/{member.name}", numbers[label], number, *member[1:])
-            for number, (shard, samples) in enumerate(of)
-            for member, label in samples
-        ]
-        splits[split] = SplitIndex.of([shard for shard, _ in of], images)
-    return Index(splits, classes, dict(left_out.most_common()))
+            yield from (f"{shard.name}/{image.name}" for image, _ in samples)
+
+    listed = Names.of(images())
+    if not len(listed):
+        raise ConfigError(f"data.root: {paths[0]}: no image in it, nor in others of its split")
+    return shards, listed, np.array(labels), np.concatenate(rows)
 
 
 def read_tar(path: str, name: str) -> tuple[Shard, list[tuple[Member, bytes]]]:
@@ -125,7 +157,7 @@ def read_tar(path: str, name: str) -> tuple[Shard, list[tuple[Member, bytes]]]:
 
 
 def _samples(
-    path: str, name: str, members: list[tuple[Member, bytes]], left_out: Counter[str]
+    path: str, members: list[tuple[Member, bytes]], left_out: Counter[str]
 ) -> Iterator[tuple[Member, str]]:
     images: dict[str, Member] = {}
     labels: dict[str, str] = {}
@@ -133,8 +165,12 @@ def _samples(
         folder, slash, file = member.name.removeprefix("./").rpartition("/")
         key, _, kind = file.partition(".")
         sample, suffix = folder + slash + key, os.path.splitext(f"-.{kind}")[1].lower()
-        if kind.lower() == "cls":
+        if any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+            left_out[HIDDEN] += 1
+        elif kind.lower() == "cls":
             labels[sample] = content.decode("utf-8", "backslashreplace").strip()
+            if not is_class(labels[sample]):
+                raise ConfigError(f"data.root: {path}: no class in {member.name}: {content!r}")
         elif suffix in suffixes():
             if sample in images:
                 raise ConfigError(f"data.root: {path}: sample {sample} has two images")
@@ -147,7 +183,12 @@ def _samples(
     yield from ((images[sample], labels[sample]) for sample in images)
 
 
-def _classes(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
+def is_class(label: str) -> bool:
+    """Whether a label is the number or the name of a class, and not -1 or nothing."""
+    return label.isprintable() and re.fullmatch(r"|-\d+", label) is None
+
+
+def classes_of(base: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
     """The names of the classes, and the number of the class of each label."""
     if not all(re.fullmatch(r"\d{1,6}", label) for label in labels):
         names = sorted(labels)

@@ -78,9 +78,12 @@ def test_smaller_images_are_packed_with_their_shape(tmp_path, kind):
         assert min(small.size) == 16
         assert small.width / small.height == pytest.approx(large.width / large.height, abs=0.05)
         assert small.format == {"jpeg": "JPEG", "raw": "PPM"}[kind]
-    again = packed(out, tmp_path / "again")  # shards are an input, too
-    assert files(again).keys() == files(out).keys()
-    assert [*image_folder(str(again), **CROPS).train.names] == [*before.names]
+    again = packed(out, tmp_path / "again", "shard_mb=0.01")  # shards are an input, too
+    last = image_folder(str(again), **CROPS).train
+    assert [*last.names] == [*before.names]
+    assert last.labels.tolist() == before.labels.tolist()
+    for i in range(len(last)):
+        assert last.stored.files.content(i) == after.stored.files.content(i)
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
@@ -308,6 +311,19 @@ def test_shards_of_other_tools_are_indexed_once(tmp_path, names, monkeypatch):
         assert data_of(foreign, tmp_path / "new").classes == ["ameise", "biene"]
 
 
+def test_hidden_files_in_tars_are_left_out(tmp_path):
+    """As macOS puts them there."""
+    root, foreign = photographs(tmp_path / "photos"), tmp_path / "foreign"
+    for split in ("train", "test"):
+        members = [*samples(root, split, {"ant": b"ant", "bee": b"bee"})]
+        junk = [("._000.jpg", b"junk"), ("./__MACOSX/some/000.jpg", b"junk"), (".DS_Store", b"")]
+        write_tar(foreign / f"{split}.tar", [*junk, *members])
+    write_tar(foreign / "train-more.tar", [])
+    data = data_of(foreign, tmp_path)
+    assert data.left_out == {".json": 48, "hidden": 6}
+    assert len(data.train) == len(data.test) == 24
+
+
 def test_tars_that_cannot_be_understood_are_refused(tmp_path):
     root, foreign = photographs(tmp_path / "photos"), tmp_path / "foreign"
     labels = {"ant": b"0", "bee": b"1"}
@@ -324,6 +340,12 @@ def test_tars_that_cannot_be_understood_are_refused(tmp_path):
     refused(None, members[:29], "has no .cls with its class")
     refused(None, members[1:30], "has no image")
     refused(None, [*members[:30], ("some/000.jpg", b""), ("some/000.png", b"")], "has two images")
+    for label in (b"", b"-1\n", b"\0\1", b"x" * 600):
+        said = "no class in some/000.cls: "
+        refused(None, [("some/000.jpg", b""), ("some/000.cls", label)], said)
+    other = [("some/000.jpg", b""), ("some/000.cls", b"2")]
+    refused("test-0.tar", other, "test has images of class '2', train none")
+    refused("test-0.tar", [], "test-0.tar: no image in it, nor in others of its split")
     refused("val-train.tar", members[:30], "may be of train or val")
     refused("more.tar", members[:30], "more.tar is not named for a split")
     write_tar(foreign / "train-0.tar", members)
