@@ -8,6 +8,7 @@ import torch
 
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
+from sam_lightning.data.prefetch import THREADS
 from sam_lightning.data.shards import Packed, listed
 from sam_lightning.data.source import ImageSource, Split
 from sam_lightning.data.splitting import divided
@@ -28,6 +29,8 @@ def image_folder(
     interpolation: str | None = None,
     crop_mode: str | None = None,
     memory_gb: float = 8.0,
+    cache_gb: float | None = None,
+    fetch_threads: int = THREADS,
 ) -> ImageSource:
     """Image files in folders, as people have them.
 
@@ -67,6 +70,9 @@ def image_folder(
         crop_mode: of evaluation, as in ``views.CenterCrop``; None: ``center``.
         memory_gb: most that the decoded images of a split may take, in 10^9 bytes. Those of a
             larger one are decoded each time they are needed.
+        cache_gb: most that copies of training shards at an address may take, in 10^9 bytes; None:
+            nine tenths of what there is on their disk.
+        fetch_threads: most shards that this machine fetches ahead at a time.
 
     Raises:
         ConfigError: a folder is missing, a class is empty, the class names of the folders differ,
@@ -86,7 +92,8 @@ def image_folder(
                 random = RandomResizedCrop(image_size, crop_scale, crop_ratio, fixed.interpolation)
     cache = Path(os.path.expanduser(cache_dir or "data/cache"))
     try:
-        listing = listed(root, split, cache)
+        limit = None if cache_gb is None else cache_gb * 1e9
+        listing = listed(root, split, cache, limit=limit, threads=fetch_threads)
     except OSError as error:
         raise ConfigError(f"data.root={root!r}: cannot be read ({one_line(error)})") from error
     if split is not None:

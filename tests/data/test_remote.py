@@ -14,7 +14,7 @@ from shard_files import CROPS, data_of, epoch, packed, photographs
 
 from image_files import one_line_error
 from runs import configuration
-from sam_lightning.data import image_folder, remote
+from sam_lightning.data import image_folder, prefetch, remote
 from sam_lightning.data.index import Index
 from sam_lightning.inference.load import data_of as data_of_run
 
@@ -56,6 +56,7 @@ class Storage:
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(prefetch, "PATIENCE", 0)
     packed(photographs(tmp_path / "photos"), tmp_path / "packed", "shard_mb=0.03")
     storage = Storage(tmp_path)
     yield storage
