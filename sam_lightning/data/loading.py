@@ -227,9 +227,11 @@ class TrainDataset(SplitDataset):
             seeds = self.augment.view_seeds(key)
             if self._copies is not None:
                 worker = get_worker_info()
+                workers = worker.num_workers if worker else 1
                 # Other processes, which share the copies, may be so far behind.
-                behind = (2 * worker.num_workers + 2 if worker else 2) * self.batch_size
-                self._copies.fetch_ahead(self.order.coming(epoch, max(0, first - behind)))
+                behind = (2 * workers + 2) * self.batch_size
+                coming = self.order.coming(epoch, max(0, first - behind))
+                self._copies.fetch_ahead(coming, workers)
         images, labels = self.load(indices, seeds)
         return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
 

@@ -53,6 +53,7 @@ class Prefetcher:
         for shard in files:
             if os.path.basename(shard.name) != shard.name:
                 raise ConfigError(f"data.root: {address}: {shard.name!r} is no name of a shard")
+        self._at_once = 1
         self._coming = self._done = np.empty(0, np.int64)
         self._threads: list[threading.Thread] = []
 
@@ -61,6 +62,7 @@ class Prefetcher:
 
     def check(self, count: int) -> None:
         """Refuse a limit that so many shards exceed, which are needed at a time."""
+        self._at_once = count
         limit, needed = self._limit(self._here()), np.sort(self.sizes)[-count:].sum()
         if needed > limit:
             disk = f"null (there are {limit / 1e9:.3g} on the disk of {self.folder})"
@@ -80,7 +82,7 @@ class Prefetcher:
         fetch(*self._way(number), patience=PATIENCE)
         return path
 
-    def fetch_ahead(self, coming: np.ndarray) -> None:
+    def fetch_ahead(self, coming: np.ndarray, processes: int = 1) -> None:
         """Let threads copy the shards that are needed next, as far as the limit allows.
 
         What fails is tried again until it is there. Who needs it by then is told by ``get``.
@@ -88,10 +90,11 @@ class Prefetcher:
         Args:
             coming: their numbers in turn, from those in use now on; the same array as long as
                 they are the same.
+            processes: that share the threads equally.
         """
         self._coming = coming
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        if coming is not self._done and len(self._threads) < self.threads:
+        while coming is not self._done and len(self._threads) * processes < self.threads:
             self._threads.append(threading.Thread(target=self._take_turn, daemon=True))
             self._threads[-1].start()
 
@@ -145,9 +148,14 @@ class Prefetcher:
         return done + PART_OF_FREE * shutil.disk_usage(self.folder).free
 
     def _soon(self, coming: np.ndarray, limit: float) -> list[int]:
-        """The next shards that fit, in turn."""
-        numbers = list(dict.fromkeys(coming.tolist()))
-        return numbers[: int((self.sizes[numbers].cumsum() <= limit).sum())] if numbers else []
+        """The next shards in turn: all if they fit, or else half of what fits.
+
+        The other half is left to copies that are used again in the next epoch.
+        """
+        numbers = np.array([*dict.fromkeys(coming.tolist())], np.int64)
+        ends = self.sizes[numbers].cumsum()
+        fits = len(ends) if (ends <= limit).all() else max(self._at_once, (ends <= limit / 2).sum())
+        return numbers[:fits].tolist()
 
     def _make_room(self, number: int) -> None:
         """Remove copies until one more fits, the one that is needed last first.

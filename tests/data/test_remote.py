@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from shard_files import CROPS, data_of, epoch, packed, photographs
+from test_same_images import TWO, global_batches, photographs_and_shards, train
 
 from image_files import one_line_error
 from runs import configuration
@@ -259,3 +260,25 @@ def test_a_checkpoint_leads_to_no_address(storage, tmp_path, monkeypatch):
     assert not storage.seen
     typed = data_of_run(config, storage.root)
     assert len(typed.test) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_run_goes_on_at_an_address_bit_for_bit(tmp_path):
+    _, shards = photographs_and_shards(tmp_path)
+    storage = Storage(tmp_path)
+    root = storage.root.replace("packed", "shards")
+    sizes = [shard.size for shard in Index.read(tmp_path / "shards").splits["train"].shards]
+    assert len(sizes) >= 5
+    window = ["data=shards", "data.window=1"]
+    train(tmp_path / "plain", *window, shards[1], "data.num_workers=0")
+    limit = f"data.cache_gb={3.2 * max(sizes) / 1e9}"
+    ours = [*window, f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}", limit, *TWO]
+    train(tmp_path / "killed", *ours, "data.num_workers=2", at="0.3")
+    storage.fails = {name: (storage.seen[name] + 2, "503") for name in [*storage.seen]}
+    train(tmp_path / "killed", *ours, "data.num_workers=3", "ckpt_path=last")
+    assert global_batches(tmp_path / "killed") == global_batches(tmp_path / "plain")
+    copies = [*tmp_path.glob("cache/remote-*/train-*.tar")]
+    assert 1 <= len(copies) < len(sizes)
+    storage.server.shutdown()
+    storage.server.server_close()
