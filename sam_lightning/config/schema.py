@@ -174,6 +174,8 @@ HINTS: dict[str, Any] = REQUIRED | {
     "data.interpolation": Literal["bilinear", "bicubic"] | None,
     "data.crop_mode": Literal["center", "squash"] | None,
     "data.memory_gb": NonNegative,
+    "data.cache_gb": Positive | None,
+    "data.fetch_threads": Count,
     "data.skip_broken": bool,
     "method.perturbation.eta": NonNegative,
     "method.perturbation.sigma": NonNegative,

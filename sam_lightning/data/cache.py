@@ -16,6 +16,7 @@ from sam_lightning.data.contents import each, hash_of, hashes
 from sam_lightning.data.listing import Files
 from sam_lightning.data.mapped import Notes, Write, made, opened
 from sam_lightning.data.pixels import decode, open_image
+from sam_lightning.data.prefetch import Prefetcher
 from sam_lightning.data.shards import Packed
 from sam_lightning.data.views import CenterCrop, RandomResizedCrop
 
@@ -174,10 +175,10 @@ class StoredImages:
                 raise ConfigError(f"data.root: {self.files.path(i)}: {one_line(error)}") from error
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Let shards at an address be copied while others are read."""
-        assert isinstance(self.files, Packed)
-        self.files.shards.fetch_ahead(shards)
+    @property
+    def copies(self) -> Prefetcher | None:
+        """Those of shards at an address."""
+        return self.files.shards.copies if isinstance(self.files, Packed) else None
 
     def _check(self, files: Files, notes: Notes) -> None:
         """Refuse what was decoded, or is to be kept, if it is not what was asked for."""

@@ -38,7 +38,7 @@ DEVICES = (None, "cpu", "cuda")  # where images are kept
 # Keys of the data configuration that belong to its source; the rest are fields of ImageData.
 SOURCE_KEYS = {"source", "root", "download", "image_size", "cache_dir", "split", "skip_broken"}
 SOURCE_KEYS |= {"view", "crop_scale", "crop_ratio", "crop_fraction", "crop_mode", "interpolation"}
-SOURCE_KEYS.add("memory_gb")
+SOURCE_KEYS |= {"memory_gb", "cache_gb", "fetch_threads"}
 
 # The first part of each stream's seed after the user's own.
 _SHUFFLE, _NOISE, _AUGMENT, _VAL, _SUBSET = range(5)

@@ -11,6 +11,7 @@ from sam_lightning.config.cluster import number
 from sam_lightning.config.errors import ConfigError, argument_errors, one_line
 from sam_lightning.data.cache import StoredImages
 from sam_lightning.data.listing import Listing
+from sam_lightning.data.prefetch import THREADS
 from sam_lightning.data.shards import Packed, listed
 from sam_lightning.data.share import listed_once
 from sam_lightning.data.source import ImageSource, Split
@@ -34,6 +35,8 @@ def image_folder(
     interpolation: str | None = None,
     crop_mode: str | None = None,
     memory_gb: float = 8.0,
+    cache_gb: float | None = None,
+    fetch_threads: int = THREADS,
     expected: Mapping[str, int] | None = None,
 ) -> ImageSource:
     """Image files in folders, as people have them.
@@ -75,6 +78,9 @@ def image_folder(
         crop_mode: of evaluation, as in ``views.CenterCrop``; None: ``center``.
         memory_gb: most that the decoded images of a split may take, in 10^9 bytes. Those of a
             larger one are decoded each time they are needed.
+        cache_gb: most that copies of training shards at an address may take, in 10^9 bytes; None:
+            nine tenths of what there is on their disk.
+        fetch_threads: most shards that this machine fetches ahead at a time.
         expected: how many ``classes`` and images of ``train``, ``val`` and ``test`` there should
             be; a warning names other numbers.
 
@@ -95,9 +101,10 @@ def image_folder(
             if view == "random_resized_crop":
                 random = RandomResizedCrop(image_size, crop_scale, crop_ratio, fixed.interpolation)
     cache = Path(os.path.expanduser(cache_dir or "data/cache"))
+    limit = None if cache_gb is None else cache_gb * 1e9
 
     def found() -> Listing:
-        listing = listed(root, split, cache)
+        listing = listed(root, split, cache, limit=limit, threads=fetch_threads)
         return listing if split is None else divided(listing, split, split_seed)
 
     try:
@@ -129,12 +136,12 @@ def image_folder(
         shards = torch.from_numpy(files.numbers()) if isinstance(files, Packed) else None
         splits[name] = Split(images, files.labels, files.names, shards=shards)
     test = splits.pop("test", None) or splits.pop("val", None)
-    counts = {name: len(split) for name, split in (splits | {"test": test}).items() if split}
-    counts["classes"] = len(listing.classes)
+    sizes = {name: len(split) for name, split in (splits | {"test": test}).items() if split}
+    sizes["classes"] = len(classes)
     odd = [
-        f"{name} {counts.get(name, 0):,} (of {count:,})"
+        f"{name} {sizes.get(name, 0):,} (of {count:,})"
         for name, count in (expected or {}).items()
-        if counts.get(name, 0) != count
+        if sizes.get(name, 0) != count
     ]
     if odd and not number("LOCAL_RANK", 0):  # not every process
         log.warning("data.root=%r: is not the whole set: %s", root, ", ".join(odd))

@@ -10,18 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.augment.draws import Integers, on_device
 from sam_lightning.data.augment.pipeline import BatchKey
+from sam_lightning.data.prefetch import Prefetcher
+from sam_lightning.data.seeding import draw_seed
 from sam_lightning.data.source import Split
 
 SAMPLERS = ("shuffled", "balanced")
 AUTO = "auto"  # as the number of loading processes: ``suggested_workers`` where there is work
 MOST_WORKERS = 16
-AHEAD = 4  # shards that are fetched in advance where all are mixed
 _EPOCH = 40  # bits of a position in an epoch, below the number of the epoch
 
 
@@ -95,7 +102,8 @@ class EpochOrder:
         if window is not None and (window < 1 or split.shards is None):
             raise ValueError(f"window={window}: must be >= 1 for images in shards, else null")
         self._shards = None if split.shards is None else split.shards.numpy()
-        self._needed: tuple[int, Integers, Integers] | None = None
+        self._used = np.flatnonzero(np.bincount(() if self._shards is None else self._shards))
+        self._coming: tuple[tuple[int, int], Integers] | None = None
         self._length = self._count = len(labels)
         self._members: list[Tensor] = []
         if sampler == "balanced":
@@ -103,7 +111,7 @@ class EpochOrder:
             self._members = [(labels == c).nonzero().squeeze(1).cpu() for c in classes]
             self._quota = -(-self._count // (len(classes) * repeats))
             self._length = self._quota * len(classes) * repeats
-        self._last: tuple[int, Integers, Integers | int] | None = None
+        self._last: tuple[int, Integers, Integers | int, Integers] | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -112,10 +120,10 @@ class EpochOrder:
         """Index and number of copy of each example of an epoch; copies 0 if all are the first."""
         if self._last is None or self._last[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
+            windows = self._windows(epoch)
             indices, copies = self._drawn(generator)
             if self._shards is not None and self._window is not None:
-                turns = torch.randperm(int(self._shards.max()) + 1, generator=generator).numpy()
-                by_window = (turns // self._window)[self._shards[indices]].argsort(kind="stable")
+                by_window = windows[self._shards[indices]].argsort(kind="stable")
                 indices = indices[by_window]
                 copies = copies if isinstance(copies, int) else copies[by_window]
             if self.repeats > 1:
@@ -123,23 +131,40 @@ class EpochOrder:
                 indices = indices[counted // self.repeats]
                 copies = copies[counted // self.repeats] if self._members else 0
                 copies = copies * self.repeats + counted % self.repeats
-            self._last = epoch, indices, copies
-        return self._last[1:]
+            self._last = epoch, indices, copies, windows
+        return self._last[1:3]
 
-    def next_shards(self, epoch: int, position: int) -> list[int]:
-        """The shards that an epoch needs first at a position or behind it, in turn.
+    def at_once(self) -> int:
+        """Number of shards that are needed at a time: those of a window and of the next, or all."""
+        return min(len(self._used), 2 * (self._window or len(self._used)))
 
-        They are at most ``window``, or ``AHEAD``.
+    def coming(self, epoch: int, position: int) -> Integers:
+        """The numbers of shards in turn, from those in use at a position on, and of the next epoch.
+
+        The array is the same one as long as they are the same.
         """
         assert self._shards is not None
         indices, _ = self.of(epoch)
-        if self._needed is None or self._needed[0] != epoch:
-            numbers, first = np.unique(self._shards[indices], return_index=True)
-            turns = first.argsort()
-            self._needed = epoch, first[turns], numbers[turns]
-        _, first, numbers = self._needed
-        start = int(first.searchsorted(position))
-        return numbers[start : start + (self._window or AHEAD)].tolist()
+        assert self._last is not None
+        windows = self._last[3]
+        first, last = windows[self._shards[indices[[min(position, len(indices) - 1), -1]]]].tolist()
+        if self._coming is None or self._coming[0] != (epoch, first):
+            following = self._windows(epoch + 1)
+            rest = self._used[(first <= windows[self._used]) & (windows[self._used] <= last)]
+            turns = [
+                shards[of[shards].argsort(kind="stable")]
+                for shards, of in ((rest, windows), (self._used, following))
+            ]
+            self._coming = (epoch, first), np.concatenate(turns)
+        return self._coming[1]
+
+    def _windows(self, epoch: int) -> Integers:
+        """The number of the window that each shard is in."""
+        count = int(self._used.max(initial=-1)) + 1
+        if self._window is None:
+            return np.zeros(count, np.int64)
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch))
+        return torch.randperm(count, generator=generator).numpy() // self._window
 
     def _drawn(self, generator: torch.Generator) -> tuple[Integers, Any]:
         if not self._members:
@@ -167,6 +192,9 @@ class TrainDataset(SplitDataset):
         augment: does its part for loading processes.
         batch_size: of all ranks together.
         world_size: number of ranks.
+
+    Raises:
+        ConfigError: there is no room for copies of the shards that are needed at a time.
     """
 
     def __init__(
@@ -181,6 +209,9 @@ class TrainDataset(SplitDataset):
         self.order, self.augment = order, augment
         self.batch_size, self.world_size = batch_size, world_size
         self._total = -(-len(order) // world_size) * world_size  # as the sampler pads it
+        self._copies: Prefetcher | None = getattr(split.stored, "copies", None)
+        if self._copies is not None:
+            self._copies.check(order.at_once())
 
     def __len__(self) -> int:
         return len(self.order)
@@ -200,8 +231,13 @@ class TrainDataset(SplitDataset):
         stored, seeds = self.split.stored, None
         if not isinstance(stored, Tensor):
             seeds = self.augment.view_seeds(key)
-            if self.split.shards is not None:
-                stored.fetch_ahead(self.order.next_shards(epoch, first))
+            if self._copies is not None:
+                worker = get_worker_info()
+                workers = worker.num_workers if worker else 1
+                # Other processes, which share the copies, may be so far behind.
+                behind = (2 * workers + 2) * self.batch_size
+                coming = self.order.coming(epoch, max(0, first - behind))
+                self._copies.fetch_ahead(coming, workers)
         images, labels = self.load(indices, seeds)
         return self.augment.in_loader(images, key) if self.augment.loads else images, labels, key
 

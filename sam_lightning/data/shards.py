@@ -1,10 +1,8 @@
 """Photographs in tar shards, read at random where they are."""
 
 import os
-import threading
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from sam_lightning.data.hugging_face import HUB, tables
 from sam_lightning.data.imagenet import list_imagenet
 from sam_lightning.data.index import BLOCK, FILE, Index, Shard, SplitIndex, first_blocks
 from sam_lightning.data.listing import WHOLE, Files, Listing, list_images
-from sam_lightning.data.remote import fetch, index_of, is_address
+from sam_lightning.data.prefetch import THREADS, Prefetcher
+from sam_lightning.data.remote import index_of, is_address
 from sam_lightning.data.source import Names
 from sam_lightning.data.tars import find, indexed
 
@@ -42,24 +41,21 @@ class Shards:
     Args:
         base: the folder that their names are relative to.
         files: the shards.
-        address: where those are that are not in the folder yet; None: all are there.
+        copies: bring those that are not in the folder yet; None: all are there.
 
     Raises:
         ConfigError: one is not there, or has another size.
     """
 
-    def __init__(self, base: str, files: Sequence[Shard], address: str | None = None) -> None:
+    def __init__(self, base: str, files: Sequence[Shard], copies: Prefetcher | None = None) -> None:
         self.paths = [os.path.join(base, shard.name) for shard in files]
-        self.files, self.first, self.address = files, first_blocks(files), address
+        self.files, self.first, self.copies = files, first_blocks(files), copies
         self._open: dict[int, _Opened] = {}
-        self._thread: threading.Thread | None = None
         for path, shard in zip(self.paths, files, strict=True):
-            if address and os.path.basename(shard.name) != shard.name:
-                raise ConfigError(f"data.root: {address}: {shard.name!r} is no name of a shard")
             try:
                 size = os.stat(path).st_size
             except OSError as error:
-                if address and isinstance(error, FileNotFoundError):
+                if copies and isinstance(error, FileNotFoundError):
                     continue
                 raise ConfigError(f"data.root: {path}: {one_line(error)}") from error
             if size != shard.size:
@@ -69,7 +65,7 @@ class Shards:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_thread": None}  # each process has its own
+        return self.__dict__ | {"_open": {}}  # each process has its own
 
     def of(self, blocks: Any) -> np.ndarray:
         """The numbers of the shards that have these blocks."""
@@ -82,35 +78,20 @@ class Shards:
         if file is None:
             if len(self._open) >= MOST_OPEN:  # it is closed when no thread reads it any more
                 self._open.pop(next(iter(self._open)), None)
-            self._fetch(number)
-            file = self._open[number] = _Opened(self.paths[number])
+            file = self._open[number] = self._opened(number)
         content = bytearray(length)
         os.preadv(file.descriptor, [content], (block - int(self.first[number])) * BLOCK)
         if zlib.crc32(content) != crc:
             raise OSError("is not what was packed; the shard was cut short or changed")
         return content
 
-    def _fetch(self, number: int) -> None:
-        if self.address:
-            shard, path = self.files[number], self.paths[number]
-            fetch(f"{self.address}/{shard.name}", Path(path), shard.sha256)
-
-    def fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Let a thread copy those of these shards that are not here, in turn, unless one is at it.
-
-        What fails is tried again by who reads the shard, and is told then.
-        """
-        if self.address is None or (self._thread and self._thread.is_alive()):
-            return
-        if missing := [n for n in numbers if not os.path.exists(self.paths[n])]:
-
-            def copy() -> None:
-                with suppress(Exception):
-                    for number in missing:
-                        self._fetch(number)
-
-            self._thread = threading.Thread(target=copy, daemon=True)
-            self._thread.start()
+    def _opened(self, number: int) -> _Opened:
+        while self.copies:
+            try:
+                return _Opened(str(self.copies.get(number)))
+            except FileNotFoundError:
+                pass  # another process has just removed it, to make room
+        return _Opened(self.paths[number])
 
 
 class Packed(Files):
@@ -162,7 +143,14 @@ class Packed(Files):
         return np.concatenate([own, shared[self.numbers()]], 1)
 
 
-def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
+def listed(
+    root: str,
+    split: Any,
+    cache: Path,
+    either: bool = False,
+    limit: float | None = None,
+    threads: int = THREADS,
+) -> Listing:
     """The images of a folder, in shards or in folders of classes.
 
     Args:
@@ -170,6 +158,7 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
         split: None: the folder has splits; else they are to be drawn by ``divided``.
         cache: for the index of shards of other tools, and for copies of those at an address.
         either: take the folder with its splits if it has any, and else as one.
+        limit, threads: of shards at an address, as for ``Prefetcher``.
 
     Raises:
         ConfigError, OSError: as ``list_images``; or the shards are not as they were packed.
@@ -199,9 +188,12 @@ def listed(root: str, split: Any, cache: Path, either: bool = False) -> Listing:
             f"data.split={split}: {base} has shards of {', '.join(sorted(there))} already; set "
             "data.split=null"
         )
-    files = {
-        name: Packed(Shards(base, index.splits[name].shards, address), index.splits[name])
-        for name in ("train", "test", "val", WHOLE)
-        if name in there
-    }
+    files = {}
+    for name in ("train", "test", "val", WHOLE):
+        if name in there:
+            own, copies = index.splits[name].shards, None
+            if address:
+                most = limit if name in ("train", WHOLE) else None
+                copies = Prefetcher(address, Path(base), own, most, threads)
+            files[name] = Packed(Shards(base, own, copies), index.splits[name])
     return Listing(dict(files), index.classes, index.left_out)

@@ -113,9 +113,6 @@ class Unread(Protocol):
         same part.
         """
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Images of these shards, by their numbers in ``Split.shards``, are needed soon."""
-
 
 @dataclass(frozen=True, eq=False)
 class Split:

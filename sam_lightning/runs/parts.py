@@ -30,9 +30,10 @@ TABLE = {
         checkpoint_every_n_steps logger
         callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
         callbacks.sharpness
-        data.root data.cache_dir data.memory_gb data.download data.num_workers data.device
+        data.root data.cache_dir data.memory_gb data.cache_gb data.fetch_threads
+        data.download data.num_workers data.device
         data.pin_memory data.eval_batch_size data.source.root data.source.cache_dir
-        data.source.memory_gb data.source.download
+        data.source.memory_gb data.source.cache_gb data.source.fetch_threads data.source.download
         trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.timeout
         trainer.log_every_n_steps trainer.profiler trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary

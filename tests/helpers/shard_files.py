@@ -9,6 +9,7 @@ from sam_lightning.data import image_folder
 from sam_lightning.data.image_data import ImageData
 from sam_lightning.studies.pack import main
 
+SOURCE = ("split", "skip_broken", "cache_gb", "fetch_threads")
 CROPS = {"image_size": 8, "view": "random_resized_crop"}
 
 
@@ -33,7 +34,7 @@ def packed(root, out, *arguments):
 
 def data_of(root, tmp_path, **options):
     """A set as a run reads it."""
-    source = {name: options.pop(name) for name in ("split", "skip_broken") if name in options}
+    source = {name: options.pop(name) for name in SOURCE if name in options}
     read = partial(image_folder, str(root), cache_dir=str(tmp_path / "cache"), **CROPS, **source)
     data = ImageData(read, **{"batch_size": 5, "num_workers": 0, **options})
     data.read()
