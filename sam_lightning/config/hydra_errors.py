@@ -56,7 +56,7 @@ def check_flags(arguments: list[str]) -> Namespace:
         raise ConfigError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
     if empty := [name for name, value in vars(flags).items() if value == ""]:
         raise ConfigError(f"--{empty[0].replace('_', '-')}=: must be given, or left out")
     return flags

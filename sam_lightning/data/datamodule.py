@@ -59,7 +59,8 @@ class ImageDataModule(ImageData, LightningDataModule):
         # Lightning sets the epoch too, but in a resumed run only after workers took their first
         # indices from the sampler.
         epoch = 0 if self.trainer is None else _epoch(self.trainer)
-        loader = self.train_loader(*self._world(), epoch, self._pin_memory())
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        loader = self.train_loader(*self._world(), epoch, self._pin_memory(), overfit)
         loader.done = self._batches_done
         return loader
 

@@ -266,12 +266,18 @@ class ImageData:
         }
 
     def train_loader(
-        self, world_size: int = 1, rank: int = 0, epoch: int = 0, pin_memory: bool = False
+        self,
+        world_size: int = 1,
+        rank: int = 0,
+        epoch: int = 0,
+        pin_memory: bool = False,
+        first_epoch_only: bool = False,
     ) -> TrainLoader:
         """One process's share of the training set, in an order that (seed, epoch) fixes."""
         assert self._augment is not None
         dataset = TrainDataset(self.train, self._order, self._augment, self.batch_size, world_size)
         sampler = TrainSampler(dataset, world_size, rank, drop_last=self.drop_last)
+        sampler.first_epoch_only = first_epoch_only
         sampler.set_epoch(epoch)
         batch = self.batch_size // world_size
         options = self._loader_options(self.train, sampler, batch, pin_memory)

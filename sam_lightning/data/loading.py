@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from sam_lightning.config.cluster import launched, number
 from sam_lightning.data.augment import BatchAugment
@@ -221,13 +221,22 @@ class TrainDataset(SplitDataset):
         )
 
 
-class TrainSampler(DistributedSampler[Any]):
+# With overfit_batches Lightning replaces each sampler that is not sequential by one that knows
+# neither ranks nor where an epoch continues.
+
+
+class TrainSampler(DistributedSampler[Any], SequentialSampler):
     """The positions of a rank in the order of an epoch, every ``num_replicas``-th, with the epoch.
 
-    The next epoch may start with its ``first``-th example.
+    The next epoch may start with its ``first``-th example. All epochs may be as the first one.
     """
 
     first = 0
+    first_epoch_only = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch from now on."""
+        super().set_epoch(0 if self.first_epoch_only else epoch)
 
     def __iter__(self) -> Iterator[int]:
         first, self.first = self.first, 0
@@ -255,7 +264,7 @@ class TrainLoader(DataLoader[tuple[Tensor, Tensor]]):
         self.sampler.first = state["batches"] * self.batch_size
 
 
-class EvalShard(DistributedSampler[int]):
+class EvalShard(DistributedSampler[int], SequentialSampler):
     """Every ``num_replicas``-th index, in order: over all ranks each one exactly once.
 
     A plain ``DistributedSampler`` repeats examples until all ranks have equally many, and metrics

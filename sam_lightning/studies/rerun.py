@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 
 from sam_lightning.config.conf import CONF, DEFAULTS, top_level
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.hydra_errors import COMPOSING
+from sam_lightning.config.hydra_errors import COMPOSING, check_flags
 from sam_lightning.config.trust import trust_arguments
 from sam_lightning.runs.old_names import with_current_names
 from sam_lightning.runs.resume import replayable
-from sam_lightning.studies.identical import differing
+from sam_lightning.studies.identical import MISSING, differing
 from sam_lightning.studies.runner import TRAIN
 
 ABOUT = """
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     stored = Path(os.path.expanduser(run)) / ".hydra" / "overrides.yaml"
     if not run or not stored.is_file():
         raise ConfigError(f"{run or 'RUN'}: must be the folder of a run, with {stored.name} in it")
+    check_flags(given)
     trust_arguments(given)
     kept = replayable(stored, top_level(), given)
     if changed := changed_since(stored):
@@ -54,4 +55,6 @@ def changed_since(stored: Path) -> str:
             now = OmegaConf.to_container(compose("train", replayable(stored, top_level())))
     except (OSError, ValueError, RecursionError, *COMPOSING):
         return ""  # what is given replaces what cannot be composed, or train.py says what is wrong
-    return "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in differing(before, now).items())
+    # What there was not then is as it was: a new key's default changes nothing.
+    changed = {k: pair for k, pair in differing(before, now).items() if pair[0] != MISSING}
+    return "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())

@@ -72,6 +72,7 @@ def as_rank(datamodule, rank, world_size, epoch=0, step=0, device="cpu"):
     datamodule.trainer = SimpleNamespace(
         world_size=world_size,
         global_rank=rank,
+        overfit_batches=0.0,
         training=True,
         strategy=SimpleNamespace(root_device=torch.device(device)),
         fit_loop=SimpleNamespace(
@@ -502,6 +503,27 @@ def test_a_run_repeats_bit_for_bit(uninterrupted):
 def test_batches_do_not_depend_on_how_they_are_run(uninterrupted, data_options, trainer_options):
     batches = run(make(val_size=24, augment=CUT, **data_options), **trainer_options)
     assert_same(training(batches), training(uninterrupted))
+
+
+def test_overfitting_repeats_the_first_batches_of_the_first_epoch(uninterrupted):
+    found = training(run(make(val_size=24, augment=CUT), overfit_batches=2))
+    assert len(found) == 3 * 2
+    for (_, _, batch), images_and_labels in found.items():
+        first = uninterrupted["train", 0, batch]
+        assert all(map(torch.equal, images_and_labels, first))
+
+
+def test_overfitting_ranks_have_images_of_their_own(monkeypatch):
+    """Lightning would give all ranks the same."""
+    loops = []
+    for rank in range(2):
+        datamodule = make(val_size=24, augment={})
+        monkeypatch.setattr(datamodule, "_world", lambda rank=rank: (2, rank))
+        loops.append(run(datamodule, overfit_batches=2, max_epochs=1))
+    for stage in (("train", 0, 0), ("train", 0, 1), ("val", 0)):
+        one, two = (batches[stage][0] for batches in loops)
+        assert one.shape == two.shape
+        assert not any((a == b).all() for a in one for b in two)
 
 
 def test_every_epoch_and_step_draws_anew():

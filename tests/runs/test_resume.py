@@ -183,6 +183,7 @@ EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
 WATCHED = [
     (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
     (f"+callbacks.ema={EMA}", "pass:21"),
+    ("+trainer.overfit_batches=5 checkpoint_every_n_steps=2", "pass:16"),
 ]
 OTHERS = [
     ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch

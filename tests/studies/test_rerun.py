@@ -64,6 +64,9 @@ def test_what_was_added_can_be_left_out(tmp_path, added, given):
 
 def test_what_has_changed_in_conf_is_named(tmp_path, started, capsys):
     run = earlier(tmp_path / "run", ["method=asam"], lr=0.25, epochs=3)
+    config = OmegaConf.load(run / ".hydra" / "config.yaml")
+    del config.threads  # a key that is new
+    OmegaConf.save(config, run / ".hydra" / "config.yaml")
     rerun.main([str(run)])
     said = "conf has changed since: epochs was 3, is 200; lr was 0.25, is 0.1\n"
     assert capsys.readouterr().err == said
@@ -101,6 +104,13 @@ def test_a_sweep_needs_several_values(tmp_path, started):
     run = earlier(tmp_path / "run", [])
     with pytest.raises(ConfigError, match=r"^-m: needs a setting with several values"):
         rerun.main([str(run), "-m"])
+    assert started == []
+
+
+def test_flags_are_checked_before_they_are_read(tmp_path, started):
+    run = earlier(tmp_path / "run", [])
+    with pytest.raises(ConfigError, match=r"^-rho=1: no such flag; did you mean -r\?$"):
+        rerun.main([str(run), "-rho=1"])
     assert started == []
 
 
