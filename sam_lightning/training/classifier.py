@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sam_lightning.inference.metrics import EvalMetrics
 from sam_lightning.models.onednn import subsample_first
 from sam_lightning.training.finetune import Freezing
+from sam_lightning.training.passes import averaged
 
 Batch = tuple[Tensor, Any]
 
@@ -68,9 +69,10 @@ class Classifier(L.LightningModule):
         if self.trainer.world_size > 1:
             still = self.freezing.still if self.freezing is not None else []
             same = {id(buffer) for layer in still for buffer in layer.buffers(recurse=False)}
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point() and id(buffer) not in same:
-                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+            buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+            moved = [buffer for buffer in buffers if id(buffer) not in same]
+            for buffer, mean in zip(moved, averaged(moved, self.trainer.world_size), strict=True):
+                buffer.copy_(mean)
 
     def on_validation_epoch_end(self) -> None:
         """Log val/loss, val/acc, val/error and, from 10 classes on, val/acc5; or test/..."""

@@ -28,11 +28,18 @@ class EpochLoop(_TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """Validate if it is time to; then the run may save and stop, unless the epoch ends."""
         super().on_advance_end(data_fetcher)
-        trainer: Any = self.trainer
         if not self.done:
-            for callback in trainer.callbacks:
-                if isinstance(callback, LastCheckpoint):
-                    callback.on_batch_done(trainer)
+            for saver in self._savers():
+                saver.on_batch_done(self.trainer)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        # Lightning's way to stop all processes: a message before each batch, and a wait for it.
+        if not self._savers():
+            super()._broadcast_sigterm_tensor()
+
+    def _savers(self) -> list[LastCheckpoint]:
+        trainer: Any = self.trainer
+        return [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
 
 
 class FitLoop(_FitLoop):

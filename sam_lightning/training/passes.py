@@ -231,7 +231,15 @@ def average_gradients(model: nn.Module, devices: int) -> None:
         return
     params = [p for p in model.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.flatten() for g in grads])  # one message for all
-    dist.all_reduce(flat.div_(devices))  # the strategy's own reduction would wait for it
-    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in the memory order of p
+    for p, grad in zip(params, averaged(grads, devices), strict=True):
+        p.grad = torch.empty_like(p).copy_(grad)  # in the memory order of p
+
+
+def averaged(tensors: list[Tensor], devices: int) -> list[Tensor]:
+    """The means over ranks, in one message and without waiting for it, as a strategy's would."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat.div_(devices))
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for t, part in zip(tensors, parts, strict=True)]

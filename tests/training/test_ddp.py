@@ -149,6 +149,10 @@ def program(folder):
         with sync_batch_norm.on_cpu():
             runner.fit(module, reference.loader(batches))
         results[case] = {"weights": watch.weights, "layers": watch.layers}
+    results["messages"] = {
+        name: [messages(folder / name, steps, options) for steps in (10, 50)]
+        for name, options in (("local", {}), ("synced", {"sync_perturbation": True}))
+    }
     module, _ = epochs(2, rank)
     results["unbroken"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     _, runner = epochs(1, rank)
@@ -156,6 +160,19 @@ def program(folder):
     module, _ = epochs(2, rank, folder / "half.ckpt")
     results["resumed"] = {"weights": reference.state(module.model), "memory": memory_of(module)}
     torch.save(results, folder / f"{rank}.pt")
+
+
+def messages(folder, steps, options):
+    """How many messages a training of so many steps sends, of each kind."""
+    cfg = configuration("trainer=ddp_cpu", "epochs=1", "trainer.log_every_n_steps=1000000")
+    cfg.update(callbacks={"last": cfg.callbacks.last}, logger=None, output_dir=str(folder))
+    net = model_with_batch_norm("")
+    module = SAMModule(net, reference.CLASSES, reference.sgd, rho=0.2, **options)
+    batches = [shard(batch, dist.get_rank()) for batch in reference.batches([16] * steps)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        make_trainer(cfg, RANKS, Watch()).fit(module, reference.loader(batches))
+    found = profile.key_averages()
+    return {event.key: event.count for event in found if event.key.startswith("c10d::")}
 
 
 def epochs(count, rank, ckpt_path=None):
@@ -189,6 +206,15 @@ def test_all_ranks_hold_the_same_weights_after_every_step(ranks, case):
         reference.assert_equal(a, b)
     last = next(reversed(one[0]))
     assert not torch.equal(one[0][last], one[-1][last])
+
+
+@pytest.mark.parametrize(("case", "each"), [("local", 1), ("synced", 2)])
+def test_a_step_sends_its_averages_of_gradients_and_nothing_else(ranks, case, each):
+    ten, fifty = ranks[0]["messages"][case]
+    more = {kind: count - ten.get(kind, 0) for kind, count in fifty.items()}
+    agreements = more.pop("c10d::allreduce_") - 40 * each  # whether to stop: one a second
+    assert 0 <= agreements <= 15
+    assert not any(more.values())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from sam_lightning.config.errors import Interrupted
@@ -77,6 +78,8 @@ class LastCheckpoint(Checkpoint):
         self._metrics: dict[str, Any] = {}  # of the checkpoint
         self._trainer: L.Trainer | None = None
         self._seen = -1
+        # Steps and seconds when several processes last agreed, and the step to do so next.
+        self._agreed, self._next = (0, 0.0), 0
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics as logged last, and how many rows of ``metrics.csv`` there are."""
@@ -108,6 +111,7 @@ class LastCheckpoint(Checkpoint):
         self.stop.listen()
         self.stop.deferred = True
         self._seen = trainer.global_step
+        self._agreed, self._next = (trainer.global_step, time.monotonic()), 0
         self._trainer = trainer
         # What is not logged in every epoch is watched, and is a result, in those between too.
         trainer.callback_metrics.update({k: torch.as_tensor(v) for k, v in self._metrics.items()})
@@ -117,7 +121,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._seen:  # this batch waits for others to make a step
             return
         self._seen = trainer.global_step
-        stop = self._stop_agreed(trainer)
+        stop = self._stop_agreed(trainer, trainer.global_step >= self._next)
         if stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
         if stop:
@@ -127,7 +131,7 @@ class LastCheckpoint(Checkpoint):
         """Save after the validation; stop if told to."""
         self._save(trainer)
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        if self._stop_agreed(trainer) and not last:
+        if self._stop_agreed(trainer, True) and not last:
             self._leave(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -146,12 +150,24 @@ class LastCheckpoint(Checkpoint):
         """Stop at once from now on."""
         self.stop.deferred = False
 
-    def _stop_agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was told to stop; all processes agree after each step."""
+    def _stop_agreed(self, trainer: L.Trainer, ask: bool) -> bool:
+        """Whether any process was told to stop.
+
+        Several processes ask each other about once a second: to wait for the answer after each step
+        would leave their devices idle. All of them know at which step they will ask again.
+        """
         told = self.stop.received is not None
-        if trainer.world_size > 1:
-            told = trainer.strategy.reduce_boolean_decision(told, all=False)
-        return told
+        if trainer.world_size == 1:
+            return told
+        if not ask:
+            return False
+        (step, at), self._agreed = self._agreed, (trainer.global_step, time.monotonic())
+        speed = (trainer.global_step - step) / max(self._agreed[1] - at, 1e-9)
+        both = torch.tensor([told, max(speed, 1)], device=trainer.strategy.root_device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        told_any, steps = both.tolist()
+        self._next = trainer.global_step + int(steps)
+        return bool(told_any)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._seen = trainer.global_step
