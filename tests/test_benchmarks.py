@@ -1,16 +1,24 @@
 """The measuring instrument: its order, its statistic, and that its parts run and report."""
 
+import gc
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision import transforms
 
 from benchmarks.__main__ import PARTS, table
+from benchmarks.loaders import datasets_loader, installed, webdataset_loader
 from benchmarks.peers import PlainLoop, implementations
+from benchmarks.photographs import extracted, write_photographs
 from benchmarks.timing import Measurement, interleave, ratio, summary, turns
+from sam_lightning.data import image_folder
+from sam_lightning.data.listing import list_images
+from sam_lightning.data.packing import Packing, pack
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,6 +125,31 @@ def test_plain_loop_moves_by_rho():
     model.weight.grad = torch.randn(3, 5)
     optimizer.first_step()
     assert (model.weight - before).norm().item() == pytest.approx(0.05, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
+@pytest.mark.parametrize("name", ["webdataset", "datasets"])
+def test_other_packages_load_the_same_images(name, tmp_path):
+    package = pytest.importorskip(name)
+    write_photographs(tmp_path / "photos", 6)
+    pack(list_images(str(tmp_path / "photos")), tmp_path / "shards", Packing())
+    view = transforms.PILToTensor()
+    if name == "webdataset":
+        batches = [*webdataset_loader(package, tmp_path / "shards", view, 4)]
+    else:
+        files = extracted(tmp_path / "shards")
+        batches = [b.values() for b in datasets_loader(package, files, view, 4)]
+    seen = torch.cat([images for images, _ in batches])
+    images = [*image_folder(str(tmp_path / "photos"), cache_dir=str(tmp_path)).train.images]
+    key = operator.methodcaller("tolist")
+    assert sorted(map(key, seen)) == sorted(map(key, images))
+    gc.collect()
+
+
+def test_a_package_that_is_not_there_is_said(capsys):
+    assert installed("no_such_package") is None
+    assert "no_such_package is not installed, and is left out: pip" in capsys.readouterr().err
 
 
 @pytest.mark.slow

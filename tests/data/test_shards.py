@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from image_files import one_line_error, write_images
 from sam_lightning.config.conf import CONF
 from sam_lightning.data import image_folder
 from sam_lightning.data.index import Index
-from sam_lightning.data.listing import list_images
+from sam_lightning.data.listing import Files, Listing, list_images
 from sam_lightning.data.packing import Packing, pack
+from sam_lightning.data.source import Names
 from sam_lightning.studies.pack import main
 
 
@@ -106,6 +108,30 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
     keys = [m.name.partition(".")[0] for m in members]
     assert keys[::2] == keys[1::2]
+
+
+class OfOnePixel(Files):
+    """Images that are in no files, so that there can be many."""
+
+    def content(self, index):
+        return b"P6\n1 1\n255\n" + bytes([index % 251, 1, 2])
+
+
+@pytest.mark.slow
+def test_packing_takes_few_bytes_of_memory_an_image(tmp_path):
+    peaks = []
+    for count in (100, 1000, 5000):  # the first one loads what is needed
+        names = Names.of(f"train/{i * 2 // count}/{i:012}.ppm" for i in range(count))
+        files = OfOnePixel("/", names, torch.arange(count) * 2 // count, np.arange(count), 15.0)
+        (tmp_path / str(count)).mkdir()
+        tracemalloc.start()
+        index = pack(
+            Listing({"train": files}, ["0", "1"], {}), tmp_path / str(count), Packing(shard_mb=0.2)
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(index.splits["train"].arrays["label"]) == count
+    assert (peaks[2] - peaks[1]) / 4000 < 250
 
 
 class Killed(BaseException):
