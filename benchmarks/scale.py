@@ -32,7 +32,7 @@ SHARD_MB = 256
 SILENT = 0.001
 CLOUD = partial(Storage, latency=0.15, request_mb_per_s=85.0, fails=0.01, stalls=SILENT)
 WINDOW = 16
-CACHE_GB = 40
+CACHED = 240  # seconds of training, half of which are fetched ahead
 THREADS = {8: (4, 8, 16, 32), 64: (32, 64)}
 COPIES = ((4, 2.1), (16, 8.2), (16, 20.0), (16, 40.0), (64, 32.8))  # windows, GB
 AWAY = (0, 60, 240)  # seconds
@@ -117,10 +117,20 @@ def waits(each: dict[str, float], shards: int) -> Iterator[Sequence[object]]:
             mb = passes / 2 * machines * each[kind] / 1e6
             for threads in THREADS[gpus]:
                 # One of the machines, and the silence of all, since all wait for one.
-                plan = Plan(mb, 1, shards, SHARD_MB, WINDOW, CACHE_GB, threads)
+                cache_gb = max(2 * WINDOW * SHARD_MB, CACHED * mb) / 1e3
+                plan = Plan(mb, 1, shards, SHARD_MB, WINDOW, cache_gb, threads)
                 done = simulate(plan, CLOUD(stalls=SILENT * machines))
                 share = done.waited / (done.waited + done.trained)
-                yield gpus, what, kind, f"{mb:,.0f}", threads, f"{share:.0%}", f"{done.start:,.0f}"
+                yield (
+                    gpus,
+                    what,
+                    kind,
+                    f"{mb:,.0f}",
+                    f"{cache_gb:,.0f}",
+                    threads,
+                    f"{share:.0%}",
+                    f"{done.start:,.0f}",
+                )
 
 
 def outages(each: dict[str, float], shards: int) -> Iterator[Sequence[object]]:
@@ -154,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             needs(speeds, each),
         ),
         (
-            "GPUs; speed; shards; MB/s a machine; threads a machine; waiting; first batch after, s",
+            "GPUs; speed; shards; MB/s a machine; data.cache_gb; threads; waits; first batch, s",
             waits(each, options.shards),
         ),
         (
