@@ -29,9 +29,11 @@ IMAGENET = {"images": 1_281_167, "bytes": 137_984_747_520}  # of ILSVRC2012_img_
 IMAGENET_COST = 0.75  # images a CPU second of its larger originals / of 500 x 375, assumed
 SHARD_MB = 256
 # An object storage: Amazon's documentation has 100 to 200 ms, and a request for each 85 to 90 MB/s.
-CLOUD = partial(Storage, latency=0.15, request_mb_per_s=85.0, fails=0.01, stalls=0.001)
+SILENT = 0.001
+CLOUD = partial(Storage, latency=0.15, request_mb_per_s=85.0, fails=0.01, stalls=SILENT)
 WINDOW = 16
-THREADS = {8: (4, 8, 16, 32), 64: (16, 32, 64)}
+CACHED = 240  # seconds of training, half of which are fetched ahead
+THREADS = {8: (4, 8, 16, 32), 64: (32, 64)}
 COPIES = ((4, 2.1), (16, 8.2), (16, 20.0), (16, 40.0), (64, 32.8))  # windows, GB
 AWAY = (0, 60, 240)  # seconds
 
@@ -114,11 +116,21 @@ def waits(each: dict[str, float], shards: int) -> Iterator[Sequence[object]]:
         for kind in (ORIGINALS, SMALL) if machines == 1 else (SMALL,):
             mb = passes / 2 * machines * each[kind] / 1e6
             for threads in THREADS[gpus]:
-                plan = Plan(mb, machines, shards // (2 if machines > 1 else 1), SHARD_MB, WINDOW)
-                plan.threads = threads
-                done = simulate(plan, CLOUD())
+                # One of the machines, and the silence of all, since all wait for one.
+                cache_gb = max(2 * WINDOW * SHARD_MB, CACHED * mb) / 1e3
+                plan = Plan(mb, 1, shards, SHARD_MB, WINDOW, cache_gb, threads)
+                done = simulate(plan, CLOUD(stalls=SILENT * machines))
                 share = done.waited / (done.waited + done.trained)
-                yield gpus, what, kind, f"{mb:,.0f}", threads, f"{share:.0%}", f"{done.start:,.0f}"
+                yield (
+                    gpus,
+                    what,
+                    kind,
+                    f"{mb:,.0f}",
+                    f"{cache_gb:,.0f}",
+                    threads,
+                    f"{share:.0%}",
+                    f"{done.start:,.0f}",
+                )
 
 
 def outages(each: dict[str, float], shards: int) -> Iterator[Sequence[object]]:
@@ -137,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("logs/benchmarks/benchmarks.json"))
-    parser.add_argument("--shards", type=int, default=256, help="of the simulated set")
+    parser.add_argument("--shards", type=int, default=768, help="of the simulated set")
     options = parser.parse_args(argv)
     if not options.json.is_file():
         parser.error(f"--json {options.json}: is not there; python -m benchmarks photographs")
@@ -152,11 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             needs(speeds, each),
         ),
         (
-            "GPUs; speed; shards; MB/s a machine; threads a machine; waiting; first batch after, s",
+            "GPUs; speed; shards; MB/s a machine; data.cache_gb; threads; waits; first batch, s",
             waits(each, options.shards),
         ),
         (
-            f"window; data.cache_gb; waits, {AWAY[0]} s away; {AWAY[1]} s; {AWAY[2]} s; copied an epoch",
+            "window; data.cache_gb; "
+            + "; ".join(f"waits, away for {seconds} s" for seconds in AWAY)
+            + "; copied an epoch",
             outages(each, options.shards),
         ),
     ):

@@ -92,9 +92,10 @@ class Prefetcher:
                 they are the same.
             processes: that share the threads equally.
         """
+        wanted = 1 if coming is self._coming else -(-self.threads // processes)
         self._coming = coming
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        while coming is not self._done and len(self._threads) * processes < self.threads:
+        while coming is not self._done and len(self._threads) < wanted:
             self._threads.append(threading.Thread(target=self._take_turn, daemon=True))
             self._threads[-1].start()
 

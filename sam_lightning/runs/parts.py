@@ -34,6 +34,7 @@ TABLE = {
         data.download data.num_workers data.device
         data.pin_memory data.eval_batch_size data.source.root data.source.cache_dir
         data.source.memory_gb data.source.cache_gb data.source.fetch_threads data.source.download
+        data.source.expected
         trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.timeout
         trainer.log_every_n_steps trainer.profiler trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary

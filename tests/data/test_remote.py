@@ -195,7 +195,8 @@ def test_copies_keep_to_their_limit_and_those_needed_last_go(storage, tmp_path, 
     storage.watch = lambda name: watch(name) if name in sizes else None
     for number in range(3):
         assert epoch(ours, number) == epoch(plain, number)
-    assert 2 * min(sizes.values()) < max(most) <= limit
+    spare = max(sizes.values()) if workers else 0  # for a process that is behind the others
+    assert 2 * min(sizes.values()) < max(most) <= limit + spare
     # Once an epoch, and the three that a fourth one begins with.
     assert sum(storage.seen[name] for name in sizes) <= 3 * len(sizes) + 3
 
@@ -226,14 +227,15 @@ def test_an_outage_stops_training_only_where_nothing_is_here(storage, tmp_path, 
             found.append((images.tolist(), labels.tolist(), key.indices.tolist()))
 
     take(1)
-    until(lambda: here() == 3)
-    storage.fails = {shard.name: (10**6, "503") for shard in shards}  # from now on
+    until(lambda: here() >= 2)  # the shard in use and the next one
     began = storage.seen.total()
-    take(9)  # which are here
-    until(lambda: storage.seen.total() >= began + 2 * remote.TRIES)
+    storage.fails = {shard.name: (10**6, "503") for shard in shards}  # from now on
+    first = [*dict.fromkeys(data.train.shards[[row[2][0] for row in plain]].tolist())][:2]
+    take(sum(int((data.train.shards == number).sum()) for number in first) - 1)
     threading.Timer(0.5, storage.fails.clear).start()
     take(100)
     assert found == plain
+    assert storage.seen.total() > began + remote.TRIES
 
 
 def test_what_a_kill_left_is_taken_over(storage, tmp_path):
