@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.timing import Measurement, interleave, ratio, summary
+from sam_lightning.config.conf import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-EMPTY_APP = """\
+EMPTY_APP = f"""\
 import hydra
 
-@hydra.main(version_base="1.3", config_path=None)
+@hydra.main(config_path=None, **{DEFAULTS})
 def main(cfg):
     pass
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from inject import forked
 from runs import SMALL, TRAIN, command, configuration, summary
-from sam_lightning.config.conf import CONF
+from sam_lightning.config.conf import CONF, DEFAULTS
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.loading import suggested_workers
 from sam_lightning.runs.resume import resumed
@@ -217,7 +217,7 @@ def test_a_sweep_whose_jobs_are_all_refused(tmp_path):
     ],
 )
 def test_jobs_are_composed_as_hydra_composes_them(job):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **DEFAULTS):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("train", ["data=digits"], RunMode.MULTIRUN)
         expected = loader.load_sweep_config(master, job)
