@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.errors import ConfigError, did_you_mean, no_such_key, one_line
 from sam_lightning.config.trust import TARGETS, described, is_in
-from sam_lightning.config.values import check_value
+from sam_lightning.config.values import check_value, is_class
 
 # What each key of ``trust.TARGETS`` describes, by name: to import it would load Lightning. A
 # class counts if its package and its own name are these.
@@ -192,7 +192,7 @@ def _is_annotated(made: Any, kind: str) -> bool:
             made = get_type_hints(made).get("return")
         except (NameError, TypeError):  # an annotation that cannot be read, or no function
             return False
-    if inspect.isclass(made):
+    if is_class(made):
         return not kind.startswith("Callable[") and _is_kind(made, kind)
     return str(made).endswith(f".{kind}")
 

@@ -83,7 +83,12 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) is int and abs(value) <= MOST
     if hint in NAMES:
         return type(value) is hint
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not is_class(hint) or isinstance(value, hint)
+
+
+def is_class(hint: Any) -> bool:
+    """Whether an annotation is a class; Python 3.10 takes ``list[int]`` for one."""
+    return isinstance(hint, type) and get_origin(hint) is None
 
 
 def words(hint: Any) -> str:
@@ -95,7 +100,7 @@ def words(hint: Any) -> str:
             said = rule.words.format(said)
         return said
     if kind in (Union, UnionType):
-        typed = [a for a in arguments if a in NAMES or not isinstance(a, type)]
+        typed = [a for a in arguments if a in NAMES or not is_class(a)]
         *parts, last = sorted(map(words, typed), key="null".__eq__)
         described = any(part.startswith(("a ", "an ", "the ")) for part in [*parts, last])
         return ", ".join([*parts, f"or {last}" if described and parts else last])
