@@ -20,7 +20,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _COPY = np.uint64(40)  # bits of an image's index, below the number of its copy
-_TO_UNIT = np.float64(2.0**-53)  # of NumPy: mypy knows the type of a product with 2.2 too
+_TO_UNIT = np.float64(2.0**-53)  # of NumPy, for mypy: the type of a product
 _ELEVEN = np.uint64(11)
 
 Integers = NDArray[np.int64]
