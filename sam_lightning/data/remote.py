@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,15 @@ def claimed(path: Path) -> Iterator[bool]:
             yield False
             return
         except OSError:
-            pass  # a file system without locks: both do the work, and one file stays
+            pass  # a file system without locks: what two then mix up has another SHA-256
+        ours = False
+        with suppress(FileNotFoundError):  # since it was opened, its owner may have removed it
+            ours = os.path.samestat(os.fstat(lock.fileno()), name.stat())
         try:
-            yield True
+            yield ours
         finally:
-            name.unlink(missing_ok=True)
+            if ours:
+                name.unlink(missing_ok=True)
             fcntl.flock(lock, fcntl.LOCK_UN)  # also if a process that was forked has it open
 
 

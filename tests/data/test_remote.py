@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -236,6 +237,31 @@ def test_an_outage_stops_training_only_where_nothing_is_here(storage, tmp_path, 
     take(100)
     assert found == plain
     assert storage.seen.total() > began + remote.TRIES
+
+
+def test_a_claim_is_that_of_one(tmp_path):
+    interval, owners, together = sys.getswitchinterval(), [], []
+
+    def work():
+        for _ in range(300):
+            with remote.claimed(tmp_path / "shard") as mine:
+                if mine:
+                    owners.append(mine)
+                    time.sleep(0)
+                    together.append(len(owners))
+                    owners.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    try:
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(together) > 10
+    assert set(together) == {1}
 
 
 def test_what_a_kill_left_is_taken_over(storage, tmp_path):
