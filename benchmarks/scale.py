@@ -68,22 +68,17 @@ def copying() -> float:
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder, "shard.tar")
         shard.write_bytes(os.urandom(SHARD_MB * 10**6))
-        process = subprocess.Popen(
-            [sys.executable, "-c", server],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            assert process.stdout is not None
-            address = f"http://127.0.0.1:{int(process.stdout.readline())}/shard.tar"
-            copy(address, Path(folder, "first"), None)  # which imports what it needs
-            sha256, began = digest(shard), time.process_time()
-            copy(address, Path(folder, "second"), sha256)
-            return SHARD_MB / (time.process_time() - began)
-        finally:
-            process.terminate()
-            process.wait()
+        command, quiet = [sys.executable, "-c", server], subprocess.DEVNULL
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=quiet) as process:
+            try:
+                assert process.stdout is not None
+                address = f"http://127.0.0.1:{int(process.stdout.readline())}/shard.tar"
+                copy(address, Path(folder, "first"), None)  # which imports what it needs
+                sha256, began = digest(shard), time.process_time()
+                copy(address, Path(folder, "second"), sha256)
+                return SHARD_MB / (time.process_time() - began)
+            finally:
+                process.terminate()
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:

@@ -282,7 +282,7 @@ def test_full_size_starts_in_seconds_and_trains(tmp_path):
     assert column(tmp_path / "run", "train/skipped_steps") == [0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_from_packing_to_the_table(tmp_path):
     """Its commands as they stand, on a stand-in of the set and with a smaller model."""
     arranged(tmp_path / "imagenet", train=12)

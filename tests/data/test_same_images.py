@@ -117,7 +117,7 @@ def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):
         assert global_batches(tmp_path / name) == expected, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_windows_of_shards_are_the_same_after_a_kill(tmp_path):
     _, shards = photographs_and_shards(tmp_path)
