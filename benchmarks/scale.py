@@ -83,7 +83,7 @@ def copying() -> float:
             return SHARD_MB / (time.process_time() - began)
         finally:
             process.terminate()
-            process.wait()
+            process.communicate()  # waits, and closes its output
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
