@@ -220,18 +220,15 @@ def test_an_outage_stops_training_only_where_nothing_is_here(storage, tmp_path, 
     batches, found = iter(data.train_loader()), []
     folder = next((tmp_path / "cache").glob("remote-*"))
 
-    def here():
-        return len([*folder.glob("train-*.tar")])
-
     def take(count):
         for _, (images, labels, key) in zip(range(count), batches, strict=False):
             found.append((images.tolist(), labels.tolist(), key.indices.tolist()))
 
     take(1)
-    until(lambda: here() >= 2)  # the shard in use and the next one
+    first = [*dict.fromkeys(data.train.shards[[row[2][0] for row in plain]].tolist())][:2]
+    until(lambda: all((folder / shards[number].name).is_file() for number in first))
     began = storage.seen.total()
     storage.fails = {shard.name: (10**6, "503") for shard in shards}  # from now on
-    first = [*dict.fromkeys(data.train.shards[[row[2][0] for row in plain]].tolist())][:2]
     take(sum(int((data.train.shards == number).sum()) for number in first) - 1)
     threading.Timer(0.5, storage.fails.clear).start()
     take(100)
