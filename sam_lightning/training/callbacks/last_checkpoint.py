@@ -163,7 +163,7 @@ class LastCheckpoint(Checkpoint):
             return False
         (step, at), self._agreed = self._agreed, (trainer.global_step, time.monotonic())
         speed = (trainer.global_step - step) / max(self._agreed[1] - at, 1e-9)
-        both = torch.tensor([told, max(speed, 1)], device=trainer.strategy.root_device)
+        both = torch.tensor([float(told), max(speed, 1.0)], device=trainer.strategy.root_device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
         told_any, steps = both.tolist()
         self._next = trainer.global_step + int(steps)
