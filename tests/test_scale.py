@@ -10,6 +10,8 @@ from benchmarks.simulation import Plan, Storage, simulate
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import prefetch, remote
 
+pytestmark = pytest.mark.slow
+
 
 def run(storage, **plan):
     return simulate(Plan(**{"shards": 64, "shard_mb": 100.0, "window": 4, **plan}), storage)

@@ -59,6 +59,7 @@ def pixels(source):
 # ----------------------------------------------------------------------------------------- layouts
 
 
+@pytest.mark.slow
 def test_every_layout_has_the_same_images_and_labels(tmp_path):
     root = arranged(tmp_path / "arranged")
     expected = imagenet(root)
@@ -186,6 +187,7 @@ def commands(text):
     return [shlex.split(line) for line in re.findall(r"^#?\s*python train.py (.*)", text, re.M)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [RECIPE, PAGE])
 def test_every_command_trains_as_the_paper(text):
     found = 0

@@ -82,7 +82,9 @@ def test_an_epoch_is_that_of_the_folder_and_each_shard_is_copied_once(storage, t
     assert storage.seen == dict.fromkeys([*shards, "shards.bin"], 1)
 
 
-@pytest.mark.parametrize("how", ["503", "short", "other", "silent"])
+@pytest.mark.parametrize(
+    "how", ["503", "short", "other", pytest.param("silent", marks=pytest.mark.slow)]
+)
 def test_what_goes_wrong_for_a_time_is_tried_again(storage, tmp_path, how, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE", 0.3)
     storage.fails = {"train-000001.tar": (remote.TRIES - 1, how), "shards.bin": (2, how)}

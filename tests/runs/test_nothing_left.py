@@ -49,6 +49,7 @@ def test_what_only_the_training_would_meet_is_refused_before_it(light, tmp_path,
     assert_refused(light(tmp_path, *SMALL, *given), f"error: {said}")
 
 
+@pytest.mark.slow
 def test_what_was_in_the_folder_stays(light, tmp_path):
     for name in ("tensorboard", "0_mine", "notes"):
         (tmp_path / name).mkdir()
