@@ -1,7 +1,7 @@
 """What 8 and 64 GPUs need of cores, network and storage: python -m benchmarks.scale
 
-Prints the tables of docs/scale.md. Rates of loading are those that ``python -m benchmarks
-photographs`` has written, bytes an image are measured here, and waiting is simulated.
+Prints the tables of docs/scale.md. It reads the speed of loading from the file that ``python -m
+benchmarks photographs`` writes, measures the bytes of an image, and simulates waiting.
 """
 
 import argparse

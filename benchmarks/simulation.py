@@ -30,7 +30,7 @@ from sam_lightning.data.index import Shard
 from sam_lightning.data.loading import EpochOrder
 from sam_lightning.data.source import Split
 
-GROUPS = 64  # of images in a shard: so many at a time are loaded
+GROUPS = 64  # groups of images in a shard; a group is loaded at a time
 STEPS = 16  # of a transfer, after each of which its share of the bandwidth is computed again
 
 
