@@ -1,17 +1,19 @@
 """``python -m sam_lightning cost``: what a run will cost, before it is started."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from sam_lightning.config.arguments import Keys
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.config.values import Positive
+from sam_lightning.config.values import Folder, Positive
+from sam_lightning.runs.files import finite
 from sam_lightning.studies.plan import configuration, split
-from sam_lightning.studies.report.runs import passes_per_step
+from sam_lightning.studies.report.runs import passes_per_step, read_runs, settings
 
 ABOUT = """
 What a run will cost: the FLOPs of a forward pass, counted on one image, times 3 for forward and
@@ -21,11 +23,19 @@ device. A product and a sum are two FLOPs; only those of convolutions and matric
   python -m sam_lightning cost experiment=wrn28_10 data=cifar100 epochs=1800
   python -m sam_lightning cost experiment=wrn28_10 method=sgd flops_per_second=1e14
 
-All other arguments are for train.py, for one run. The rate is what a device achieves, not what
-its maker promises: the default is a guess. A short run shows yours: 3 times the FLOPs of a forward
-pass, times the passes, times images_per_second of its metrics.json.
+All other arguments are for train.py, for one run. The rate is that of the newest finished run with
+the same model, shape of images, batch size and precision, of 100 updates or more; the last line
+names it. Without one the rate is a guess: a short run, with +trainer.max_steps=300, measures it.
 """
-KEYS: Keys = {"flops_per_second": (2e13, Positive, "that the device achieves")}
+GUESS = 2e13
+KEYS: Keys = {
+    "flops_per_second": (None, Positive | None, "of one device; null: as measured"),
+    "runs": ("logs", Folder, "in which finished runs are looked for"),
+}
+# Settings that the rate depends on, beside those of model and finetune.
+OF_RATE = {"batch_size", "compile", "cuda_graph", "memory_format", "model", "trainer.accelerator"}
+OF_RATE |= {"trainer.precision", "data.device", "data.image_size", "data.view"}
+UPDATES = 100  # in a shorter run the first ones, which are slower, count too much
 
 
 # Of each source: training images, and their channels, side and classes.
@@ -51,9 +61,14 @@ class Cost(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Print the cost of the run that the arguments describe."""
     options, overrides = split(KEYS, argv)
-    rate = float(options.flops_per_second)
-    cost = estimate(configuration(overrides))
+    if options.runs != KEYS["runs"][0] and not Path(options.runs).is_dir():
+        raise ConfigError(f"runs={options.runs}: no such folder")
+    cfg = configuration(overrides)
+    cost = estimate(cfg)
     flops = 3 * math.prod(cost)  # a backward pass costs two forward passes
+    rate, source = options.flops_per_second, ""
+    if rate is None:
+        rate, source = measured_rate(cfg, cost.forward, Path(options.runs))
     for name, value in {
         "a forward pass of one image": f"{cost.forward / 1e9:,.3f} GFLOPs",
         "forward and backward": "x 3",
@@ -64,6 +79,31 @@ def main(argv: Sequence[str]) -> None:
         f"at {rate:g} FLOPs/s": f"{flops / rate / 3600:,.2f} hours",
     }.items():
         print(f"{name:<30}{value}")
+    if source:
+        print(f"{'this rate':<30}{source}")
+
+
+def measured_rate(cfg: DictConfig, forward: int, folder: Path) -> tuple[float, str]:
+    """FLOPs a second of one device in the newest run like this one, or a guess; and its source."""
+    wanted = _of_rate(settings(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    runs, _, _ = read_runs([folder])
+    for run in sorted(runs, key=lambda run: run.written, reverse=True):
+        passes, speed = run.results["passes"] or 0, run.results["images_per_second"] or 0
+        updates, devices = (finite(run.summary.get(key)) or 1 for key in ("updates", "devices"))
+        rate = 3 * forward * passes * speed / devices
+        if rate > 0 and updates >= UPDATES and _of_rate(run.settings) == wanted:
+            where = f"{devices:g} x {run.device}, {speed:,.0f} images/s"
+            return rate, f"measured on {where}: {run.folder}"
+    like = "this model, batch size and precision"
+    return GUESS, f"a guess: no finished run of {like} in {folder}"
+
+
+def _of_rate(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that the rate depends on; data sets with images of one shape are alike."""
+    images = SHAPES[data][1:3] if (data := found.get("data")) in SHAPES else data
+    parts = ("model.", "finetune.")
+    named = {k: v for k, v in found.items() if k in OF_RATE or k.startswith(parts)}
+    return {"images": images, **named}
 
 
 def estimate(cfg: DictConfig) -> Cost:
