@@ -144,7 +144,7 @@ def turns_of(
 ) -> dict[str, list[float]]:
     """Seconds of ``count`` turns of each loop, after one that does not count."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = one_epoch_trainer(Path(folder), setting)
+        trainer = trainer_of(Path(folder), setting, max_epochs=1)
         data = data_module((count + 1) * setting.batches * BATCH_SIZE, trainer=trainer)
         bare = bare_batches(data, setting, bare_rho)
         turns = TakeTurns(bare, setting.batches, clock_of(setting.device))
@@ -159,10 +159,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def one_epoch_trainer(folder: Path, setting: Setting) -> L.Trainer:
+def trainer_of(folder: Path, setting: Setting, max_epochs: int) -> L.Trainer:
     """A trainer as ``train.py`` makes it, without checkpoints."""
     return L.Trainer(
-        max_epochs=1,
+        max_epochs=max_epochs,
         accelerator=setting.device.type,
         devices=1,
         precision="bf16-mixed" if setting.bf16 else "32-true",

@@ -3,22 +3,31 @@
 import gc
 import json
 import operator
+import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from benchmarks import gpu
 from benchmarks.__main__ import PARTS, table
+from benchmarks.gpu_plan import LOOPS
+from benchmarks.gpu_tables import markdown
+from benchmarks.limit import Count, bounds, counted
 from benchmarks.loaders import datasets_loader, installed, webdataset_loader
 from benchmarks.peers import PlainLoop, implementations
 from benchmarks.photographs import extracted, write_photographs
 from benchmarks.timing import Measurement, interleave, ratio, summary, turns
+from runs import children, wait_for_end
 from sam_lightning.data import image_folder
 from sam_lightning.data.listing import list_images
 from sam_lightning.data.packing import Packing, pack
+from sam_lightning.models import SAMResNet18
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,6 +209,141 @@ def test_memory_counts_one_copy(quick):
         [1], abs=0.05
     )
     assert [v for w, v in peak.items() if w.startswith("ours")] == pytest.approx([1], abs=0.1)
+
+
+# ------------------------------------------------------------------- the script for one GPU
+
+# Writes a row, half of another, and hangs with a child; neither ends when it is told to.
+HANGS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = os.fork()
+if child:
+    with open(sys.argv[1], "a") as file:
+        file.write('{"pids": [%d, %d]}\\n{"half": ' % (os.getpid(), child))
+time.sleep(600)
+"""
+
+
+def test_a_part_that_hangs_is_killed_at_its_limit_and_its_rows_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.3)
+    rows, taken = tmp_path / "part" / "rows.jsonl", []
+    command = [sys.executable, "-c", HANGS, str(rows)]
+    state, seconds = gpu.run_part(command, rows, 1.5, taken.append)
+    assert state == "killed at its limit of 2 s"
+    assert 1.5 <= seconds < 60
+    (row,) = taken
+    wait_for_end(row["pids"])
+
+
+def test_a_part_that_fails_says_why(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    state, _ = gpu.run_part(command, tmp_path / "rows.jsonl", 60, print)
+    assert state == "failed with exit code 1: no such model"
+
+
+def on_a_cpu(file: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", f"--json={file}", *arguments]
+
+
+@pytest.mark.slow
+def test_limits_of_parts_and_of_all(tmp_path):
+    command = on_a_cpu(tmp_path / "gpu.json", "--limit=2", "--minutes=0.06")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == list(gpu.PARTS)
+    assert parts["correct"]["state"] == "killed at its limit of 2 s"
+    assert [part["state"] for part in parts.values()][2:] == ["not reached"] * 4
+    assert (tmp_path / "gpu.json.md").read_text() in done.stdout
+    assert "| train | no figure |" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_what_was_found(tmp_path):
+    command = on_a_cpu(tmp_path / "gpu.json", "--limit=200", "correct", "kernels")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        first = json.loads(process.stdout.readline())
+        (child,) = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        shown = process.stdout.read()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert first in report["rows"]
+    assert [part["state"] for part in report["parts"].values()] == ["stopped", "not reached"]
+    assert "- kernels: not reached" in shown
+    assert process.returncode == 1
+    wait_for_end([child])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_script_for_a_gpu_runs_whole_on_a_cpu(tmp_path):
+    command = on_a_cpu(tmp_path / "gpu.json", "--limit=400", "--minutes=24")
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {part["state"] for part in report["parts"].values()} == {"completed"}
+    assert report["environment"]["torch"] == version("torch")
+    of = {name: [r for r in report["rows"] if r["part"] == name] for name in report["parts"]}
+    assert [row["differ"] for row in of["correct"]] == [0] * 4
+    assert of["tests"][0]["tests"] > 40
+    for part, loops in LOOPS.items():
+        assert [row["loop"] for row in of[part]] == list(loops) * 2
+        assert all(r["images_per_second"] > 0 or "not installed" in r["error"] for r in of[part])
+    assert all(row["kernels"] > 400 for row in of["kernels"])
+    assert [row["method"] for row in of["train"]] == ["sam", "sgd"]
+    assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in of["train"])
+    assert (tmp_path / "gpu.json.md").read_text() == markdown(report)
+
+
+def test_tables_guess_nothing():
+    speed = {"part": "speed", "model": "resnet18", "batch": 512, "loop": "this project"}
+    error = {**speed, "loop": "pytorch-optimizer", "error": "it is not installed"}
+    report = {
+        "device": "cuda",
+        "environment": {"gpu": "NVIDIA H200"},
+        "parts": {"speed": {"state": "killed at its limit of 9 s", "seconds": 9.0}},
+        "rows": [{**speed, "images_per_second": 21234.5}, error],
+    }
+    lines = markdown(report).splitlines()
+    assert "Measured on: gpu NVIDIA H200." in lines
+    none = " | ".join(["not reached"] * 5)
+    cells = "not reached | not reached | it is not installed | 21,234 | not reached"
+    assert f"| ResNet-18, batch 512 | {cells} |" in lines
+    assert f"| WRN-28-10, batch 256 | {none} |" in lines
+    assert lines[-1] == "- speed: killed at its limit of 9 s, 9 s"
+
+
+# ------------------------------------------------------------------------------- the limit
+
+
+@pytest.mark.slow
+def test_an_update_is_counted():
+    width, batch, side = 4, 2, 32
+    update = counted(batch, width)
+    assert [*update] == [
+        *("gather, augment", "pass 1: forward", "losses, accuracies", "pass 1: backward"),
+        *("perturb", "pass 2: forward", "pass 2: backward", "restore, clip, step, log"),
+    ]
+    first, second = update["pass 1: forward"], update["pass 2: forward"]
+    assert first.kernels - second.kernels == 20  # BatchNorms count their batches in pass 1 alone
+    model = SAMResNet18(width=width)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(batch, 3, side, side))
+    assert first.flops == second.flops == counter.get_total_flops()
+    stem = 2 * batch * 3 * 9 * width * side**2  # nobody asks for the gradient of the images
+    assert update["pass 2: backward"].flops == 2 * first.flops - stem
+    # Norm: 1 read. Copy: 1 read, 1 written. Perturb: 2 read, 1 written. All float32.
+    weights = sum(p.numel() for p in model.parameters())
+    assert update["perturb"].bytes == pytest.approx(6 * 4 * weights, rel=0.02)
+
+
+def test_the_largest_time_is_the_bound():
+    image = Count(bytes=50_000_000, flops=6_600_000_000)
+    rows = bounds(1e9, image, host=0.01)
+    memory = 512 / ((1e9 + 512 * 5e7) / 3.35e12)
+    assert rows[1] == (
+        f"| H100 SXM, batch 512 | {989e12 / 6.6e9:,.0f} | {memory:,.0f} | 51,200 | host |"
+    )
+    assert bounds(1e9, image, host=0.001)[0].endswith("| memory |")
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
