@@ -1,5 +1,6 @@
 """The parts of benchmarks.gpu that train in this process: correct, speed, compiled, kernels."""
 
+import os
 import statistics
 import tempfile
 import time
@@ -115,6 +116,7 @@ class Until(L.Callback):
 
 def correct(task: Task) -> None:
     """Eager passes twice, then graphs: weights, running statistics and momentum, bit for bit."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read as CUDA's library is loaded
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     batch, updates = (8, 6) if task.small else (128, UPDATES)

@@ -91,9 +91,10 @@ def _kernels(rows: Rows) -> list[str]:
 
 def _train(rows: Rows) -> list[str]:
     lines = []
-    for method in METHODS:
-        runs = [row for row in rows if row["method"] == method]
-        if runs:
+    by_method = [{row["seed"]: row for row in rows if row["method"] == m} for m in METHODS]
+    pairs = set.intersection(*map(set, by_method))  # a stop leaves a seed without its SGD
+    for method, of in zip(METHODS, by_method, strict=True):
+        if runs := [row for seed, row in of.items() if seed in pairs or not pairs]:
             accuracies = [f"{100 * run['accuracy']:.2f}" for run in runs]
             figure = f"{mean(100 * run['accuracy'] for run in runs):.2f} ({', '.join(accuracies)})"
             lines.append(f"| test accuracy, %, {method}: mean (of each seed) | {figure} |")

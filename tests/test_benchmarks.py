@@ -312,6 +312,16 @@ def test_tables_guess_nothing():
     assert lines[-1] == "- speed: killed at its limit of 9 s, 9 s"
 
 
+def test_a_seed_without_its_sgd_is_in_no_mean():
+    runs = [("sam", 0, 0.95), ("sgd", 0, 0.94), ("sam", 1, 0.97), ("sgd", 1, 0.92), ("sam", 2, 0.1)]
+    of_time = {"part": "train", "seconds": 80.0, "images_per_second": 2e4}
+    rows = [{"method": m, "seed": s, "accuracy": a, **of_time} for m, s, a in runs]
+    parts = {"train": {"state": "stopped"}}
+    shown = markdown({"device": "cuda", "environment": {}, "parts": parts, "rows": rows})
+    assert "| test accuracy, %, sam: mean (of each seed) | 96.00 (95.00, 97.00) |" in shown
+    assert "| test accuracy, %, sgd: mean (of each seed) | 93.00 (94.00, 92.00) |" in shown
+
+
 # ------------------------------------------------------------------------------- the limit
 
 
