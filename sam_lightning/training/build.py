@@ -27,10 +27,10 @@ from sam_lightning.data.image_data import build_data
 from sam_lightning.optim.param_groups import trainable
 from sam_lightning.runs.checkpoint import RESUMED, read
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
-from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.callbacks.progress import Throughput, steps
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.finetune import fine_tuning
-from sam_lightning.training.fit_loop import FitLoop, steps
+from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.model import make_model

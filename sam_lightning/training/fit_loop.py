@@ -4,7 +4,6 @@ Lightning tells from several counters where a run was. With ``max_steps`` it cou
 and it forgets that early stopping has ended the run and that training was not ended yet.
 """
 
-import math
 from typing import Any
 
 import lightning as L
@@ -13,13 +12,6 @@ from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
-
-
-def steps(trainer: Any, batches: float, accumulated: int) -> tuple[int, int]:
-    """Steps of an epoch with this many batches, and of the run, within the trainer's limits."""
-    per_epoch = math.ceil(max(batches, 1) / accumulated)
-    total, most = trainer.max_epochs * per_epoch, trainer.max_steps
-    return per_epoch, total if most == -1 else min(total, most)
 
 
 class EpochLoop(_TrainingEpochLoop):

@@ -10,6 +10,7 @@ by, and a model whose passes a graph could not repeat runs as always. What nobod
 or a loss that changes with numbers of its own, such as a count of calls: it must not be recorded.
 """
 
+import itertools
 import logging
 import random
 import warnings
@@ -235,11 +236,10 @@ def graphed_passes(
             )
         return None
     graphs = GraphedPasses(model, CUDARecorder(), required)
-    for called in (module, *trainer.callbacks):
-        base = L.LightningModule if called is module else L.Callback
-        for name in CALLS:
-            if getattr(type(called), name) is not getattr(base, name):
-                graphs._give_up(f"{type(called).__name__} has {name}")
+    bases = {module: L.LightningModule, **dict.fromkeys(trainer.callbacks, L.Callback)}
+    for (called, base), name in itertools.product(bases.items(), CALLS):
+        if graphs.why_not is None and getattr(type(called), name) is not getattr(base, name):
+            graphs._give_up(f"{type(called).__name__} has {name}")
     return graphs
 
 

@@ -24,9 +24,9 @@ from sam_lightning.optim.param_groups import Settings, grouped, trainable
 from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
+from sam_lightning.training.callbacks.progress import steps
 from sam_lightning.training.classifier import Batch, Classifier
 from sam_lightning.training.finetune import Freezing
-from sam_lightning.training.fit_loop import steps
 from sam_lightning.training.graphs import graphed_passes
 from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import CrossEntropy, Loss
