@@ -87,6 +87,7 @@ REQUIRED: dict[str, Any] = {
     "label_smoothing": BelowOne,
     "threads": Threads | None,
     "compile": bool,
+    "cuda_graph": bool | Literal["auto"],
     "memory_format": Literal["auto", "contiguous", "channels_last"],
     "max_skipped_steps": Count,
     "test": bool,

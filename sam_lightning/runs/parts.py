@@ -27,7 +27,7 @@ MEANING = {
 TABLE = {
     ALWAYS: """
         output_dir ckpt_path task_name experiment sweep test debug traceback optimized_metric
-        checkpoint_every_n_steps logger
+        checkpoint_every_n_steps logger cuda_graph
         callbacks.best callbacks.last callbacks.summary callbacks.progress callbacks.dashboard
         callbacks.sharpness
         data.root data.cache_dir data.memory_gb data.cache_gb data.fetch_threads

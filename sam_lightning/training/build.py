@@ -27,14 +27,14 @@ from sam_lightning.data.image_data import build_data
 from sam_lightning.optim.param_groups import trainable
 from sam_lightning.runs.checkpoint import RESUMED, read
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint
-from sam_lightning.training.callbacks.progress import Throughput
+from sam_lightning.training.callbacks.progress import Throughput, steps
 from sam_lightning.training.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.training.finetune import fine_tuning
 from sam_lightning.training.fit_loop import FitLoop
 from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import Loss, check_loss
 from sam_lightning.training.model import make_model
-from sam_lightning.training.module import SAMModule, steps
+from sam_lightning.training.module import SAMModule
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def make_module(cfg: DictConfig, data: ImageDataModule, trainer: L.Trainer) -> S
         "lr_factor": build(cfg, "scheduler", total_steps=total, steps_per_epoch=per_epoch),
         "memory_format": layout,
         "hparams": hparams,
-        **{key: cfg[key] for key in ("max_skipped_steps", "seed")},
+        **{key: cfg[key] for key in ("max_skipped_steps", "cuda_graph", "seed")},
         **{key: cfg.trainer[key] for key in MODULE_KEYS},
     }
     check_names("method", method, SAMModule, own)

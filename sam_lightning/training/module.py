@@ -24,19 +24,14 @@ from sam_lightning.optim.param_groups import Settings, grouped, trainable
 from sam_lightning.optim.perturbation import GradientTransform, Perturbation
 from sam_lightning.optim.sam import SAM
 from sam_lightning.runs.per_rank_state import fill, gather_rows, store_means
+from sam_lightning.training.callbacks.progress import steps
 from sam_lightning.training.classifier import Batch, Classifier
 from sam_lightning.training.finetune import Freezing
+from sam_lightning.training.graphs import graphed_passes
 from sam_lightning.training.groups import Groups
 from sam_lightning.training.losses import CrossEntropy, Loss
 from sam_lightning.training.metrics import TrainMetrics
 from sam_lightning.training.passes import MicroBatch, Passes, average_gradients
-
-
-def steps(trainer: Any, batches: float, accumulated: int) -> tuple[int, int]:
-    """Steps of an epoch with this many batches, and of the run, within the trainer's limits."""
-    per_epoch = math.ceil(max(batches, 1) / accumulated)
-    total, most = trainer.max_epochs * per_epoch, trainer.max_steps
-    return per_epoch, total if most == -1 else min(total, most)
 
 
 class SAMModule(Classifier):
@@ -62,6 +57,7 @@ class SAMModule(Classifier):
         gradient_clip_val: largest 2-norm of the gradient to step with; None for no limit.
         max_skipped_steps: end the run after this many non-finite gradients in a row.
         memory_format: ``contiguous`` or ``channels_last``.
+        cuda_graph: replay recorded passes: ``auto`` where that is possible, or True.
         seed: of the dropout masks, together with epoch, batch and rank.
         hparams: plain values kept in checkpoints, to build model and data again.
 
@@ -96,6 +92,7 @@ class SAMModule(Classifier):
         gradient_clip_val: float | None = None,
         max_skipped_steps: int = 20,
         memory_format: str = "contiguous",
+        cuda_graph: bool | str = False,
         seed: int = 0,
         hparams: dict[str, Any] | None = None,
     ) -> None:
@@ -131,6 +128,7 @@ class SAMModule(Classifier):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.max_skipped_steps = max_skipped_steps
+        self.cuda_graph = cuda_graph
         self.seed = seed
         self.passes = Passes(
             self.forward,
@@ -186,6 +184,11 @@ class SAMModule(Classifier):
     def on_fit_start(self) -> None:
         """Note the settings of the groups before those of a checkpoint replace them."""
         self.groups = Groups(self.sam)
+        self.passes.graphs = graphed_passes(self.cuda_graph, self, self.model)
+
+    def on_fit_end(self) -> None:
+        """Free the memory of recorded passes."""
+        self.passes.graphs = None
 
     def on_train_start(self) -> None:
         """Load this rank's part of a checkpoint; this run's settings replace the checkpoint's."""

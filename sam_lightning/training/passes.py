@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.seeding import draw_seed
 from sam_lightning.optim.foreach import global_norm, inner_product
 from sam_lightning.optim.sam import SAM
+from sam_lightning.training.graphs import GraphedPasses
 from sam_lightning.training.losses import Labels, Loss, accuracy, losses_of
 
 
@@ -49,6 +51,7 @@ class Passes:
         ascent_steps: go from w to w + e in steps of rho / ascent_steps, with a pass for each.
         descent_fraction: part of each batch, in (0, 1], for the second pass: the images whose loss
             rises most (Du et al. 2022, sharpness-sensitive data selection).
+        graphs: records and replays the passes, where it can.
 
     Raises:
         ConfigError: both fractions are below 1.
@@ -63,6 +66,7 @@ class Passes:
     ascent_fraction: float = 1.0
     ascent_steps: int = 1
     descent_fraction: float = 1.0
+    graphs: GraphedPasses | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.ascent_fraction < 1 and self.descent_fraction < 1:
@@ -165,22 +169,36 @@ class Passes:
         sums: Tensor | None = None
         for i, batch in enumerate(batches):
             self._seed_masks(batch, second)
-            logits = self.forward(batch.images)
-            each = losses_of(self.loss, logits, batch.labels)
-            loss = each.mean()
-            share = len(batch) / (total or count)
-            last = i + 1 == len(batches)
-            self.backward(loss if share == 1 else loss * share, sync and last)
-            with torch.no_grad():
-                if losses is not None:
-                    losses.append(each.detach())
-                both = torch.stack([loss.float(), accuracy(logits, batch.labels)])
-                if sums is None:
-                    sums = both if len(batch) == count else both * (len(batch) / count)
-                else:
-                    sums.add_(both, alpha=len(batch) / count)
+            share, last = len(batch) / (total or count), i + 1 == len(batches)
+            run = partial(self._pass, share=share, sync=sync and last)
+            if self.graphs is None:
+                both, each = run(batch.images, batch.labels)
+            else:
+                both, each = self.graphs(run, batch.images, batch.labels, share)
+            if losses is not None:
+                losses.append(each)
+            if sums is None:
+                sums = _times(both, len(batch) / count)
+            else:
+                sums.add_(both, alpha=len(batch) / count)
         assert sums is not None
         return sums
+
+    def _pass(
+        self, images: Tensor, labels: Labels, *, share: float, sync: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the mean loss times ``share``.
+
+        Returns:
+            mean loss and accuracy, 1-dim of 2; and the loss of each image, 1-dim.
+        """
+        logits = self.forward(images)
+        each = losses_of(self.loss, logits, labels)
+        loss = each.mean()
+        self.backward(loss if share == 1 else loss * share, sync)
+        with torch.no_grad():
+            both = torch.stack([loss.float(), accuracy(logits, labels)])
+        return both, each.detach()
 
     @torch.no_grad()
     def _most_sensitive(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], Tensor]:

@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -24,6 +25,13 @@ from sam_lightning.runs.files import replacing
 def progress() -> Callback:
     """A live bar on a terminal, a line per epoch elsewhere."""
     return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+
+
+def steps(trainer: Any, batches: float, accumulated: int) -> tuple[int, int]:
+    """Steps of an epoch with this many batches, and of the run, within the trainer's limits."""
+    per_epoch = math.ceil(max(batches, 1) / accumulated)
+    total, most = trainer.max_epochs * per_epoch, trainer.max_steps
+    return per_epoch, total if most == -1 else min(total, most)
 
 
 class EpochLines(Callback):

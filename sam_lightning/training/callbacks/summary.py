@@ -13,8 +13,7 @@ from sam_lightning.config.progress import duration
 from sam_lightning.config.text import clean
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.data.source import Split
-from sam_lightning.training.callbacks.progress import trained
-from sam_lightning.training.module import steps
+from sam_lightning.training.callbacks.progress import steps, trained
 
 NAMED = 5  # of more classes the counts are not listed
 STEPS, SECONDS = 5, 2  # that the time left is measured over, at least, or to the epoch's end
