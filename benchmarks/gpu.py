@@ -143,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"{name}: no such part; there are {', '.join(PARTS)}")
     if options.images is not None and not (options.images / "train").is_dir():
         parser.error(f"--images {options.images}: there is no folder train in it")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is no CUDA GPU here; --device cpu tries it in small")
 
     ends = time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))

@@ -78,14 +78,14 @@ def fit(
 
     On a GPU ``graphs`` must be possible: otherwise this raises an error and measures nothing else.
     """
-    options: dict[str, Any] = {"cuda_graph": True} if graphs and task.device == "cuda" else {}
+    cuda_graph = ("auto" if task.small else True) if graphs else False
     model = model_of(name, task.small)
     if compiled:
         model.compile(backend=compiler(task))
     module = SAMModule(
         *(model, 10, partial(SGD, **BASE), RHO),
         memory_format="channels_last",
-        **options,
+        cuda_graph=cuda_graph,
     )
     side = side_of(name, task.small)
     with prepared(task.device, batch, images, bf16=bf16, side=side) as (trainer, data):

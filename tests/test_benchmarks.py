@@ -247,6 +247,23 @@ def on_a_cpu(file: Path, *arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["corect"], "corect: no such part; there are correct, tests, speed"),
+        (["--images=/nowhere"], "--images /nowhere: there is no folder train in it"),
+        ([], "--device cuda: there is no CUDA GPU here; --device cpu tries it in small"),
+    ],
+)
+def test_what_the_script_for_a_gpu_cannot_do_is_refused(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "benchmarks.gpu", f"--json={tmp_path}/gpu.json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_limits_of_parts_and_of_all(tmp_path):
     command = on_a_cpu(tmp_path / "gpu.json", "--limit=2", "--minutes=0.06")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

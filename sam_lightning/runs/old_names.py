@@ -44,6 +44,7 @@ _POLICIES = {
 }
 # What a setting of null, or a checkpoint of before there was the key, stands for.
 DEFAULTS = {
+    "cuda_graph": False,
     **{"model.pretrained": False, "model.weights": None, "model.weights_of": None},
     **{f"data.{source}interpolation": "bilinear" for source in ("", "source.")},
     **{f"data.{source}crop_mode": "center" for source in ("", "source.")},

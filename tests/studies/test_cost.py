@@ -19,6 +19,7 @@ SMALL = ["data=cifar10", "model.width=8", "trainer=cpu", "batch_size=32"]
 def leave(folder, *overrides, written, **summary):
     """What a finished run with these overrides leaves in ``folder``."""
     config = OmegaConf.to_container(cost.configuration([*SMALL, *overrides]), resolve=True)
+    del config["cuda_graph"]  # as an earlier version had none
     found = {"status": "completed", "metrics": {"train/loss": 0.1}, "config": config}
     found |= {"images_per_second": 500.0, "updates": 300, "devices": 1, "device": "AMD EPYC"}
     folder.mkdir(parents=True)

@@ -319,6 +319,14 @@ def test_costs_of_a_run(tmp_path):
     assert (run.results["total_passes"], run.results["train_seconds"]) == (14, 10)
 
 
+def test_a_run_without_graphs_is_like_one_of_before_there_were_any(tmp_path):
+    old = json.loads((leave(tmp_path / "old") / "metrics.json").read_text())
+    assert old["config"].pop("cuda_graph") is False
+    (tmp_path / "old" / "metrics.json").write_text(json.dumps(old))
+    leave(tmp_path / "new", seed=1)
+    assert sizes(study_of(tmp_path)) == [2]
+
+
 def test_curves_by_epoch(tmp_path):
     (run,), _, _ = read_runs([leave(tmp_path / "run")])
     (run.folder / "metrics.csv").write_text(
