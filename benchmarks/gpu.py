@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "correct": Part("gpu_fits", 90, "graphs give the weights of eager passes, and their memory"),
-    "tests": Part("gpu_runs", 120, "the tests that need a GPU"),
+    "tests": Part("gpu_runs", 150, "the tests that need a GPU"),
     "speed": Part("gpu_fits", 170, "images a second after a warm-up: ours, with graphs, peers"),
     "compiled": Part("gpu_fits", 160, "the same, compiled"),
     "kernels": Part("gpu_fits", 40, "the kernels of an update and their time, by name"),
