@@ -35,7 +35,7 @@ class Part(NamedTuple):
 PARTS = {
     "correct": Part("gpu_fits", 90, "graphs give the weights of eager passes, and their memory"),
     "tests": Part("gpu_runs", 150, "the tests that need a GPU"),
-    "speed": Part("gpu_fits", 170, "images a second after a warm-up: ours, with graphs, peers"),
+    "speed": Part("gpu_fits", 190, "images a second after a warm-up: ours, with graphs, peers"),
     "compiled": Part("gpu_fits", 160, "the same, compiled"),
     "kernels": Part("gpu_fits", 40, "the kernels of an update and their time, by name"),
     "train": Part("gpu_runs", 900, "SAM against SGD on photographs of CIFAR-10, by train.py"),

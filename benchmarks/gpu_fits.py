@@ -186,6 +186,7 @@ def speed(task: Task) -> None:
     for model, batch in cases:
         for loop in LOOPS[task.part]:
             torch.compiler.reset()  # of the case before, whose shapes are others
+            torch.backends.cudnn.benchmark = loop.endswith("cudnn.benchmark")
             row: dict[str, Any] = {"model": model, "batch": batch, "loop": loop}
             rounds, updates = (2, 1) if task.small else ROUNDS[model]
             watch = Rounds(clock_of(torch.device(task.device)), rounds, updates)
@@ -193,12 +194,11 @@ def speed(task: Task) -> None:
             try:
                 with peak_memory(task) as peak:
                     if loop.startswith("this project"):
-                        graphs = loop.endswith("graphs")
                         until = Until(watch.tick)
                         fit(
                             *(task, model, batch, until),
                             images=images,
-                            graphs=graphs,
+                            graphs="graphs" in loop,
                             compiled=compiled,
                         )
                     else:

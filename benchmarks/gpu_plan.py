@@ -12,7 +12,7 @@ from typing import Any
 LOOPS = {
     "speed": (
         *("plain loop", "plain loop, channels_last", "pytorch-optimizer"),
-        *("this project", "this project, graphs"),
+        *("this project", "this project, graphs", "this project, graphs, cudnn.benchmark"),
     ),
     "compiled": (
         *("plain loop, compiled", "this project, compiled"),

@@ -322,8 +322,8 @@ def test_tables_guess_nothing():
     }
     lines = markdown(report).splitlines()
     assert "Measured on: gpu NVIDIA H200." in lines
-    none = " | ".join(["not reached"] * 5)
-    cells = "not reached | not reached | it is not installed | 21,234 | not reached"
+    none = " | ".join(["not reached"] * 6)
+    cells = "not reached | not reached | it is not installed | 21,234 | not reached | not reached"
     assert f"| ResNet-18, batch 512 | {cells} |" in lines
     assert f"| WRN-28-10, batch 256 | {none} |" in lines
     assert lines[-1] == "- speed: killed at its limit of 9 s, 9 s"
