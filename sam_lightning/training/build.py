@@ -51,8 +51,11 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
     for key in (*MODULE_KEYS, "strategy", "timeout"):
         options.pop(key, None)
     if processes * options["num_nodes"] > 1:
-        # Running statistics stay local while training and are averaged for evaluation.
-        options["strategy"] = DDPStrategy(broadcast_buffers=False)
+        # Running statistics stay local while training and are averaged for evaluation. Gradients in
+        # the memory of DDP's messages save a copy; but an averaged first one would be overwritten
+        # by the second, which it is combined or compared with.
+        kept = cfg.method.get("descent") or cfg.method.get("sync_perturbation")
+        options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=not kept)
     callbacks = build_all(cfg, "callbacks")
     for name, callback in callbacks.items():  # what it passes on may be wrong too
         callback.setup = errors_of(cfg, f"callbacks.{name}")(callback.setup)

@@ -69,6 +69,7 @@ SYNC_BATCH_NORM = {
     "batch norm, uneven": {"sync_perturbation": True},
     "batch norm, without weights": {},
 }
+KEPT = {"gradient_transform", "sync_perturbation"}  # options that need two gradients at a time
 REMEMBERS = {"perturbation": FriendlyAscent(), "gradient_transform": LookSAM(0.7), "every": 2}
 
 
@@ -106,6 +107,10 @@ class Weights(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append(reference.state(pl_module.model))
 
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [p.grad for p in pl_module.model.parameters()]
+        self.memories = len({grad.untyped_storage().data_ptr() for grad in grads})
+
 
 class Watch(Weights):
     """Counts averages of gradients over the ranks too, and notes which layers are trained."""
@@ -131,7 +136,8 @@ def program(folder):
     for case, options in CASES.items():
         watch = Watch()
         module = SAMModule(model(), reference.CLASSES, reference.sgd, **{"rho": 0.2, **options})
-        strategy = DDPStrategy(broadcast_buffers=False)
+        views = views_of(folder, f"method={'gsam' if KEPT & {*options} else 'sam'}")
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=views)
         runner = reference.trainer(
             devices=RANKS, strategy=strategy, callbacks=[watch], use_distributed_sampler=False
         )
@@ -139,6 +145,7 @@ def program(folder):
         results[case] = {
             "weights": watch.weights,
             "buckets": watch.buckets,
+            "memories": watch.memories,
             "skipped": module.train_metrics.skipped,
             "updates": runner.global_step,
         }
@@ -269,6 +276,30 @@ def m_sharpness(case, groups_of):
             assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
         optimizer.step()
     return reference.state(net)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_in_the_memory_of_the_messages_unless_two_are_kept(ranks, case):
+    memories = 4 if KEPT & {*CASES[case]} else 1
+    assert [rank[case]["memories"] for rank in ranks] == [memories] * RANKS
+
+
+def test_the_configuration_says_which(tmp_path):
+    for method, views in (
+        ("sam", True),
+        ("friendly_sam", True),
+        ("gsam", False),
+        ("looksam", False),
+    ):
+        assert views_of(tmp_path, f"method={method}") == views
+    assert not views_of(tmp_path, "method.sync_perturbation=true")
+
+
+def views_of(folder, override):
+    cfg = configuration("trainer=ddp_cpu", override)
+    cfg.update(callbacks=None, logger=None, output_dir=str(folder))
+    strategy = make_trainer(cfg, RANKS, L.Callback()).strategy
+    return strategy._ddp_kwargs["gradient_as_bucket_view"]
 
 
 @pytest.mark.parametrize("case", ["local", "asam", "clipped", "accumulated", "micro"])
