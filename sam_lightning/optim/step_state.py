@@ -81,10 +81,18 @@ class StepState:
     at_w: dict[Tensor, Tensor] | None = None  # gradients there, which the transform needs
     model: nn.Module | None = None  # what the second pass calls
     local: bool = False  # nothing averages gradients before combine()
+    scaler: Any = None  # has scaled the gradients
+    share: float = 1.0  # of the step's images that the passes are over
     backup: Backup = dataclasses.field(default_factory=Backup)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "model": None}  # copies leave it out
+        return {**vars(self), "model": None, "scaler": None}  # copies leave them out
+
+    def keep_gradients(self, params: list[Tensor], *, cleared: bool) -> None:
+        """Keep the gradients at w, which are ``cleared`` or written to before they are combined."""
+        grads = {p: p.grad for p in params if p.grad is not None}
+        # The next pass writes into the buffer of a view, such as a bucket of DDP's.
+        self.at_w = {p: g if cleared and not g._is_view() else g.clone() for p, g in grads.items()}
 
     def mark(self, params: list[Tensor], kind: str, *, each: bool = False) -> None:
         """Note whether the present gradients are ``SPENT`` or ``SECOND``.

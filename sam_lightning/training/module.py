@@ -78,7 +78,7 @@ class SAMModule(Classifier):
         perturbation: Perturbation | None = None,
         *,
         gradient_transform: GradientTransform | None = None,
-        decay_in_ascent: bool = False,
+        decay_in_ascent: bool | str = False,
         rho_min: float | None = None,
         perturbed_layers: str = "all",
         lr_factor: Callable[[int], float] | None = None,
@@ -232,8 +232,9 @@ class SAMModule(Classifier):
             self.groups.set_radius(self.rho_min)
         perturbs = sam.perturbs and step % self.every == 0
         # Each rank combines its own gradients, then all ranks average the result.
-        combines = sam.perturbs and sam.gradient_transform is not None
+        combines = sam.perturbs and sam.combines
         sync, geometry = not combines or passes.sync_perturbation, None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # under 16-mixed
         if not perturbs:
             sam.skip_perturbation()
             clean = perturbed = passes.gradient(batches, sync=sync)
@@ -252,9 +253,9 @@ class SAMModule(Classifier):
                 seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
                 measure=last or step // log_every != (step + self.every) // log_every,
                 model=self,
-                scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
+                scaler=scaler,
             )
-        sam.combine()  # before the gradients are clipped
+        sam.combine(scaler)  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
         self._logged_lr = self.groups.lr()  # before the schedule sets the next one

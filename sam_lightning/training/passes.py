@@ -111,7 +111,7 @@ class Passes:
             at_w.append(_times(self._first(part), share))
             first = [p.grad for p in params] if measure else []
             seed_draws(seeds[0], device)
-            with sam.perturbed(model, local=not self.sync_perturbation, **ascent):
+            with sam.perturbed(model, local=not self.sync_perturbation, share=share, **ascent):
                 for seed in seeds[1:]:
                     self._first(part, further=True)
                     seed_draws(seed, device)

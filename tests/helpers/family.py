@@ -141,6 +141,21 @@ class PlainLoop:
     def linf(self, w, group):
         return self.gradient(w + self.rho * self.gradient(w, group).sign(), group)
 
+    def vasso(self, w, group, theta=0.9):
+        g, d = self.gradient(w, group), self.memory
+        self.memory = d = g if d is None else (1 - theta) * d + theta * g
+        return self.gradient(w + self.rho * d / d.norm(), group)
+
+    def fisher_sam(self, w, group, eta=1.0):
+        g = self.gradient(w, group)
+        natural = g / (1 + eta * g**2)
+        return self.gradient(w + self.rho * natural / (g @ natural).sqrt(), group)
+
+    def wsam(self, w, group, gamma=0.88):
+        g = self.gradient(w, group)
+        there = self.gradient(w + self.rho * g / g.norm(), group)
+        return (1 - 2 * gamma) / (1 - gamma) * g + gamma / (1 - gamma) * there
+
     def three_steps(self, w, group):
         e = torch.zeros_like(w)
         for _ in range(3):
