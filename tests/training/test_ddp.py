@@ -19,11 +19,14 @@ from runs import configuration
 from sam_lightning import SAMModule
 from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.fisher_sam import FisherAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.linf import SignAscent
 from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
+from sam_lightning.optim.methods.vasso import AveragedAscent
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 from sam_lightning.training.build import make_trainer
 from sam_lightning.training.callbacks import last_checkpoint
 from sam_lightning.training.losses import CrossEntropy
@@ -62,6 +65,16 @@ CASES = {
     "linf": {"perturbation": SignAscent(), "rho": 0.002},
     "three steps": {"ascent_steps": 3, "sync_perturbation": True},
     "msam": {"perturbation": MomentumAscent()},
+    "vasso": {"perturbation": AveragedAscent(theta=0.4)},
+    "fisher": {"perturbation": FisherAscent(eta=10.0)},
+    "wsam": {"gradient_transform": WeightedSharpness(gamma=0.7)},
+    "decay": {"decay_in_ascent": "both", "gradient_clip_val": 0.1},
+    "decay, micro": {
+        "decay_in_ascent": "both",
+        "accumulate_grad_batches": 2,
+        "ascent_per_micro_batch": True,
+    },
+    "decay, synced": {"decay_in_ascent": "both", "sync_perturbation": True},
 }
 SYNC_BATCH_NORM = {
     "batch norm, local": {},
@@ -290,7 +303,7 @@ def test_without_sync_each_rank_perturbs_by_itself(ranks, case):
     "case",
     [
         *("synced", "synced, accumulated", "sgd", "msam", "three steps"),
-        *("gsam, synced", "looksam, synced", "esam, synced", "weighted, synced"),
+        *("gsam, synced", "looksam, synced", "esam, synced", "weighted, synced", "decay, synced"),
     ],
 )
 def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):
@@ -322,7 +335,33 @@ def flat(grads):
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "gsam, accumulated", "looksam"])
+@pytest.mark.parametrize("case", ["decay", "decay, micro"])
+def test_decay_in_both_passes_is_that_of_each_device_averaged(ranks, case):
+    net, decay = model(), reference.SGD["weight_decay"]
+    optimizer = reference.sgd(net.parameters(), weight_decay=0.0)
+    data = data_of(case)
+    size = CASES[case].get("accumulate_grad_batches", 1)
+    for start in range(0, STEPS, size):
+        found = []
+        for batch in data[start : start + size]:
+            for part in (shard(batch, rank) for rank in range(RANKS)):
+                w = {name: p.detach().clone() for name, p in net.named_parameters()}
+                first, _ = reference.mean_gradient(net, [part])
+                first = {name: g + decay * w[name] for name, g in first.items()}
+                second, _ = reference.perturbed_gradient(net, [part], first, 0.2, adaptive=False)
+                step_size = 0.2 / flat(first).norm()
+                moved = {name: w[name] + step_size * g for name, g in first.items()}
+                found.append({name: g + decay * moved[name] for name, g in second.items()})
+        grads = mean(found)
+        for name, p in net.named_parameters():
+            p.grad = grads[name]
+        if "gradient_clip_val" in CASES[case]:
+            nn.utils.clip_grad_norm_(net.parameters(), CASES[case]["gradient_clip_val"])
+        optimizer.step()
+    reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "gsam, accumulated", "looksam", "wsam"])
 def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
     net = model()
     optimizer = reference.sgd(net.parameters())
@@ -344,6 +383,8 @@ def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
             if case == "looksam":
                 directions[rank] = there - (there @ g) / (g @ g) * g
                 combined.append(there)
+            elif case == "wsam":
+                combined.append((0.7 * there - 0.4 * g) / 0.3)
             else:
                 combined.append(there - 0.4 * (g - (g @ there) / (there @ there) * there))
         grads = sum(combined) / RANKS
