@@ -18,8 +18,7 @@ The same in two other forms, the second with a closure that computes the loss an
 
     optimizer.step(closure, model)              # runs both passes
 
-See docs/loops.md for the loops of Lightning, Fabric, accelerate, a GradScaler and others. The
-folder ``optim`` needs only torch, and works without Lightning.
+See docs/loops.md for Lightning, Fabric, accelerate, GradScaler and others. This needs only torch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -228,10 +227,13 @@ class SAM(OptimizerAround):
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
-        if self._step_state.held and self.decay_in_ascent == BOTH:
-            self.combine()  # while the weights are at w + e
-        self._step_state.backup.restore()
-        self._step_state.held = False
+        step = self._step_state
+        try:
+            if step.held and self.decay_in_ascent == BOTH:
+                self.combine()  # while the weights are at w + e
+        finally:
+            step.backup.restore()
+            step.held = False
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -247,13 +249,12 @@ class SAM(OptimizerAround):
         step = self._step_state
         if step.combined or not self.combines:
             return
-        at_w, step.at_w, step.combined = step.at_w, None, True
+        step.combined = True
         grads = {p: p.grad for p in self.params if p.grad is not None}
+        first = step.take_gradients(grads)
+        if self.perturbs and (first is not None or step.held):
+            check_averaged(step, grads)
         if grads and self.gradient_transform is not None and self.perturbs:
-            first = None
-            if at_w is not None:
-                check_averaged(step, grads)
-                first = [at_w[p] if p in at_w else torch.zeros_like(p) for p in grads]
             states = [self.method_state[p] for p in grads]
             self.gradient_transform(first, list(grads.values()), states)
         if self.decay_in_ascent == BOTH:

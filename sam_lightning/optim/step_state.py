@@ -1,7 +1,7 @@
 """What happened since the last step: which gradients are new, and what the weights were."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,6 +93,13 @@ class StepState:
         grads = {p: p.grad for p in params if p.grad is not None}
         # The next pass writes into the buffer of a view, such as a bucket of DDP's.
         self.at_w = {p: g if cleared and not g._is_view() else g.clone() for p, g in grads.items()}
+
+    def take_gradients(self, params: Iterable[Tensor]) -> list[Tensor] | None:
+        """The gradients that were kept, of these parameters; None if none were."""
+        at_w, self.at_w = self.at_w, None
+        if at_w is None:
+            return None
+        return [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]
 
     def mark(self, params: list[Tensor], kind: str, *, each: bool = False) -> None:
         """Note whether the present gradients are ``SPENT`` or ``SECOND``.
