@@ -1,12 +1,9 @@
 """Weight decay as an L2 term of the loss, in both passes: ``decay_in_ascent="both"``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import optim
-from torch.amp import GradScaler
+from torch import Tensor, optim
 
 from sam_lightning.optim.foreach import foreach
 
@@ -40,8 +37,8 @@ def check_decay(sam: Any) -> None:
         )
 
 
-def add_decay(sam: Any, scaler: GradScaler | None, share: float) -> None:
-    """Add ``share * weight_decay * w`` to the gradients, times the loss scale; w as it is now."""
+def add_decay(sam: Any, scale: Tensor | None, share: float) -> None:
+    """Add ``share * weight_decay * w`` to the gradients, times the scale; w as it is now."""
     for group in sam.param_groups:
         weights = [p for p in group["params"] if p.grad is not None]
         # Under maximize the gradient is of what grows, which the term lowers.
@@ -49,21 +46,6 @@ def add_decay(sam: Any, scaler: GradScaler | None, share: float) -> None:
         if not weights or not decay:
             continue
         grads = [p.grad for p in weights]
-        if scaler is not None:
-            scale = scaler.scale(torch.ones((), device=grads[0].device))
+        if scale is not None:
             weights = foreach(torch._foreach_mul, weights, scale)
         foreach(torch._foreach_add_, grads, weights, alpha=decay)
-
-
-@contextmanager
-def decayed_once(sam: Any) -> Iterator[None]:
-    """Hide the weight decay from the base optimizer if the gradients have it already."""
-    groups = sam.param_groups if sam.decay_in_ascent == BOTH else []
-    hidden = [(group, group["weight_decay"]) for group in groups if "weight_decay" in group]
-    for group, _ in hidden:
-        group["weight_decay"] = 0.0
-    try:
-        yield
-    finally:
-        for group, decay in hidden:
-            group["weight_decay"] = decay

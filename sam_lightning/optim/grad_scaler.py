@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.amp import GradScaler
 
 from sam_lightning.optim.decay import BOTH
 from sam_lightning.optim.foreach import foreach, global_norm
@@ -25,6 +27,13 @@ def check_scaled(sam: Any, step: StepState) -> None:
             "the second pass in `with optimizer.perturbed(model):`, or call combine() before "
             "scaler.unscale_()"
         )
+
+
+def scale_of(sam: Any, scaler: GradScaler | None) -> Tensor | None:
+    """The scale of the present gradients, 0-dim; None if nobody has scaled them."""
+    if scaler is None:
+        return getattr(sam, "grad_scale", None)
+    return scaler.scale(torch.ones((), device=sam.params[0].device))
 
 
 @torch.no_grad()

@@ -31,11 +31,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from sam_lightning.optim.ascent import ascend, check_adaptive, check_choices
+from sam_lightning.optim.base_step import keep_beside, step_base
 from sam_lightning.optim.batch_norm import frozen_running_stats
 from sam_lightning.optim.closures import lightning_module, run_passes
-from sam_lightning.optim.decay import BOTH, add_decay, decayed_once
+from sam_lightning.optim.decay import BOTH, add_decay
 from sam_lightning.optim.distributed import check_averaged, check_not_divided, make_method_state
-from sam_lightning.optim.grad_scaler import check_scaled, combine_and_unscale
+from sam_lightning.optim.grad_scaler import check_scaled, combine_and_unscale, scale_of
 from sam_lightning.optim.perturbation import GradientAscent, GradientTransform, Perturbation
 from sam_lightning.optim.step_state import SECOND, SPENT, StepState
 from sam_lightning.optim.wrapper import OptimizerAround, check_rho
@@ -94,8 +95,9 @@ class SAM(OptimizerAround):
         self.decay_in_ascent = decay_in_ascent
         self._step_state = StepState()
         method = f"{type(self.perturbation).__name__}/{type(gradient_transform).__name__}"
-        own = {"rho": rho, "adaptive": adaptive}
-        super().__init__(params, base_optimizer, own, method, **kwargs)
+        super().__init__(
+            params, base_optimizer, {"rho": rho, "adaptive": adaptive}, method, **kwargs
+        )
         check_choices(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,8 +146,7 @@ class SAM(OptimizerAround):
 
         Args:
             model: its running statistics (BatchNorm) are frozen, since the first pass has updated
-                them. Without it, every called layer's are, which takes a little longer.
-                The only pass of a step freezes nothing.
+                them; without it, every called layer's (slower). A step's only pass freezes none.
             zero_grad: clear the gradients on entry, so that the two passes do not add up.
             scaler, rho_scale, local, share: as for ``perturb()``; ends with ``combine()``.
         """
@@ -251,14 +252,16 @@ class SAM(OptimizerAround):
             return
         step.combined = True
         grads = {p: p.grad for p in self.params if p.grad is not None}
+        scale = scale_of(self, step.scaler if step.held else scaler)
         first = step.take_gradients(grads)
         if self.perturbs and (first is not None or step.held):
             check_averaged(step, grads)
         if grads and self.gradient_transform is not None and self.perturbs:
             states = [self.method_state[p] for p in grads]
-            self.gradient_transform(first, list(grads.values()), states)
+            beside = self.gradient_transform(first, list(grads.values()), states)
+            keep_beside(self, step, dict(zip(grads, beside, strict=True)) if beside else {}, scale)
         if self.decay_in_ascent == BOTH:
-            add_decay(self, *(step.scaler, step.share) if step.held else (scaler, 1.0))
+            add_decay(self, scale, step.share if step.held else 1.0)
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
@@ -296,8 +299,7 @@ class SAM(OptimizerAround):
             make_method_state(self)  # or raise the error
             step.combined = True
         combine_and_unscale(self)
-        with decayed_once(self):
-            self.step_base()
+        step_base(self, step)
         step.mark(self.params, SPENT)
         step.perturbed = step.plain = step.combined = False
         return result
@@ -309,8 +311,6 @@ class SAM(OptimizerAround):
         """
         # A scaler may have skipped the step before.
         self._step_state.plain, self._step_state.combined = True, False
-
-    # ------------------------------------------------------------------------ other calls
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

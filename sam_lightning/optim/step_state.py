@@ -81,6 +81,7 @@ class StepState:
     at_w: dict[Tensor, Tensor] | None = None  # gradients there, which the transform needs
     model: nn.Module | None = None  # what the second pass calls
     local: bool = False  # nothing averages gradients before combine()
+    beside: dict[Tensor, Tensor] = dataclasses.field(default_factory=dict)  # the step, times lr
     scaler: Any = None  # has scaled the gradients
     share: float = 1.0  # of the step's images that the passes are over
     backup: Backup = dataclasses.field(default_factory=Backup)
@@ -95,8 +96,8 @@ class StepState:
         self.at_w = {p: g if cleared and not g._is_view() else g.clone() for p, g in grads.items()}
 
     def take_gradients(self, params: Iterable[Tensor]) -> list[Tensor] | None:
-        """The gradients that were kept, of these parameters; None if none were."""
-        at_w, self.at_w = self.at_w, None
+        """The gradients that were kept, of these parameters; None if none were. A step begins."""
+        at_w, self.at_w, self.beside = self.at_w, None, {}
         if at_w is None:
             return None
         return [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]

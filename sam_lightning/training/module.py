@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from sam_lightning.config.errors import ConfigError, TrainingError, argument_errors
 from sam_lightning.data.seeding import draw_seed
+from sam_lightning.optim.base_step import beside_of
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.optim.param_groups import Settings, grouped, trainable
@@ -283,7 +284,7 @@ class SAMModule(Classifier):
         self.sam.found_inf = self.train_metrics.add_gradient(norm)
         if self.gradient_clip_val is not None:
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, factor)
+            torch._foreach_mul_([*grads, *beside_of(self.sam)], factor)
 
     def _log_training(self, last: bool) -> None:
         """Log the means since the last log; a TrainingError leaves the last good checkpoint."""

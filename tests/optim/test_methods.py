@@ -41,7 +41,7 @@ MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.3)])
-@pytest.mark.parametrize("method", [*FAMILY, "three_steps"])
+@pytest.mark.parametrize("method", [*FAMILY, "three_steps", "wsam_in_one"])
 def test_twenty_updates_follow_the_formula(method, accumulate, clip):
     # BatchNorm over a few samples would amplify rounding to the size of the bound below
     data = image_batches([32, 32, 20] * 20 if accumulate == 3 else [32, 24] * 10)
@@ -105,21 +105,50 @@ def test_gsam_is_that_of_pytorch_optimizer():
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_wsam_is_that_of_pytorch_optimizer(momentum):
-    """With the sharpness in the step; and beside it, which is the same without momentum."""
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW])
+def test_wsam_is_that_of_pytorch_optimizer(base, decouple):
     ours, theirs = network(), network()
-    options = {**MOMENTUM, "momentum": momentum}
-    method = WeightedSharpness(gamma=0.7)
-    sam = SAM(ours.parameters(), SGD, rho=0.2, gradient_transform=method, **options)
+    options = MOMENTUM if base is SGD else {"lr": 0.01, "weight_decay": 0.1}
+    method = WeightedSharpness(gamma=0.7, decouple=decouple)
+    sam = SAM(ours.parameters(), base, rho=0.2, gradient_transform=method, **options)
     published = pytorch_optimizer.WSAM(
-        theirs, theirs.parameters(), SGD, rho=0.2, gamma=0.7, decouple=not momentum, **options
+        theirs, theirs.parameters(), base, rho=0.2, gamma=0.7, decouple=decouple, **options
     )
     for batch in batches(20):
         step_with_closure(ours, sam, batch)
         published.zero_grad()
         published.step(closure_of(theirs, published, batch))
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_what_wsam_does_beside_the_step_with_a_scaler(block):
+    """It is unscaled, and left out where a scaler skips the step."""
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    models = ours, theirs = network(), network()
+    one, two = (
+        SAM(m.parameters(), SGD, 0.2, gradient_transform=WeightedSharpness(0.7), **MOMENTUM)
+        for m in models
+    )
+    for i, batch in enumerate(batches(12)):
+        before = weights_of(ours)
+        overflow = float("inf") if i == 5 else 1.0
+        scaler.scale(loss_at(ours, batch)).backward()
+        if block:
+            with one.perturbed(scaler=scaler):
+                (overflow * scaler.scale(loss_at(ours, batch))).backward()
+        else:
+            one.first_step(zero_grad=True, scaler=scaler)
+            (overflow * scaler.scale(loss_at(ours, batch))).backward()
+        scaler.step(one)
+        scaler.update()
+        one.zero_grad()
+        if i == 5:
+            assert_equal(weights_of(ours), before)
+        else:
+            step_with_closure(theirs, two, batch)
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-11, rtol=0)
 
 
 def test_looksam_is_that_of_pytorch_optimizer_for_one_tensor():
@@ -236,7 +265,7 @@ def test_fisher_sam_goes_as_far_up_as_its_ellipsoid_allows():
     [
         {"perturbation": AveragedAscent(theta=1.0)},
         {"perturbation": FisherAscent(eta=0.0)},
-        {"gradient_transform": WeightedSharpness(gamma=0.5)},
+        {"gradient_transform": WeightedSharpness(gamma=0.5, decouple=False)},
     ],
 )
 def test_what_is_sam_at_an_end_of_its_range(options):
