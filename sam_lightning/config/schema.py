@@ -183,6 +183,7 @@ HINTS: dict[str, Any] = REQUIRED | {
     "method.perturbation.beta": Part,
     "method.perturbation.theta": Part,
     "method.perturbation.normalize_bias": bool,
+    "method.descent.decouple": bool,
     "method.rho_min": NonNegative | None,
     "method.passes": Positive | None,
     "method.perturbed_layers": Literal["all", "normalization"],

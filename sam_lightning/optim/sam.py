@@ -185,7 +185,7 @@ class SAM(OptimizerAround):
             zero_grad: clear the gradients afterwards.
             model: what the passes call. Under DistributedDataParallel what ``combines`` needs the
                 wrapped model or the LightningModule.
-            scaler: scales the loss. Methods that remember gradients, Fisher SAM and
+            scaler: scales the loss. Methods that remember gradients, Fisher SAM, WSAM and
                 ``decay_in_ascent`` need it.
             rho_scale: factor on every rho.
             further: move on from where the weights are, if they are perturbed already.
