@@ -233,9 +233,8 @@ class SAMModule(Classifier):
             self.groups.set_radius(self.rho_min)
         perturbs = sam.perturbs and step % self.every == 0
         # Each rank combines its own gradients, then all ranks average the result.
-        combines = sam.perturbs and sam.combines
-        sync, geometry = not combines or passes.sync_perturbation, None
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # under 16-mixed
+        sync = passes.sync_perturbation or not (sam.perturbs and sam.combines)
+        geometry, scaler = None, getattr(self.trainer.precision_plugin, "scaler", None)  # 16-mixed
         if not perturbs:
             sam.skip_perturbation()
             clean = perturbed = passes.gradient(batches, sync=sync)
@@ -302,8 +301,7 @@ class SAMModule(Classifier):
                 "trainer.gradient_clip_val, or check the data"
             )
 
-    # For the checkpoint: Lightning copies rank 0's to all before a test.
-    on_train_end = Classifier.average_running_stats
+    on_train_end = Classifier.average_running_stats  # before Lightning copies rank 0's to all
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what differs between ranks, to continue exactly, and the run's settings."""

@@ -118,11 +118,10 @@ class Passes:
                     sam.perturb(zero_grad=True, further=True, **ascent)
                 for p, grad in zip(params, earlier, strict=False):
                     p.grad = grad  # the second gradients of all parts add up
-                norm = sam.perturbation_norm() if measure else None
                 last = i + 1 == len(parts)
                 at_w_e.append(_times(self._second(part, total, sync=sync and last), share))
-            if norm is not None and any(g is not None for g in first):
-                geometry = norm, cosine(first, [p.grad for p in params])
+                if any(g is not None for g in first):  # before the two are combined
+                    geometry = sam.perturbation_norm(), cosine(first, [p.grad for p in params])
         return sum(at_w[1:], at_w[0]), sum(at_w_e[1:], at_w_e[0]), geometry
 
     def _first(self, batches: list[MicroBatch], *, further: bool = False) -> Tensor:
