@@ -21,7 +21,8 @@ from sam_lightning.runs.files import replacing
 METHODS = {
     **{"sgd": "#0072B2", "sam": "#D55E00", "asam": "#009E73", "gsam": "#CC79A7"},
     **{"looksam": "#56B4E9", "esam": "#E69F00", "msam": "#000000", "friendly_sam": "#882255"},
-    **{"sam_on": "#999933", "linf": "#888888"},
+    **{"sam_on": "#999933", "linf": "#888888", "wsam": "#332288", "vasso": "#661100"},
+    **{"fisher_sam": "#44AA99"},
 }
 # The first has no Chinese, Japanese or Korean letters; the others, where installed, lend theirs.
 FONTS = (

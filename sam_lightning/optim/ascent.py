@@ -1,4 +1,4 @@
-"""From parameter groups to the direction in which SAM perturbs."""
+"""From parameter groups to the direction in which SAM perturbs, and the move along it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from sam_lightning.optim.foreach import foreach
+from sam_lightning.optim.decay import check_decay
+from sam_lightning.optim.foreach import add_scaled_, foreach
 from sam_lightning.optim.methods.asam import normalized_ascent
 from sam_lightning.optim.perturbation import Direction, GradientAscent, Perturbation, State
+from sam_lightning.optim.step_state import Backup
 
 
 class Ascent(NamedTuple):
@@ -55,6 +57,24 @@ def ascent_of(sam: Any, scaler: GradScaler | None = None) -> Ascent:
     return Ascent(weights, grads, names, rhos, adaptive)
 
 
+def ascend(
+    sam: Any, backup: Backup, first: bool, scaler: GradScaler | None, rho_scale: float
+) -> None:
+    """Move the weights from where they are, and keep copies; ``first`` says that this is w."""
+    ascent = ascent_of(sam, scaler)
+    if not ascent.weights:
+        return
+    remembered = sam.method_state
+    states = [remembered.get(w, {}) if remembered else {} for w in ascent.weights]
+    if not first:  # a method remembers only the gradient at w
+        states = [dict(state) for state in states]
+    direction, norm = direction_of(sam.perturbation, ascent, states)
+    if first and any(states):
+        remembered.update(zip(ascent.weights, states, strict=True))
+    backup.save(ascent.weights)
+    add_scaled_(ascent.weights, direction, [rho * rho_scale for rho in ascent.rhos], norm)
+
+
 def direction_of(perturbation: Perturbation, ascent: Ascent, states: Sequence[State]) -> Direction:
     """The direction of a perturbation, scaled by |w| where ``adaptive``, and its norm."""
     weights, grads, names, _, adaptive = ascent
@@ -67,7 +87,7 @@ def direction_of(perturbation: Perturbation, ascent: Ascent, states: Sequence[St
 
 
 def check_choices(sam: Any) -> None:
-    """Refuse a perturbation, gradient transform or names that cannot work.
+    """Refuse a perturbation, gradient transform, names or decay that cannot work.
 
     Raises:
         ValueError: names the argument that cannot.
@@ -82,6 +102,7 @@ def check_choices(sam: Any) -> None:
     names = {name for group in sam.param_groups for name in group.get("param_names", ())}
     if sam.param_names is not None and not sam.param_names <= names:
         raise ValueError(f"param_names={min(sam.param_names - names)}: no parameter of this name")
+    check_decay(sam)
 
 
 def check_adaptive(perturbation: Perturbation) -> None:

@@ -56,17 +56,19 @@ def check_averaged(step: StepState, weights: Iterable[Tensor]) -> None:
     averaging = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
     if not averaging:
         raise RuntimeError(
-            "a method that combines two gradients has to see what averages them over ranks: "
-            "pass the model that DistributedDataParallel has wrapped, not the one inside, or the "
-            "LightningModule, as perturbed(model), first_step(model=model) or step(closure, model);"
-            " or pass local=True, call combine(), and average the gradients after it"
+            "a method that combines two gradients, or decay_in_ascent=both, has to see what "
+            "averages them over ranks: pass the model that DistributedDataParallel has wrapped, "
+            "not the one inside, or the LightningModule, as perturbed(model), "
+            "first_step(model=model) or step(closure, model); or pass local=True, call combine(), "
+            "and average the gradients after it"
         )
     # A pass notes there whether it averages.
     if not all(ddp.require_forward_param_sync for ddp in averaging):
         raise RuntimeError(
-            "a method that combines two gradients needs both averaged over ranks: run both "
-            "passes outside of no_sync(); or both inside of it, with perturbed(local=True) or "
-            "first_step(local=True), call combine(), and average the gradients after it"
+            "a method that combines two gradients, or decay_in_ascent=both, needs both averaged "
+            "over ranks: run both passes outside of no_sync(); or both inside of it, with "
+            "perturbed(local=True) or first_step(local=True), call combine(), and average the "
+            "gradients after it"
         )
 
 

@@ -85,7 +85,7 @@ def _whole(t: Tensor) -> Tensor:
     return t.full_tensor() if any_sharded([t]) else t  # type: ignore[attr-defined]
 
 
-def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """This rank's shards, in the same memory; other tensors as they are."""
     if not any_sharded(tensors):
         return tensors
@@ -94,7 +94,7 @@ def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes, dtypes and shards."""
-    torch._foreach_copy_(list(_local(to)), list(_local(of)))
+    torch._foreach_copy_(list(local_parts(to)), list(local_parts(of)))
 
 
 def foreach(
@@ -131,7 +131,7 @@ def add_scaled_(
     found_inf = (norm * 0 != 0).float()  # inf * 0 is NaN, and NaN is not 0
     inv_norm = 1 / (norm + 1e-12)
     kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for w, d, rho in zip(_local(weights), _local(direction), rhos, strict=True):
+    for w, d, rho in zip(local_parts(weights), local_parts(direction), rhos, strict=True):
         if rho != 0:
             ws, ds = kinds[w.device, w.dtype, rho]
             ws.append(w)

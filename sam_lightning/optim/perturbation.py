@@ -52,7 +52,7 @@ class Perturbation(Protocol):
 class GradientTransform(Protocol):
     """Combines the gradients at w and at w + e to the gradient of the step."""
 
-    def __call__(self, first: Tensors | None, second: Tensors, states: States) -> None:
+    def __call__(self, first: Tensors | None, second: Tensors, states: States) -> Tensors | None:
         """Change ``second`` in place.
 
         Both may be scaled by the same loss scale, so the result must scale with them.
@@ -61,6 +61,10 @@ class GradientTransform(Protocol):
             first: the gradients at w; None at a step that does not perturb. Read only.
             second: the gradients at w + e, of the same shapes; at w if the step does not perturb.
             states: as for a perturbation.
+
+        Returns:
+            None; or what is subtracted from the weights after the base optimizer's step, times the
+            learning rate. Where that is not finite, ``second`` must not be, which skips the step.
         """
         ...
 

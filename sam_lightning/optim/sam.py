@@ -18,8 +18,7 @@ The same in two other forms, the second with a closure that computes the loss an
 
     optimizer.step(closure, model)              # runs both passes
 
-See docs/loops.md for the loops of Lightning, Fabric, accelerate, a GradScaler and others. The
-folder ``optim`` needs only torch, and works without Lightning.
+See docs/loops.md for Lightning, Fabric, accelerate, GradScaler and others. This needs only torch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -31,12 +30,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from sam_lightning.optim.ascent import ascent_of, check_adaptive, check_choices, direction_of
+from sam_lightning.optim.ascent import ascend, check_adaptive, check_choices
+from sam_lightning.optim.base_step import keep_beside, step_base
 from sam_lightning.optim.batch_norm import frozen_running_stats
 from sam_lightning.optim.closures import lightning_module, run_passes
+from sam_lightning.optim.decay import BOTH, add_decay
 from sam_lightning.optim.distributed import check_averaged, check_not_divided, make_method_state
-from sam_lightning.optim.foreach import add_scaled_
-from sam_lightning.optim.grad_scaler import combine_and_unscale
+from sam_lightning.optim.grad_scaler import check_scaled, combine_and_unscale, scale_of
 from sam_lightning.optim.perturbation import GradientAscent, GradientTransform, Perturbation
 from sam_lightning.optim.step_state import SECOND, SPENT, StepState
 from sam_lightning.optim.wrapper import OptimizerAround, check_rho
@@ -59,8 +59,9 @@ class SAM(OptimizerAround):
         perturbation: where to perturb; along the gradient by default.
         gradient_transform: combines the gradients at w and w + e; the latter by default.
         param_names: the named parameters to perturb; all by default.
-        decay_in_ascent: perturb along g + weight_decay * w, as the official JAX code does. The base
-            optimizer still decays the weights at w, while the JAX code decays those at w + e.
+        decay_in_ascent: perturb along g + weight_decay * w; the base optimizer decays at w. With
+            "both", weight decay is an L2 term of the loss, as in the official JAX code: the step
+            uses the gradient g' + weight_decay * (w + e), and the base optimizer decays nothing.
         **kwargs: passed to ``base_optimizer``.
 
     Raises:
@@ -85,7 +86,7 @@ class SAM(OptimizerAround):
         perturbation: Perturbation | None = None,
         gradient_transform: GradientTransform | None = None,
         param_names: Collection[str] | None = None,
-        decay_in_ascent: bool = False,
+        decay_in_ascent: bool | str = False,
         **kwargs: Any,
     ) -> None:
         self.perturbation = perturbation or GradientAscent()
@@ -94,8 +95,9 @@ class SAM(OptimizerAround):
         self.decay_in_ascent = decay_in_ascent
         self._step_state = StepState()
         method = f"{type(self.perturbation).__name__}/{type(gradient_transform).__name__}"
-        own = {"rho": rho, "adaptive": adaptive}
-        super().__init__(params, base_optimizer, own, method, **kwargs)
+        super().__init__(
+            params, base_optimizer, {"rho": rho, "adaptive": adaptive}, method, **kwargs
+        )
         check_choices(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,6 +124,11 @@ class SAM(OptimizerAround):
         """Whether the perturbation needs the gradient at w; if not, a step has one pass."""
         return getattr(self.perturbation, "needs_gradient", True)
 
+    @property
+    def combines(self) -> bool:
+        """Whether ``combine()`` changes the gradients of a step that perturbs."""
+        return self.gradient_transform is not None or self.decay_in_ascent == BOTH
+
     # --------------------------------------------------------------------------- one step
 
     @contextmanager
@@ -133,26 +140,26 @@ class SAM(OptimizerAround):
         scaler: GradScaler | None = None,
         rho_scale: float = 1.0,
         local: bool = False,
+        share: float = 1.0,
     ) -> Iterator[None]:
         """Hold the weights at w + e in the block; restore them however it ends.
 
         Args:
             model: its running statistics (BatchNorm) are frozen, since the first pass has updated
-                them. Without it, every called layer's are, which takes a little longer.
-                The only pass of a step freezes nothing.
+                them; without it, every called layer's (slower). A step's only pass freezes none.
             zero_grad: clear the gradients on entry, so that the two passes do not add up.
-            scaler, rho_scale, local: as for ``perturb()``. The block ends with ``combine()``.
+            scaler, rho_scale, local, share: as for ``perturb()``; ends with ``combine()``.
         """
-        step = self._step_state
+        step, more = self._step_state, dict[str, Any](rho_scale=rho_scale, share=share)
         frozen = frozen_running_stats(model) if self.needs_gradient else nullcontext()
         try:
-            self.perturb(zero_grad, model=model, scaler=scaler, rho_scale=rho_scale, local=local)
+            self.perturb(zero_grad, model=model, scaler=scaler, local=local, **more)
             with frozen:
                 yield
             self.combine()
             step.mark(self.params, SECOND)
         except BaseException:
-            step.at_w, step.perturbed = None, False
+            step.at_w, step.perturbed, step.combined = None, False, True
             raise
         finally:
             self.restore()
@@ -168,6 +175,7 @@ class SAM(OptimizerAround):
         rho_scale: float = 1.0,
         further: bool = False,
         local: bool = False,
+        share: float = 1.0,
     ) -> None:
         """Move the weights to w + e along the present gradients, keeping a copy of w.
 
@@ -175,13 +183,15 @@ class SAM(OptimizerAround):
 
         Args:
             zero_grad: clear the gradients afterwards.
-            model: what the passes call. Under DistributedDataParallel a gradient transform needs
-                the wrapped model or the LightningModule.
-            scaler: scales the loss. Only methods that remember gradients need it.
+            model: what the passes call. Under DistributedDataParallel what ``combines`` needs the
+                wrapped model or the LightningModule.
+            scaler: scales the loss. Methods that remember gradients, Fisher SAM, WSAM and
+                ``decay_in_ascent`` need it.
             rho_scale: factor on every rho.
             further: move on from where the weights are, if they are perturbed already.
             local: no pass averages gradients over ranks. Call ``combine()``, and average the
-                gradients after it. Only a gradient transform needs this.
+                gradients after it. Only what ``combines`` needs this.
+            share: of the step's images that this perturbation is for, if there are several.
 
         Raises:
             RuntimeError: the weights are perturbed already; there is no new gradient, or a sparse
@@ -197,70 +207,61 @@ class SAM(OptimizerAround):
                 step.check_gradients(self.params)
             step.plain = step.combined = False
             step.at_w, step.model, step.local = None, model, local
+            step.scaler, step.share = scaler, share
         step.held = True
         try:
             if perturbs:
+                if first and self.combines:
+                    check_averaged(step, self.params)
                 if first and self.gradient_transform is not None:
-                    self._keep_gradients(zero_grad)
-                self._ascend(first, scaler, rho_scale)
+                    step.keep_gradients(self.params, cleared=zero_grad)
+                ascend(self, step.backup, first, scaler, rho_scale)
         except BaseException:
+            step.combined = True
             self.restore()
             raise
         step.perturbed = True
         if zero_grad:
             self.zero_grad()
 
-    def _keep_gradients(self, cleared: bool) -> None:
-        step = self._step_state
-        grads = {p: p.grad for p in self.params if p.grad is not None}
-        check_averaged(step, grads)
-        # The next pass writes into the buffer of a view, such as a bucket of DDP's.
-        step.at_w = {p: g if cleared and not g._is_view() else g.clone() for p, g in grads.items()}
-
-    def _ascend(self, first: bool, scaler: GradScaler | None, rho_scale: float) -> None:
-        ascent = ascent_of(self, scaler)
-        if not ascent.weights:
-            return
-        remembered = self.method_state
-        states = [remembered.get(w, {}) if remembered else {} for w in ascent.weights]
-        if not first:  # a method remembers only the gradient at w
-            states = [dict(state) for state in states]
-        direction, norm = direction_of(self.perturbation, ascent, states)
-        if first and any(states):
-            remembered.update(zip(ascent.weights, states, strict=True))
-        self._step_state.backup.save(ascent.weights)
-        add_scaled_(ascent.weights, direction, [rho * rho_scale for rho in ascent.rhos], norm)
-
     @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the weights from before ``perturb()``, bit for bit; without one, do nothing."""
-        self._step_state.backup.restore()
-        self._step_state.held = False
+        step = self._step_state
+        try:
+            if step.held and self.decay_in_ascent == BOTH:
+                self.combine()  # while the weights are at w + e
+        finally:
+            step.backup.restore()
+            step.held = False
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def combine(self) -> None:
-        """Apply ``gradient_transform`` to the gradients, once a step.
+    def combine(self, scaler: GradScaler | None = None) -> None:
+        """Apply ``gradient_transform``, then ``decay_in_ascent="both"``, once a step.
 
         ``perturbed()`` calls this at its end, and otherwise ``step()`` does. Call it yourself if
-        you change or average gradients before that.
+        you change or average gradients before that, at a plain step with the loss's ``scaler``.
 
         Raises:
             RuntimeError: the last pass was inside ``no_sync``, without ``local=True``.
         """
         step = self._step_state
-        if step.combined or self.gradient_transform is None or not self.perturbs:
+        if step.combined or not self.combines:
             return
-        at_w, step.at_w, step.combined = step.at_w, None, True
+        step.combined = True
         grads = {p: p.grad for p in self.params if p.grad is not None}
-        if not grads:
-            return
-        first = None
-        if at_w is not None:
+        scale = scale_of(self, step.scaler if step.held else scaler)
+        first = step.take_gradients(grads)
+        if self.perturbs and (first is not None or step.held):
             check_averaged(step, grads)
-            first = [at_w[p] if p in at_w else torch.zeros_like(p) for p in grads]
-        self.gradient_transform(first, list(grads.values()), [self.method_state[p] for p in grads])
+        if grads and self.gradient_transform is not None and self.perturbs:
+            states = [self.method_state[p] for p in grads]
+            beside = self.gradient_transform(first, list(grads.values()), states)
+            keep_beside(self, step, dict(zip(grads, beside, strict=True)) if beside else {}, scale)
+        if self.decay_in_ascent == BOTH:
+            add_decay(self, scale, step.share if step.held else 1.0)
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, model: nn.Module | None = None) -> Any:
@@ -292,12 +293,13 @@ class SAM(OptimizerAround):
             except BaseException:  # its gradients are not complete
                 step.mark(self.params, SPENT)
                 raise
+        check_scaled(self, step)
         self.restore()
         if not step.perturbed and not step.plain and self.perturbs:
             make_method_state(self)  # or raise the error
             step.combined = True
-        combine_and_unscale(self, step)
-        self.step_base()
+        combine_and_unscale(self)
+        step_base(self, step)
         step.mark(self.params, SPENT)
         step.perturbed = step.plain = step.combined = False
         return result
@@ -309,8 +311,6 @@ class SAM(OptimizerAround):
         """
         # A scaler may have skipped the step before.
         self._step_state.plain, self._step_state.combined = True, False
-
-    # ------------------------------------------------------------------------ other calls
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,7 +1,7 @@
 """What happened since the last step: which gradients are new, and what the weights were."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,10 +81,26 @@ class StepState:
     at_w: dict[Tensor, Tensor] | None = None  # gradients there, which the transform needs
     model: nn.Module | None = None  # what the second pass calls
     local: bool = False  # nothing averages gradients before combine()
+    beside: dict[Tensor, Tensor] = dataclasses.field(default_factory=dict)  # the step, times lr
+    scaler: Any = None  # has scaled the gradients
+    share: float = 1.0  # of the step's images that the passes are over
     backup: Backup = dataclasses.field(default_factory=Backup)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "model": None}  # copies leave it out
+        return {**vars(self), "model": None, "scaler": None}  # copies leave them out
+
+    def keep_gradients(self, params: list[Tensor], *, cleared: bool) -> None:
+        """Keep the gradients at w, which are ``cleared`` or written to before they are combined."""
+        grads = {p: p.grad for p in params if p.grad is not None}
+        # The next pass writes into the buffer of a view, such as a bucket of DDP's.
+        self.at_w = {p: g if cleared and not g._is_view() else g.clone() for p, g in grads.items()}
+
+    def take_gradients(self, params: Iterable[Tensor]) -> list[Tensor] | None:
+        """The gradients that were kept, of these parameters; None if none were. A step begins."""
+        at_w, self.at_w, self.beside = self.at_w, None, {}
+        if at_w is None:
+            return None
+        return [at_w[p] if p in at_w else torch.zeros_like(p) for p in params]
 
     def mark(self, params: list[Tensor], kind: str, *, each: bool = False) -> None:
         """Note whether the present gradients are ``SPENT`` or ``SECOND``.

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from sam_lightning.config.errors import ConfigError, TrainingError, argument_errors
 from sam_lightning.data.seeding import draw_seed
+from sam_lightning.optim.base_step import beside_of
 from sam_lightning.optim.foreach import global_norm
 from sam_lightning.optim.methods.sam_on import normalization_parameters
 from sam_lightning.optim.param_groups import Settings, grouped, trainable
@@ -74,7 +75,7 @@ class SAMModule(Classifier):
         perturbation: Perturbation | None = None,
         *,
         gradient_transform: GradientTransform | None = None,
-        decay_in_ascent: bool = False,
+        decay_in_ascent: bool | str = False,
         rho_min: float | None = None,
         perturbed_layers: str = "all",
         lr_factor: Callable[[int], float] | None = None,
@@ -235,8 +236,8 @@ class SAMModule(Classifier):
             self.groups.set_radius(self.rho_min)
         perturbs = sam.perturbs and step % self.every == 0
         # Each rank combines its own gradients, then all ranks average the result.
-        combines = sam.perturbs and sam.gradient_transform is not None
-        sync, geometry = not combines or passes.sync_perturbation, None
+        sync = passes.sync_perturbation or not (sam.perturbs and sam.combines)
+        geometry, scaler = None, getattr(self.trainer.precision_plugin, "scaler", None)  # 16-mixed
         if not perturbs:
             sam.skip_perturbation()
             clean = perturbed = passes.gradient(batches, sync=sync)
@@ -255,9 +256,9 @@ class SAMModule(Classifier):
                 seeds=[draw_seed(self.seed, step, 1 + i, rank) for i in range(passes.ascent_steps)],
                 measure=last or step // log_every != (step + self.every) // log_every,
                 model=self,
-                scaler=getattr(self.trainer.precision_plugin, "scaler", None),  # under 16-mixed
+                scaler=scaler,
             )
-        sam.combine()  # before the gradients are clipped
+        sam.combine(scaler)  # before the gradients are clipped
         if not sync:
             average_gradients(self.model, self.trainer.world_size)
         self._logged_lr = self.groups.lr()  # before the schedule sets the next one
@@ -285,7 +286,7 @@ class SAMModule(Classifier):
         self.sam.found_inf = self.train_metrics.add_gradient(norm)
         if self.gradient_clip_val is not None:
             factor = torch.clamp(self.gradient_clip_val / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, factor)
+            torch._foreach_mul_([*grads, *beside_of(self.sam)], factor)
 
     def _log_training(self, last: bool) -> None:
         """Log the means since the last log; a TrainingError leaves the last good checkpoint."""
@@ -303,8 +304,7 @@ class SAMModule(Classifier):
                 "trainer.gradient_clip_val, or check the data"
             )
 
-    # For the checkpoint: Lightning copies rank 0's to all before a test.
-    on_train_end = Classifier.average_running_stats
+    on_train_end = Classifier.average_running_stats  # before Lightning copies rank 0's to all
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what differs between ranks, to continue exactly, and the run's settings."""

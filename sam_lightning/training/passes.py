@@ -115,18 +115,17 @@ class Passes:
             at_w.append(_times(self._first(part), share))
             first = [p.grad for p in params] if measure else []
             seed_draws(seeds[0], device)
-            with sam.perturbed(model, local=not self.sync_perturbation, **ascent):
+            with sam.perturbed(model, local=not self.sync_perturbation, share=share, **ascent):
                 for seed in seeds[1:]:
                     self._first(part, further=True)
                     seed_draws(seed, device)
                     sam.perturb(zero_grad=True, further=True, **ascent)
                 for p, grad in zip(params, earlier, strict=False):
                     p.grad = grad  # the second gradients of all parts add up
-                norm = sam.perturbation_norm() if measure else None
                 last = i + 1 == len(parts)
                 at_w_e.append(_times(self._second(part, total, sync=sync and last), share))
-            if norm is not None and any(g is not None for g in first):
-                geometry = norm, cosine(first, [p.grad for p in params])
+                if any(g is not None for g in first):  # before the two are combined
+                    geometry = sam.perturbation_norm(), cosine(first, [p.grad for p in params])
         return sum(at_w[1:], at_w[0]), sum(at_w_e[1:], at_w_e[0]), geometry
 
     def _first(self, batches: list[MicroBatch], *, further: bool = False) -> Tensor:

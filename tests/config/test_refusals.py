@@ -72,7 +72,7 @@ LIGHT = [
     ),
     ("model.weights=a", "model.weights=a: no such file, and no folder of a run"),
     ("+model.name=hf-hub:a", "model.name=hf-hub:a: allowed is a name of letters, "),
-    ("method=samm", "method=samm: allowed are asam, ", ", sgd; did you mean sam?"),
+    ("method=samm", "method=samm: allowed are asam, ", ", wsam; did you mean sam?"),
     ("data=cifar", "data=cifar: allowed are cifar10, cifar100, ", "did you mean cifar10?"),
     ("model=null", "model=null: allowed are ", ", resnet18, "),
     ("experiment=quick", "experiment=quick: allowed are ", "did you mean quickstart?"),

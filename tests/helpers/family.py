@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from reference import SGD, mean_gradient
 from sam_lightning.config.instantiate import build
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 FAMILY = sorted(file.stem for file in CONF.glob("*.yaml"))
@@ -19,6 +20,7 @@ CHANGED = {
     "linf": {"rho": 0.002},
     "esam": {"perturbation": RandomSubsetAscent(beta=1.0)},
     "three_steps": {"ascent_steps": 3},
+    "wsam_in_one": {"gradient_transform": WeightedSharpness(decouple=False)},
 }
 
 
@@ -67,14 +69,16 @@ class PlainLoop:
 
     def update(self, group, clip=None):
         w = self.weights()
+        self.beside = 0.0  # the step, times the learning rate
         d = getattr(self, self.method)(w, group)
         if clip is not None:
-            d = d * min(1.0, clip / (d.norm().item() + 1e-6))
+            factor = min(1.0, clip / (d.norm().item() + 1e-6))
+            d, self.beside = factor * d, factor * self.beside
         d = d + SGD["weight_decay"] * w
         first = self.velocity is None
         self.velocity = d.clone() if first else SGD["momentum"] * self.velocity + d
         lr = SGD["lr"] * self.lr_factor(self.step)
-        self.set(w - lr * (d + SGD["momentum"] * self.velocity))
+        self.set(w - lr * (d + SGD["momentum"] * self.velocity + self.beside))
         self.step += 1
 
     # ------------------------------------------------------------------------------ methods
@@ -140,6 +144,27 @@ class PlainLoop:
 
     def linf(self, w, group):
         return self.gradient(w + self.rho * self.gradient(w, group).sign(), group)
+
+    def vasso(self, w, group, theta=0.9):
+        g, d = self.gradient(w, group), self.memory
+        self.memory = d = g if d is None else (1 - theta) * d + theta * g
+        return self.gradient(w + self.rho * d / d.norm(), group)
+
+    def fisher_sam(self, w, group, eta=1.0):
+        g = self.gradient(w, group)
+        natural = g / (1 + eta * g**2)
+        return self.gradient(w + self.rho * natural / (g @ natural).sqrt(), group)
+
+    def wsam(self, w, group, gamma=0.88):
+        g = self.gradient(w, group)
+        there = self.gradient(w + self.rho * g / g.norm(), group)
+        self.beside = gamma / (1 - gamma) * (there - g)
+        return g
+
+    def wsam_in_one(self, w, group, gamma=0.88):
+        g = self.gradient(w, group)
+        there = self.gradient(w + self.rho * g / g.norm(), group)
+        return (1 - 2 * gamma) / (1 - gamma) * g + gamma / (1 - gamma) * there
 
     def three_steps(self, w, group):
         e = torch.zeros_like(w)

@@ -21,6 +21,7 @@ METHODS = {
     "looksam": {"gradient_transform": LookSAM(0.7)},
 }
 COMBINES = ["gsam", "looksam"]
+DECAYS = {"decay": {"decay_in_ascent": "both"}}  # is averaged after combine(), as those are
 
 
 def network(dtype=torch.float64, batch_norm=True):
@@ -49,7 +50,8 @@ def loss_at(model, batch):
 def sam_of(model, method, rho=RHO, **options):
     sgd = {"lr": LR, "momentum": MOMENTUM, "nesterov": True, "weight_decay": DECAY}
     parameters = model.named_parameters()
-    return SAM(parameters, torch.optim.SGD, rho=rho, **METHODS[method], **{**sgd, **options})
+    own = {**METHODS, **DECAYS}[method]
+    return SAM(parameters, torch.optim.SGD, rho=rho, **own, **{**sgd, **options})
 
 
 def perturbs_at(method, step):
@@ -185,14 +187,15 @@ class PlainLoop:
         if clip is not None:
             d = d * min(1.0, clip / (d.norm().item() + 1e-6))
         w = self.weights()
-        d = d + DECAY * w
+        d = d if self.method in DECAYS else d + DECAY * w
         self.velocity = d if self.velocity is None else MOMENTUM * self.velocity + d
         self.set(w - LR * (d + MOMENTUM * self.velocity))
 
     def direction(self, device, part, perturb, overflows):
         def mean(w, first):
             overflow = float("inf") if overflows[not first] else 1.0
-            return overflow * sum(self.gradient(w, b, first) for b in part) / len(part)
+            decay = DECAY * w if self.method in DECAYS else 0  # an L2 term of the loss
+            return overflow * sum(self.gradient(w, b, first) + decay for b in part) / len(part)
 
         w = self.weights()
         g = mean(w, True)

@@ -4,10 +4,13 @@ import torch
 from torch import nn
 
 from sam_lightning.optim.methods.asam import AdaptiveAscent
+from sam_lightning.optim.methods.fisher_sam import FisherAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
+from sam_lightning.optim.methods.vasso import AveragedAscent
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -108,6 +111,9 @@ RELATIVES = {
     "gsam": {"gradient_transform": SurrogateGap()},
     "looksam": {"gradient_transform": LookSAM()},
     "msam": {"perturbation": MomentumAscent()},
+    "vasso": {"perturbation": AveragedAscent(theta=0.4)},
+    "fisher": {"perturbation": FisherAscent(eta=10.0)},
+    "wsam": {"gradient_transform": WeightedSharpness(gamma=0.7)},
 }
 
 

@@ -18,6 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from loops_reference import (
     COMBINES,
+    DECAYS,
     METHODS,
     PlainLoop,
     assert_close,
@@ -34,9 +35,11 @@ from sam_lightning import SAM
 pytestmark = pytest.mark.slow
 
 TWO_FORMS = ["perturbed", "in two"]
+COMBINES = [*COMBINES, *DECAYS]
+ALL = [*METHODS, *DECAYS]
 DDP = [
     (method, form, own, views)
-    for method in METHODS
+    for method in ALL
     for form in TWO_FORMS
     for own in (False, True)
     for views in (False, True)
@@ -46,16 +49,14 @@ REFUSED = [
     for method in COMBINES
     for what in ("first", "second", "no model", "inside, first", "inside, second", "inside")
 ]
-CUT = [(method, views, to_none) for method in METHODS for views in (0, 1) for to_none in (0, 1)]
+CUT = [(method, views, to_none) for method in ALL for views in (0, 1) for to_none in (0, 1)]
 FABRIC = [(method, silent) for method in COMBINES for silent in ("", "first", "second")]
 LIGHTNING = [
     (method, how)
     for method in COMBINES
     for how in ("automatic", "manual", "first", "second", "inside")
 ]
-FSDP = [
-    (method, form, partly) for method in METHODS for form in TWO_FORMS for partly in (False, True)
-]
+FSDP = [(method, form, partly) for method in ALL for form in TWO_FORMS for partly in (False, True)]
 
 
 def data_of(rank):

@@ -16,11 +16,14 @@ from reference import batches as image_batches
 from reference import convnet, fit, state
 from sam_lightning import SAM
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.fisher_sam import FisherAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
 from sam_lightning.optim.methods.sam_on import normalization_parameters
+from sam_lightning.optim.methods.vasso import AveragedAscent
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 from steps import (
     assert_close,
     assert_equal,
@@ -38,7 +41,7 @@ MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.3)])
-@pytest.mark.parametrize("method", [*FAMILY, "three_steps"])
+@pytest.mark.parametrize("method", [*FAMILY, "three_steps", "wsam_in_one"])
 def test_twenty_updates_follow_the_formula(method, accumulate, clip):
     # BatchNorm over a few samples would amplify rounding to the size of the bound below
     data = image_batches([32, 32, 20] * 20 if accumulate == 3 else [32, 24] * 10)
@@ -100,6 +103,52 @@ def test_gsam_is_that_of_pytorch_optimizer():
         published.set_closure(nn.functional.cross_entropy, *batch)
         published.step()
     assert_close(weights_of(ours), weights_of(theirs), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW])
+def test_wsam_is_that_of_pytorch_optimizer(base, decouple):
+    ours, theirs = network(), network()
+    options = MOMENTUM if base is SGD else {"lr": 0.01, "weight_decay": 0.1}
+    method = WeightedSharpness(gamma=0.7, decouple=decouple)
+    sam = SAM(ours.parameters(), base, rho=0.2, gradient_transform=method, **options)
+    published = pytorch_optimizer.WSAM(
+        theirs, theirs.parameters(), base, rho=0.2, gamma=0.7, decouple=decouple, **options
+    )
+    for batch in batches(20):
+        step_with_closure(ours, sam, batch)
+        published.zero_grad()
+        published.step(closure_of(theirs, published, batch))
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_what_wsam_does_beside_the_step_with_a_scaler(block):
+    """It is unscaled, and left out where a scaler skips the step."""
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    models = ours, theirs = network(), network()
+    one, two = (
+        SAM(m.parameters(), SGD, 0.2, gradient_transform=WeightedSharpness(0.7), **MOMENTUM)
+        for m in models
+    )
+    for i, batch in enumerate(batches(12)):
+        before = weights_of(ours)
+        overflow = float("inf") if i == 5 else 1.0
+        scaler.scale(loss_at(ours, batch)).backward()
+        if block:
+            with one.perturbed(scaler=scaler):
+                (overflow * scaler.scale(loss_at(ours, batch))).backward()
+        else:
+            one.first_step(zero_grad=True, scaler=scaler)
+            (overflow * scaler.scale(loss_at(ours, batch))).backward()
+        scaler.step(one)
+        scaler.update()
+        one.zero_grad()
+        if i == 5:
+            assert_equal(weights_of(ours), before)
+        else:
+            step_with_closure(theirs, two, batch)
+    assert_close(weights_of(ours), weights_of(theirs), atol=1e-11, rtol=0)
 
 
 def test_looksam_is_that_of_pytorch_optimizer_for_one_tensor():
@@ -197,6 +246,38 @@ def test_gsam_leaves_the_part_along_the_perturbed_gradient():
     assert abs(cosine) == pytest.approx(1)
 
 
+def test_fisher_sam_goes_as_far_up_as_its_ellipsoid_allows():
+    torch.manual_seed(0)
+    g = torch.randn(40, dtype=torch.float64)
+    fisher = 1 + 3.0 * g**2
+    (direction,), norm = FisherAscent(eta=3.0)([g], [g], [None], [{}])
+    e = 0.2 * direction / norm
+    assert (e @ (fisher * e)).sqrt() == pytest.approx(0.2)
+    others = torch.randn(2000, 40, dtype=torch.float64) + 5 * g / g.norm()
+    others = 0.2 * others / (others * fisher * others).sum(1, keepdim=True).sqrt()
+    near = 0.99 * e + 0.01 * others  # inside too, since the ellipsoid is convex
+    assert (others @ g).max() < e @ g
+    assert (near @ g).max() < e @ g
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"perturbation": AveragedAscent(theta=1.0)},
+        {"perturbation": FisherAscent(eta=0.0)},
+        {"gradient_transform": WeightedSharpness(gamma=0.5, decouple=False)},
+    ],
+)
+def test_what_is_sam_at_an_end_of_its_range(options):
+    ours, theirs = network(), network()
+    one = SAM(ours.parameters(), SGD, 0.2, **MOMENTUM, **options)
+    two = SAM(theirs.parameters(), SGD, 0.2, **MOMENTUM)
+    for batch in batches(8):
+        step_with_closure(ours, one, batch)
+        step_with_closure(theirs, two, batch)
+    assert_equal(weights_of(ours), weights_of(theirs))
+
+
 def test_the_layers_that_sam_on_perturbs():
     model = convnet()
     found = normalization_parameters(model)
@@ -241,6 +322,7 @@ def test_several_steps_of_ascent_go_no_further_than_rho_and_are_taken_back():
 MEMORIES = {
     "friendly": {"perturbation": FriendlyAscent()},
     "looksam": {"gradient_transform": LookSAM()},
+    "vasso": {"perturbation": AveragedAscent(theta=0.4)},
 }
 
 
@@ -404,6 +486,9 @@ def test_what_the_optimizer_refuses(options, message):
         (lambda: FriendlyAscent(decay=1.0), r"decay=1\.0"),
         (lambda: RandomSubsetAscent(beta=0), "beta=0"),
         (lambda: SurrogateGap(alpha=-1), "alpha=-1"),
+        (lambda: AveragedAscent(theta=0), "theta=0"),
+        (lambda: FisherAscent(eta=-1), "eta=-1"),
+        (lambda: WeightedSharpness(gamma=1.0), r"gamma=1\.0"),
         (lambda: LookSAM(alpha=float("nan")), "alpha=nan"),
     ],
 )

@@ -25,6 +25,8 @@ from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.augment import crop_flip
 from sam_lightning.data.datamodule import ImageDataModule
 from sam_lightning.optim.methods.asam import AdaptiveAscent
+from sam_lightning.optim.methods.gsam import SurrogateGap
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 from sam_lightning.optim.sam import SAM
 from sam_lightning.training.callbacks import tensorboard as dashboard
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
@@ -97,6 +99,13 @@ def test_geometry_is_that_of_a_plain_loop_in_float64(tmp_path, options, plain):
     for number, values in found.items():
         assert values == pytest.approx(geometry(groups[:number], **plain), rel=1e-5)
         assert -1 < values[1] < 0.999
+
+
+def test_geometry_is_that_of_the_gradients_before_a_method_combines_them(tmp_path):
+    for name, method in (("sam", None), ("gsam", SurrogateGap()), ("wsam", WeightedSharpness())):
+        fit(tmp_path / name, [10], rho=0.2, gradient_transform=method)
+    expected = logged(tmp_path / "sam")
+    assert expected == logged(tmp_path / "gsam") == logged(tmp_path / "wsam") != {}
 
 
 def test_where_few_steps_perturb_the_last_one_before_a_log_is_measured(tmp_path):

@@ -19,11 +19,14 @@ from runs import configuration
 from sam_lightning import SAMModule
 from sam_lightning.optim.methods.asam import AdaptiveAscent
 from sam_lightning.optim.methods.esam import RandomSubsetAscent
+from sam_lightning.optim.methods.fisher_sam import FisherAscent
 from sam_lightning.optim.methods.friendly_sam import FriendlyAscent
 from sam_lightning.optim.methods.gsam import SurrogateGap
 from sam_lightning.optim.methods.linf import SignAscent
 from sam_lightning.optim.methods.looksam import LookSAM
 from sam_lightning.optim.methods.msam import MomentumAscent
+from sam_lightning.optim.methods.vasso import AveragedAscent
+from sam_lightning.optim.methods.wsam import WeightedSharpness
 from sam_lightning.training.build import make_trainer
 from sam_lightning.training.callbacks import last_checkpoint
 from sam_lightning.training.losses import CrossEntropy
@@ -62,6 +65,19 @@ CASES = {
     "linf": {"perturbation": SignAscent(), "rho": 0.002},
     "three steps": {"ascent_steps": 3, "sync_perturbation": True},
     "msam": {"perturbation": MomentumAscent()},
+    "vasso": {"perturbation": AveragedAscent(theta=0.4)},
+    "fisher": {"perturbation": FisherAscent(eta=10.0)},
+    "wsam": {"gradient_transform": WeightedSharpness(gamma=0.7)},
+    "wsam, clipped": {"gradient_transform": WeightedSharpness(0.7), "gradient_clip_val": 0.1},
+    "wsam, synced": {"gradient_transform": WeightedSharpness(0.7), "sync_perturbation": True},
+    "wsam in one": {"gradient_transform": WeightedSharpness(gamma=0.7, decouple=False)},
+    "decay": {"decay_in_ascent": "both", "gradient_clip_val": 0.1},
+    "decay, micro": {
+        "decay_in_ascent": "both",
+        "accumulate_grad_batches": 2,
+        "ascent_per_micro_batch": True,
+    },
+    "decay, synced": {"decay_in_ascent": "both", "sync_perturbation": True},
 }
 SYNC_BATCH_NORM = {
     "batch norm, local": {},
@@ -321,7 +337,8 @@ def test_without_sync_each_rank_perturbs_by_itself(ranks, case):
     "case",
     [
         *("synced", "synced, accumulated", "sgd", "msam", "three steps"),
-        *("gsam, synced", "looksam, synced", "esam, synced", "weighted, synced"),
+        *("gsam, synced", "looksam, synced", "esam, synced", "weighted, synced", "decay, synced"),
+        "wsam, synced",
     ],
 )
 def test_synced_devices_do_what_one_does_with_the_whole_batch(ranks, case):
@@ -353,7 +370,39 @@ def flat(grads):
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-@pytest.mark.parametrize("case", ["gsam", "gsam, clipped", "gsam, accumulated", "looksam"])
+@pytest.mark.parametrize("case", ["decay", "decay, micro"])
+def test_decay_in_both_passes_is_that_of_each_device_averaged(ranks, case):
+    net, decay = model(), reference.SGD["weight_decay"]
+    optimizer = reference.sgd(net.parameters(), weight_decay=0.0)
+    data = data_of(case)
+    size = CASES[case].get("accumulate_grad_batches", 1)
+    for start in range(0, STEPS, size):
+        found = []
+        for batch in data[start : start + size]:
+            for part in (shard(batch, rank) for rank in range(RANKS)):
+                w = {name: p.detach().clone() for name, p in net.named_parameters()}
+                first, _ = reference.mean_gradient(net, [part])
+                first = {name: g + decay * w[name] for name, g in first.items()}
+                second, _ = reference.perturbed_gradient(net, [part], first, 0.2, adaptive=False)
+                step_size = 0.2 / flat(first).norm()
+                moved = {name: w[name] + step_size * g for name, g in first.items()}
+                found.append({name: g + decay * moved[name] for name, g in second.items()})
+        grads = mean(found)
+        for name, p in net.named_parameters():
+            p.grad = grads[name]
+        if "gradient_clip_val" in CASES[case]:
+            nn.utils.clip_grad_norm_(net.parameters(), CASES[case]["gradient_clip_val"])
+        optimizer.step()
+    reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("gsam", "gsam, clipped", "gsam, accumulated", "looksam"),
+        *("wsam", "wsam, clipped", "wsam in one"),
+    ],
+)
 def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
     net = model()
     optimizer = reference.sgd(net.parameters())
@@ -362,7 +411,7 @@ def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
     data = data_of(case)
     size = CASES[case].get("accumulate_grad_batches", 1)
     for step, start in enumerate(range(0, STEPS, size)):
-        combined = []
+        combined, beside = [], []
         for rank in range(RANKS):
             group = [shard(batch, rank) for batch in data[start : start + size]]
             first, _ = reference.mean_gradient(net, group)
@@ -375,15 +424,29 @@ def test_gradients_are_combined_on_each_device_and_then_averaged(ranks, case):
             if case == "looksam":
                 directions[rank] = there - (there @ g) / (g @ g) * g
                 combined.append(there)
+            elif case.startswith("wsam,") or case == "wsam":
+                combined.append(g)
+                beside.append(0.7 / 0.3 * (there - g))
+            elif case == "wsam in one":
+                combined.append((0.7 * there - 0.4 * g) / 0.3)
             else:
                 combined.append(there - 0.4 * (g - (g @ there) / (there @ there) * there))
         grads = sum(combined) / RANKS
         for p, part in zip(net.parameters(), grads.split(sizes), strict=True):
             p.grad = part.view_as(p).clone()
+        factor = reference.SGD["lr"]
         if "gradient_clip_val" in CASES[case]:
-            nn.utils.clip_grad_norm_(net.parameters(), CASES[case]["gradient_clip_val"])
+            clip = CASES[case]["gradient_clip_val"]
+            factor *= clip / nn.utils.clip_grad_norm_(net.parameters(), clip).item()
         optimizer.step()
-    reference.assert_close(ranks[0][case]["weights"][-1], reference.state(net), atol=1e-10, rtol=0)
+        if beside:
+            with torch.no_grad():
+                moves = factor * sum(beside) / RANKS
+                for p, part in zip(net.parameters(), moves.split(sizes), strict=True):
+                    p -= part.view_as(p)
+    tolerance = 1e-6 if case == "wsam, clipped" else 1e-10  # torch adds 1e-6 to the norm
+    expected = reference.state(net)
+    reference.assert_close(ranks[0][case]["weights"][-1], expected, atol=tolerance, rtol=0)
 
 
 # ------------------------------------------------------------------------- trainer.sync_batchnorm

@@ -49,7 +49,7 @@ def fp16(init_scale=2.0**16, **options):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("decay_in_ascent", [False, True])
+@pytest.mark.parametrize("decay_in_ascent", [False, True, "both"])
 def test_with_a_loss_scaler_perturbation_and_clipping_use_unscaled_gradients(
     clip, accumulate, decay_in_ascent
 ):
