@@ -180,7 +180,7 @@ def draw(shown: list[Point], out: Path) -> list[Path]:
             graph.annotate(name, (2.075, level), (0, 3), textcoords="offset points", ha="right")
         graph.set(xlabel="passes a step", ylabel="part of SAM's gain over SGD, %")
         graph.set(xlim=(0.94, 2.08), ylim=SHOWN)
-        graph.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.13), ncols=3)
+        graph.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.13), ncols=3, columnspacing=1)
         return plots.save(figure, out)
 
 

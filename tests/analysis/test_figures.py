@@ -97,6 +97,10 @@ KEPT: tuple[tuple[str, float | None, str, str, dict[str, str]], ...] = (
             "esam, rho 0.1": "esam",
         },
     ),
+    (
+        *("cifar10_cheaper_sam_seeds", None, "sgd", "sam"),
+        {"msam, rho 1": "msam", "sam, rho 0.1, every 2": "every_2nd"},
+    ),
     ("cifar10_label_noise", 0.4, "sgd", "sam 0.1", {"sgd, 40 epochs": "sgd_twice"}),
     ("cifar10_label_noise", 0.6, "sgd", "sam 0.1", {"sgd, 40 epochs": "sgd_twice"}),
     ("cifar10_finetune", 0, "sgd", "sam", {"sgd, 16 epochs, lr 0.01": "sgd_twice"}),
