@@ -49,6 +49,7 @@ figures: $(BASE) ## the first result and every picture in images/: 15 minutes on
 		ckpt_path=logs/studies/$(STUDY)/sgd,seed=0,logs/studies/$(STUDY)/sam,rho=0.2,seed=0
 	$(BIN)/python images/sam_update.py out=images/sam_update
 	$(BIN)/python images/overview.py out=images/overview
+	$(BIN)/python images/cheaper_sam.py out=images/cheaper_sam
 
 bench: $(DEV) ## the tables of benchmarks/: ten minutes on two cores
 	$(BIN)/python -m benchmarks

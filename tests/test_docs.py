@@ -256,14 +256,18 @@ def test_accuracies_are_those_of_the_committed_runs():
     ours = PAGES["results.md"].partition("## Measured here")[2].partition("\n## ")[0]
     of_digits, of_photographs = ours.split("### Photographs")
     of_photographs, of_finetuning = of_photographs.split("### Fine-tuning")
+    of_photographs, of_cheaper = of_photographs.split("### Cheaper SAM")
+    prose = "".join(line for line in of_cheaper.splitlines() if not line.startswith("|"))
+    assert re.findall(r"\d+\.\d ± \d+\.\d", prose) == [cheaper[4], cheaper[6]]
+    # One run each: LookSAM with rho 0.05, 0.1, 0.2, a quarter with 0.4 too, every 2nd, every 5th.
+    single = [a.split()[0] for a in measured("results/cifar10_cheaper_sam_radii/summary.csv", "sd")]
+    quoted = re.findall(r"\d\d\.\d(?= %)", prose.partition("than with rho 0.1:")[2])
+    assert quoted[:8] == [single[i] for i in (2, 1, 5, 4, 9, 8, 12, 11)]
     assert re.findall(r"\d+\.\d ± \d+\.\d", of_digits) == digits_table
     grid = [photographs[i] for start in (0, 5, 10) for i in (start, start + 1, start + 3)]
     rows = re.findall(r"^\| (?:none|\d+ %) \| .*", of_photographs, re.M)
     accuracies = [a for row in rows for a in re.findall(r"\d+\.\d ± \d+\.\d", row)[:3]]
     assert accuracies == grid
-    others = re.findall(r"^\| [A-Zm].*", of_photographs.partition("Cheaper variants")[2], re.M)
-    found = [a for row in others for a in re.findall(r"\d+\.\d ± \d+\.\d", row)]
-    assert found == [cheaper[i] for i in (0, 5, 2, 3, 10, 7, 9, 1, 8)]
     rows = re.findall(r"^\| (?:none|40 %) \| .*", of_finetuning, re.M)
     finetuned = [a for row in rows for a in re.findall(r"-?\d+\.\d ± \d+\.\d", row)]
     assert [*finetuned[:3], *finetuned[5:8]] == measured(

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from scipy import stats
 from sklearn.datasets import load_breast_cancer
 
+import cheaper_sam
 import overview
 import sam_update as figures
 from sam_lightning import plotting as plots
@@ -66,6 +68,84 @@ def test_the_overview_draws_the_curves_of_the_committed_runs(tmp_path, capsys):
     assert [f"{end:.1f}" for _, end in ends] == ["87.7", "69.8", "68.5"]
     overview.main([f"out={tmp_path}/name"])
     assert capsys.readouterr().out.count("/name.") == 2
+
+
+def test_the_interval_of_a_kept_part_ends_where_the_t_test_does_and_covers_the_truth():
+    draws, covered = np.random.default_rng(0), []
+    for _ in range(2000):  # gains of SAM and of a method, spread as with wrong labels
+        sgd, *gains = draws.normal([0, 6.5, 4.0], [0.5, 1.5, 2.5], (5, 3)).T
+        sam, method = (gain - sgd for gain in gains)
+        kept, low, high = cheaper_sam.part(method, sam)
+        covered.append(low <= 4 / 6.5 <= high)
+    assert kept == pytest.approx(method.mean() / sam.mean())
+    for end in (low, high):
+        assert stats.ttest_rel(method, end * sam).pvalue == pytest.approx(0.05)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+# Study, label noise, arms of SGD and SAM in runs.json, and of each method by its name in the table.
+KEPT: tuple[tuple[str, float | None, str, str, dict[str, str]], ...] = (
+    (
+        *("cifar10_cheaper_sam", None, "sgd", "sam"),
+        {
+            "msam, rho 1": "msam 1",
+            "looksam, rho 0.1": "looksam 0.2",
+            "looksam, rho 0.1, alpha 0.7": "looksam 0.7",
+            "sam, rho 0.1, every 5": "every_5th",
+            "sam, rho 0.1, ascent_fraction 0.25": "quarter",
+            "sam, rho 0.1, every 2": "every_2nd",
+            "esam, rho 0.1": "esam",
+        },
+    ),
+    (
+        *("cifar10_cheaper_sam_seeds", None, "sgd", "sam"),
+        {"msam, rho 1": "msam", "sam, rho 0.1, every 2": "every_2nd"},
+    ),
+    ("cifar10_label_noise", 0.4, "sgd", "sam 0.1", {"sgd, 40 epochs": "sgd_twice"}),
+    ("cifar10_label_noise", 0.6, "sgd", "sam 0.1", {"sgd, 40 epochs": "sgd_twice"}),
+    ("cifar10_finetune", 0, "sgd", "sam", {"sgd, 16 epochs, lr 0.01": "sgd_twice"}),
+    (
+        *("cifar10_finetune", 0.4, "sgd_wrong_labels", "sam_wrong_labels"),
+        {"sgd, 16 epochs, lr 0.003": "sgd_twice_wrong_labels"},
+    ),
+    ("digits_label_noise", None, "sgd", "sam 0.2", {"sgd, 30 epochs": "sgd_twice"}),
+)
+
+
+def test_the_kept_parts_are_those_of_a_plain_calculation(tmp_path, capsys):
+    """From ``runs.json``, which the figure does not read."""
+    shown, left_out = cheaper_sam.committed()
+    points = {(p.study, p.settings): p for p in shown if p.kept[0] not in (0, 1)}
+    assert len(points) == sum(len(methods) for *_, methods in KEPT)
+    for study, noise, sgd, sam, methods in KEPT:
+        runs = json.loads((cheaper_sam.ROOT / f"results/{study}/runs.json").read_text())["runs"]
+        accuracy: dict[str, dict[int, float]] = {}
+        for run in runs:
+            settings = {**run["settings"]}
+            if settings.pop("data.label_noise", noise) == noise:
+                arm = " ".join([run["arm"], *map(str, settings.values())])
+                accuracy.setdefault(arm, {})[run["seed"]] = run["metrics"]["test/acc"]
+        seeds = sorted(accuracy[sgd])
+        title = study if noise is None else f"{study}, label_noise {noise:g}"
+        for name, arm in methods.items():
+            ours, of = (
+                np.array([accuracy[a][s] - accuracy[sgd][s] for s in seeds]) for a in (arm, sam)
+            )
+            point = points[title, name]
+            kept, *ends = point.kept
+            assert kept == pytest.approx(ours.mean() / of.mean())
+            for end in ends:
+                assert stats.ttest_rel(ours, end * of).pvalue == pytest.approx(0.05)
+            assert point.accuracy[0] == pytest.approx(np.mean([*accuracy[arm].values()]))
+            assert point.seeds == len(seeds) == len(accuracy[arm])
+    # No part of a gain that is not significant, and no word of studies of one seed.
+    assert left_out == ["cifar10_label_noise, label_noise 0: SAM - SGD = 1.0, p = 0.10"]
+    cheaper_sam.main([f"out={tmp_path}/name"])
+    printed = capsys.readouterr().out
+    assert printed.count("/name.") == 2
+    page = (cheaper_sam.ROOT / "docs/results.md").read_text()
+    assert cheaper_sam.table(shown).markdown() in page
+    assert cheaper_sam.table(shown).markdown() in printed
 
 
 def test_a_method_has_one_colour_in_every_figure():
