@@ -85,7 +85,7 @@ SYNC_BATCH_NORM = {
     "batch norm, uneven": {"sync_perturbation": True},
     "batch norm, without weights": {},
 }
-KEPT = {"gradient_transform", "sync_perturbation"}  # options that need two gradients at a time
+KEPT = {"gradient_transform", "sync_perturbation", "decay_in_ascent"}  # need two gradients at once
 REMEMBERS = {"perturbation": FriendlyAscent(), "gradient_transform": LookSAM(0.7), "every": 2}
 
 
