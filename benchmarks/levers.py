@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from torch import nn
 from torch.optim import SGD
 
 from benchmarks.__main__ import table

@@ -154,7 +154,7 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
 def memory_format(asked: str, model: nn.Module, shape: Sequence[int], device: str) -> str:
     """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
-    That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
+    That is channels_last: ``benchmarks/levers.py`` measures it as faster on CPUs, and PyTorch's
     documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
     asked for and its gradients are wrong on this CPU.
     """

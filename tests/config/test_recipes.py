@@ -631,6 +631,6 @@ def test_the_fast_recipe_evaluates_for_less_than_a_hundredth_of_its_passes(val_s
 
 
 def test_the_fast_recipe_runs_on_a_cpu_with_what_its_error_names(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="^data.device=cuda: there is no CUDA device here; set"):
+    with pytest.raises(ConfigError, match=r"^data\.device=cuda: there is no CUDA device here; set"):
         two_steps("experiment=cifar10_fast", tmp_path / "gpu", monkeypatch)
     two_steps("experiment=cifar10_fast data.device=null", tmp_path, monkeypatch, "model.width=4")
