@@ -1,6 +1,6 @@
 """What a memory layout, bfloat16 and compiling are worth in a SAM step.
 
-The table of docs/speed.md: python -m benchmarks.levers --threads 1 8x32 8x128 16x128 64x32
+The table of docs/speed.md: python -m benchmarks.levers 8x32 8x128 16x128 64x32 64x128
 """
 
 import argparse
@@ -55,8 +55,8 @@ def ratios(
         started = sum(os.times()[:4])
         step()
         if "compiled" in name:
-            seconds = sum(os.times()[:4]) - started
-            compiling.append(summary("levers", f"compiling {name}, {of}", [seconds], "CPU s"))
+            spent = sum(os.times()[:4]) - started
+            compiling.append(summary("levers", f"compiling {name}, {of}", [spent], "CPU s"))
         steps[name] = repeated(step) if on_gpu else step
     clock = clock_of(device) if on_gpu else time.process_time
     seconds = interleave(steps, rounds, warmup=2, clock=clock)
