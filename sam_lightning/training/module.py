@@ -209,8 +209,6 @@ class SAMModule(Classifier):
     def on_train_epoch_start(self) -> None:
         """Freeze what does not train in this epoch."""
         if self.freezing is not None and self.freezing.begin(self.current_epoch):
-            if self.model._compiled_call_impl is not None:
-                torch.compiler.reset()  # graphs of fewer gradients count towards its limit
             strategy: Any = self.trainer.strategy
             if isinstance(strategy.model, nn.parallel.DistributedDataParallel):
                 strategy.model = strategy._setup_model(self)  # it averages what trains when made
