@@ -21,7 +21,7 @@ from benchmarks.timing import Measurement
 PARTS = {
     "step": "a SAM step over two passes and the base step, ours and the peers'",
     "loop": "Lightning's fit over a bare training loop of the same work",
-    "layout": "a SAM step in channels_last, and compiled, over the plain one",
+    "levers": "a SAM step in channels_last, and compiled, over the plain one",
     "devices": "images a second of a run by one and by two processes",
     "input": "augmented training images a second, against torchvision's pipeline",
     "photographs": "CPU seconds to list 100,000 files, to decode JPEGs; memory of two processes",
@@ -30,7 +30,7 @@ PARTS = {
     "memory": "bytes of a SAM step above one of SGD, in multiples of the weights",
 }
 # The parts that depend on the device.
-ON_DEVICE = ("step", "loop", "layout", "input", "evaluation", "memory")
+ON_DEVICE = ("step", "loop", "levers", "input", "evaluation", "memory")
 BUSY = (
     "warning: other processes use this machine. Threads that wait for one another then take many "
     "times as long: --threads 1 gives steadier ratios."

@@ -23,10 +23,7 @@ CASES = (("resnet18", 512), ("resnet18", 128), ("wrn28_10", 256), ("vit_s16", 25
 NAMES = {"resnet18": "ResNet-18", "wrn28_10": "WRN-28-10", "vit_s16": "ViT-S/16 at 224 pixels"}
 
 # The keys of a run of SAM or SGD, and what makes it small on a CPU.
-RECIPE = [
-    *("epochs=30", "batch_size=512", "lr=0.2", "scheduler.warmup_epochs=2", "data.device=cuda"),
-    *("trainer.precision=bf16-mixed", "cuda_graph=auto", "data.val_size=0"),
-]
+RECIPE = ["experiment=cifar10_fast", "cuda_graph=auto"]
 SMALL_RECIPE = [
     *("data=digits", "trainer=cpu", "trainer.precision=bf16-mixed", "model.width=2", "epochs=1"),
     *("data.subset=64", "batch_size=32", "data.val_size=0"),

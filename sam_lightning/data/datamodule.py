@@ -54,6 +54,13 @@ class ImageDataModule(ImageData, LightningDataModule):
         """Training batches of one process in one epoch."""
         return len(self.train_dataloader())
 
+    @property
+    def largest_batch(self) -> int:
+        """Images in each training batch of one process, except an epoch's last."""
+        world_size, _ = self._world()
+        share = len(self.train_dataloader().sampler)  # type: ignore[arg-type]
+        return min(self.batch_size // world_size, share)
+
     def train_dataloader(self) -> TrainLoader:
         """This process's share of the training set, in an order that (seed, epoch) fixes."""
         # Lightning sets the epoch too, but in a resumed run only after workers took their first

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sam_lightning.config.errors import ConfigError, argument_errors
@@ -42,6 +43,8 @@ class Freezing:
                 trains = epoch >= self.epochs[name]
                 changed |= trains != p.requires_grad
                 p.requires_grad_(trains)
+        if changed and self.model._compiled_call_impl is not None:
+            torch.compiler.reset()  # graphs of fewer gradients count towards its limit
         still = [layer for layer in self.model.modules() if self._stays(layer)]
         for layer in {*self.still} - {*still}:
             layer.train()

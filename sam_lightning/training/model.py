@@ -1,13 +1,14 @@
 """The model of a run: built, started from weights, tried, in the memory layout that is fastest."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from sam_lightning.config.errors import ConfigError, one_line
 from sam_lightning.config.instantiate import build, not_taken, takes
@@ -58,9 +59,43 @@ def make_model(
     device = trainer.strategy.root_device.type
     layout = memory_format(cfg.memory_format, model, (data.in_channels, *image_size), device)
     if cfg.compile:
-        # On CPUs it would arrange images in channels_last.
-        model.compile(options={"layout_optimization": layout != "contiguous"})
+        batch = data.largest_batch
+        torch.compiler.reset()  # graphs of earlier runs of this process count towards its limit
+        method = (cfg.method.get("ascent_fraction", 1), cfg.method.get("descent_fraction", 1))
+        compile_training(model, {math.ceil(part * batch) for part in (1, *method)}, layout)
     return model, layout, hparams
+
+
+def compile_training(model: nn.Module, sizes: set[int], layout: str) -> None:
+    """Compile the training passes over batches of these sizes; all else stays eager.
+
+    Evaluation and the smaller last batch of an epoch would need graphs of their own, and to
+    compile these takes longer than they save. What is eager depends on the batch alone, so a
+    resumed run computes as an unbroken one.
+    """
+    # On CPUs it would arrange images in channels_last.
+    model.compile(options={"layout_optimization": layout != "contiguous"})
+    compiled = model._compiled_call_impl
+    assert compiled is not None
+
+    def call(images: Tensor) -> Any:
+        if not (model.training and len(images) in sizes):
+            return model._call_impl(images)
+        torch._dynamo.mark_static(images)  # or a second size would get kernels for any
+        return compiled(images)
+
+    model._compiled_call_impl = call
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_say_limit)
+
+
+def _say_limit(record: logging.LogRecord) -> bool:
+    """Say in one line, not in dynamo's five, that it compiles no more."""
+    if not str(record.msg).startswith("torch._dynamo hit"):
+        return True
+    reason = record.getMessage().partition("last reason:")[2].partition("To log all")[0]
+    why = " ".join(reason.split())
+    log.warning("compile=true: too many graphs, so passes that need another are eager (%s)", why)
+    return False
 
 
 def _hparams(cfg: DictConfig, data: ImageDataModule, shape: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +154,7 @@ def _try_model(cfg: DictConfig, model: nn.Module, shape: Sequence[int], num_clas
 def memory_format(asked: str, model: nn.Module, shape: Sequence[int], device: str) -> str:
     """The memory layout for images of shape C x H x W; ``auto``: the fastest that is right.
 
-    That is channels_last: ``benchmarks/layout.py`` measures it as faster on CPUs, and PyTorch's
+    That is channels_last: ``benchmarks/levers.py`` measures it as faster on CPUs, and PyTorch's
     documentation recommends it for CUDA's tensor cores. A ConfigError refuses it where it was
     asked for and its gradients are wrong on this CPU.
     """

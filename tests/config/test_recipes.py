@@ -614,3 +614,23 @@ ONE_OF_EACH_MODEL = {model_of(recipe): recipe for recipe in RECIPES}.values()
 )
 def test_two_steps_at_full_size(recipe, tmp_path, monkeypatch):
     two_steps(recipe, tmp_path, monkeypatch, "~callbacks")
+
+
+# --------------------------------------------------------------------------------------- fast
+
+
+@pytest.mark.parametrize("val_size", [0, 5000])
+def test_the_fast_recipe_evaluates_for_less_than_a_hundredth_of_its_passes(val_size):
+    cfg = configuration("experiment=cifar10_fast", f"data.val_size={val_size}")
+    evaluations = cfg.epochs // cfg.trainer.check_val_every_n_epoch
+    evaluated = cost.SHAPES["cifar10"][0] // 5 + val_size * evaluations  # the test set, once
+    estimate = cost.estimate(cfg)
+    # Forward and backward are three forward passes.
+    trained = 3 * estimate.passes * estimate.images * estimate.epochs
+    assert evaluated / trained < 0.01
+
+
+def test_the_fast_recipe_runs_on_a_cpu_with_what_its_error_names(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^data\.device=cuda: there is no CUDA device here; set"):
+        two_steps("experiment=cifar10_fast", tmp_path / "gpu", monkeypatch)
+    two_steps("experiment=cifar10_fast data.device=null", tmp_path, monkeypatch, "model.width=4")
