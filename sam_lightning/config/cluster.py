@@ -32,7 +32,7 @@ def launched() -> Launched | None:
         if found.processes > 1 and "LOCAL_RANK" not in env:  # Lightning would start more of them
             advice = "start the processes with torchrun, which sets both"
             raise ConfigError(f"WORLD_SIZE={found.processes}: there is no LOCAL_RANK; {advice}")
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    elif _is_task():
         tasks = number("SLURM_NTASKS", 1)
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
             raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
@@ -41,6 +41,17 @@ def launched() -> Launched | None:
     else:
         return None
     return found if found.processes > 1 else None
+
+
+def _is_task() -> bool:
+    env = os.environ
+    shell = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in env and "WORLD_SIZE" not in env and not shell
+
+
+def is_said_by_another() -> bool:
+    """Whether another task of SLURM on this machine, its first, says what is wrong in all."""
+    return _is_task() and number("SLURM_LOCALID", 0) > 0
 
 
 def number(variable: str, default: int) -> int:
