@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import is_said_by_another, launched, number
+from sam_lightning.config.cluster import is_said_by_another, launched, number, queued_again
 from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
@@ -67,7 +67,7 @@ def guarded(main: Callable[[], Any]) -> None:
             from sam_lightning.runs.lock import kept
             from sam_lightning.studies.sweep import summarized
 
-            with kept, summarized():
+            with queued_again(), kept, summarized():
                 main()
         except KeyboardInterrupt:  # before there is anything to save
             _discard_started()

@@ -1,9 +1,16 @@
 """What torchrun or SLURM says about the processes it started, read without torch."""
 
+import logging
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, Interrupted
+
+log = logging.getLogger(__name__)
 
 
 class Launched(NamedTuple):
@@ -65,3 +72,35 @@ def number(variable: str, default: int) -> int:
         return int(value)
     except ValueError as error:
         raise ConfigError(f"{variable}={value}: must be a whole number") from error
+
+
+@contextmanager
+def queued_again() -> Iterator[None]:
+    """Around a run: if SLURM says by SIGUSR1 that its time is nearly up, start the job again.
+
+    Training handles the signal itself, and saves first.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        raise Interrupted(signum)
+
+    signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    except Interrupted as stopped:
+        if stopped.signum == signal.SIGUSR1 and number("RANK", number("SLURM_PROCID", 0)) == 0:
+            _requeue()
+        raise
+
+
+def _requeue() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("scontrol requeue %s failed: %s", job, error)

@@ -1,10 +1,11 @@
 """The runs of a study as one array of SLURM's jobs, by submitit."""
 
+import io
 import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from types import FrameType
 from typing import Any
 
@@ -75,14 +76,16 @@ class Array(Runner):
 
     def __init__(self, runs: Sequence[RunSpec], jobs: int | None, slurm: str):
         super().__init__(runs, jobs or len(runs))
+        self.slurm = slurm
         refuse_secrets(a for run in runs for a in run.arguments)
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # read when submitit is imported
         submitit = with_squeue("launcher=submitit", "jobs=N for N runs at a time on this machine")
-        folder = runs[0].folder.parents[1] / ".submitit" / "%j"
+        name = runs[0].folder.parent.name
+        folder = runs[0].folder.parents[1] / ".submitit" / name / "%j"
         self.executor = submitit.AutoExecutor(folder, CLUSTER, slurm_max_num_timeout=RESTARTS)
         given = [word.removeprefix("--").partition("=") for word in slurm.split()]
         self.executor.update_parameters(
-            name=runs[0].folder.parent.name,
+            name=name,
             slurm_array_parallelism=self.processes,
             slurm_setup=[
                 f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}",
@@ -96,9 +99,15 @@ class Array(Runner):
     def _start_some(self) -> None:
         if self.pending:
             try:
-                jobs = self.executor.map_array(Job(), self.pending)
+                with redirect_stderr(io.StringIO()):
+                    jobs = self.executor.map_array(Job(), self.pending)
             except Exception as error:  # what sbatch says
-                raise ConfigError(f"launcher=submitit: {one_line(error)}") from error
+                folder = self.executor.folder.parent
+                for file in folder.glob("*.*"):  # of what was not sent
+                    file.unlink()
+                with suppress(OSError):
+                    os.removedirs(folder)
+                raise ConfigError(f"slurm={self.slurm}: {one_line(error)}") from error
             print(f"sent as job {jobs[0].job_id.partition('_')[0]}")
             sent = zip(self.pending, map(Submitted, jobs), strict=True)
             self.running = [(run, job, 0.0) for run, job in sent]

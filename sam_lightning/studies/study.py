@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +91,12 @@ def main(argv: Sequence[str]) -> None:
         runner = Array(runs, options.jobs, options.slurm)
     out = make_folder(Path(options.out) / plan.name, Path(options.out))
     refuse_loss(plan, out, runs)
-    runner.run()
+    try:
+        runner.run()
+    except ConfigError:
+        with suppress(OSError):  # it has results
+            os.removedirs(out)
+        raise
     refuse_changed(plan)  # another process may have been at a run
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
