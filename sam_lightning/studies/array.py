@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
@@ -37,8 +36,8 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         for _, process, _ in self.runner.running:
-            with suppress(ProcessLookupError, ChildProcessError):  # it has ended
-                os.kill(process.pid, signal.SIGTERM)
+            with suppress(ChildProcessError):  # it has ended
+                process.terminate()
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ``runner`` reaps it
         return DelayedSubmission(Job(), run)
 
@@ -74,7 +73,7 @@ class Array(Runner):
 
     poll = 1.0
 
-    def __init__(self, runs: Sequence[RunSpec], jobs: int | None, slurm: str):
+    def __init__(self, runs: Sequence[RunSpec], jobs: int | None, slurm: str | None):
         super().__init__(runs, jobs or len(runs))
         self.slurm = slurm
         refuse_secrets(a for run in runs for a in run.arguments)
@@ -83,16 +82,17 @@ class Array(Runner):
         name = runs[0].folder.parent.name
         folder = runs[0].folder.parents[1] / ".submitit" / name / "%j"
         self.executor = submitit.AutoExecutor(folder, CLUSTER, slurm_max_num_timeout=RESTARTS)
-        given = [word.removeprefix("--").partition("=") for word in slurm.split()]
+        given = [word.removeprefix("--").partition("=") for word in (slurm or "").split()]
         self.executor.update_parameters(
             name=name,
+            timeout_min=60,  # or what ``slurm`` says
             slurm_array_parallelism=self.processes,
             slurm_setup=[
                 f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}",
                 # srun does not take it from sbatch.
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
             ],
-            slurm_signal_delay_s=120,
+            slurm_signal_delay_s=90,
             slurm_additional_parameters={"requeue": True} | {k: v or True for k, _, v in given},
         )
 

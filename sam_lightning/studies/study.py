@@ -57,15 +57,13 @@ KEYS: Keys = {
     "dry": (False, bool, "list the runs, start none"),
     "launcher": (
         None,
-        Annotated[str, Rule("submitit", "submitit".__eq__)] | None,
+        Annotated[str, Rule("submitit, and jobs=N for this machine", "submitit".__eq__)] | None,
         "submitit: as one array of SLURM; null: on this machine",
     ),
     "slurm": (
-        "--time=60",
-        Annotated[
-            str, Rule("options of sbatch, as in '--partition=gpu --time=12:00:00'", is_sbatch)
-        ],
-        "options of sbatch for a run, as in '--partition=gpu --time=12:00:00'",
+        None,
+        Annotated[str, Rule("options of sbatch, as in '--gpus=1 --time=720'", is_sbatch)] | None,
+        "options of sbatch for a run; it has an hour unless they say",
     ),
 }
 
@@ -118,7 +116,7 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     if len(files) != 1:
         given = " and ".join(files) or "none"
         raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
-    if options.slurm != KEYS["slurm"][0] and options.launcher is None:
+    if options.slurm is not None and options.launcher is None:
         raise ConfigError(f"slurm={options.slurm}: is for launcher=submitit")
     refuse_launchers("study")
     return Path(files[0]), options, overrides
