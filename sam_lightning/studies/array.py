@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,6 @@ CLUSTER = "slurm"
 # lets the run save, and queues the job again. Processes ignore it by default.
 SIGNAL = "URG"
 RESTARTS = 1000  # of a job whose time is up
-PATIENCE = 15.0  # seconds until other machines see what a job has written
 
 
 class Job:
@@ -42,21 +42,15 @@ class Job:
         return DelayedSubmission(Job(), run)
 
 
+@dataclass
 class Submitted:
     """A job, with what ``Runner`` needs of a process."""
 
-    def __init__(self, job: Any) -> None:
-        self.job = job
-        self._gone: float | None = None
+    job: Any
 
     def poll(self) -> int | None:
         """None until the job has ended, then 0 unless it was killed."""
-        if not self.job.done():
-            return None
-        if self.job.paths.result_pickle.exists():
-            return 0
-        self._gone = self._gone or time.monotonic()
-        return None if time.monotonic() - self._gone < PATIENCE else 1
+        return int(not self.job.paths.result_pickle.exists()) if self.job.done() else None
 
     def terminate(self) -> None:
         """Take the job out of the queue, or let its run save and end."""

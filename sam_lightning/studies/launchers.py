@@ -72,12 +72,10 @@ def with_squeue(key: str, instead: str) -> Any:
             ask = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
             return ask if self._registered - self._finished else None
 
-        def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-            text = string if isinstance(string, str) else string.decode()
-            there = {*text.split()}
-            return {
-                job: {"State": "PENDING" if job in there else "GONE"} for job in self._registered
-            }
+        def read_info(self, string: bytes) -> dict[str, dict[str, str]]:
+            there = string.split()
+            gone = [job for job in self._registered if job.encode() not in there]
+            return {job: {"State": "GONE"} for job in gone}
 
     submitit.SlurmJob.watcher = Queue(delay_s=60)
     return submitit

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,9 @@ def assert_unbroken(broken, whole, parts):
     found = summary(broken)
     assert found["status"] == "completed"
     assert len(found["parts"]) == parts
-    differing = differences(broken, whole)
-    assert [d for d in differing if "part" not in d] == []
+    assert [
+        d for d in differences(broken, whole) if not d.startswith("metrics.json: .config")
+    ] == []
 
 
 # ------------------------------------------------------------------------------ the docs' recipes
@@ -249,15 +251,11 @@ def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
     runs = here / "logs" / "studies" / "st"
     slurm.wait((runs / "sam,seed=0" / "checkpoints" / "last.ckpt").is_file, 240)
     (job,) = {*slurm("squeue", "--noheader", "--format=%F").split()}
+    task = {f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1"}
     for file in Path("/proc").glob("[0-9]*/environ"):  # as by a node that dies
-        try:
-            of_job = (
-                f"SLURM_ARRAY_JOB_ID={job}\0SLURM_ARRAY_TASK_ID=1".encode() in file.read_bytes()
-            )
-        except OSError:
-            continue
-        if of_job:
-            os.kill(int(file.parent.name), signal.SIGKILL)
+        with suppress(OSError):
+            if task <= {*file.read_bytes().decode(errors="replace").split("\0")}:
+                os.kill(int(file.parent.name), signal.SIGKILL)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert f"sam,seed=0: failed: job {job}_1 was killed; see {runs.parent}/.submitit/st/" in out

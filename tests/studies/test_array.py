@@ -67,7 +67,8 @@ def wait_for(file):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_jobs_that_are_stopped_go_on_and_have_the_results_of_processes(here):
     sgd, sam = (Path(f"logs/studies/st/{arm},seed=0") for arm in ("sgd", "sam"))
     process = study(1, "launcher=submitit")
