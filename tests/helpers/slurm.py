@@ -98,7 +98,7 @@ class Slurm:
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         where = {"cwd": cwd or self.folder, "env": self.environment}
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, **where)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, **where)
 
     def clone(self, folder: Path) -> Path:
         """A folder to type commands in."""
