@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.cluster import is_said_by_another, launched, number, queued_again
 from sam_lightning.config.conf import top_level, usage
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
 from sam_lightning.config.hydra_errors import (
@@ -51,7 +51,7 @@ def guarded(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
     traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
     threading.excepthook = threading.__excepthook__ if traceback else _say
-    with nullcontext() if traceback else one_line_errors():
+    with nullcontext() if traceback else one_line_errors(is_said_by_another):
         try:
             arguments = with_quoted_places(settings_first(sys.argv[1:]))
             flags = check_flags(arguments)
@@ -67,7 +67,7 @@ def guarded(main: Callable[[], Any]) -> None:
             from sam_lightning.runs.lock import kept
             from sam_lightning.studies.sweep import summarized
 
-            with kept, summarized():
+            with queued_again(), kept, summarized():
                 main()
         except KeyboardInterrupt:  # before there is anything to save
             _discard_started()
@@ -180,8 +180,9 @@ def run(cfg: DictConfig) -> float | None:
         _discard_started()
         if cfg.get("traceback") is True:
             raise
-        said = without_secrets(one_line(error))
-        print(f"error: {said}", file=sys.stderr)  # Hydra would print another line
+        if not (isinstance(error, ConfigError) and is_said_by_another()):
+            said = without_secrets(one_line(error))
+            print(f"error: {said}", file=sys.stderr)  # Hydra would print another line
         sys.exit(1 if isinstance(error, TrainingError | OSError) else 2)
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty

@@ -1,9 +1,16 @@
 """What torchrun or SLURM says about the processes it started, read without torch."""
 
+import logging
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.errors import ConfigError, Interrupted
+
+log = logging.getLogger(__name__)
 
 
 class Launched(NamedTuple):
@@ -32,7 +39,7 @@ def launched() -> Launched | None:
         if found.processes > 1 and "LOCAL_RANK" not in env:  # Lightning would start more of them
             advice = "start the processes with torchrun, which sets both"
             raise ConfigError(f"WORLD_SIZE={found.processes}: there is no LOCAL_RANK; {advice}")
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    elif _is_task():
         tasks = number("SLURM_NTASKS", 1)
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
             raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
@@ -41,6 +48,17 @@ def launched() -> Launched | None:
     else:
         return None
     return found if found.processes > 1 else None
+
+
+def _is_task() -> bool:
+    env = os.environ
+    shell = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in env and "WORLD_SIZE" not in env and not shell
+
+
+def is_said_by_another() -> bool:
+    """Whether another task of SLURM on this machine, its first, says what is wrong in all."""
+    return _is_task() and number("SLURM_LOCALID", 0) > 0
 
 
 def number(variable: str, default: int) -> int:
@@ -54,3 +72,35 @@ def number(variable: str, default: int) -> int:
         return int(value)
     except ValueError as error:
         raise ConfigError(f"{variable}={value}: must be a whole number") from error
+
+
+@contextmanager
+def queued_again() -> Iterator[None]:
+    """Around a run: if SLURM says by SIGUSR1 that its time is nearly up, start the job again.
+
+    Training handles the signal itself, and saves first.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        raise Interrupted(signum)
+
+    signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    except Interrupted as stopped:
+        if stopped.signum == signal.SIGUSR1 and number("RANK", number("SLURM_PROCID", 0)) == 0:
+            _requeue()
+        raise
+
+
+def _requeue() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("scontrol requeue %s failed: %s", job, error)

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -71,8 +71,11 @@ def named_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(quiet: Callable[[], bool] = bool) -> Iterator[None]:
     """End the process with one line on stderr, as ``train.py`` does.
+
+    Args:
+        quiet: whether another process says what setting is wrong.
 
     Exit codes: 2 for a wrong setting or file, 1 for work that failed, 130 after Ctrl-C. That who
     reads the output has gone, as ``| head`` does, is no error.
@@ -83,7 +86,8 @@ def one_line_errors() -> Iterator[None]:
             os.fsencode(argument)
         yield
     except (ConfigError, TrainingError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        if isinstance(error, TrainingError) or not quiet():
+            print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingError) else 2)
     except OSError as error:  # such as a full disk; a name that is too long is a wrong setting
         if error.strerror is None:

@@ -1,8 +1,9 @@
 """What starts many runs at a time: Hydra's launchers, and what they do not do by themselves."""
 
 import os
+import re
 import shutil
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,23 +25,60 @@ def refuse_launchers(what: str) -> None:
 def check_launcher(config: DictConfig) -> None:
     """Refuse a launcher that cannot do its work here, or would store what is secret."""
     launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
-    if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
-        advice = "start it where SLURM is, or take basic, joblib or submitit_local"
-        raise ConfigError(f"{key}_slurm: there is no srun here; {advice}")
-    given: Any = OmegaConf.to_container(config.hydra.overrides)  # "${...}" as it stands
-    secrets = [
-        o
-        for part in given.values()
-        for o in part
-        if without_secrets(o) != o and "${oc.env:" not in o
-    ]
-    if secrets and "submitit" in launcher._target_:
-        advice = "take it from the environment, as '${oc.env:NAME}'"
-        raise ConfigError(f"{secrets[0]}: submitit would keep it in a file; {advice}")
+    if launcher._target_.endswith("SlurmLauncher"):
+        with_squeue(f"{key}_slurm", "basic, joblib or submitit_local")
+    if "submitit" in launcher._target_:
+        given: Any = OmegaConf.to_container(config.hydra.overrides)  # "${...}" as it stands
+        refuse_secrets(o for part in given.values() for o in part)
     tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
     if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
         advice = "leave tasks_per_node and nodes at 1 and give trainer.devices=N"
         raise ConfigError(f"{key}_local: would train each job {tasks} times; {advice}")
+
+
+def is_sbatch(text: str) -> bool:
+    """Whether a text is options of sbatch that leave a run one task, ``--name=value`` each."""
+    own = r"(array|error|job-name|nodes|ntasks[a-z-]*|open-mode|output|signal|wrap)\b"
+    return all(re.fullmatch(rf"--(?!{own})[a-z][a-z-]*(=\S+)?", word) for word in text.split())
+
+
+def refuse_secrets(overrides: Iterable[str]) -> None:
+    """Refuse what submitit would write into the file of a job."""
+    for override in overrides:
+        if without_secrets(override) != override and "${oc.env:" not in override:
+            advice = "take it from the environment, as '${oc.env:NAME}'"
+            raise ConfigError(f"{override}: submitit would keep it in a file; {advice}")
+
+
+def with_squeue(key: str, instead: str) -> Any:
+    """Submitit, which asks ``squeue`` what has become of its jobs.
+
+    By itself it asks ``sacct``. Without accounting that fails, in three lines each time, and a job
+    that was killed would be waited for without end.
+
+    Raises:
+        ConfigError: names ``key`` and what to take ``instead``: there is no SLURM, or no submitit.
+    """
+    if shutil.which("srun") is None:
+        advice = f"start it where SLURM is, or take {instead}"
+        raise ConfigError(f"{key}: there is no srun here; {advice}")
+    try:
+        import submitit
+    except ImportError as error:
+        raise ConfigError(f"{key}: needs pip install -e '.[cluster]'") from error
+
+    class Queue(type(submitit.SlurmJob.watcher)):  # type: ignore[misc]
+        def _make_command(self) -> list[str] | None:
+            ask = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+            return ask if self._registered - self._finished else None
+
+        def read_info(self, string: bytes) -> dict[str, dict[str, str]]:
+            there = string.split()
+            gone = [job for job in self._registered if job.encode() not in there]
+            return {job: {"State": "GONE"} for job in gone}
+
+    submitit.SlurmJob.watcher = Queue(delay_s=60)
+    return submitit
 
 
 def share_processors(jobs: int, env: MutableMapping[str, str] = os.environ) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
+from typing import Any, ClassVar
 
 from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError, Interrupted, one_line
@@ -26,7 +27,6 @@ TRAIN = CONF.parent / "train.py"
 OUTPUT = "output.txt"  # what a run prints; locked while it runs
 PROMPT = "$ python train.py "  # in front of each start there
 ERROR = "error: "
-POLL = 0.2  # seconds
 
 
 def status(run: RunSpec) -> RunStatus:
@@ -60,15 +60,18 @@ class Runner:
     runs: Sequence[RunSpec]
     processes: int
     pending: list[RunSpec] = field(default_factory=list)
-    running: list[tuple[RunSpec, "subprocess.Popen[bytes]", float]] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)  # until another process ends
+    running: list[tuple[RunSpec, Any, float]] = field(default_factory=list)  # process, start
     seconds: float = 0  # of the runs completed here, and their passes
     passes: float = 0
     stopped: int | None = None  # by this signal
+    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    poll: ClassVar[float] = 0.2  # seconds
 
     def run(self) -> None:
         """Run to the end, whatever fails; after a signal, once the runs have saved and ended."""
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # nohup ignores one
-        heeded = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]
+        # nohup ignores one.
+        heeded = [s for s in self.signals if signal.getsignal(s) != signal.SIG_IGN]
         before = {signum: signal.signal(signum, self._handle) for signum in heeded}
         try:
             self._run()
@@ -94,19 +97,22 @@ class Runner:
         self.pending = [run for run in self.runs if not status(run).completed]
         done = len(self.runs) - len(self.pending)
         print(f"{len(self.runs)} runs: {done} completed before, {len(self.pending)} to go")
-        waiting: set[str] = set()
         while self.pending or self.running:
             if self.stopped is not None:
                 print(f"stopped by {signal.Signals(self.stopped).name}; the runs save and end")
                 raise Interrupted(self.stopped)
-            for run in list(self.pending):
-                name = run.folder.name
-                free = len(self.running) < self.processes
-                if free and not self._start(run) and name not in waiting:
-                    print(f"{name}: already running elsewhere; waiting")
-                    waiting.add(name)
-            time.sleep(POLL)
+            self._start_some()
+            time.sleep(self.poll)
             self._collect()
+
+    def _start_some(self) -> None:
+        """Start as many of the pending runs as may run now."""
+        for run in list(self.pending):
+            name = run.folder.name
+            free = len(self.running) < self.processes
+            if free and not self._start(run) and name not in self.waiting:
+                print(f"{name}: already running elsewhere; waiting")
+                self.waiting.add(name)
 
     def _start(self, run: RunSpec) -> bool:
         """Begin or continue a run, unless another process has it, as after a study was killed.
@@ -155,8 +161,13 @@ class Runner:
                 self.seconds += seconds
                 self.passes += run.passes
             elif code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-                _note_failure(run, code)
+                self._failed(run, process, code)
             self._say(run, f"{seconds:.0f} s")
+
+    def _failed(self, run: RunSpec, process: Any, code: int) -> None:
+        killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
+        how = [killed, *_printed(run)[-1:], status(run).reason, f"exit code {code}"]
+        note_failure(run, next(filter(None, how)))
 
     def _say(self, run: RunSpec, how: str) -> None:
         """A line of what came out of a run, and how long the others may take."""
@@ -174,11 +185,9 @@ class Runner:
         print(line)
 
 
-def _note_failure(run: RunSpec, code: int) -> None:
+def note_failure(run: RunSpec, how: str) -> None:
     """Add to what a run has printed how it ended, unless it says so."""
-    lines = _printed(run)
-    if not any(line.startswith(ERROR) for line in lines):
-        killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
-        how = [killed, *lines[-1:], status(run).reason, f"exit code {code}"]
+    if not any(line.startswith(ERROR) for line in _printed(run)):
+        run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / OUTPUT, "a", encoding="utf-8") as output:
-            output.write(f"{ERROR}{next(filter(None, how))}\n")
+            output.write(f"{ERROR}{how}\n" if output.tell() else f"{PROMPT}\n{ERROR}{how}\n")

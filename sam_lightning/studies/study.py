@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import show
-from sam_lightning.studies.launchers import refuse_launchers
+from sam_lightning.studies.launchers import is_sbatch, refuse_launchers
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read, split
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
@@ -31,12 +32,17 @@ A study: methods, settings and seeds in one YAML file. Runs what is missing, the
   python -m sam_lightning study conf/study/quick.yaml jobs=2
   python -m sam_lightning study conf/study/quick.yaml dry=true   # lists the runs only
   python -m sam_lightning study FILE only=sgd,sam seed=0 data.root=photos
+  python -m sam_lightning study FILE launcher=submitit slurm='--gpus=1 --time=720'
 
 Runs are in logs/studies/NAME; the same command goes on where it was stopped. What the
 report makes of them, and runs.json with every run's results, goes to OUT/NAME.
 """
 KEYS: Keys = {
-    "jobs": (1, Annotated[int, within(1, None, ", of runs at a time")], "runs at a time"),
+    "jobs": (
+        None,
+        Annotated[int, within(1, None, ", of runs at a time")] | None,
+        "runs at a time; null: 1, or with submitit all",
+    ),
     "out": ("results", Folder, "the folder of the report"),
     "only": (
         None,
@@ -49,6 +55,16 @@ KEYS: Keys = {
         "seeds of the file, as in 0,1; null: all",
     ),
     "dry": (False, bool, "list the runs, start none"),
+    "launcher": (
+        None,
+        Annotated[str, Rule("submitit, and jobs=N for this machine", "submitit".__eq__)] | None,
+        "submitit: as one array of SLURM; null: on this machine",
+    ),
+    "slurm": (
+        None,
+        Annotated[str, Rule("options of sbatch, as in '--gpus=1 --time=720'", is_sbatch)] | None,
+        "options of sbatch for a run; it has an hour unless they say",
+    ),
 }
 
 
@@ -66,9 +82,19 @@ def main(argv: Sequence[str]) -> None:
     refuse_changed(plan)
     if options.dry:
         return
+    runner = Runner(runs, options.jobs or 1)
+    if options.launcher is not None:
+        from sam_lightning.studies.array import Array  # submitit, only now
+
+        runner = Array(runs, options.jobs, options.slurm)
     out = make_folder(Path(options.out) / plan.name, Path(options.out))
     refuse_loss(plan, out, runs)
-    Runner(runs, options.jobs).run()
+    try:
+        runner.run()
+    except ConfigError:
+        with suppress(OSError):  # it has results
+            os.removedirs(out)
+        raise
     refuse_changed(plan)  # another process may have been at a run
     report(plan, out)
     if left := [found for found in map(status, runs) if not found.completed]:
@@ -90,6 +116,8 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     if len(files) != 1:
         given = " and ".join(files) or "none"
         raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
+    if options.slurm is not None and options.launcher is None:
+        raise ConfigError(f"slurm={options.slurm}: is for launcher=submitit")
     refuse_launchers("study")
     return Path(files[0]), options, overrides
 

@@ -191,6 +191,8 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         envs={rank: _environment(rank, processes, run_id) for rank in ranks},
         logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
+    if "SLURM_JOB_ID" in os.environ:  # it tells this process too that its time is nearly up
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         result = context.wait(period=0.1)

@@ -49,7 +49,7 @@ def test_help_is_light(name):
     shown = run(name, "--help")
     assert shown.returncode == 0
     assert f"python -m sam_lightning {name} " in shown.stdout
-    assert ("\n  jobs=1                 runs at a time\n" in shown.stdout) == (name == "study")
+    assert ("\n  jobs=null              runs at a time; " in shown.stdout) == (name == "study")
     keys = shown.stdout.partition("Keys, here with")[2].splitlines()[1:-1]
     assert all(re.fullmatch(r"  \S+=\S* +\S.*", key) for key in keys), keys
     assert shown.stdout.endswith("\n\n")

@@ -136,15 +136,17 @@ def test_told_to_stop(unbroken, tmp_path, name, at):
 
 
 @pytest.mark.slow
-def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path):
+@pytest.mark.parametrize("at", ["pass:20", "test:1"])
+def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path, at):
     folder = tmp_path / "run"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}
     slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    stopped = forked(tmp_path, *RUN, *into(folder), fault=("SIGUSR1", "pass:20"), **slurm)
+    stopped = forked(tmp_path, *RUN, *into(folder), fault=("SIGUSR1", at), **slurm)
     assert stopped.returncode == 128 + signal.SIGUSR1
+    assert summary(folder)["status"] == "interrupted"
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
     continued(folder, *RUN)  # SLURM repeats the whole command line
     assert_same_run(folder, unbroken)

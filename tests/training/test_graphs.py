@@ -6,7 +6,6 @@ import random
 import lightning as L
 import pytest
 import torch
-from tape import TapeRecorder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,7 @@ from sam_lightning.data.augment import MixedLabels
 from sam_lightning.training import graphs, module
 from sam_lightning.training.graphs import WATCHED, GraphedPasses, graphed_passes
 from sam_lightning.training.module import SAMModule
+from tape import TapeRecorder
 
 DATA = [24] * 9 + [10]
 

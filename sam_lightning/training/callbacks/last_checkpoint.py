@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -50,11 +49,15 @@ class StopSignal:
             signal.signal(signum, handler)
         self._before.clear()
 
+    def tell(self, signum: int) -> None:
+        """Note the first signal, which this process or another one of the run has received."""
+        if self.received is None:
+            self.received, self._at = signum, time.monotonic()
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # A terminal and a launcher may both pass on the same request.
         again = self.received is not None and time.monotonic() - self._at > 1
-        if self.received is None:
-            self.received, self._at = signum, time.monotonic()
+        self.tell(signum)
         if again or not self.deferred:
             raise Interrupted(signum)
 
@@ -156,18 +159,20 @@ class LastCheckpoint(Checkpoint):
         Several processes ask each other about once a second: to wait for the answer after each step
         would leave their devices idle. All of them know at which step they will ask again.
         """
-        told = self.stop.received is not None
+        told = self.stop.received or 0
         if trainer.world_size == 1:
-            return told
+            return told > 0
         if not ask:
             return False
         (step, at), self._agreed = self._agreed, (trainer.global_step, time.monotonic())
         speed = (trainer.global_step - step) / max(self._agreed[1] - at, 1e-9)
         both = torch.tensor([float(told), max(speed, 1.0)], device=trainer.strategy.root_device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
-        told_any, steps = both.tolist()
-        self._next = trainer.global_step + int(steps)
-        return bool(told_any)
+        told, steps = map(int, both.tolist())
+        self._next = trainer.global_step + steps
+        if told:  # so that the process that queues the job again knows, told or not
+            self.stop.tell(told)
+        return told > 0
 
     def _save(self, trainer: L.Trainer) -> None:
         self._seen = trainer.global_step
@@ -180,12 +185,11 @@ class LastCheckpoint(Checkpoint):
             os.replace(new, last)
 
     def _leave(self, trainer: L.Trainer) -> None:
-        signum = self.stop.received or signal.SIGTERM
-        name, step = signal.Signals(signum).name, trainer.global_step
-        log.warning("stopped by %s after step %d; ckpt_path=last continues", name, step)
-        if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1:
-            _requeue()
-        raise Interrupted(signum)
+        assert self.stop.received is not None
+        stopped = Interrupted(self.stop.received)
+        step = trainer.global_step
+        log.warning("%s after step %d; ckpt_path=last continues", stopped, step)
+        raise stopped
 
 
 def _move(state: dict[str, Any], folder: Path) -> None:
@@ -203,14 +207,3 @@ def _move(state: dict[str, Any], folder: Path) -> None:
     names = ("best_model_path", "kth_best_model_path", "last_model_path")
     state.update({name: moved(state[name]) for name in names})
     state.update(best_k_models=kept, dirpath=str(folder))
-
-
-def _requeue() -> None:
-    """Tell SLURM to start this job again when it can."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.error("scontrol requeue %s failed: %s", job, error)

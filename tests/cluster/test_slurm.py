@@ -1,0 +1,282 @@
+"""A real SLURM, on this machine: every recipe of the docs, and jobs that are stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from random_resume import differences
+from runs import summary
+from sam_lightning.config.conf import CONF
+from slurm import Slurm, missing
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.timeout(900),
+]
+DOCS = CONF.parent / "docs"
+COMMANDS, RESULTS = ((DOCS / name).read_text() for name in ("commands.md", "results.md"))
+SMALL = ["data=digits", "data.subset=100", "model.width=4", "batch_size=48", "epochs=2"]
+SMALL += ["callbacks.dashboard=null"]
+# 200 steps take more than 50 seconds on any machine, but where nothing is stopped.
+SLOW = """
+import os, time
+from lightning.pytorch.callbacks import Callback
+
+class Slow(Callback):
+    def on_train_batch_end(self, *args):
+        time.sleep(float(os.environ.get("SLEEP", "0.25")))
+"""
+LONG = [*SMALL, "epochs=100", "+callbacks.slow._target_=slow.Slow"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield slurm
+    finally:
+        slurm.end()
+
+
+@pytest.fixture
+def here(slurm, tmp_path, monkeypatch):
+    """A clone, in which jobs find the callback."""
+    slurm.clone(tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW)
+    path = os.pathsep.join([str(tmp_path), slurm.environment["PYTHONPATH"]])
+    monkeypatch.setitem(slurm.environment, "PYTHONPATH", path)
+    return tmp_path
+
+
+def train(slurm, cwd, *arguments):
+    """A run without SLURM."""
+    slurm("env", "SLEEP=0", "python", "train.py", *arguments, cwd=cwd)
+
+
+def script(*command, header=""):
+    """A file for sbatch."""
+    words = " ".join(command)
+    return f"#!/bin/bash\n#SBATCH --output=said.txt --open-mode=append {header}\n{words}\n"
+
+
+def assert_unbroken(broken, whole, parts):
+    found = summary(broken)
+    assert found["status"] == "completed"
+    assert len(found["parts"]) == parts
+    assert [
+        d for d in differences(broken, whole) if not d.startswith("metrics.json: .config")
+    ] == []
+
+
+# ------------------------------------------------------------------------------ the docs' recipes
+
+SRUN = re.findall(r"`(srun [^`\n]+)`", COMMANDS)
+
+
+@pytest.mark.parametrize("command", SRUN)
+def test_srun_as_the_docs_have_it(slurm, here, command):
+    (here / "job.sh").write_text(script(command, "trainer=ddp_cpu", *SMALL))
+    tasks = int((re.findall(r"ntasks-per-node=(\d)", command) or ["1"])[0])
+    job = slurm.submit(here, f"--ntasks-per-node={tasks}", "job.sh")
+    assert slurm.wait_for(job) == "COMPLETED", (here / "said.txt").read_text()
+    (run,) = (file.parent for file in here.glob("logs/**/metrics.json"))
+    # Alone, ``trainer=ddp_cpu`` starts two.
+    assert (summary(run)["status"], summary(run)["devices"]) == ("completed", max(tasks, 2))
+    if "$SLURM_JOB_ID" in command:
+        assert run.name == f"job-{job}"
+
+
+def test_srun_without_a_script(slurm, here):
+    """Also by tasks alone, where SLURM is asked to say how many are on a node."""
+    for tasks in (["--ntasks-per-node=2"], ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]):
+        folder = here / f"run{len(tasks)}"
+        given = [*SMALL, "trainer=ddp_cpu", f"hydra.run.dir={folder}"]
+        slurm("srun", *tasks, "python", "train.py", *given, cwd=here)
+    train(slurm, here, *SMALL, "trainer=ddp_cpu", f"hydra.run.dir={here / 'own'}")
+    for folder in (here / "run1", here / "run3"):
+        assert_unbroken(folder, here / "own", 1)
+
+
+def test_a_wrong_number_of_tasks_or_value_is_said_once(slurm, here):
+    before = {*here.iterdir()}
+    for tasks, wrong, said in [
+        ("--ntasks=3", "rho=0.1", "SLURM: give --nodes and --ntasks-per-node, not --ntasks=3"),
+        ("--ntasks-per-node=3", "trainer.devices=2", "trainer.devices=2, trainer.num_nodes=1: SLU"),
+        ("--ntasks-per-node=3", "rho=-1", "rho=-1: allowed is a number >= 0"),
+    ]:
+        done = slurm.run("srun", tasks, "python", "train.py", *SMALL, wrong, cwd=here)
+        errors = [x for x in done.stderr.splitlines() if not x.startswith(("srun: ", "slurmst"))]
+        assert len(errors) == 1, done.stderr
+        assert errors[0].startswith(f"error: {said}")
+        assert (done.returncode, done.stdout) == (2, "")
+    assert {*here.iterdir()} == before
+
+
+def test_the_script_for_a_row_as_it_stands(slurm, here):
+    row, _ = re.findall(r"^```bash\n(.*?)^```", RESULTS, re.M | re.S)
+    (here / "row.sh").write_text(row)
+    job = slurm.submit(here, "row.sh", "digits/sam", *SMALL, "trainer=cpu")
+    slurm.wait_for(job)
+    runs = [summary(here / "logs" / "digits" / "sam" / str(seed)) for seed in range(5)]
+    assert [run["status"] for run in runs] == ["completed"] * 5
+    assert [run["config"]["seed"] for run in runs] == [*range(5)]
+    assert len({run["metrics"]["test/loss"] for run in runs}) == 5
+
+
+def test_a_sweep_by_submitit(slurm, here):
+    assert "`hydra/launcher=joblib` or `submitit_slurm`" in COMMANDS
+    given = ["-m", "rho=0.05,0.1", *SMALL, "trainer=cpu", "hydra/launcher=submitit_slurm"]
+    done = slurm.run("python", "train.py", *given, "hydra.launcher.partition=main", cwd=here)
+    assert (done.returncode, done.stderr) == (0, "")
+    told, table = done.stdout.split("2 jobs in ")
+    assert len(told.splitlines()) == 3  # the folder, and a line for each job
+    assert [line.split()[-2] for line in table.splitlines()[4:6]] == [
+        f"{json.loads(file.read_text())['metrics']['test/acc']:.4f}"
+        for file in sorted(here.glob("logs/train/multiruns/*/*/metrics.json"))
+    ]
+
+
+# ---------------------------------------------------------------------------- jobs that are stopped
+
+TASKS = {
+    "two tasks": ("--ntasks-per-node=2", "trainer=ddp_cpu"),
+    "a task that starts two processes": ("--ntasks-per-node=1", "trainer=ddp_cpu"),
+    "one": ("--ntasks-per-node=1", "trainer=cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_sigusr1_queues_a_job_again(slurm, here, kind):
+    tasks, trainer = TASKS[kind]
+    given = [*LONG, trainer, "epochs=20"]
+    folder = here / "run"
+    command = ["srun", "python", "train.py", *given, f"hydra.run.dir={folder}", "ckpt_path=last"]
+    (here / "job.sh").write_text(script(*command, header=f"{tasks} --requeue"))
+    job = slurm.submit(here, "job.sh")
+    slurm.wait((folder / "checkpoints" / "previous.ckpt").is_file, 120)
+    slurm("scancel", "--signal=USR1", job)
+    slurm.wait(lambda: slurm.state(job, "Restarts") == "1", 60)
+    assert summary(folder)["exit_reason"] == "Interrupted: stopped by SIGUSR1"
+    train(slurm, here, *given, f"hydra.run.dir={here / 'whole'}")
+    assert slurm.wait_for(job) == "COMPLETED", (here / "said.txt").read_text()
+    assert_unbroken(folder, here / "whole", 2)
+
+
+def test_at_the_time_limit_the_jobs_of_an_array_go_on_later(slurm, here, monkeypatch):
+    """The script for a row, with three minutes: SLURM sends the signal after 30 to 90 seconds."""
+    monkeypatch.setitem(slurm.environment, "SLEEP", "0.5")
+    row, _ = re.findall(r"^```bash\n(.*?)^```", RESULTS, re.M | re.S)
+    (here / "row.sh").write_text(row)
+    given = [*LONG, "trainer=cpu", "epochs=60"]
+    job = slurm.submit(here, "--array=0-1", "--time=3", "row.sh", "digits/sam", *given)
+    for seed in "01":
+        train(slurm, here, *given, f"seed={seed}", f"hydra.run.dir={here / seed}")
+    slurm.wait_for(job, 600)
+    for seed in "01":
+        run = here / "logs" / "digits" / "sam" / seed
+        parts = len(summary(run)["parts"])
+        assert parts > 1
+        assert_unbroken(run, here / seed, parts)
+
+
+# ------------------------------------------------------------------------------ studies
+
+STUDY = """\
+common: {experiment: quickstart, model.width: 4, data.subset: 100, epochs: 40}
+seeds: [0]
+arms:
+  sgd: {method: sgd}
+  sam: {method: sam}
+"""
+
+
+def study(slurm, cwd, *arguments, **environment):
+    line = ["python", "-m", "sam_lightning", "study", "st.yaml", *arguments]
+    return subprocess.Popen(
+        line,
+        cwd=cwd,
+        env={**slurm.environment, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_study_is_an_array_whose_results_are_those_of_one_machine(slurm, here):
+    """Though its jobs are told that their time is up, and the study is stopped and goes on."""
+    (here / "st.yaml").write_text(STUDY)
+    given = ["launcher=submitit", "+callbacks.slow._target_=slow.Slow"]
+    first = study(slurm, here, *given, "slurm=--partition=main --cpus-per-task=9 --time=30")
+    runs = [here / "logs" / "studies" / "st" / f"{arm},seed=0" for arm in ("sgd", "sam")]
+    saved = [run / "checkpoints" / "previous.ckpt" for run in runs]
+    slurm.wait(lambda: all(file.is_file() for file in saved), 240)
+    (line,) = {*slurm("squeue", "--noheader", "--format=%A %C %l %j").splitlines()[:1]}
+    array = slurm("squeue", "--noheader", "--format=%F").split()
+    assert (len(array), len({*array})) == (2, 1)
+    assert line.split()[1:] == ["9", "30:00", "st"]
+    slurm("scancel", "--signal=URG", f"{array[0]}_0")  # what SLURM sends as time is up
+    slurm.wait(lambda: slurm.state(f"{array[0]}_0", "Restarts") == "1", 60)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+    assert (first.returncode, err) == (130, "")
+    assert out.splitlines()[-1] == "stopped by SIGINT; the runs save and end"
+    assert slurm("squeue", "--noheader") == ""
+    assert summary(runs[1])["status"] == "interrupted"
+    again = study(slurm, here, *given)
+    out, err = again.communicate(timeout=600)
+    assert (again.returncode, err) == (0, "")
+    assert re.search(r"^\[2/2\] s(gd|am),seed=0: test/acc \d.\d{4}, \d+ s$", out, re.M)
+    kept = json.loads((here / "results" / "st" / "runs.json").read_text())["runs"]
+    for run in runs:
+        run.rename(here / run.name)
+    alone = study(slurm, here, *given[1:], "jobs=2", SLEEP="0")
+    _, err = alone.communicate(timeout=600)
+    assert (alone.returncode, err) == (0, "")
+    for run in runs:
+        assert_unbroken(here / run.name, run, len(summary(here / run.name)["parts"]))
+        assert len(summary(here / run.name)["parts"]) > 1
+    found = json.loads((here / "results" / "st" / "runs.json").read_text())["runs"]
+    assert [run["metrics"] for run in found] == [run["metrics"] for run in kept]
+
+
+def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
+    (here / "st.yaml").write_text(STUDY)
+    process = study(slurm, here, "launcher=submitit", "+callbacks.slow._target_=slow.Slow")
+    runs = here / "logs" / "studies" / "st"
+    slurm.wait((runs / "sam,seed=0" / "checkpoints" / "last.ckpt").is_file, 240)
+    (job,) = {*slurm("squeue", "--noheader", "--format=%F").split()}
+    task = {f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1"}
+    for file in Path("/proc").glob("[0-9]*/environ"):  # as by a node that dies
+        with suppress(OSError):
+            if task <= {*file.read_bytes().decode(errors="replace").split("\0")}:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert f"sam,seed=0: failed: job {job}_1 was killed; see {runs.parent}/.submitit/st/" in out
+    assert re.search(r"sgd,seed=0: test/acc 0.\d+", out)
+    assert err.splitlines()[-1] == "error: 1 of 2 runs did not complete"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--partition=nope", "sbatch: error: invalid partition specified: nope"),
+        ("--partitoin=main", "sbatch: unrecognized option '--partitoin=main'"),
+    ],
+)
+def test_options_that_sbatch_refuses(slurm, here, option, said):
+    (here / "st.yaml").write_text(STUDY)
+    before = {*here.iterdir()}
+    process = study(slurm, here, "launcher=submitit", f"slurm={option}")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith(f"error: slurm={option}: {said}")
+    assert err.count("\n") == 1
+    assert {*here.iterdir()} == before
