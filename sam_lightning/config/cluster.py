@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -58,6 +59,9 @@ def _is_task() -> bool:
 
 def is_said_by_another() -> bool:
     """Whether another task of SLURM on this machine, its first, says what is wrong in all."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():  # from now on one may fail alone
+        return False
     return _is_task() and number("SLURM_LOCALID", 0) > 0
 
 
