@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -59,13 +58,14 @@ class Host:
         script += f" && mount --bind '{self.folder}' '{self.work}'"
         script += f" && cd '{self.work}' && exec \"$@\""
         into = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount"]
-        output = tempfile.TemporaryFile()  # noqa: SIM115
-        process = subprocess.Popen(
-            [*into, "sh", "-c", script, "sh", *line],
-            env={**os.environ, **(env or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        output = self.hosts.with_name(f"{self.name}_{len(self.started)}.log")
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [*into, "sh", "-c", script, "sh", *line],
+                env={**os.environ, **(env or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
         self.started.append(process)
         return Command(self, process, output)
 
@@ -87,11 +87,10 @@ class Command:
 
     host: Host
     process: subprocess.Popen[bytes]
-    output: object
+    output: Path
 
     def said(self) -> str:
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
+        return self.output.read_text(errors="replace")
 
     def end(self, seconds: float) -> tuple[int | None, str]:
         try:
