@@ -9,7 +9,7 @@ NO_TRAINING := benchmarks docs figures head hostile_files launch list_models loc
 	old_names package parts predict pretrained preview record report rerun secrets \
 	security structure study sweeps weights
 
-.PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu test-slurm figures bench cpu-map docs docs-serve lint format clean
+.PHONY: quickstart test test-slow test-long test-resume test-avx2 test-gpu test-slurm test-hosts figures bench cpu-map docs docs-serve lint format clean
 
 quickstart: $(BASE) ## train SAM on scans of digits: less than a minute on two cores
 	$(BIN)/python train.py experiment=quickstart
@@ -47,6 +47,9 @@ test-slurm: $(DEV) ## a SLURM of one node, which root can install on Debian and 
 	@command -v slurmctld slurmd munged >/dev/null || [ $$(id -u) != 0 ] || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest -m slurm -n 0
+
+test-hosts: $(DEV) ## two hosts as network namespaces; needs root, ip and unshare
+	$(BIN)/python -m pytest -m hosts -n 0
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m sam_lightning study conf/study/$(STUDY).yaml jobs=2

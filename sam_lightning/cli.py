@@ -73,9 +73,19 @@ def guarded(main: Callable[[], Any]) -> None:
             _discard_started()
             raise
         except Exception as error:
-            if not traceback and (said := _explained(error)) is not error:
+            said = error if traceback else _explained(error)
+            _tell(said)
+            if said is not error:
                 raise said from error
             raise
+
+
+def _tell(error: Exception) -> None:
+    """Let the other processes of torchrun know: they may be on hosts where all is right."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ:
+        from sam_lightning.training.ranks import tell
+
+        tell(error)
 
 
 def _say(failure: threading.ExceptHookArgs) -> None:
@@ -155,12 +165,10 @@ def run(cfg: DictConfig) -> float | None:
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
         with importing(_discard_started):  # torch and Lightning, only now
-            from sam_lightning.training.launch import end_process_group
             from sam_lightning.training.run import train
         gc.enable()
 
         metrics = train(cfg)
-        end_process_group()
         if cfg.optimized_metric is None:
             return None
         if cfg.optimized_metric not in metrics:
@@ -183,6 +191,7 @@ def run(cfg: DictConfig) -> float | None:
         if not (isinstance(error, ConfigError) and is_said_by_another()):
             said = without_secrets(one_line(error))
             print(f"error: {said}", file=sys.stderr)  # Hydra would print another line
+        _tell(error)
         sys.exit(1 if isinstance(error, TrainingError | OSError) else 2)
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty
@@ -194,6 +203,7 @@ def run(cfg: DictConfig) -> float | None:
         # Python would print the traceback once more, with secrets.
         said = without_secrets(f"{type(error).__name__}: {one_line(error)}")
         print(f"error: {said}", file=sys.stderr)
+        _tell(error)
         sys.exit(1)
 
 

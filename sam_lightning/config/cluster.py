@@ -13,6 +13,8 @@ from sam_lightning.config.errors import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
 
+PLACE = ("RANK", "LOCAL_RANK")  # of a process among WORLD_SIZE ones
+
 
 class Launched(NamedTuple):
     """This process is one of several; ``per_node`` is None if the launcher does not say."""
@@ -30,25 +32,34 @@ def launched() -> Launched | None:
     is a shell that the user starts processes from.
 
     Raises:
-        ConfigError: SLURM has no number of tasks per node, there is no LOCAL_RANK beside
-            WORLD_SIZE, or a value is not a number.
+        ConfigError: SLURM has no number of tasks per node, one of torchrun's variables is missing,
+            or a value is not a number.
     """
     env = os.environ
-    if "WORLD_SIZE" in env:
+    given = [name for name in ("WORLD_SIZE", *PLACE, "GROUP_RANK", "NODE_RANK") if name in env]
+    if _is_task():
+        return _tasks()
+    if given:
+        processes = number("WORLD_SIZE", 1)
+        # Without it every process would take itself for the first, or for the only one.
+        missing = [name for name in ("WORLD_SIZE", *PLACE) if name not in env]
+        if missing and not ("WORLD_SIZE" in env and processes == 1):
+            advice = f"start the processes with torchrun, which sets both, or unset {given[0]}"
+            raise ConfigError(f"{given[0]}={env[given[0]]}: there is no {missing[0]}; {advice}")
+        if (rank := number("RANK", 0)) not in range(processes):
+            raise ConfigError(f"RANK={rank}: must be from 0 to {processes - 1} (WORLD_SIZE - 1)")
         per_node = number("LOCAL_WORLD_SIZE", 0) or None
-        found = Launched("torchrun", number("RANK", 0), number("WORLD_SIZE", 1), per_node)
-        if found.processes > 1 and "LOCAL_RANK" not in env:  # Lightning would start more of them
-            advice = "start the processes with torchrun, which sets both"
-            raise ConfigError(f"WORLD_SIZE={found.processes}: there is no LOCAL_RANK; {advice}")
-    elif _is_task():
-        tasks = number("SLURM_NTASKS", 1)
-        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
-            raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
-        per_node = number("SLURM_NTASKS_PER_NODE", tasks)
-        found = Launched("SLURM", number("SLURM_PROCID", 0), tasks, per_node)
-    else:
-        return None
-    return found if found.processes > 1 else None
+        return Launched("torchrun", rank, processes, per_node) if processes > 1 else None
+    return None
+
+
+def _tasks() -> Launched | None:
+    tasks = number("SLURM_NTASKS", 1)
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ConfigError(f"SLURM: give --nodes and --ntasks-per-node, not --ntasks={tasks}")
+    per_node = number("SLURM_NTASKS_PER_NODE", tasks)
+    found = Launched("SLURM", number("SLURM_PROCID", 0), tasks, per_node)
+    return found if tasks > 1 else None
 
 
 def _is_task() -> bool:

@@ -62,7 +62,7 @@ BEFORE_AUGMENT = (
     *("data.crop_padding", "data.cutout", "data.policy"),
 )
 # What tells the data from others, under names that are no keys of the configuration.
-_DATA = ("classes", "training_images")
+OF_DATA = ("classes", "training_images")
 
 
 def when(key: str) -> str:
@@ -170,7 +170,7 @@ def changes(path: str | None, settings: Mapping[str, Any]) -> tuple[dict[str, An
         keys = {key for key in keys if not key.startswith(BEFORE_AUGMENT)}
     changed = {
         key: {"from": had.get(key), "to": settings.get(key)}
-        for key in sorted(keys, key=lambda key: (key in _DATA, key.count("."), key))
+        for key in sorted(keys, key=lambda key: (key in OF_DATA, key.count("."), key))
         if had.get(key) != settings.get(key)
     }
     ended = position.has_ended(settings)

@@ -1,6 +1,7 @@
 """From a configuration to the trainer, the data and the module of a run."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -47,7 +49,7 @@ OWN_KEYS = {"name", "perturbation", "descent", "passes"}
 def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
     """The trainer, with the loggers and callbacks that the configuration names."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    # The strategy is one of launch.STRATEGIES: this one. launch.init_process_group has the timeout.
+    # The strategy is one of launch.STRATEGIES: this one. ranks.connected has the timeout.
     for key in (*MODULE_KEYS, "strategy", "timeout"):
         options.pop(key, None)
     if processes * options["num_nodes"] > 1:
@@ -71,6 +73,8 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks.values()),
         "plugins": [AtomicCheckpointIO()],
     }
+    if "WORLD_SIZE" in os.environ:  # Lightning looks for TORCHELASTIC_RUN_ID, and else takes rank 0
+        own["plugins"].append(TorchElasticEnvironment())
     check_names("trainer", options, L.Trainer, own)
     try:
         trainer = L.Trainer(**own, **options)

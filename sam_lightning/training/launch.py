@@ -11,9 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
@@ -35,6 +32,7 @@ from sam_lightning.config.cluster import launched, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
 from sam_lightning.config.process import let_end, outlive_pipes
 from sam_lightning.runs.files import record_failure
+from sam_lightning.training.ranks import connected
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +40,6 @@ Work = Callable[[DictConfig], dict[str, float]]  # a function that other process
 
 # Data parallel, with a copy of the weights in every process.
 STRATEGIES = ("auto", "ddp")
-# What gloo says, and the store before gloo is connected.
-TIMEOUTS = ("Timed out waiting", "Wait timeout", "Timeout waiting for key")
-NOTICED_WITHIN = 5.0  # seconds until every living rank has noticed that one does not answer
 
 
 def local_processes(trainer: DictConfig) -> int:
@@ -95,47 +90,6 @@ def _devices_here(trainer: DictConfig) -> int:
     if on_gpus and devices > gpus:
         raise ConfigError(f"trainer.devices={devices}: there are {gpus} GPUs here")
     return devices
-
-
-def init_process_group(trainer: DictConfig, store: dist.Store | None = None) -> None:
-    """Connect the processes before Lightning does, because one of them prepares the data.
-
-    Later they wait for each other at most ``trainer.timeout`` seconds. They find each other in
-    ``store``; None: where torchrun or SLURM says.
-    """
-    if dist.is_initialized():
-        return
-    options: dict[str, Any] = {}
-    if "timeout" in trainer:
-        options["timeout"] = timedelta(seconds=trainer.timeout)
-    if store is not None:
-        options |= {"store": store, "rank": number("RANK", 0)}
-        options["world_size"] = number("WORLD_SIZE", 1)
-        if "timeout" in options:  # torch sets it for stores that it makes itself
-            store.set_timeout(options["timeout"])
-    elif "WORLD_SIZE" not in os.environ:
-        slurm = SLURMEnvironment()
-        # Reading them sets MASTER_ADDR and MASTER_PORT, which torch reads.
-        log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
-        options |= {"rank": slurm.global_rank(), "world_size": slurm.world_size()}
-    cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
-    if cuda:
-        # NCCL takes the current device, which is the first one in every process until Lightning
-        # sets it, later on.
-        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
-        devices = trainer.devices
-        torch.cuda.set_device(local if isinstance(devices, int | str) else devices[local])
-    dist.init_process_group("nccl" if cuda else "gloo", **options)
-
-
-def end_process_group() -> None:
-    """Disconnect the processes before they end; not after an error: it could wait for a dead one.
-
-    Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
-    that has done all its work (pytorch issue 190489).
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
@@ -248,23 +202,5 @@ def _worker(
     outlive_pipes()
     torch.set_num_threads(threads)
     cfg = OmegaConf.create(config)
-    try:
-        init_process_group(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)))
-        metrics = work(cfg)
-    except RuntimeError as error:
-        if not any(text in str(error) for text in TIMEOUTS):
-            raise
-        raise TrainingError(
-            f"{_silent(Path(folder))} within trainer.timeout={cfg.trainer.timeout} s"
-        ) from error
-    end_process_group()
-    return metrics
-
-
-def _silent(folder: Path) -> str:
-    """Which ranks do not answer: those that do not wait for others themselves."""
-    (folder / f"waits_{os.environ['RANK']}").touch()
-    time.sleep(NOTICED_WITHIN)
-    ranks = map(str, range(int(os.environ["WORLD_SIZE"])))
-    silent = " and ".join(rank for rank in ranks if not (folder / f"waits_{rank}").exists())
-    return f"rank {silent} has not answered" if silent else "the ranks have not reached each other"
+    with connected(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1))):
+        return work(cfg)

@@ -19,18 +19,20 @@ from sam_lightning.config.cluster import launched
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.instantiate import errors_of
 from sam_lightning.data.datamodule import ImageDataModule
+from sam_lightning.data.remote import digest
 from sam_lightning.data.splitting import split_names
 from sam_lightning.inference.load import SPLIT
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.files import write_json
 from sam_lightning.runs.lock import joined, owned
-from sam_lightning.runs.parts import changes, settings_of
+from sam_lightning.runs.parts import OF_DATA, changes, settings_of
 from sam_lightning.runs.record import Record
 from sam_lightning.runs.secrets import hide_secrets_of, without_secrets
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
-from sam_lightning.training.launch import init_process_group, launch, local_processes
+from sam_lightning.training.launch import launch, local_processes
+from sam_lightning.training.ranks import agree, agree_on_settings, connected, named_lost
 from sam_lightning.training.watched import check_watched
 from sam_lightning.training.weights import prepare_as_weights
 
@@ -61,12 +63,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     _quieten()
     found = launched()  # torchrun or SLURM has started this process as one of several
-    if world_size > 1 and found is not None:
-        init_process_group(cfg.trainer)
+    together = nullcontext() if found is None else connected(cfg.trainer)
     # Rank 0 alone has a folder.
     folder = owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext()
-    with folder, _threads(cfg.threads):
+    with together, folder, _threads(cfg.threads):
         resume(cfg)
+        agree_on_settings(cfg)
         prepare_as_weights(cfg)
         if world_size > 1 and found is None:
             prepare_data(cfg)  # only in this process, so that no other waits
@@ -100,6 +102,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     data = make_data(cfg, trainer)
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
+    agree({key: settings[key] for key in OF_DATA})
     changed, ended = changes(cfg.ckpt_path, settings)
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
     module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
@@ -118,7 +121,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         (module, "on_train_start"),
     ):  # Lightning, and the module, take up what anyone may have written
         setattr(owner, method, _restoring(cfg.ckpt_path)(getattr(owner, method)))
-    with record, stop, _one_line_errors(cfg):
+    with record, stop, _one_line_errors(cfg), named_lost():
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         if trainer.global_step == 0:
             raise TrainingError("the trainer stopped before the first step; nothing was trained")
@@ -137,12 +140,13 @@ def resume(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the folder given has no checkpoint that is whole.
     """
-    if cfg.ckpt_path is None or Path(cfg.ckpt_path).is_file():
+    agree({"ckpt_path": cfg.ckpt_path})
+    if cfg.ckpt_path is None:
         return
-    found: list[str | ConfigError | None] = [None]
+    found: list[str | ConfigError | None] = [cfg.ckpt_path]
     if not dist.is_initialized() or dist.get_rank() == 0:  # rank 0 alone knows the run's folder
         try:
-            found = [_newest_of_run(cfg)]
+            found = [cfg.ckpt_path if Path(cfg.ckpt_path).is_file() else _newest_of_run(cfg)]
         except ConfigError as error:
             found = [error]
     if dist.is_initialized():
@@ -150,6 +154,10 @@ def resume(cfg: DictConfig) -> None:
     if isinstance(found[0], ConfigError):  # on all, or the others would wait
         raise found[0]
     cfg.ckpt_path = found[0]
+    if cfg.ckpt_path is not None and dist.is_initialized():  # all load it, from their own disks
+        file = Path(cfg.ckpt_path)
+        there = f"a file of SHA-256 {digest(file)[:12]}" if file.is_file() else "no file"
+        agree({f"ckpt_path={file}": there})
 
 
 def _newest_of_run(cfg: DictConfig) -> str | None:

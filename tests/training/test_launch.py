@@ -29,7 +29,8 @@ from runs import (
 from sam_lightning.cli import as_launched
 from sam_lightning.config.cluster import Launched, launched
 from sam_lightning.config.errors import ConfigError
-from sam_lightning.training.launch import init_process_group, local_processes
+from sam_lightning.training.launch import local_processes
+from sam_lightning.training.ranks import connected
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 RANKS = [
@@ -42,7 +43,7 @@ SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_NTASKS_PER_NODE": "3"}
 def environment(monkeypatch):
     """Set variables; those that a launcher around the tests has set are not there."""
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
+        if name.startswith("SLURM_") or name.endswith(("RANK", "WORLD_SIZE")):
             monkeypatch.delenv(name)
 
     def set_all(variables):
@@ -60,6 +61,7 @@ def environment(monkeypatch):
         (SLURM, Launched("SLURM", rank=4, processes=6, per_node=3)),
         (SLURM | TORCHRUN, Launched("torchrun", rank=5, processes=8, per_node=4)),
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "1"}, None),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),  # a shell on a node
     ],
@@ -75,10 +77,21 @@ def test_slurm_has_to_say_where_its_tasks_are(environment):
         launched()
 
 
-def test_ranks_without_a_place_on_their_machine_are_refused(environment, monkeypatch):
-    environment({"WORLD_SIZE": "2", "RANK": "1"})
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2: there is no LOCAL_RANK; start the proc"):
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2: there is no LOCAL_RANK; start the proc"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE=2: there is no RANK; start the proc"),
+        ({"RANK": "1", "LOCAL_RANK": "0"}, "RANK=1: there is no WORLD_SIZE; .* or unset RANK"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: there is no WORLD_SIZE"),
+        ({"GROUP_RANK": "1"}, "GROUP_RANK=1: there is no WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "8"}, r"RANK=8: must be from 0 to 7 \(WORLD_SIZE - 1\)"),
+    ],
+)
+def test_half_of_a_launchers_variables_are_refused(environment, variables, message):
+    """Each process would take itself for the first, or train alone."""
+    environment(variables)
+    with pytest.raises(ConfigError, match=message):
         launched()
 
 
@@ -424,23 +437,30 @@ def test_the_folder_in_which_ranks_meet_is_private_and_ends_with_the_run(tmp_pat
     ("devices", "variable", "device"),
     [(4, "LOCAL_RANK", 1), ("auto", "SLURM_LOCALID", 1), ([2, 5], "LOCAL_RANK", 5)],
 )
-def test_each_process_of_nccl_has_a_gpu_of_its_own(monkeypatch, devices, variable, device):
+def test_each_process_of_nccl_has_a_gpu_of_its_own(
+    monkeypatch, tmp_path, devices, variable, device
+):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(variable, "1")
-    init_process_group(OmegaConf.create({"accelerator": "auto", "devices": devices}))
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    with connected(OmegaConf.create({"accelerator": "auto", "devices": devices}), store):
+        pass
     assert calls == [device, "nccl"]
 
 
 def test_ranks_wait_for_each_other_as_long_as_the_timeout_says(monkeypatch, tmp_path):
     groups = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: groups.append(given))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     store = dist.FileStore(str(tmp_path / "store"), 2)
     trainer = OmegaConf.create({"accelerator": "cpu", "devices": 2, "timeout": 1234})
-    init_process_group(trainer, store)
+    with connected(trainer, store):
+        pass
     (given,) = groups
     assert given["timeout"] == store.timeout == timedelta(seconds=1234)
 

@@ -1,0 +1,285 @@
+"""Two hosts that train one run: network namespaces, joined by cables that can be pulled."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hosts import Command, two_hosts, why_not
+from image_files import write_images
+from runs import SMALL, TRAIN, equal, rows, summary, weights
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+TIMEOUT = 30  # trainer.timeout, in seconds
+RUN = ["hydra.run.dir=run", *SMALL, "data.val_size=100", "trainer=ddp_cpu"]
+RUN += [f"trainer.timeout={TIMEOUT}"]
+LONG = "epochs=100000"
+EPOCHS = "epochs=20"
+WITHIN = 300  # seconds; what starts has to import torch, on whatever else runs here
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _possible():
+    if reason := why_not():
+        pytest.skip(f"this machine cannot play two hosts: {reason}")
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    with two_hosts(tmp_path / "shared") as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Hosts that share no folder."""
+    with two_hosts(tmp_path / "apart", shared=False) as hosts:
+        yield hosts
+
+
+def torchrun(hosts, *both, each=((), ()), env=({}, {}), train=(TRAIN, TRAIN)):
+    """Start a run on both hosts, with arguments for ``both`` and for ``each``."""
+    meet = ["--nnodes=2", f"--master_addr={hosts[0].address}", "--master_port=29500"]
+    line = [sys.executable, "-m", "torch.distributed.run", *meet]
+    return [
+        host.start(*line, f"--node_rank={i}", str(train[i]), *RUN, *both, *each[i], env=env[i])
+        for i, host in enumerate(hosts)
+    ]
+
+
+def ends(commands, within=WITHIN):
+    """Exit codes, and the error that each host says in a line of its own."""
+    found = [command.end(within) for command in commands]
+    codes = [code for code, _ in found]
+    assert None not in codes, found
+    said = [[line for line in text.splitlines() if line.startswith("error: ")] for _, text in found]
+    return codes, [lines[0].removeprefix("error: ") if lines else "" for lines in said]
+
+
+def refused(commands, *parts):
+    """Neither host trains, and both say why."""
+    codes, said = ends(commands)
+    assert 0 not in codes, said
+    for line in said:
+        assert all(part in line for part in parts), said
+    for command in commands:
+        assert not (command.host.folder / "run" / "metrics.json").exists()
+        assert "epoch 1/" not in command.said()
+
+
+def trains(command: Command) -> None:
+    """Wait until a run is in its third epoch."""
+    end = time.monotonic() + WITHIN
+    while "epoch 2/" not in command.said():
+        assert time.monotonic() < end, command.said()
+        assert command.process.poll() is None, command.said()
+        time.sleep(0.2)
+
+
+def same(one: Path, other: Path) -> None:
+    assert equal(weights(one), weights(other))
+    assert equal(weights(one, "best"), weights(other, "best"))
+    assert rows(one) == rows(other)
+    assert summary(one)["metrics"] == summary(other)["metrics"]
+
+
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory):
+    """The folder of an unbroken run of two processes on one host."""
+    folder = tmp_path_factory.mktemp("one") / "hosts"
+    with two_hosts(folder) as (host, _):
+        command = host.start(sys.executable, str(TRAIN), *RUN, "trainer.devices=2", EPOCHS)
+        assert command.end(WITHIN)[0] == 0, command.said()
+    return folder / "work" / "run"
+
+
+@pytest.mark.parametrize("fixture", ["hosts", "apart"])
+def test_two_hosts_train_as_one_does(request, fixture, one_host):
+    hosts = request.getfixturevalue(fixture)
+    assert ends(torchrun(hosts, EPOCHS)) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+    assert (summary(hosts[0].folder / "run")["devices"]) == 2
+    if fixture == "apart":  # rank 0 alone writes
+        assert not (hosts[1].folder / "run").exists()
+
+
+def test_a_host_that_comes_late_is_waited_for(hosts, one_host):
+    meet = [torchrun(hosts[:1], EPOCHS)[0]]
+    time.sleep(20)
+    assert meet[0].process.poll() is None
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--node_rank=1"]
+    line += [f"--master_addr={hosts[0].address}", "--master_port=29500", str(TRAIN), *RUN]
+    assert ends([*meet, hosts[1].start(*line, EPOCHS)]) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_is_killed_ends_the_other_which_continues(hosts, one_host, lost):
+    commands = torchrun(hosts, EPOCHS)
+    trains(commands[0])
+    hosts[lost].kill()
+    left = commands[1 - lost]
+    (code,), (said,) = ends([left], within=TIMEOUT + 60)
+    assert (code, said) == (1, f"rank {lost} on {hosts[lost].name} has ended, or is cut off")
+    if lost == 1:
+        found = summary(hosts[0].folder / "run")
+        assert (found["status"], found["exit_reason"]) == ("failed", f"TrainingError: {said}")
+    assert ends(torchrun(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+
+
+def test_a_cable_that_is_pulled_for_seconds_does_not_matter(hosts, one_host):
+    commands = torchrun(hosts, EPOCHS)
+    trains(commands[0])
+    hosts[1].plug("down")
+    time.sleep(5)
+    hosts[1].plug("up")
+    assert ends(commands) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+
+
+def test_a_cable_that_is_pulled_for_good_ends_both(hosts):
+    commands = torchrun(hosts, LONG)
+    trains(commands[0])
+    hosts[1].plug("down")
+    codes, said = ends(commands, within=TIMEOUT + 90)
+    how = f"has not answered within trainer.timeout={TIMEOUT} s"
+    assert (codes, said) == ([1, 1], [f"rank 1 on beta {how}", f"rank 0 on alpha {how}"])
+    assert summary(hosts[0].folder / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("own", "parts"),
+    [
+        (["lr=0.2"], ["lr: is 0.1 on rank 0 on alpha, but 0.2 on rank 1 on beta"]),
+        (["test=false"], ["test: is True on rank 0 on alpha, but False on rank 1 on beta"]),
+        (["lrr=0.2"], ["lrr=0.2: no such key; did you mean lr?"]),
+        (["data.num_workers=x"], ["data.num_workers=x: allowed is"]),
+        (["ckpt_path=last"], ["ckpt_path: is None on rank 0 on alpha, but last on rank 1 on beta"]),
+    ],
+    ids=["lr", "test", "key", "value", "ckpt_path"],
+)
+def test_other_settings_on_the_second_host_are_refused(hosts, own, parts):
+    refused(torchrun(hosts, each=((), own)), *parts)
+
+
+def test_a_setting_that_only_the_first_host_has_wrong_ends_both(hosts):
+    refused(torchrun(hosts, each=(["rho=-1"], ())), "rho=-1: allowed is a number >= 0")
+
+
+def test_how_a_host_loads_its_data_is_its_own_affair(hosts):
+    each = (["data.num_workers=0"], ["data.num_workers=1"])
+    assert ends(torchrun(hosts, each=each)) == ([0, 0], ["", ""])
+
+
+def test_other_data_on_the_second_host_are_refused(apart):
+    """One image is of another class there."""
+    for host in apart:
+        write_images(host.folder / "photos", side=32, splits=("train", "val", "test"))
+    photos = apart[1].folder / "photos" / "train"
+    (photos / "ant" / "0.png").rename(photos / "zebra" / "other.png")
+    data = [
+        "data=image_folder",
+        "data.root=photos",
+        "data.image_size=32",
+        "data.subset=1.0",
+        "batch_size=4",
+    ]
+    refused(torchrun(apart, *data, "data.val_size=0"), "training_images: is ", "on rank 1 on beta")
+
+
+def test_another_version_of_the_code_is_refused(hosts, tmp_path):
+    other = tmp_path / "other"
+    for name in ("sam_lightning", "conf"):
+        shutil.copytree(TRAIN.parent / name, other / name)
+    shutil.copy(TRAIN, other)
+    with (other / "sam_lightning" / "optim" / "__init__.py").open("a") as file:
+        file.write("# another version\n")
+    found = torchrun(hosts, train=(TRAIN, other / TRAIN.name))
+    refused(found, "code of sam_lightning: is ", "beta")
+
+
+# ------------------------------------------------------------------------------ names and variables
+
+
+def test_a_name_that_leads_to_the_host_itself_is_said_with_the_variable_that_helps(tmp_path):
+    with two_hosts(tmp_path / "debian", loop=True) as hosts:
+        refused(torchrun(hosts), "GLOO_SOCKET_IFNAME: is not set on alpha, whose own name leads to")
+        env = {"GLOO_SOCKET_IFNAME": "eth0"}
+        assert ends(torchrun(hosts, env=(env, env))) == ([0, 0], ["", ""])
+
+
+def test_an_interface_that_one_host_does_not_have_is_named(hosts):
+    env = ({}, {"GLOO_SOCKET_IFNAME": "eth9"})
+    refused(torchrun(hosts, env=env), "GLOO_SOCKET_IFNAME=eth9: there is no eth9 on beta")
+
+
+def processes(hosts, *arguments, without=(), **changed):
+    """Start the run's two processes with torchrun's variables, but for some."""
+    started = []
+    for i, host in enumerate(hosts):
+        env = {"WORLD_SIZE": "2", "RANK": str(i), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        env |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500", **changed}
+        env = {name: value for name, value in env.items() if name not in without}
+        started.append(host.start(sys.executable, str(TRAIN), *RUN, *arguments, env=env))
+    return started
+
+
+def test_processes_with_torchruns_variables_alone_are_one_run(hosts, one_host):
+    """Neither GROUP_RANK nor TORCHELASTIC_RUN_ID is there."""
+    assert ends(processes(hosts, EPOCHS)) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+
+
+@pytest.mark.parametrize(
+    ("without", "changed", "said"),
+    [
+        (["MASTER_PORT"], {}, "MASTER_PORT: is not set on"),
+        (["WORLD_SIZE"], {}, ": there is no WORLD_SIZE; "),
+        (["RANK"], {}, "WORLD_SIZE=2: there is no RANK; "),
+        ([], {"RANK": "0"}, "RANK=0: on "),
+    ],
+    ids=["port", "size", "rank", "twice"],
+)
+def test_half_of_the_variables_are_refused(hosts, without, changed, said):
+    refused(processes(hosts, without=without, **changed), said)
+
+
+def test_a_host_that_does_not_come_is_named(hosts):
+    """Without torchrun, which itself waits ten minutes for a host."""
+    (first,) = processes(hosts[:1])
+    refused([first], f"rank 1 of 2 did not come to alpha within trainer.timeout={TIMEOUT} s")
+    assert "waiting for rank 1, at most trainer.timeout=30 s" in first.said()
+
+
+def test_a_place_to_meet_that_nobody_keeps_is_named(hosts):
+    started = processes(hosts, MASTER_ADDR="10.77.0.9")
+    refused(started, "MASTER_ADDR=10.77.0.9, MASTER_PORT=29500: rank", "cannot meet the others")
+
+
+# ------------------------------------------------------------------------------- without one folder
+
+
+def test_without_a_shared_folder_a_run_continues_from_copies(apart, one_host):
+    first, second = (host.folder / "run" for host in apart)
+    commands = torchrun(apart, EPOCHS)
+    trains(commands[0])
+    apart[0].kill()
+    ends(commands)
+    line = [EPOCHS, "ckpt_path=last"]
+    codes, said = ends(torchrun(apart, *line))
+    assert 0 not in codes
+    for text in said:
+        assert "SHA-256" in text
+        assert text.endswith("but no file on rank 1 on beta; it must be the same on all")
+    shutil.copytree(first, second)
+    (second / "checkpoints" / "last.ckpt").write_bytes(b"of another run")
+    codes, said = ends(torchrun(apart, *line))
+    assert 0 not in codes
+    assert all("a file of SHA-256" in text and "rank 1 on beta" in text for text in said)
+    shutil.copy(first / "checkpoints" / "last.ckpt", second / "checkpoints" / "last.ckpt")
+    assert ends(torchrun(apart, *line)) == ([0, 0], ["", ""])
+    assert equal(weights(first), weights(one_host))
+    assert rows(first) == rows(one_host)
