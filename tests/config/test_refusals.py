@@ -76,8 +76,8 @@ LIGHT = [
     ("data=cifar", "data=cifar: allowed are cifar10, cifar100, ", "did you mean cifar10?"),
     ("model=null", "model=null: allowed are ", ", resnet18, "),
     ("experiment=quick", "experiment=quick: allowed are ", "did you mean quickstart?"),
-    ("experiment=../x", "experiment", "=", "x: allowed are digits_label_noise, "),
-    ("experiment=", "experiment=: allowed are digits_label_noise, "),
+    ("experiment=../x", "experiment", "=", "x: allowed are cifar10_fast, "),
+    ("experiment=", "experiment=: allowed are cifar10_fast, "),
     (
         "logger=[csv,tensorbord]",
         "logger=tensorbord: allowed are comet, csv, ",
