@@ -242,8 +242,8 @@ def test_checks_and_lists_without_torch_and_ends_with_code_2(here):
 
 
 def test_a_launcher_around(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="one process, and torchrun has started 2: leave it out"):
         main([write(FILE)])
 
