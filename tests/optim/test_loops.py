@@ -450,6 +450,7 @@ def compiled_loop(method, form, what, backend):
     return state_of(model)
 
 
+@pytest.mark.slow
 @backends
 @pytest.mark.parametrize("what", ["model", "step", "calls"])
 @every_form

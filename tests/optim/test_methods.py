@@ -40,7 +40,9 @@ from steps import (
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
-@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.3)])
+@pytest.mark.parametrize(
+    ("accumulate", "clip"), [(1, None), pytest.param(3, 0.3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", [*FAMILY, "three_steps", "wsam_in_one"])
 def test_twenty_updates_follow_the_formula(method, accumulate, clip):
     # BatchNorm over a few samples would amplify rounding to the size of the bound below

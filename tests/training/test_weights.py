@@ -240,6 +240,7 @@ def test_our_models_start_from_runs_and_files(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_transformer_is_built_for_the_images(tmp_path):
     images = iter(digits().train.images[:, 0].numpy())
     for split, name in itertools.product(("train", "test"), "abc"):
@@ -372,6 +373,7 @@ def test_two_processes_start_from_the_same_weights(file, tmp_path):
     assert one["new"] == ["fc.weight", "fc.bias"]
 
 
+@pytest.mark.slow
 def test_photographs_are_prepared_as_the_weights_want_them(tmp_path):
     """What is null is the weights'; a given value stays; the checkpoint keeps all of it."""
     about = timm.models.get_pretrained_cfg("test_vit").to_dict() | {"crop_mode": "squash"}
