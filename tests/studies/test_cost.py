@@ -38,6 +38,7 @@ def rate_of(lines):
     return float(rate[1])
 
 
+@pytest.mark.slow
 def test_hours_are_at_the_rate_of_the_newest_run_like_this_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     a_pass = 3 * cost.estimate(cost.configuration(SMALL)).forward

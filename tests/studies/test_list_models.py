@@ -15,6 +15,7 @@ def listed(pattern, capsys):
     return out
 
 
+@pytest.mark.slow
 def test_models_of_all_kinds(capsys):
     lines = [line.split() for line in listed("resnet18", capsys).splitlines()]
     ours, _, theirs = (line for line in lines if line[0] == "resnet18")
@@ -39,6 +40,7 @@ def test_weights_on_this_machine(capsys, tmp_path, monkeypatch):
     assert listed("squeezenet1_1", capsys).split()[-1] == "here"
 
 
+@pytest.mark.slow
 def test_a_tag_lists_weights(capsys):
     out = listed("vit_small_patch16_224.*", capsys)
     assert "vit_small_patch16_224.augreg_in21k_ft_in1k\n" in out

@@ -219,6 +219,7 @@ def test_a_run_counts_once_however_often_it_is_named(tmp_path, monkeypatch):
     assert (len(runs), left_out) == (1, [])
 
 
+@pytest.mark.slow
 def test_hostile_files(tmp_path, capsys):
     """What no run writes neither stops the report nor reaches the terminal or its tables."""
     escape = "\x1b[2J \ud800 | <b>\n# x"

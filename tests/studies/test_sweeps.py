@@ -102,6 +102,7 @@ def test_numbers_go_on_behind_those_of_jobs_that_are_there(tmp_path):
     assert next_job(str(tmp_path)) == 11
 
 
+@pytest.mark.slow
 def test_a_sweep_of_many_keys(tmp_path):
     given = ["method=sam", "optimizer=sgd", "scheduler=cosine", "data.split_seed=123456789"]
     given += ["data.repeats=1", "method.ascent_fraction=0.5", "method.every=1", "lr=0.1"]

@@ -93,6 +93,7 @@ def test_every_method_ends_with_the_same_weights(both, method):
     assert recorded(passes) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

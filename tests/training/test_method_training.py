@@ -123,6 +123,7 @@ def test_rho_0_is_the_base_optimizer_bit_for_bit_at_one_pass(method):
     assert len(calls) == len(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_randomness", [True, False])
 def test_running_statistics_are_those_of_the_first_pass(same_randomness):
     data = batches([12] * 3, torch.float32)

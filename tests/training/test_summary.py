@@ -15,6 +15,7 @@ from sam_lightning.training.callbacks.summary import images
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_is_trained(capsys, tmp_path):
     run(tmp_path / "run", "data.val_size=50", "trainer.accumulate_grad_batches=2", "test=false")
     printed = capsys.readouterr().out.splitlines()[:7]
@@ -87,6 +88,7 @@ def test_a_logger_whose_package_is_missing_is_refused(tmp_path, name, package):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_fast_runs_three_batches_of_everything(tmp_path):
     small = ["debug=fast", "batch_size=10", "data.eval_batch_size=10", "data.val_size=100"]
     cfg = configuration("data=digits", "model.width=4", "trainer=cpu", *small)

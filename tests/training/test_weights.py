@@ -75,6 +75,7 @@ def test_a_run_starts_from_a_file_and_says_so(started, file):
     assert found["metrics"]["train/loss"] == pytest.approx(torch.tensor(10.0).log().item())
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_the_file(started, tmp_path):
     folder = shutil.copytree(started, tmp_path / "run")
     before = summary(folder)["weights"]
@@ -87,6 +88,7 @@ def test_a_run_continues_without_the_file(started, tmp_path):
     assert summary(folder)["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_compares_the_bytes_of_its_checkpoint_once(
     started, tmp_path, monkeypatch
 ):
@@ -110,6 +112,7 @@ def test_a_run_that_continues_compares_the_bytes_of_its_checkpoint_once(
         read(last)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_needs_no_other_weights(started, tmp_path):
     last = started / "checkpoints" / "last.ckpt"
     stored = torch.load(last, weights_only=True)["hyper_parameters"]["model"]
@@ -222,6 +225,7 @@ def test_torchvisions_weights_come_by_the_model_that_needs_them_once(weights):
         prepare_as_weights(configuration(*options))
 
 
+@pytest.mark.slow
 def test_our_models_start_from_runs_and_files(tmp_path):
     ours = ["model=resnet18", "model.width=4"]
     run(tmp_path / "first", *ours, *STILL)
