@@ -44,7 +44,7 @@ def measure(quick: bool, device: torch.device) -> list[Measurement]:
 def ratios(
     width: int, batch_size: int, rounds: int, names: list[str], device: torch.device
 ) -> list[Measurement]:
-    """Each lever's step over that of the first name, then the seconds of compiling."""
+    """How long a step takes with each lever, over the first of ``names``; then compiling, in s."""
     torch.compiler.reset()
     on_gpu = device.type == "cuda"
     of = f"ResNet-18 width {width}, batch {batch_size}"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sam_lightning.optim.decay import BOTH
+from sam_lightning.optim.distributed import averaged
 from sam_lightning.optim.foreach import foreach, local_parts
 from sam_lightning.optim.step_state import StepState
 
@@ -22,10 +23,8 @@ def keep_beside(sam: Any, step: StepState, own: dict[Tensor, Tensor], scale: Ten
         return
     # All weights, since another rank may have a gradient where this one has none.
     weights = [p for p in sam.params if p.requires_grad]
-    flat = torch.cat([(own[p] if p in own else torch.zeros_like(p)).flatten() for p in weights])
-    dist.all_reduce(flat.div_(dist.get_world_size()))
-    parts = flat.split([p.numel() for p in weights])
-    step.beside = {p: part.view_as(p) for p, part in zip(weights, parts, strict=True)}
+    moves = [own[p] if p in own else torch.zeros_like(p) for p in weights]
+    step.beside = dict(zip(weights, averaged(moves, dist.get_world_size()), strict=True))
 
 
 def beside_of(sam: Any) -> list[Tensor]:

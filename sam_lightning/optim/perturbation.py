@@ -12,6 +12,7 @@ in ``sam_lightning/optim/methods`` for examples.
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sam_lightning.optim.foreach import global_norm
@@ -67,6 +68,17 @@ class GradientTransform(Protocol):
             learning rate. Where that is not finite, ``second`` must not be, which skips the step.
         """
         ...
+
+
+def update_mean(state: State, g: Tensor, weight: float, finite: Tensor) -> Tensor:
+    """The running mean of a gradient with g, in which g has ``weight``; at first g itself.
+
+    ``state`` keeps it, unless ``finite``, 0-dim, says that a gradient of this step is not.
+    """
+    mean = state.get("mean")
+    new = g if mean is None else torch.lerp(mean, g, weight)
+    state["mean"] = torch.where(finite, new, 0 if mean is None else mean)
+    return new
 
 
 class GradientAscent:

@@ -32,7 +32,7 @@ class Job:
         self.runner.run()
 
     def checkpoint(self, run: RunSpec) -> Any:
-        """Called by submitit amid ``__call__``: let the run save; what to queue again."""
+        """Called by submitit before the time is up: let the run save; return the job to queue."""
         from submitit.helpers import DelayedSubmission
 
         for _, process, _ in self.runner.running:

@@ -23,9 +23,10 @@ device. A product and a sum are two FLOPs; only those of convolutions and matric
   python -m sam_lightning cost experiment=wrn28_10 data=cifar100 epochs=1800
   python -m sam_lightning cost experiment=wrn28_10 method=sgd flops_per_second=1e14
 
-All other arguments are for train.py, for one run. The rate is that of the newest finished run with
-the same model, shape of images, batch size and precision, of 100 updates or more; the last line
-names it. Without one the rate is a guess: a short run, with +trainer.max_steps=300, measures it.
+All other arguments are for train.py, for one run. The rate is what the newest finished run in
+runs=FOLDER achieved that has this model, shape of images, batch size and precision, and at least
+100 updates. The last line names that run. If there is none, the rate is a guess; a short run, with
++trainer.max_steps=300, measures it.
 """
 GUESS = 2e13
 KEYS: Keys = {

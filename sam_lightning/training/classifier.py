@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sam_lightning.inference.metrics import EvalMetrics
 from sam_lightning.models.onednn import subsample_first
+from sam_lightning.optim.distributed import averaged
 from sam_lightning.training.finetune import Freezing
-from sam_lightning.training.passes import averaged
 
 Batch = tuple[Tensor, Any]
 

@@ -108,7 +108,7 @@ class Recording:
 
 
 class GraphedPasses:
-    """Runs passes, and records and replays those that can be.
+    """Runs passes: the first ones of a kind as always, later ones by replaying a recording.
 
     Args:
         model: of the passes.

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data.seeding import draw_seed
+from sam_lightning.optim.distributed import averaged
 from sam_lightning.optim.foreach import global_norm, inner_product
 from sam_lightning.optim.sam import SAM
 from sam_lightning.training.graphs import GraphedPasses
@@ -250,13 +250,3 @@ def average_gradients(model: nn.Module, devices: int) -> None:
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     for p, grad in zip(params, averaged(grads, devices), strict=True):
         p.grad = torch.empty_like(p).copy_(grad)  # in the memory order of p
-
-
-def averaged(tensors: list[Tensor], devices: int) -> list[Tensor]:
-    """The means over ranks, in one message and without waiting for it, as a strategy's would."""
-    if not tensors:
-        return []
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat.div_(devices))
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view_as(t) for t, part in zip(tensors, parts, strict=True)]

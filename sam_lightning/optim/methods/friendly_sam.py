@@ -3,7 +3,7 @@
 import torch
 
 from sam_lightning.optim.foreach import global_norm
-from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
+from sam_lightning.optim.perturbation import Direction, Names, States, Tensors, update_mean
 
 
 class FriendlyAscent:
@@ -34,6 +34,5 @@ class FriendlyAscent:
         for g, state in zip(grads, states, strict=True):
             mean = state.get("mean")
             direction.append(g if mean is None else torch.sub(g, mean, alpha=self.sigma))
-            new = g if mean is None else torch.lerp(mean, g, 1 - self.decay)
-            state["mean"] = torch.where(finite, new, 0 if mean is None else mean)
+            update_mean(state, g, 1 - self.decay, finite)
         return direction, global_norm(direction)

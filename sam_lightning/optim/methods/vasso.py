@@ -1,9 +1,7 @@
 """VaSSO: perturb along a mean of gradients, which varies less from batch to batch."""
 
-import torch
-
 from sam_lightning.optim.foreach import global_norm
-from sam_lightning.optim.perturbation import Direction, Names, States, Tensors
+from sam_lightning.optim.perturbation import Direction, Names, States, Tensors, update_mean
 
 
 class AveragedAscent:
@@ -27,10 +25,8 @@ class AveragedAscent:
     def __call__(self, weights: Tensors, grads: Tensors, names: Names, states: States) -> Direction:
         """Return d and ||d||_2; keep d, unless a gradient is not finite."""
         finite = global_norm(grads).isfinite()
-        direction = []
-        for g, state in zip(grads, states, strict=True):
-            mean = state.get("mean")
-            new = g if mean is None else torch.lerp(mean, g, self.theta)
-            direction.append(new)
-            state["mean"] = torch.where(finite, new, 0 if mean is None else mean)
+        direction = [
+            update_mean(state, g, self.theta, finite)
+            for g, state in zip(grads, states, strict=True)
+        ]
         return direction, global_norm(direction)
