@@ -69,13 +69,13 @@ def with_squeue(key: str, instead: str) -> Any:
 
     class Queue(type(submitit.SlurmJob.watcher)):  # type: ignore[misc]
         def _make_command(self) -> list[str] | None:
-            ask = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+            ask = ["squeue", "--me", "--noheader", "--array", "--format=%i %r"]
             return ask if self._registered - self._finished else None
 
         def read_info(self, string: bytes) -> dict[str, dict[str, str]]:
-            there = string.split()
-            gone = [job for job in self._registered if job.encode() not in there]
-            return {job: {"State": "GONE"} for job in gone}
+            lines = [line.split(" ", 1) for line in string.decode().splitlines()]
+            there = {job: {"Reason": reason.strip()} for job, reason in lines}  # why it waits
+            return {job: there.get(job, {"State": "GONE"}) for job in self._registered}
 
     submitit.SlurmJob.watcher = Queue(delay_s=60)
     return submitit

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any, ClassVar
+from typing import IO, ClassVar
 
 from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError, Interrupted, one_line
@@ -50,21 +50,25 @@ def _printed(run: RunSpec) -> list[str]:
         output = (run.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    return output.rpartition(PROMPT)[2].strip().splitlines()[1:]
+    return output.rpartition(PROMPT)[2].rstrip().splitlines()[1:]
+
+
+# A run that has ended, why it failed if it did, and its seconds: None if another process ran it.
+Ended = tuple[RunSpec, str, float | None]
 
 
 @dataclass
 class Runner:
-    """Runs what is not completed, ``processes`` at a time."""
+    """Runs what is not completed, ``processes`` at a time: joblib has a thread wait for each."""
 
     runs: Sequence[RunSpec]
     processes: int
-    pending: list[RunSpec] = field(default_factory=list)
+    left: list[RunSpec] = field(default_factory=list)  # have not ended
     waiting: set[str] = field(default_factory=set)  # until another process ends
-    running: list[tuple[RunSpec, Any, float]] = field(default_factory=list)  # process, start
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     seconds: float = 0  # of the runs completed here, and their passes
     passes: float = 0
-    stopped: int | None = None  # by this signal
+    stopped: BaseException | None = None  # by this
     signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     poll: ClassVar[float] = 0.2  # seconds
 
@@ -75,50 +79,63 @@ class Runner:
         before = {signum: signal.signal(signum, self._handle) for signum in heeded}
         try:
             self._run()
-        except OSError as error:
-            raise ConfigError(f"{error.filename or 'the runs'}: {one_line(error)}") from error
-        finally:
-            for _, process, _ in self.running:
-                process.terminate()
-            for _, process, _ in self.running:
+        except BaseException as error:
+            self.stopped = error
+            for process in [*self.running]:
                 process.wait()
+            if isinstance(error, OSError):
+                reason = error.strerror or one_line(error)
+                raise ConfigError(f"{error.filename or 'the runs'}: {reason}") from error
+            raise
+        finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.stopped is not None:  # asked twice
-            for _, process, _ in self.running:
-                if process.poll() is None:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-        self.stopped = signum
+        if self.stopped is None:
+            self.stopped = Interrupted(signum)
+            with suppress(RuntimeError):  # another line is being printed
+                print(f"{self.stopped}; the runs save and end")
+            return
+        for process in [*self.running]:  # asked twice
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _run(self) -> None:
-        self.pending = [run for run in self.runs if not status(run).completed]
-        done = len(self.runs) - len(self.pending)
-        print(f"{len(self.runs)} runs: {done} completed before, {len(self.pending)} to go")
-        while self.pending or self.running:
-            if self.stopped is not None:
-                print(f"stopped by {signal.Signals(self.stopped).name}; the runs save and end")
-                raise Interrupted(self.stopped)
-            self._start_some()
-            time.sleep(self.poll)
-            self._collect()
+        self.left = [run for run in self.runs if not status(run).completed]
+        done = len(self.runs) - len(self.left)
+        print(f"{len(self.runs)} runs: {done} completed before, {len(self.left)} to go")
+        with closing(self._ended()) as ended:
+            for run, failure, seconds in ended:
+                self.left.remove(run)
+                if not status(run).completed:
+                    note_failure(run, failure)
+                elif seconds is not None:
+                    self.seconds += seconds
+                    self.passes += run.passes
+                self._say(run, "by another process" if seconds is None else f"{seconds:.0f} s")
+        if self.stopped is not None:
+            raise self.stopped
 
-    def _start_some(self) -> None:
-        """Start as many of the pending runs as may run now."""
-        for run in list(self.pending):
-            name = run.folder.name
-            free = len(self.running) < self.processes
-            if free and not self._start(run) and name not in self.waiting:
-                print(f"{name}: already running elsewhere; waiting")
-                self.waiting.add(name)
+    def _ended(self) -> Generator[Ended]:
+        """Run what is left, and yield each run as it ends, until the study is stopped."""
+        from joblib import Parallel, delayed
 
-    def _start(self, run: RunSpec) -> bool:
-        """Begin or continue a run, unless another process has it, as after a study was killed.
+        threads = Parallel(self.processes, backend="threading", return_as="generator_unordered")
+        while self.left and self.stopped is None:
+            yield from filter(None, threads(map(delayed(self._one), [*self.left])))
+            if self.left:  # other processes have them
+                time.sleep(self.poll)
 
-        The lock lasts as long as any process has the file open, so also while such a run goes on.
+    def _one(self, run: RunSpec) -> Ended | None:
+        """Begin or continue a run, and wait for its end, unless another process has it.
+
+        The lock lasts as long as any process has the file open, so also while such a run goes on
+        after its study was killed.
         """
+        if self.stopped is not None:
+            return None
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / OUTPUT, "ab", buffering=0) as output:
             try:
@@ -127,47 +144,44 @@ class Runner:
                     if not begun(run):  # what a refused run has left would be replayed
                         shutil.rmtree(run.folder / ".hydra", ignore_errors=True)
             except (BlockingIOError, OwnedError):
-                return False
-            self.pending.remove(run)
+                if run.folder.name not in self.waiting:
+                    print(f"{run.folder.name}: already running elsewhere; waiting")
+                    self.waiting.add(run.folder.name)
+                return None
             if status(run).completed:
-                self._say(run, "by another process")
-                return True
-            environment = dict(os.environ)
-            if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
-                share_processors(self.processes, environment)
-                environment.setdefault("OMP_NUM_THREADS", environment["LOKY_MAX_CPU_COUNT"])
-            said = shlex.join(without_secrets(run.arguments))
-            output.write(f"{PROMPT}{said}\n".encode())
-            process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *run.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on once
-            )
-        self.running.append((run, process, time.monotonic()))
-        return True
-
-    def _collect(self) -> None:
-        for job in list(self.running):
-            run, process, started = job
-            code = process.poll()
-            if code is None:
-                continue
-            self.running.remove(job)
-            seconds = time.monotonic() - started
-            if status(run).completed:
-                self.seconds += seconds
-                self.passes += run.passes
-            elif code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-                self._failed(run, process, code)
-            self._say(run, f"{seconds:.0f} s")
-
-    def _failed(self, run: RunSpec, process: Any, code: int) -> None:
+                return run, "", None
+            started = time.monotonic()
+            code = self._process(run, output)
         killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
         how = [killed, *_printed(run)[-1:], status(run).reason, f"exit code {code}"]
-        note_failure(run, next(filter(None, how)))
+        told = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        failure = "" if told else next(filter(None, how))
+        return None if self.stopped else (run, failure, time.monotonic() - started)
+
+    def _process(self, run: RunSpec, output: IO[bytes]) -> int:
+        """The exit code of a run's process, which is told to save and end if the study stops."""
+        environment = dict(os.environ)
+        if self.processes > 1:  # alone, a run takes as many as PyTorch finds best
+            share_processors(self.processes, environment)
+            environment.setdefault("OMP_NUM_THREADS", environment["LOKY_MAX_CPU_COUNT"])
+        output.write(f"{PROMPT}{shlex.join(without_secrets(run.arguments))}\n".encode())
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *run.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on once
+        )
+        self.running.append(process)
+        try:
+            while process.poll() is None and self.stopped is None:
+                time.sleep(self.poll)
+        finally:  # also as submitit ends a job whose time is up
+            process.terminate()
+            code = process.wait()
+            self.running.remove(process)
+        return code
 
     def _say(self, run: RunSpec, how: str) -> None:
         """A line of what came out of a run, and how long the others may take."""
@@ -176,18 +190,18 @@ class Runner:
         for name in ("val/acc", "test/acc"):
             if found.completed and name in found.metrics:
                 result = f"{name} {found.metrics[name]:.4f}"
-        left = [*self.pending, *(run for run, _, _ in self.running)]
-        done = len(self.runs) - len(left)
+        done = len(self.runs) - len(self.left)
         line = f"[{done}/{len(self.runs)}] {run.folder.name}: {result}, {how}"
-        if self.passes and left:
-            seconds = sum(run.passes for run in left) * self.seconds / self.passes / self.processes
+        if self.passes and self.left:
+            passes = sum(run.passes for run in self.left)
+            seconds = passes * self.seconds / self.passes / self.processes
             line += f"; about {timedelta(seconds=round(seconds))} left"
         print(line)
 
 
 def note_failure(run: RunSpec, how: str) -> None:
     """Add to what a run has printed how it ended, unless it says so."""
-    if not any(line.startswith(ERROR) for line in _printed(run)):
+    if how and not any(line.startswith(ERROR) for line in _printed(run)):
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / OUTPUT, "a", encoding="utf-8") as output:
             output.write(f"{ERROR}{how}\n" if output.tell() else f"{PROMPT}\n{ERROR}{how}\n")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig
 
@@ -56,9 +56,9 @@ KEYS: Keys = {
     ),
     "dry": (False, bool, "list the runs, start none"),
     "launcher": (
-        None,
-        Annotated[str, Rule("submitit, and jobs=N for this machine", "submitit".__eq__)] | None,
-        "submitit: as one array of SLURM; null: on this machine",
+        "joblib",
+        Literal["joblib", "submitit"],
+        "joblib: on this machine; submitit: as one array of SLURM",
     ),
     "slurm": (
         None,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     if options.dry:
         return
     runner = Runner(runs, options.jobs or 1)
-    if options.launcher is not None:
+    if options.launcher == "submitit":
         from sam_lightning.studies.array import Array  # submitit, only now
 
         runner = Array(runs, options.jobs, options.slurm)
@@ -116,7 +116,7 @@ def arguments(argv: Sequence[str]) -> tuple[Path, DictConfig, list[str]]:
     if len(files) != 1:
         given = " and ".join(files) or "none"
         raise ConfigError(f"FILE: give one, as in conf/study/quick.yaml, not {given}")
-    if options.slurm is not None and options.launcher is None:
+    if options.slurm is not None and options.launcher != "submitit":
         raise ConfigError(f"slurm={options.slurm}: is for launcher=submitit")
     refuse_launchers("study")
     return Path(files[0]), options, overrides

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from random_resume import differences
-from runs import summary
+from runs import summary, wait_for_end
 from sam_lightning.config.conf import CONF
 from slurm import Slurm, missing
 
@@ -262,6 +262,84 @@ def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
     assert f"sam,seed=0: failed: job {job}_1 was killed; see {runs.parent}/.submitit/st/" in out
     assert re.search(r"sgd,seed=0: test/acc 0.\d+", out)
     assert err.splitlines()[-1] == "error: 1 of 2 runs did not complete"
+
+
+def said(process, text):
+    """What a study prints up to a line with this text."""
+    lines = []
+    while not lines or text not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    return "".join(lines)
+
+
+def test_jobs_of_a_study_that_was_killed_are_not_sent_twice_and_outlive_a_node(slurm, here):
+    """They wait first, as their partition is down."""
+    (here / "st.yaml").write_text(STUDY)
+    given = ["launcher=submitit", "+callbacks.slow._target_=slow.Slow"]
+    sgd, sam = (here / "logs" / "studies" / "st" / f"{arm},seed=0" for arm in ("sgd", "sam"))
+    slurm("scontrol", "update", "PartitionName=main", "State=DOWN")
+    first = study(slurm, here, *given)
+    job = said(first, " waits in the queue: PartitionDown").split("sent as job ")[1].split()[0]
+    changed = study(slurm, here, *given, "lr=0.2")
+    _, err = changed.communicate(timeout=60)
+    why = f"has a job of other overrides; undo the change, or scancel {job}_0"
+    assert (changed.returncode, err) == (2, f"error: logs/studies/st/{sgd.name}: {why}\n")
+    slurm("scontrol", "update", "PartitionName=main", "State=UP")
+    slurm.wait((sgd / "checkpoints" / "previous.ckpt").is_file, 240)
+    first.kill()
+    first.communicate()
+    again = study(slurm, here, *given)
+    assert "sent as" not in said(again, f"2 in the queue already, as job {job}")
+    node = slurm.state(f"{job}_0", "NodeList")
+    slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    slurm.wait(lambda: slurm.state(f"{job}_0", "Restarts") == "1", 60)
+    slurm.wait(lambda: (sgd / "output.txt").read_text().count("$ python train.py") > 1, 240)
+    again.send_signal(signal.SIGINT)
+    out, err = again.communicate(timeout=120)
+    assert (again.returncode, err) == (130, "")
+    assert slurm("squeue", "--noheader") == ""
+    last = study(slurm, here, *given, SLEEP="0")
+    out, err = last.communicate(timeout=600)
+    assert (last.returncode, err) == (0, "")
+    assert "sent as job" in out
+    assert [summary(run)["status"] for run in (sgd, sam)] == ["completed"] * 2
+
+
+def test_a_study_is_stopped_at_once_while_slurm_does_not_answer(slurm, here):
+    (here / "st.yaml").write_text(STUDY)
+    given = ["launcher=submitit", "jobs=1", "+callbacks.slow._target_=slow.Slow"]
+    first = study(slurm, here, *given)
+    job = said(first, "sent as job").split()[-1]
+    runs = here / "logs" / "studies" / "st"
+    slurm.wait((runs / "sgd,seed=0" / "checkpoints" / "last.ckpt").is_file, 240)
+    pid = int((slurm.folder / "slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait_for_end([pid])
+    first.send_signal(signal.SIGINT)
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert out.endswith(f"job {job} stays in the queue; the same command goes on with it\n")
+    slurm("slurmctld")
+    again = study(slurm, here, *given)
+    said(again, f"2 in the queue already, as job {job}")
+    again.send_signal(signal.SIGINT)  # one runs, and one waits for it
+    again.communicate(timeout=120)
+    assert again.returncode == 130
+    assert slurm("squeue", "--noheader") == ""
+
+
+def test_a_machine_that_does_not_see_the_folder_of_a_study_is_named(slurm, here):
+    (here / "st.yaml").write_text(STUDY)
+    slurm("scontrol", "update", "PartitionName=main", "State=DOWN")
+    process = study(slurm, here, "launcher=submitit")
+    said(process, "waits in the queue")
+    (here / "logs" / "studies" / ".submitit").rename(here / "elsewhere")
+    slurm("scontrol", "update", "PartitionName=main", "State=UP")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    why = r"failed: job \d+_\d has not begun: .*, or its machine cannot write to .*/\.submitit/st/"
+    assert len(re.findall(why, out)) == 2
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_jobs_that_are_stopped_go_on_and_have_the_results_of_processes(here):
     parts = [len(summary(run)["parts"]) for run in (sgd, sam)]
     assert min(parts) > 1
     Path("logs").rename("broken")
-    alone = study(0, "jobs=2", "only=sgd,sam")
+    alone = study(0, "launcher=joblib", "jobs=2", "only=sgd,sam")
     alone.communicate(timeout=200)
     for run in (sgd, sam):
         broken = Path("broken", *run.parts[1:])
@@ -112,10 +112,11 @@ def test_jobs_that_are_stopped_go_on_and_have_the_results_of_processes(here):
             "launcher=submitit: there is no srun here; start it where SLURM is",
         ),
         (
-            ["launcher=joblib"],
-            "launcher=joblib: allowed is submitit, and jobs=N for this machine, null",
+            ["launcher=dask"],
+            "launcher=dask: allowed is joblib, submitit",
         ),
         (["slurm=--time=5"], "slurm=--time=5: is for launcher=submitit"),
+        (["slurm=--time=5", "launcher=joblib"], "slurm=--time=5: is for launcher=submitit"),
         (
             ["launcher=submitit", "slurm=gpu"],
             "slurm=gpu: allowed is options of sbatch, as in '--gp",

@@ -353,6 +353,20 @@ def test_side_by_side_cores_are_shared(stand_in, monkeypatch):
     assert [threads for _, threads in starts("a,seed=0")] == ["7"]
 
 
+def test_a_folder_that_cannot_be_made_ends_the_study_once_its_runs_have_saved(stand_in, capfd):
+    file = write(arms(a="sleep", first="wait", b="well"))  # ``first`` ends once ``a`` has begun
+    Path("logs/studies/noise").mkdir(parents=True)
+    Path("logs/studies/noise/b,seed=0").symlink_to("nowhere")
+    process = started(file, "launcher=joblib", "jobs=2")
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+    said = capfd.readouterr().err
+    assert said == "error: logs/studies/noise/b,seed=0: File exists\n"
+    ((pid, _),) = starts("a,seed=0")
+    assert not Path(f"/proc/{pid}").exists()
+    assert runner.status(plan.read(Path(file)).runs[0]).state == "interrupted"
+
+
 def test_only_some_arms_and_seeds(stand_in):
     file = write(arms(a="well", b="well", c="well").replace("[0]", "[0, 1, 2]"))
     main([file, "only=a,c", "seed=0,2"])
@@ -413,7 +427,7 @@ def test_a_folder_of_other_overrides_is_not_mixed_in(stand_in, end):
 
 def test_what_is_left_is_weighed_by_passes(stand_in, capsys):
     sgd, sam = plan.read(Path(write(QUICK + "{a: {method: sgd}, b: {}}"))).runs
-    runner.Runner([sgd, sam], 1, pending=[sam], seconds=60, passes=sgd.passes)._say(sgd, "60 s")
+    runner.Runner([sgd, sam], 1, left=[sam], seconds=60, passes=sgd.passes)._say(sgd, "60 s")
     assert capsys.readouterr().out.endswith("; about 0:02:00 left\n")
 
 
@@ -711,7 +725,7 @@ def test_a_real_study(here):
 def test_a_study_that_is_stopped_goes_on_with_the_same_result(here, signum):
     file = write(SMALL.replace("epochs: 2", "epochs: 20").partition("  big:")[0])
     (run,) = plan.read(Path(file)).runs
-    process = study(file)
+    process = study(file, "launcher=joblib", "jobs=2")
     wait_for((run.folder / "checkpoints" / "previous.ckpt").is_file)
     process.send_signal(signum)
     if signum == signal.SIGKILL:  # as a machine without power, which takes the run with it
@@ -723,7 +737,7 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_result(here, signum):
     assert process.returncode == (-9 if signum == signal.SIGKILL else 143)
     state = "unfinished" if signum == signal.SIGKILL else "interrupted"
     assert runner.status(run).state == state
-    _, err = (again := study(file)).communicate(timeout=120)
+    _, err = (again := study(file, "launcher=joblib")).communicate(timeout=120)
     assert (again.returncode, err) == (0, "")
     broken = json.loads((run.folder / "metrics.json").read_text())
     assert len(broken["parts"]) == 2
