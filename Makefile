@@ -49,6 +49,8 @@ test-slurm: $(DEV) ## a SLURM of one node, which root can install on Debian and 
 	$(BIN)/python -m pytest -m slurm -n 0
 
 test-hosts: $(DEV) ## two hosts as network namespaces; needs root, ip and unshare
+	@command -v faketime >/dev/null || [ $$(id -u) != 0 ] || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends faketime iproute2; }
 	$(BIN)/python -m pytest -m hosts -n 0
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores

@@ -18,9 +18,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import is_said_by_another, launched, number, queued_again
+from sam_lightning.config.cluster import (
+    is_first,
+    is_said_by_another,
+    launched,
+    node_rank,
+    queued_again,
+)
 from sam_lightning.config.conf import top_level, usage
-from sam_lightning.config.errors import ConfigError, TrainingError, one_line, one_line_errors
+from sam_lightning.config.errors import (
+    ConfigError,
+    Ended,
+    LocalError,
+    TrainingError,
+    one_line,
+    one_line_errors,
+)
 from sam_lightning.config.hydra_errors import (
     COMPOSING,
     check_flags,
@@ -43,49 +56,72 @@ def guarded(main: Callable[[], Any]) -> None:
     Exit codes: 2 for a wrong setting or file, 1 for a run that failed. ``traceback=true``
     shows tracebacks instead.
     """
+    try:
+        with nullcontext() if _traceback() else one_line_errors(is_said_by_another):
+            _guarded(main)
+    except (Ended, Exception) as error:
+        with suppress(KeyboardInterrupt):  # who does not want to wait for the others
+            _tell(error.reason if isinstance(error, Ended) else error)
+        raise
+
+
+def _traceback() -> bool:
+    return any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
+
+
+def _guarded(main: Callable[[], Any]) -> None:
     outlive_pipes()
     if {"-h", "--help"} & {*sys.argv}:
         print(usage())
         return
     gc.disable()  # until a run trains or a sweep begins: what composing and imports make stays
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
-    traceback = any(re.fullmatch(r"\+*traceback=true", a, re.IGNORECASE) for a in sys.argv)
-    threading.excepthook = threading.__excepthook__ if traceback else _say
-    with nullcontext() if traceback else one_line_errors(is_said_by_another):
-        try:
-            arguments = with_quoted_places(settings_first(sys.argv[1:]))
-            flags = check_flags(arguments)
-            if "ckpt_path" in map(key_of, arguments):
-                from sam_lightning.runs.resume import resumed
+    threading.excepthook = threading.__excepthook__ if _traceback() else _say
+    try:
+        arguments = with_quoted_places(settings_first(sys.argv[1:]))
+        flags = check_flags(arguments)
+        if "ckpt_path" in map(key_of, arguments):
+            from sam_lightning.runs.resume import resumed
 
-                arguments = resumed(arguments)
-            sys.argv[1:] = settings_first(without_ghosts(as_launched(as_asked(arguments))))
-            if flags.cfg:
-                main()
-                return
-            # Not to print a configuration.
-            from sam_lightning.runs.lock import kept
-            from sam_lightning.studies.sweep import summarized
+            arguments = resumed(arguments)
+        sys.argv[1:] = settings_first(without_ghosts(as_launched(as_asked(arguments))))
+        if flags.cfg:
+            main()
+            return
+        # Not to print a configuration.
+        from sam_lightning.runs.lock import kept
+        from sam_lightning.studies.sweep import summarized
 
-            with queued_again(), kept, summarized():
-                main()
-        except KeyboardInterrupt:  # before there is anything to save
-            _discard_started()
-            raise
-        except Exception as error:
-            said = error if traceback else _explained(error)
-            _tell(said)
-            if said is not error:
-                raise said from error
-            raise
+        with queued_again(), kept, summarized():
+            main()
+    except KeyboardInterrupt:  # before there is anything to save
+        _discard_started()
+        raise
+    except Exception as error:
+        said = error if _traceback() else _explained(error)
+        if said is not error:
+            raise said from error
+        raise
 
 
 def _tell(error: Exception) -> None:
-    """Let the other processes of torchrun know: they may be on hosts where all is right."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ:
-        from sam_lightning.training.ranks import tell
+    """Tell the other processes, which may not see this error and would wait for this one."""
+    given = [a.partition("=")[2] for a in sys.argv if key_of(a) == "trainer.num_nodes"]
+    nodes = next((int(text) for text in given if text.isdecimal()), 1)
+    try:
+        found = launched()
+        several = found is not None or node_rank() is not None or nodes > 1
+    except ConfigError:  # of the launcher's variables, which may be right on the other hosts
+        found, several = None, True
+    if found is not None and found.launcher == "SLURM":
+        # Its tasks share a command line, and see the same error in it.
+        tells = isinstance(error, LocalError) or "torch" in sys.modules
+    else:
+        tells = several and "MASTER_ADDR" in os.environ
+    if tells:
+        from sam_lightning.training.connected import tell
 
-        tell(error)
+        tell(error, max(nodes, 2))
 
 
 def _say(failure: threading.ExceptHookArgs) -> None:
@@ -160,7 +196,7 @@ def run(cfg: DictConfig) -> float | None:
         from sam_lightning.studies.identical import unused
 
         why = unused(cfg, [key_of(o) for o in hydra.overrides.task])
-        if why and number("RANK", number("SLURM_PROCID", 0)) == 0:
+        if why and is_first():
             log.warning("%s", why)
         if hydra.mode == RunMode.MULTIRUN and cfg.ckpt_path is None:
             _check_job(Path(hydra.runtime.output_dir))
@@ -191,8 +227,7 @@ def run(cfg: DictConfig) -> float | None:
         if not (isinstance(error, ConfigError) and is_said_by_another()):
             said = without_secrets(one_line(error))
             print(f"error: {said}", file=sys.stderr)  # Hydra would print another line
-        _tell(error)
-        sys.exit(1 if isinstance(error, TrainingError | OSError) else 2)
+        raise Ended(1 if isinstance(error, TrainingError | OSError) else 2, error) from error
     except Exception as error:
         log.exception("the run failed")  # Hydra leaves the log of a failed job empty
         if hydra.mode == RunMode.MULTIRUN:
@@ -203,8 +238,7 @@ def run(cfg: DictConfig) -> float | None:
         # Python would print the traceback once more, with secrets.
         said = without_secrets(f"{type(error).__name__}: {one_line(error)}")
         print(f"error: {said}", file=sys.stderr)
-        _tell(error)
-        sys.exit(1)
+        raise Ended(1, error) from error
 
 
 def _check_job(folder: Path) -> None:
@@ -262,8 +296,8 @@ def as_launched(arguments: list[str]) -> list[str]:
 
 
 def without_ghosts(arguments: list[str]) -> list[str]:
-    """Under torchrun or SLURM every process starts a run; let only rank 0 have a folder."""
-    if number("RANK", number("SLURM_PROCID", 0)) == 0:
+    """Let only rank 0 have a folder where every process, or every host, starts a run."""
+    if is_first():
         return arguments
     nowhere = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
     return [*arguments, *nowhere]

@@ -291,7 +291,7 @@ def test_a_stop_leaves_what_was_found(tmp_path):
     wait_for_end([child])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_script_for_a_gpu_runs_whole_on_a_cpu(tmp_path):
     command = on_a_cpu(tmp_path / "gpu.json", "--limit=400", "--minutes=24")

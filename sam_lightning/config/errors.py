@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """
 
 
+class LocalError(ConfigError):
+    """A file or folder is wrong, which other processes of the run may not see."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot continue, as when every gradient is non-finite (exit code 1)."""
 
@@ -41,6 +45,14 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.signum).name}"
+
+
+class Ended(SystemExit):
+    """A command has said in a line why it ends."""
+
+    def __init__(self, code: int, reason: Exception) -> None:
+        super().__init__(code)
+        self.reason = reason
 
 
 @contextmanager
@@ -88,16 +100,16 @@ def one_line_errors(quiet: Callable[[], bool] = bool) -> Iterator[None]:
     except (ConfigError, TrainingError) as error:
         if isinstance(error, TrainingError) or not quiet():
             print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, TrainingError) else 2)
+        raise Ended(1 if isinstance(error, TrainingError) else 2, error) from error
     except OSError as error:  # such as a full disk; a name that is too long is a wrong setting
         if error.strerror is None:
             raise
         named = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {clean(named)}{error.strerror}", file=sys.stderr)
-        sys.exit(2 if error.errno == errno.ENAMETOOLONG else 1)
+        raise Ended(2 if error.errno == errno.ENAMETOOLONG else 1, error) from error
     except UnicodeEncodeError as error:
         print(f"error: {clean(error.object)}: has what no name can have", file=sys.stderr)
-        sys.exit(2)
+        raise Ended(2, error) from error
     except KeyboardInterrupt:
         stopped = Interrupted(signal.SIGINT)
         print(f"error: {stopped}", file=sys.stderr)

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import launched
+from sam_lightning.config.cluster import is_first
 from sam_lightning.config.conf import flat
-from sam_lightning.config.errors import ConfigError, no_such_key
+from sam_lightning.config.errors import ConfigError, LocalError, no_such_key
 from sam_lightning.config.trust import TARGETS, check_name, is_in
 from sam_lightning.config.tuning import FINETUNE, check_tuning
 from sam_lightning.config.values import (
@@ -254,9 +254,12 @@ def check(cfg: DictConfig, top_level: Iterable[str]) -> dict[str, Any]:
         raise ConfigError(f"optimized_metric={metric}: {missing}")
     _check_names(values)
     check_tuning(values)
-    if (found := launched()) is None or found.rank == 0:  # the others write nothing
-        _check_folders(values)
-    _check_files(values)
+    try:
+        if is_first():  # the others write nothing
+            _check_folders(values)
+        _check_files(values)
+    except ConfigError as error:
+        raise LocalError(str(error)) from error
     return dict(plain)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.cluster import number
 from sam_lightning.data.augment import BatchAugment
 from sam_lightning.data.augment.draws import Integers, on_device
 from sam_lightning.data.augment.pipeline import BatchKey
@@ -43,9 +43,10 @@ def suggested_workers(processes: int, batch_bytes: int) -> int:
 
     if multiprocessing.current_process().daemon:  # which may start none
         return 0
-    found, processors = launched(), cpu_count()
-    own = number("SLURM_CPUS_PER_TASK", 0) if found and found.launcher == "SLURM" else 0
-    share = min(processors, own) if own else processors // processes
+    processors, own = cpu_count(), number("SLURM_CPUS_PER_TASK", 0)
+    share = min(processors, own or processors)
+    if not own or "TORCHELASTIC_RUN_ID" in os.environ:  # else each process is a task
+        share //= processes
     most = min(MOST_WORKERS, max(1, share - 1))
     with suppress(OSError):  # a system without it
         shared = os.statvfs("/dev/shm")

@@ -49,7 +49,7 @@ def listed_once(make: Callable[[], Listing], question: str, cache: Path) -> List
     store, key = None, f"{socket.gethostname()} {question}"
     if dist.is_available() and dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
-    first = number("LOCAL_RANK", number("SLURM_LOCALID", 0)) == 0
+    first = number("LOCAL_RANK", 0) == 0
     if store and first:
         store.set(key, "")
     elif store and store.check([key]) and (told := store.get(key)):

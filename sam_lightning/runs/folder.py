@@ -12,8 +12,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_lightning.config.cluster import launched
-from sam_lightning.config.errors import ConfigError
+from sam_lightning.config.cluster import check_node, is_first, number
+from sam_lightning.config.errors import ConfigError, Ended, LocalError
 from sam_lightning.config.text import clean
 from sam_lightning.config.values import Rule, check_value
 from sam_lightning.runs.files import make_folder
@@ -87,7 +87,13 @@ class RunFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it writes anything."""
-        if (found := launched()) is not None and found.rank > 0:  # rank 0 alone has a folder
+        nodes = OmegaConf.select(config, "trainer.num_nodes", throw_on_missing=False)
+        try:
+            if isinstance(nodes, int):
+                check_node(nodes)  # else two hosts take the folder
+        except ConfigError as error:
+            refuse(str(error))
+        if not is_first():  # rank 0 alone has a folder
             return
         part = config.hydra.output_subdir
         if part not in (None, ".hydra"):
@@ -157,9 +163,9 @@ def own(folder: Path, key: str) -> None:
 def refuse(message: str) -> NoReturn:
     """End the process with one line and exit code 2, from a callback of Hydra.
 
-    It raises SystemExit, because Hydra turns other errors of its callbacks into warnings. Under
-    torchrun or SLURM only the first process prints the line.
+    It raises a SystemExit, because Hydra turns other errors of its callbacks into warnings. Under
+    torchrun or SLURM only the first process of a host prints the line.
     """
-    if (found := launched()) is None or found.rank == 0:
+    if number("LOCAL_RANK", number("SLURM_LOCALID", 0)) == 0:
         print(f"error: {clean(without_secrets(message))}", file=sys.stderr)
-    sys.exit(2)
+    raise Ended(2, LocalError(message))

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -251,14 +252,17 @@ def _covered(images: int, batch_size: int, limit: int | float, ranks: int = 1) -
 
 
 def _start(trainer: L.Trainer) -> dict[str, Any]:
-    """When, by which command and where this process started."""
+    """When, by which command and where the processes of this part started."""
     arguments, root = sys.argv, trainer.strategy.root_device
+    hosts = [socket.gethostname()] * trainer.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(hosts, hosts[0])
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         arguments = [arguments[0], *HydraConfig.get().overrides.task]  # those of the job
     return {
         "started": now(),
         "command": shlex.join(map(without_secrets, ["python", *arguments])),
-        "host": socket.gethostname(),
+        "host": ", ".join(dict.fromkeys(hosts)),
         "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
         "devices": trainer.world_size,
         "threads": torch.get_num_threads(),  # of each process: sums round by their number

@@ -14,7 +14,7 @@ from sam_lightning.config.errors import ConfigError, Interrupted, one_line
 from sam_lightning.runs.files import read_summary, write_json
 from sam_lightning.studies.launchers import refuse_secrets, with_squeue
 from sam_lightning.studies.plan import RunSpec
-from sam_lightning.studies.runner import Ended, Runner, status
+from sam_lightning.studies.runner import RunEnd, Runner
 
 CLUSTER = "slurm"
 # SLURM sends it to all processes of a job before its time is up. Only submitit shall heed it: it
@@ -33,7 +33,7 @@ class Job:
         """Called by submitit in the job."""
         self.runner = Runner([run], 1, signals=())  # the run itself is told, as all of the job
         self.runner.run()
-        if status(run).state == "interrupted":  # by SLURM, which may queue the job again
+        if self.runner.told:  # by SLURM, which may queue the job again
             sys.exit(f"{run.folder}: was told to stop")  # and then it has no result yet
 
     def checkpoint(self, run: RunSpec) -> Any:
@@ -73,7 +73,7 @@ class Array(Runner):
             slurm_additional_parameters={"requeue": True} | {k: v or True for k, _, v in given},
         )
 
-    def _ended(self) -> Generator[Ended]:
+    def _ended(self) -> Generator[RunEnd]:
         """Send what is left as one array, and yield each run as its job ends."""
         jobs = self._jobs() if self.left else []
         begun: dict[str, float] = {}  # time in the queue does not count
@@ -87,7 +87,7 @@ class Array(Runner):
                     if job.done():
                         jobs.remove((run, job))
                         now = time.monotonic()
-                        yield run, _failure(job), now - begun.get(job.job_id, now)
+                        yield RunEnd(run, _failure(job), now - begun.get(job.job_id, now))
                     elif (reason := job.get_info("cache").get("Reason", "None")) not in reasons:
                         print(f"job {job.job_id} waits in the queue: {reason}")
                         reasons.add(reason)
@@ -144,7 +144,7 @@ def _number(job: Any) -> str:
 
 
 def _failure(job: Any) -> str:
-    """Why a run failed whose job has ended, unless the job has said it."""
+    """Why a run whose job has ended failed; empty if the job itself has noted that."""
     if job.paths.result_pickle.exists():
         return ""
     if job.paths.stderr.exists():

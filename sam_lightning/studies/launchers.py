@@ -8,18 +8,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.cluster import launched
+from sam_lightning.config.cluster import launched, node_rank
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.secrets import without_secrets
 
 
 def refuse_launchers(what: str) -> None:
-    """Refuse torchrun and SLURM's srun around what starts many runs."""
+    """Refuse torchrun, srun and NODE_RANK around what starts many runs."""
     if (found := launched()) is not None:
         raise ConfigError(
             f"a {what} is started by one process, and {found.launcher} has started "
             f"{found.processes}: leave it out, and give each run trainer.devices=N"
         )
+    if (host := node_rank()) is not None:
+        raise ConfigError(f"NODE_RANK={host}: a {what} is started on one host; unset it")
 
 
 def check_launcher(config: DictConfig) -> None:
@@ -30,10 +32,28 @@ def check_launcher(config: DictConfig) -> None:
     if "submitit" in launcher._target_:
         given: Any = OmegaConf.to_container(config.hydra.overrides)  # "${...}" as it stands
         refuse_secrets(o for part in given.values() for o in part)
+        _wait_for_all()
     tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
     if tasks > 1 and launcher._target_.endswith("LocalLauncher"):
         advice = "leave tasks_per_node and nodes at 1 and give trainer.devices=N"
         raise ConfigError(f"{key}_local: would train each job {tasks} times; {advice}")
+
+
+def _wait_for_all() -> None:
+    """Let Hydra's launcher look at results only when all jobs have ended.
+
+    By itself it ends the sweep at the first job that was killed, while later ones still run.
+    """
+    import submitit
+
+    class Patient(submitit.AutoExecutor):
+        def map_array(self, *given: Any) -> list[Any]:
+            jobs: list[Any] = super().map_array(*given)
+            for job in jobs:
+                job.wait()
+            return jobs
+
+    submitit.AutoExecutor = Patient  # type: ignore[misc]
 
 
 def is_sbatch(text: str) -> bool:

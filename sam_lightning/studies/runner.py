@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
-from typing import IO, ClassVar
+from typing import IO, ClassVar, NamedTuple
 
 from sam_lightning.config.conf import CONF
 from sam_lightning.config.errors import ConfigError, Interrupted, one_line
@@ -53,8 +53,12 @@ def _printed(run: RunSpec) -> list[str]:
     return output.rpartition(PROMPT)[2].rstrip().splitlines()[1:]
 
 
-# A run that has ended, why it failed if it did, and its seconds: None if another process ran it.
-Ended = tuple[RunSpec, str, float | None]
+class RunEnd(NamedTuple):
+    """How a run has ended: ``failure`` is empty if it did not fail."""
+
+    run: RunSpec
+    failure: str
+    seconds: float | None  # None if another process ran it
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Runner:
     seconds: float = 0  # of the runs completed here, and their passes
     passes: float = 0
     stopped: BaseException | None = None  # by this
+    told: bool = False  # whether the run that ended last was told to, by someone else
     signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     poll: ClassVar[float] = 0.2  # seconds
 
@@ -118,7 +123,7 @@ class Runner:
         if self.stopped is not None:
             raise self.stopped
 
-    def _ended(self) -> Generator[Ended]:
+    def _ended(self) -> Generator[RunEnd]:
         """Run what is left, and yield each run as it ends, until the study is stopped."""
         from joblib import Parallel, delayed
 
@@ -128,7 +133,7 @@ class Runner:
             if self.left:  # other processes have them
                 time.sleep(self.poll)
 
-    def _one(self, run: RunSpec) -> Ended | None:
+    def _one(self, run: RunSpec) -> RunEnd | None:
         """Begin or continue a run, and wait for its end, unless another process has it.
 
         The lock lasts as long as any process has the file open, so also while such a run goes on
@@ -149,14 +154,15 @@ class Runner:
                     self.waiting.add(run.folder.name)
                 return None
             if status(run).completed:
-                return run, "", None
+                return RunEnd(run, "", None)
             started = time.monotonic()
             code = self._process(run, output)
         killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
         how = [killed, *_printed(run)[-1:], status(run).reason, f"exit code {code}"]
-        told = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        failure = "" if told else next(filter(None, how))
-        return None if self.stopped else (run, failure, time.monotonic() - started)
+        saved = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        self.told = saved or code in (-signal.SIGINT, -signal.SIGTERM)  # or not begun
+        failure = "" if saved else next(filter(None, how))
+        return None if self.stopped else RunEnd(run, failure, time.monotonic() - started)
 
     def _process(self, run: RunSpec, output: IO[bytes]) -> int:
         """The exit code of a run's process, which is told to save and end if the study stops."""

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +49,7 @@ OWN_KEYS = {"name", "perturbation", "descent", "passes"}
 def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.Trainer:
     """The trainer, with the loggers and callbacks that the configuration names."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    # The strategy is one of launch.STRATEGIES: this one. ranks.connected has the timeout.
+    # The strategy is one of launch.STRATEGIES: this one. connected has the timeout.
     for key in (*MODULE_KEYS, "strategy", "timeout"):
         options.pop(key, None)
     if processes * options["num_nodes"] > 1:
@@ -58,6 +58,7 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         # by the second, which it is combined or compared with.
         kept = cfg.method.get("descent") or cfg.method.get("sync_perturbation")
         options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=not kept)
+    environment = TorchElasticEnvironment if "WORLD_SIZE" in os.environ else LightningEnvironment
     callbacks = build_all(cfg, "callbacks")
     for name, callback in callbacks.items():  # what it passes on may be wrong too
         callback.setup = errors_of(cfg, f"callbacks.{name}")(callback.setup)
@@ -71,10 +72,9 @@ def make_trainer(cfg: DictConfig, processes: int, throughput: Throughput) -> L.T
         "enable_model_summary": False,
         "enable_progress_bar": sys.stdout.isatty(),
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks.values()),
-        "plugins": [AtomicCheckpointIO()],
+        # Lightning would look for TORCHELASTIC_RUN_ID and at the name of SLURM's job.
+        "plugins": [AtomicCheckpointIO(), environment()],
     }
-    if "WORLD_SIZE" in os.environ:  # Lightning looks for TORCHELASTIC_RUN_ID, and else takes rank 0
-        own["plugins"].append(TorchElasticEnvironment())
     check_names("trainer", options, L.Trainer, own)
     try:
         trainer = L.Trainer(**own, **options)

@@ -2,8 +2,9 @@
 
 Lightning repeats the command line to start processes, which repeats a whole sweep. Here every
 process starts with the finished configuration, so it always belongs to its run, and the end of one
-ends all. They find each other through files in a private folder and talk over the loopback
-interface, so no other host can reach them.
+ends all. On one host they find each other through files in a private folder and talk over the
+loopback interface, so no other host can reach them. On several hosts, on each of which the user
+starts the run, they meet at MASTER_ADDR and MASTER_PORT.
 """
 
 import logging.config
@@ -28,11 +29,12 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from sam_lightning.config.cluster import launched, number
+from sam_lightning.config.cluster import check_node, is_first, launched, node_rank, number
 from sam_lightning.config.errors import ConfigError, Interrupted, TrainingError
 from sam_lightning.config.process import let_end, outlive_pipes
 from sam_lightning.runs.files import record_failure
-from sam_lightning.training.ranks import connected
+from sam_lightning.training.connected import connected
+from sam_lightning.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def local_processes(trainer: DictConfig) -> int:
 
     Raises:
         ConfigError: there is no such accelerator here, there are fewer devices, the strategy does
-            not keep whole weights, or torchrun or SLURM has started another number of processes.
+            not keep whole weights, torchrun or SLURM has started another number of processes, or
+            this one of several hosts has no number.
     """
     strategy = trainer.get("strategy", "ddp")
     if strategy not in STRATEGIES:
@@ -62,6 +65,7 @@ def local_processes(trainer: DictConfig) -> int:
             f"trainer.devices={trainer.devices}, trainer.num_nodes={nodes}: {found.launcher} has "
             f"started {found.processes} processes; leave both out, or give what makes that number"
         )
+    check_node(nodes)
     return processes
 
 
@@ -93,16 +97,12 @@ def _devices_here(trainer: DictConfig) -> int:
 
 
 def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
-    """Run ``work(cfg)`` in new processes on this machine and return what rank 0 returns.
+    """Run ``work(cfg)`` in new processes on this machine and return what the first one returns.
 
     Raises:
         TrainingError: names the rank whose failure was noticed first, and its error.
     """
-    if cfg.trainer.num_nodes > 1:
-        raise ConfigError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes}: start every node's processes with "
-            "torchrun or SLURM"
-        )
+    Ranks.begun = True  # they tell the other hosts why they end
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_unexpected)
     # The others are ended, and the error says why.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -113,13 +113,18 @@ def launch(cfg: DictConfig, processes: int, work: Work) -> dict[str, float]:
         raise Interrupted(int(error.sigval)) from error
     if result.is_failed():
         # The first that was noticed; the others were then told to end.
-        rank, failure = next(iter(result.failures.items()))
+        local, failure = next(iter(result.failures.items()))
+        # It was told to stop, or one on another host.
+        if failure.exitcode - 128 in signal.valid_signals():
+            raise Interrupted(failure.exitcode - 128)
         text = failure.message
         reason = text.get("message", text) if isinstance(text, dict) else text
         if reason.startswith("ConfigError: "):
             raise ConfigError(reason.removeprefix("ConfigError: "))
-        message = f"rank {rank} of {processes} failed: {reason}"
-        record_failure(cfg, message)
+        first, size = (node_rank() or 0) * processes, processes * cfg.trainer.num_nodes
+        message = f"rank {first + local} of {size} failed: {reason}"
+        if is_first():
+            record_failure(cfg, message)
         raise TrainingError(message)
     return result.return_values[0]
 
@@ -142,7 +147,7 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         "run",
         _worker,
         args=dict.fromkeys(ranks, (work, config, logs, threads, folder, os.getpid())),
-        envs={rank: _environment(rank, processes, run_id) for rank in ranks},
+        envs={rank: _environment(rank, processes, cfg.trainer.num_nodes, run_id) for rank in ranks},
         logs_specs=DefaultLogsSpecs(folder),  # a process that fails writes its error there
     )
     if "SLURM_JOB_ID" in os.environ:  # it tells this process too that its time is nearly up
@@ -159,25 +164,32 @@ def _run_workers(cfg: DictConfig, processes: int, work: Work, folder: str) -> Ru
         context.close()
 
 
-def _environment(rank: int, processes: int, run_id: str) -> dict[str, str]:
+def _environment(local: int, processes: int, nodes: int, run_id: str) -> dict[str, str]:
     """The environment of one process: torchrun's variables, and the network to use."""
+    node = node_rank() or 0
+    ours = {
+        "RANK": str(node * processes + local),
+        "LOCAL_RANK": str(local),
+        "GROUP_RANK": str(node),
+        "WORLD_SIZE": str(nodes * processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # Tells loaders that these processes share the processors of one task of SLURM.
+        "TORCHELASTIC_RUN_ID": run_id,
+    }
+    return ours if nodes > 1 else ours | _loopback()
+
+
+def _loopback() -> dict[str, str]:
+    """The variables that keep gloo and NCCL where no other host can reach them.
+
+    By default gloo listens on the address of the host's name, NCCL on any other interface. The run
+    is on one machine, so this overrides what the user has set.
+    """
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     if not names:
         raise ConfigError("trainer.devices: several processes need the interface lo, or lo0")
-    loopback = names[0]  # no other host can reach it
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        # Without an id Lightning would take SLURM's ranks inside a job.
-        "TORCHELASTIC_RUN_ID": run_id,
-        # By default gloo listens on the address of the host's name, NCCL on any other interface.
-        # The run is on one machine, so this overrides what the user has set.
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": f"={loopback}",  # "=": the whole name, not a prefix
-    }
+    # "=": the whole name, not a prefix
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"}
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -192,7 +204,7 @@ def _worker(
     work: Work, config: dict[str, Any], logs: Any, threads: int, folder: str, parent: int
 ) -> dict[str, float]:
     let_end()  # until training listens
-    if logs and number("RANK", 0) == 0:  # the others would say the same
+    if logs and number("LOCAL_RANK", 0) == 0:  # the others would say the same
         logging.config.dictConfig(logs)
     if os.getppid() != parent:  # killed before torch could ask for a signal at its end
         raise SystemExit
@@ -202,5 +214,7 @@ def _worker(
     outlive_pipes()
     torch.set_num_threads(threads)
     cfg = OmegaConf.create(config)
-    with connected(cfg.trainer, dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1))):
+    one_host = cfg.trainer.num_nodes == 1
+    store = dist.FileStore(f"{folder}/store", number("WORLD_SIZE", 1)) if one_host else None
+    with connected(cfg.trainer, store):
         return work(cfg)

@@ -1,42 +1,45 @@
 """The ranks of a run meet in a store: they compare what they are to do, and name who is lost."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import socket
+import struct
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from importlib.metadata import version
-from ipaddress import ip_address
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from sam_lightning.config.cluster import number
-from sam_lightning.config.conf import flat
+from sam_lightning.config.cluster import as_torchrun, number
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.text import clean
-from sam_lightning.runs.parts import ALWAYS, when
-from sam_lightning.runs.record import PACKAGES
 from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.training.store import (
+    SAID_AFTER,
+    Place,
+    in_time,
+    is_ours,
+    meeting_place,
+    open_store,
+    why_not,
+)
 
 log = logging.getLogger(__name__)
 
-# What gloo says, and the store before gloo is connected.
-TIMEOUTS = re.compile("(?i)timed out|timeout")
-LOST = re.compile("gloo/transport|Gloo connect|Timed out waiting|Wait timeout|Timeout waiting")
+T = TypeVar("T")
+
+TIMEOUTS = re.compile("(?i)timed out|timeout")  # what gloo says
 NOTICED_WITHIN = 5.0  # seconds until every living rank has noticed that one does not answer
-PATIENCE = 60.0  # seconds that a rank which fails waits for those that are still starting
-SAID_AFTER = 20.0  # seconds of waiting
+GLOO = "GLOO_SOCKET_IFNAME"
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 class Ranks:
@@ -44,7 +47,7 @@ class Ranks:
 
     Args:
         trainer: has ``timeout``, the seconds that they wait for each other.
-        store: where they meet; None: where torchrun or SLURM says.
+        store: where they meet; None: where torchrun, SLURM or the user says.
 
     Raises:
         ConfigError: the launcher does not say.
@@ -57,65 +60,60 @@ class Ranks:
     def __init__(self, trainer: DictConfig, store: dist.Store | None = None) -> None:
         self.timeout = float(trainer.get("timeout", 1800))
         self.hosts: list[str] = []  # by rank, once all have come
+        self.nodes: list[int] = []  # by rank: hosts may share a name
         self.hosts_store = False  # whether the store is in this process
-        self.place: tuple[str, int] | None = None  # of the store, if it is on a network
+        self.place: Place | None = None  # of the store, if it is on a network
         self._agreed = 0
-        if store is None and "WORLD_SIZE" not in os.environ:
-            slurm = SLURMEnvironment()
-            # Reading them sets MASTER_ADDR and MASTER_PORT.
-            log.debug("rank 0 is at %s:%d", slurm.main_address, slurm.main_port)
-            self.rank, self.size = slurm.global_rank(), slurm.world_size()
-        else:
-            self.rank, self.size = number("RANK", 0), number("WORLD_SIZE", 1)
-        self.store = store or self._connect()
+        as_torchrun()
+        self.rank, self.size = number("RANK", 0), number("WORLD_SIZE", 1)
+        self.node = number("GROUP_RANK", self.rank - number("LOCAL_RANK", 0))
+        if store is None:
+            self.place, self.hosts_store = meeting_place(), is_ours(self.rank)
+            store = open_store(self.place, self.hosts_store, self.timeout)
+        self.store = store
         self.store.set_timeout(timedelta(seconds=self.timeout))
 
-    def _connect(self) -> dist.Store:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                raise ConfigError(
-                    f"{name}: is not set on {socket.gethostname()}; the {self.size} processes meet "
-                    "at MASTER_ADDR and MASTER_PORT, which torchrun sets"
-                )
-        host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has it
-        self.hosts_store = self.rank == 0 and not agent
-        self.place = host, port
-        wait, ours = timedelta(seconds=self.timeout / 2), self.hosts_store  # it tries twice
-        try:
-            store = dist.TCPStore(
-                host, port, self.size, ours, wait, wait_for_workers=False, multi_tenant=True
-            )
-        except dist.DistError as error:
-            raise TrainingError(
-                f"MASTER_ADDR={host}, MASTER_PORT={port}: rank {self.rank} on "
-                f"{socket.gethostname()} cannot meet the others there ({_first_line(error)})"
-            ) from error
-        return dist.PrefixStore(f"attempt {number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
     def come(self, gloo: bool) -> None:
-        """Wait until all have come.
+        """Wait until all have come, and with ``gloo`` try whether all hosts reach each other.
 
         Raises:
-            ConfigError: another process has this rank, or another failed; or with ``gloo`` a host's
-                name leads to where no other host can reach it.
+            ConfigError: another process has this rank or knows of another number of them, another
+                failed, or a host does not reach another.
             TrainingError: names those that have not come in time.
         """
-        if self.store.add(f"rank {self.rank}", 1) > 1:
-            other = self.store.get(f"come {self.rank}").decode()
+        size = self._ask(lambda: self.store.compare_set("size", "", str(self.size))).decode()
+        if size != str(self.size):
+            raise ConfigError(
+                f"trainer.devices, trainer.num_nodes: make {self.size} processes on "
+                f"{socket.gethostname()}, but {size} on another host; they must be the same on all"
+            )
+        if self._ask(lambda: self.store.add(f"rank {self.rank}", 1)) > 1:
+            other = self._ask(lambda: self.store.get(f"come {self.rank}")).decode()
             raise ConfigError(
                 f"RANK={self.rank}: on {socket.gethostname()}, and {json.loads(other)[0]} has it "
-                "too; every process needs its own"
+                "too; each needs its own, by another NODE_RANK on every host"
             )
-        came = [socket.gethostname(), _unreachable() if gloo else ""]
-        found = [json.loads(text) for text in self._gather("come", json.dumps(came))]
-        self.hosts = [host for host, _ in found]
-        for host, address in found:
-            if address and len({*self.hosts}) > 1:
+        came = json.dumps([socket.gethostname(), self.node])
+        found = [json.loads(text) for text in self._gather("come", came)]
+        self.hosts, self.nodes = [host for host, _ in found], [node for _, node in found]
+        if gloo and len({*self.nodes}) > 1:
+            self._reach_each_other()
+
+    def _reach_each_other(self) -> None:
+        """Let the first rank of each host connect to those of the others, as gloo will."""
+        firsts = [self.nodes.index(node) for node in sorted({*self.nodes})]
+        with _listener() if self.rank in firsts else nullcontext() as listener:
+            listens = json.dumps(listener and listener.getsockname()[:2])
+            places = [json.loads(text) for text in self._gather("listens", listens)]
+            others = [r for r in firsts if self.rank in firsts and r != self.rank]
+            missed = [r for r in others if places[r] and why_not(tuple(places[r]))]
+            missed_by = [json.loads(text) for text in self._gather("missed", json.dumps(missed))]
+        for rank, missed in enumerate(missed_by):
+            for other in missed[:1]:
                 raise ConfigError(
-                    f"GLOO_SOCKET_IFNAME: is not set on {host}, whose own name leads to {address}, "
-                    "where no other host can reach it; set it on every host to the interface "
-                    "between them, such as eth0"
+                    f"{GLOO}: {self._name(rank)} does not reach {self._name(other)} at "
+                    f"{places[other][0]}, where gloo would listen; set it on every host to the "
+                    "interface between them, such as eth0, and let firewalls pass all its ports"
                 )
 
     def agree(self, about: Mapping[str, Any]) -> None:
@@ -143,11 +141,11 @@ class Ranks:
 
     def _gather(self, name: str, mine: str) -> list[str]:
         """What all have given under this name, by rank."""
-        self.store.set(f"{name} {self.rank}", mine)
         begun, said = time.monotonic(), False
-        self.store.add(name, 1)
-        while self.store.add(name, 0) < self.size:
-            if self.store.check(["failed"]):
+        self._ask(partial(self.store.set, f"{name} {self.rank}", mine))
+        self._ask(lambda: self.store.add(name, 1))
+        while self._ask(lambda: self.store.add(name, 0)) < self.size:
+            if self._ask(lambda: self.store.check(["failed"])):
                 raise self._failure()
             waited = time.monotonic() - begun
             if waited > (self.timeout if said else SAID_AFTER):
@@ -161,32 +159,30 @@ class Ranks:
                 log.warning("waiting for %s, at most trainer.timeout=%g s", names, self.timeout)
                 said = True
             time.sleep(0.1)
-        return [text.decode() for text in self.store.multi_get(self._keys(name))]
+        texts = self._ask(lambda: self.store.multi_get(self._keys(name)))
+        return [text.decode() for text in texts]
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """What the store answers, or a TrainingError."""
+        try:
+            return in_time(ask, self.timeout)
+        except TimeoutError as error:
+            raise TrainingError(
+                f"{self._name(0)} has not answered within trainer.timeout={self.timeout:g} s"
+            ) from error
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name} {rank}" for rank in range(self.size)]
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
+        host = self.hosts[rank] if self.hosts else socket.gethostname()
+        known = self.hosts or rank == self.rank
+        return f"rank {rank} on {host}" if known else f"rank {rank}"
 
     def tell(self, error: BaseException) -> None:
         """Let the others know why this rank ends, if it is the first to."""
-        text = f"rank {self.rank} on {socket.gethostname()}: {without_secrets(one_line(error))}"
-        told = json.dumps([isinstance(error, ConfigError), text])
-        if self._answers():
-            with suppress(RuntimeError):
-                self.store.compare_set("failed", "", told)
-                self.store.add("ended", 1)
-
-    def _answers(self) -> bool:
-        """Whether the store can be reached; else it would block for a quarter of an hour."""
-        if self.place is None:
-            return True
-        try:
-            socket.create_connection(self.place, NOTICED_WITHIN).close()
-        except OSError:
-            return False
-        return True
+        if self.place is None or not why_not(self.place):
+            post(self.store, self._name(self.rank), error)
 
     def _failure(self) -> Exception:
         of_settings, text = json.loads(self.store.get("failed"))
@@ -194,8 +190,10 @@ class Ranks:
 
     def lost(self, error: BaseException) -> Exception:
         """What an error of a connection means: who does not answer, or how another rank failed."""
-        silent = self._beside(0)  # the store is there
-        if self._answers():
+        # The store is beside rank 0.
+        first = [r for r, node in enumerate(self.nodes) if node == self.nodes[0]]
+        silent = [r for r in first if r != self.rank] or [0]
+        if self.place is None or not why_not(self.place):
             with suppress(RuntimeError):
                 if self.store.check(["failed"]):
                     return self._failure()
@@ -210,139 +208,49 @@ class Ranks:
             how = how.replace("has not answered", "the ranks have not reached each other")
         return TrainingError(f"{' and '.join(map(self._name, silent[:8]))} {how}".strip())
 
-    def _beside(self, rank: int) -> list[int]:
-        """The ranks on the same host."""
-        return [r for r, host in enumerate(self.hosts) if host == self.hosts[rank]] or [rank]
+
+def post(store: dist.Store, who: str, error: BaseException) -> None:
+    """Leave in the store why one ends, unless another has ended before."""
+    told = json.dumps(
+        [isinstance(error, ConfigError), f"{who}: {without_secrets(one_line(error))}"]
+    )
+    with suppress(RuntimeError):
+        store.compare_set("failed", "", told)
+        store.add("ended", 1)
 
 
 @contextmanager
-def connected(trainer: DictConfig, store: dist.Store | None = None) -> Iterator[None]:
-    """Connect the processes in the block before Lightning does, because one prepares the data.
-
-    They wait for each other at most ``trainer.timeout`` seconds. Those that a launcher has started
-    meet where it says; the others in ``store``, and are on one machine. If one of them fails, so do
-    all, with an error that says which.
+def _listener() -> Iterator[socket.socket | None]:
+    """A socket that listens where gloo does on this host, or None if that is not known.
 
     Raises:
-        ConfigError: of the launcher's variables; or versions differ between hosts.
-        TrainingError: names ranks that do not come, or do not answer.
+        ConfigError: ``GLOO_SOCKET_IFNAME`` is no interface here.
     """
-    if dist.is_initialized():  # by other code
-        yield
-        return
-    cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
-    Ranks.begun = True
-    ranks = Ranks.now = Ranks(trainer, store)
-    try:
-        with named_lost():
-            if store is None:
-                ranks.come(gloo=not cuda)
-                ranks.agree(_versions())
-            _init_process_group(trainer, ranks, cuda)
-            yield
-    except Exception as error:
-        ranks.tell(error)
-        if ranks.hosts_store:
-            time.sleep(1)  # so that the others can read it
-        raise
-    finally:
-        Ranks.now = None
-    # Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
-    # that has done all its work (pytorch issue 190489). Not after an error: it could wait for a
-    # dead one.
-    dist.destroy_process_group()
-
-
-def _init_process_group(trainer: DictConfig, ranks: Ranks, cuda: bool) -> None:
-    if cuda:
-        # NCCL takes the current device, which is the first one in every process until Lightning
-        # sets it, later on.
-        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
-        devices = trainer.devices
-        torch.cuda.set_device(local if isinstance(devices, int | str) else devices[local])
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=ranks.store,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        timeout=timedelta(seconds=ranks.timeout),
-    )
-
-
-@contextmanager
-def named_lost() -> Iterator[None]:
-    """Replace an error of a connection by one that says which rank is lost, and on which host."""
-    try:
-        yield
-    except RuntimeError as error:
-        of_torch = isinstance(error, dist.DistError) or LOST.search(str(error))
-        if Ranks.now is None or isinstance(error, TrainingError) or not of_torch:
-            raise
-        raise Ranks.now.lost(error) from error
-
-
-def agree(about: Mapping[str, Any]) -> None:
-    """Compare something, by name, over all processes that a launcher has started.
-
-    Raises:
-        ConfigError: names the first that differs, and two hosts where it does.
-    """
-    if Ranks.now is not None and Ranks.now.hosts:
-        Ranks.now.agree(about)
-
-
-def agree_on_settings(cfg: DictConfig) -> None:
-    """Compare the settings, but for those that each host may have its own of."""
-    here: Any = OmegaConf.to_container(
-        OmegaConf.merge(cfg, {"output_dir": "OUTPUT_DIR", "ckpt_path": None}), resolve=True
-    )
-    agree({key: v for key, v in flat(without_secrets(here)).items() if not _is_own(key, v)})
-
-
-def _is_own(key: str, value: Any) -> bool:
-    reads = key.startswith("data.") and when(key) == ALWAYS and key != "data.eval_batch_size"
-    return reads or key == "traceback" or isinstance(value, dict)
-
-
-def _versions() -> dict[str, str]:
-    code, root = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(root.rglob("*.py")):
-        code.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    found = {f"version of {name}": version(name) for name in PACKAGES}
-    found["version of python"] = platform.python_version()
-    return {**found, "code of sam_lightning": code.hexdigest()[:12]}
-
-
-def _unreachable() -> str:
-    """Where gloo would listen, if no other host can reach that, or nothing."""
-    host, chosen = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME")
-    if chosen:
+    address = socket.gethostname()
+    if chosen := os.environ.get(GLOO):
         there = [name for _, name in socket.if_nameindex()]
         if missing := [name for name in chosen.split(",") if name not in there]:
             raise ConfigError(
-                f"GLOO_SOCKET_IFNAME={chosen}: there is no {missing[0]} on {host}, but "
-                f"{', '.join(there)}"
+                f"{GLOO}={chosen}: there is no {missing[0]} on {address}, but {', '.join(there)}"
             )
-        return ""
-    try:
-        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return "no address"
-    return address if ip_address(address.partition("%")[0]).is_loopback else ""
+        try:
+            address = _address_of(chosen.partition(",")[0])
+        except OSError:  # as of an interface with IPv6 alone
+            yield None
+            return
+    with _served(address) as listener:
+        yield listener
 
 
-def _first_line(error: BaseException) -> str:
-    return clean(str(error).partition("\n")[0])
+def _served(address: str) -> socket.socket:
+    with suppress(OSError):
+        for family, _, _, _, place in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
+            with suppress(OSError):
+                return socket.create_server(place[:2], family=family)
+    return socket.create_server(("127.0.0.1", 0))  # which gloo turns to by itself
 
 
-def tell(error: BaseException) -> None:
-    """Let the other processes that torchrun has started know why this one does not come."""
-    if Ranks.begun:  # they know
-        return
-    with suppress(ConfigError, RuntimeError):
-        ranks = Ranks(OmegaConf.create({"timeout": PATIENCE}))
-        ranks.tell(error)
-        end = time.monotonic() + PATIENCE
-        # The store may end with this process.
-        while ranks.store.add("ended", 0) < ranks.size and time.monotonic() < end:
-            time.sleep(0.1)
+def _address_of(interface: str) -> str:
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        return socket.inet_ntoa(fcntl.ioctl(any_socket, SIOCGIFADDR, request)[20:24])

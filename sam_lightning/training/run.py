@@ -5,6 +5,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from sam_lightning.config.cluster import launched
+from sam_lightning.config.cluster import is_first, launched, node_rank, number
 from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.instantiate import errors_of
 from sam_lightning.data.datamodule import ImageDataModule
@@ -31,8 +32,14 @@ from sam_lightning.runs.secrets import hide_secrets_of, without_secrets
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
 from sam_lightning.training.callbacks.last_checkpoint import LastCheckpoint, StopSignal
 from sam_lightning.training.callbacks.progress import MetricsCSV, Throughput
+from sam_lightning.training.connected import (
+    agree,
+    connected,
+    is_lost,
+    named_lost,
+    shared_settings,
+)
 from sam_lightning.training.launch import launch, local_processes
-from sam_lightning.training.ranks import agree, agree_on_settings, connected, named_lost
 from sam_lightning.training.watched import check_watched
 from sam_lightning.training.weights import prepare_as_weights
 
@@ -42,7 +49,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> dict[str, float]:
     """Fit, test and record one run; write ``metrics.json`` however that ends.
 
-    Without a launcher (torchrun, SLURM) it starts a process for each device.
+    Without a launcher (torchrun, SLURM) it starts a process for each device of this host.
 
     Args:
         cfg: a configuration as composed from ``conf/train.yaml``.
@@ -64,16 +71,23 @@ def train(cfg: DictConfig) -> dict[str, float]:
     _quieten()
     found = launched()  # torchrun or SLURM has started this process as one of several
     together = nullcontext() if found is None else connected(cfg.trainer)
-    # Rank 0 alone has a folder.
-    folder = owned(Path(cfg.output_dir)) if found is None or found.rank == 0 else nullcontext()
+    folder = owned(Path(cfg.output_dir)) if is_first() else nullcontext()
     with together, folder, _threads(cfg.threads):
-        resume(cfg)
-        agree_on_settings(cfg)
-        prepare_as_weights(cfg)
+        if node_rank() is not None:
+            # The processes that this one starts prepare the run, as they know of the other hosts.
+            # They cannot tell a path in the run's folder from others: theirs are resolved.
+            return launch(cfg, processes, partial(_train_rank, shared_settings(cfg)))
+        _prepare(cfg, shared_settings(cfg))
         if world_size > 1 and found is None:
             prepare_data(cfg)  # only in this process, so that no other waits
-            return launch(cfg, processes, _train_rank)
+            return launch(cfg, processes, partial(_train_rank, None))
         return _train(cfg)
+
+
+def _prepare(cfg: DictConfig, settings: dict[str, Any]) -> None:
+    resume(cfg)
+    agree(settings)
+    prepare_as_weights(cfg)
 
 
 @contextmanager
@@ -87,11 +101,18 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train_rank(cfg: DictConfig) -> dict[str, float]:
-    """One process of a run that another one has started."""
+def _train_rank(settings: dict[str, Any] | None, cfg: DictConfig) -> dict[str, float]:
+    """One process of a run that another one has started.
+
+    Args:
+        settings: what all hosts must share; None: the process that started this one has prepared
+            the run.
+    """
     _quieten()
     hide_secrets_of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    with joined(Path(cfg.output_dir)):
+    with joined(Path(cfg.output_dir)) if number("GROUP_RANK", 0) == 0 else nullcontext():
+        if settings is not None:
+            _prepare(cfg, settings)
         return _train(cfg)
 
 
@@ -225,7 +246,7 @@ def _restoring(path: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ConfigError) or path is None:
+        if isinstance(error, ConfigError) or path is None or is_lost(error):
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"ckpt_path={path}: cannot be continued ({reason})") from error

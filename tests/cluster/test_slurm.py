@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def script(*command, header=""):
     return f"#!/bin/bash\n#SBATCH --output=said.txt --open-mode=append {header}\n{words}\n"
 
 
+def kill(*variables):
+    """End what has these variables in its environment, as by a node that dies."""
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if {*variables} <= {*file.read_bytes().decode(errors="replace").split("\0")}:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
 def assert_unbroken(broken, whole, parts):
     found = summary(broken)
     assert found["status"] == "completed"
@@ -94,29 +103,82 @@ def test_srun_as_the_docs_have_it(slurm, here, command):
 
 
 def test_srun_without_a_script(slurm, here):
-    """Also by tasks alone, where SLURM is asked to say how many are on a node."""
-    for tasks in (["--ntasks-per-node=2"], ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]):
-        folder = here / f"run{len(tasks)}"
-        given = [*SMALL, "trainer=ddp_cpu", f"hydra.run.dir={folder}"]
-        slurm("srun", *tasks, "python", "train.py", *given, cwd=here)
+    """Also from a shell of salloc, by the number of tasks alone, on two nodes."""
     train(slurm, here, *SMALL, "trainer=ddp_cpu", f"hydra.run.dir={here / 'own'}")
-    for folder in (here / "run1", here / "run3"):
-        assert_unbroken(folder, here / "own", 1)
+    for number, start in enumerate(
+        (
+            "srun --ntasks-per-node=2",
+            "srun --ntasks=2 --label",
+            "srun --nodes=2 --ntasks-per-node=1",
+            "salloc --ntasks-per-node=4 srun --ntasks=2",  # whose tasks have the name of a shell
+        )
+    ):
+        folder = here / str(number)
+        given = [*SMALL, "trainer=ddp_cpu", f"hydra.run.dir={folder}"]
+        slurm(*start.split(), "python", "train.py", *given, cwd=here)
+        found = differences(folder, here / "own")
+        assert [d for d in found if ".trainer." not in d] == [], start
+        assert summary(folder)["devices"] == 2
 
 
 def test_a_wrong_number_of_tasks_or_value_is_said_once(slurm, here):
     before = {*here.iterdir()}
     for tasks, wrong, said in [
-        ("--ntasks=3", "rho=0.1", "SLURM: give --nodes and --ntasks-per-node, not --ntasks=3"),
         ("--ntasks-per-node=3", "trainer.devices=2", "trainer.devices=2, trainer.num_nodes=1: SLU"),
+        ("--ntasks=2", "trainer.num_nodes=2", "trainer.devices=2, trainer.num_nodes=2: SLURM has"),
+        ("--ntasks=2", "batch_size=49", "batch_size=49: is over all devices together, and must"),
         ("--ntasks-per-node=3", "rho=-1", "rho=-1: allowed is a number >= 0"),
+        # The first task of each machine says it.
+        ("--nodes=2 --ntasks=3", "rho=0.1", "SLURM_STEP_TASKS_PER_NODE=2,1: must be as many on"),
     ]:
-        done = slurm.run("srun", tasks, "python", "train.py", *SMALL, wrong, cwd=here)
+        start = ["srun", *tasks.split(), "python", "train.py"]
+        done = slurm.run(*start, *SMALL, wrong, cwd=here)
         errors = [x for x in done.stderr.splitlines() if not x.startswith(("srun: ", "slurmst"))]
-        assert len(errors) == 1, done.stderr
+        assert errors == errors[:1] * (2 if "--nodes=2" in tasks else 1), done.stderr
         assert errors[0].startswith(f"error: {said}")
         assert (done.returncode, done.stdout) == (2, "")
     assert {*here.iterdir()} == before
+
+
+def test_a_script_that_forgets_srun(slurm, here):
+    """Its process has SLURM's variables as the first of two tasks has, and would wait for one."""
+    said = "error: SLURM_NTASKS=2: the script of sbatch started this process itself"
+    for options, state in [("--ntasks=2", "FAILED"), ("--ntasks=1", "COMPLETED")]:
+        (here / "job.sh").write_text(script("python", "train.py", "trainer=ddp_cpu", *SMALL))
+        before = {*here.rglob("*")}
+        job = slurm.submit(here, options, "job.sh")
+        assert slurm.wait_for(job) == state
+        if state == "FAILED":
+            assert (here / "said.txt").read_text().startswith(said)
+            assert {*here.rglob("*")} - before == {here / "said.txt"}
+    (run,) = (file.parent for file in here.glob("logs/**/metrics.json"))
+    assert (summary(run)["status"], summary(run)["devices"]) == ("completed", 2)
+
+
+def test_a_shell_with_a_terminal(slurm, here):
+    """A run that is started from it is alone, unless ``srun`` starts it there."""
+    for inner, devices in [("", 1), ("srun --overlap", 2)]:
+        folder = here / f"run{devices}"
+        given = " ".join([*SMALL, "trainer=cpu", f"hydra.run.dir={folder}"])
+        if inner:
+            given += f" trainer.devices={devices}"
+        # Only the first of two tasks has the terminal, so the other shell ends at once.
+        line = (
+            f"srun --ntasks-per-node=2 --pty bash -c 'test -t 0 && {inner} python train.py {given}'"
+        )
+        slurm.run("script", "--quiet", "--command", line, os.devnull, cwd=here)
+        assert (summary(folder)["status"], summary(folder)["devices"]) == ("completed", devices)
+
+
+def test_a_task_that_cannot_start_says_why_by_the_first(slurm, here):
+    """Another line for each task, as by its own processors: a GPU for the second, where is none."""
+    own = "trainer.accelerator=$([ $SLURM_PROCID = 1 ] && echo gpu || echo cpu)"
+    shell = " ".join(["python train.py", *SMALL, own])
+    done = slurm.run("srun", "--ntasks=2", "bash", "-c", shell, cwd=here)
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    (error,) = errors
+    assert re.match(r"error: rank 1 on \S+: trainer.accelerator=gpu: there is no CUDA GPU", error)
+    assert done.returncode == 2
 
 
 def test_the_script_for_a_row_as_it_stands(slurm, here):
@@ -149,6 +211,7 @@ TASKS = {
     "two tasks": ("--ntasks-per-node=2", "trainer=ddp_cpu"),
     "a task that starts two processes": ("--ntasks-per-node=1", "trainer=ddp_cpu"),
     "one": ("--ntasks-per-node=1", "trainer=cpu"),
+    "scontrol requeue": ("--ntasks=2", "trainer=ddp_cpu"),  # as when another job goes first
 }
 
 
@@ -161,12 +224,41 @@ def test_sigusr1_queues_a_job_again(slurm, here, kind):
     (here / "job.sh").write_text(script(*command, header=f"{tasks} --requeue"))
     job = slurm.submit(here, "job.sh")
     slurm.wait((folder / "checkpoints" / "previous.ckpt").is_file, 120)
-    slurm("scancel", "--signal=USR1", job)
+    by_slurm = kind == "scontrol requeue"
+    slurm(*(kind.split() if by_slurm else ["scancel", "--signal=USR1"]), job)
     slurm.wait(lambda: slurm.state(job, "Restarts") == "1", 60)
-    assert summary(folder)["exit_reason"] == "Interrupted: stopped by SIGUSR1"
+    slurm.wait((folder / "metrics.json").is_file, 60)  # written as it ends
+    stopped = "SIGTERM" if by_slurm else "SIGUSR1"
+    assert summary(folder)["exit_reason"] == f"Interrupted: stopped by {stopped}"
     train(slurm, here, *given, f"hydra.run.dir={here / 'whole'}")
     assert slurm.wait_for(job) == "COMPLETED", (here / "said.txt").read_text()
     assert_unbroken(folder, here / "whole", 2)
+
+
+def test_a_job_that_may_not_be_queued_again_says_so(slurm, here):
+    command = ["srun", "python", "train.py", *LONG, "trainer=cpu", "hydra.run.dir=run"]
+    (here / "job.sh").write_text(script(*command, header="--no-requeue"))
+    job = slurm.submit(here, "job.sh")
+    slurm.wait((here / "run" / "checkpoints" / "last.ckpt").is_file, 120)
+    slurm("scancel", "--signal=USR1", job)
+    assert slurm.wait_for(job) == "FAILED"
+    refused = f"Requested operation is presently disabled for job {job}"
+    said = f"scontrol requeue {job}: {refused}; nothing starts the job again\n"
+    assert (here / "said.txt").read_text().count(said) == 1
+    assert summary(here / "run")["status"] == "interrupted"
+
+
+def test_a_task_that_is_killed_ends_the_other(slurm, here):
+    command = ["srun", "python", "train.py", *LONG, "trainer=ddp_cpu", "hydra.run.dir=run"]
+    (here / "job.sh").write_text(script(*command, header="--nodes=2 --ntasks-per-node=1"))
+    job = slurm.submit(here, "job.sh")
+    slurm.wait((here / "run" / "checkpoints" / "last.ckpt").is_file, 120)
+    kill(f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", "SLURM_PROCID=1")
+    assert slurm.wait_for(job, 60) == "FAILED"
+    (error,) = re.findall(r"^error: (.*)", (here / "said.txt").read_text(), re.M)
+    assert re.fullmatch(r"rank 1 on \S+ has ended, or is cut off", error)
+    found = summary(here / "run")
+    assert (found["status"], found["exit_reason"]) == ("failed", f"TrainingError: {error}")
 
 
 def test_at_the_time_limit_the_jobs_of_an_array_go_on_later(slurm, here, monkeypatch):
@@ -206,6 +298,8 @@ def study(slurm, cwd, *arguments, **environment):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background jobs ignore SIGINT, and so would what the tests start from one.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -252,11 +346,7 @@ def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
     runs = here / "logs" / "studies" / "st"
     slurm.wait((runs / "sam,seed=0" / "checkpoints" / "last.ckpt").is_file, 240)
     (job,) = {*slurm("squeue", "--noheader", "--format=%F").split()}
-    task = {f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1"}
-    for file in Path("/proc").glob("[0-9]*/environ"):  # as by a node that dies
-        with suppress(OSError):
-            if task <= {*file.read_bytes().decode(errors="replace").split("\0")}:
-                os.kill(int(file.parent.name), signal.SIGKILL)
+    kill(f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert f"sam,seed=0: failed: job {job}_1 was killed; see {runs.parent}/.submitit/st/" in out

@@ -506,7 +506,11 @@ HEAVY = [
     ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: PyTorch has it for GPUs only;"),
     ("trainer.devices=[0]", "trainer.devices=[0]: indices are for GPUs; give a number"),
     ("trainer.devices=3", "batch_size=128: ", "must be a multiple of their number, 3"),
-    ("trainer.num_nodes=2", "trainer.num_nodes=2: start every node's processes with torchrun"),
+    (
+        "trainer.num_nodes=2",
+        "trainer.num_nodes=2: NODE_RANK is not set on ",
+        "; give each host one",
+    ),
     # the data
     ("data.val_size=1438", "data.val_size=1438: must come to 1..1437 of the 1438 training"),
     ("augment.crop.padding=33", "augment.crop.padding=33: must be <= 32 for images of 32 x 32 pi"),

@@ -48,8 +48,14 @@ def loading(data, split="train"):
         (64, {}, 16),
         (64, {"LOCAL_WORLD_SIZE": "8"}, 7),
         # SLURM gives each of its tasks processors of its own, or says how many are meant for it.
-        (6, {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}, 5),
-        (96, {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}, 5),
+        (6, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "6"}, 5),
+        (96, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "6"}, 5),
+        # A task that has started two processes.
+        (
+            96,
+            {"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6", "TORCHELASTIC_RUN_ID": "a"},
+            2,
+        ),
     ],
 )
 def test_random_crops_get_a_share_of_the_processors(

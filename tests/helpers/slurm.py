@@ -1,4 +1,4 @@
-"""A real SLURM of one node in a folder: as root, without systemd, apart from any other here."""
+"""A real SLURM of two nodes in a folder: as root, without systemd, apart from any other here."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from runs import wait_for_end
@@ -18,19 +19,18 @@ CPUS = 18  # as configured; the script of docs/results.md asks for nine a run
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A job that is queued again begins after cred_expire seconds, two minutes by default.
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -41,9 +41,12 @@ GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=1000 Gres=gpu:2
+{nodes}
 PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 """
+
+NODE = f"NodeName={{}} NodeHostname={socket.gethostname().partition('.')[0]} NodeAddr=127.0.0.1 "
+NODE += f"Port={{}} CPUs={CPUS} RealMemory=1000 Gres=gpu:2"
 
 
 def missing() -> str:
@@ -61,14 +64,17 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.chmod(0o755)
-        for name in ("state", "spool"):
-            (folder / name).mkdir()
-        with socket.socket() as one, socket.socket() as other:
-            for each in (one, other):
-                each.bind(("127.0.0.1", 0))
-            ports = [one.getsockname()[1], other.getsockname()[1]]
         host = socket.gethostname().partition(".")[0]
-        parts = {"host": host, "ports": ports, "folder": folder, "cpus": CPUS}
+        self.nodes = (host, "localhost")  # two names of this machine
+        for name in ("state", *(f"spool.{node}" for node in self.nodes)):
+            (folder / name).mkdir()
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            ports = [each.getsockname()[1] for each in sockets]
+        nodes = "\n".join(map(NODE.format, self.nodes, ports[1:]))
+        parts = {"host": host, "port": ports[0], "folder": folder, "nodes": nodes}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**parts))
         (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")
         (folder / "key").write_bytes(os.urandom(1024))
@@ -87,8 +93,11 @@ class Slurm:
         names |= {"pid-file": "munged.pid", "log-file": "munged.log"}
         self("munged", "--force", *(f"--{k}={folder / v}" for k, v in names.items()))
         self("slurmctld")
-        self("slurmd")
-        self.wait(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), 60)
+        for node in self.nodes:
+            self("slurmd", "-N", node)
+        self.wait(
+            lambda: self("sinfo", "--noheader", "--format=%t %D").split() == ["idle", "2"], 60
+        )
 
     def __call__(self, *command: str, cwd: Path | None = None) -> str:
         """What a command prints, which has to end well."""
@@ -126,15 +135,15 @@ class Slurm:
             time.sleep(0.5)
 
     def said(self) -> str:
-        logs = [self.folder / f"{name}.log" for name in ("slurmctld", "slurmd")]
-        return "\n".join(log.read_text()[-3000:] for log in logs if log.is_file())
+        return "\n".join(log.read_text()[-3000:] for log in self.folder.glob("slurm*.log"))
 
     def end(self) -> None:
         """End all jobs, and the daemons by their numbers."""
         self.run("scancel", "--signal=KILL", "--user=root")
         self.run("scancel", "--user=root")
-        for name in ("slurmd", "slurmctld", "munged"):
-            if (file := self.folder / f"{name}.pid").is_file():
+        names = [*(f"slurmd.{node}" for node in self.nodes), "slurmctld", "munged"]
+        for file in (self.folder / f"{name}.pid" for name in names):
+            if file.is_file():
                 pid = int(file.read_text())
                 os.kill(pid, signal.SIGTERM)
                 wait_for_end([pid])

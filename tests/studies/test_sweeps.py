@@ -373,6 +373,16 @@ def test_a_job_whose_process_is_killed(tmp_path, launcher):
 
 
 @pytest.mark.long
+def test_a_job_of_submitit_that_is_killed_takes_no_other_down(tmp_path):
+    done = side_by_side(tmp_path, "submitit", "rho=0.5,0.1")
+    assert done.returncode == 1
+    last = "the process ended and left no metrics.json (job 0; 1 of 2 jobs failed)"
+    assert done.stderr.splitlines()[-1] == f"error: {last}"
+    found = [job["status"] for job in table(only_sweep(tmp_path / "cwd"))]
+    assert found == ["no result", "completed"]
+
+
+@pytest.mark.long
 def test_processes_and_loaders_in_the_workers_of_joblib(tmp_path):
     loading = ["data.num_workers=1", "augment=trivialaugment"]
     done = side_by_side(tmp_path, "joblib", "rho=0.1", "trainer.devices=2", *loading)

@@ -34,6 +34,9 @@ RUNS = {
     # frozen statistics both passes are the same
 }
 
+OTHER_METHODS = [f"method={name}" for name in ("asam", "linf", "gsam", "friendly_sam", "sam_on")]
+OTHER_METHODS += ["method=esam", "trainer.precision=bf16-mixed"]
+
 
 def compiling_with(monkeypatch, backend):
     """Let runs compile with a backend that counts graphs, whatever they ask for."""
@@ -55,7 +58,9 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", RUNS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, marks=pytest.mark.long if o in OTHER_METHODS else []) for o in RUNS]
+)
 def test_each_kind_of_pass_is_compiled_once(options, tmp_path, monkeypatch):
     counter = compiling_with(monkeypatch, "eager")
     run(tmp_path / "compiled", *ODD, *options.split(), "compile=true")

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,14 +30,15 @@ from runs import (
 from sam_lightning.cli import as_launched
 from sam_lightning.config.cluster import Launched, launched
 from sam_lightning.config.errors import ConfigError
+from sam_lightning.training.connected import connected
 from sam_lightning.training.launch import local_processes
-from sam_lightning.training.ranks import connected
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 RANKS = [
     {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"
 ]
-SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_NTASKS_PER_NODE": "3"}
+SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_STEP_ID": "0"}
+SLURM |= {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "3(x2)"}
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}, None),
         ({"WORLD_SIZE": "1"}, None),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),  # a shell on a node
+        ({"SLURM_NTASKS": "6", "SLURM_JOB_NAME": "interactive"}, None),  # a shell of salloc
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
     ],
 )
 def test_who_has_started_this_process(environment, variables, found):
@@ -71,9 +74,16 @@ def test_who_has_started_this_process(environment, variables, found):
     assert launched() == found
 
 
-def test_slurm_has_to_say_where_its_tasks_are(environment):
-    environment({"SLURM_NTASKS": "6", "SLURM_PROCID": "4"})
-    with pytest.raises(ConfigError, match="give --nodes and --ntasks-per-node, not --ntasks=6"):
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}, "=3(x2),1: must be as many on every node"),
+        ({"SLURM_STEP_ID": None}, "SLURM_NTASKS=6: the script of sbatch started this process its"),
+    ],
+)
+def test_tasks_of_slurm_that_are_no_run(environment, changed, said):
+    environment({k: v for k, v in (SLURM | changed).items() if v})
+    with pytest.raises(ConfigError, match=re.escape(said)):
         launched()
 
 
@@ -83,8 +93,12 @@ def test_slurm_has_to_say_where_its_tasks_are(environment):
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2: there is no LOCAL_RANK; start the proc"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE=2: there is no RANK; start the proc"),
         ({"RANK": "1", "LOCAL_RANK": "0"}, "RANK=1: there is no WORLD_SIZE; .* or unset RANK"),
-        ({"NODE_RANK": "1"}, "NODE_RANK=1: there is no WORLD_SIZE"),
         ({"GROUP_RANK": "1"}, "GROUP_RANK=1: there is no WORLD_SIZE"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_PROCID": "0"},
+            "OMPI_COMM_WORLD_SIZE=2: each process",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: each process would train alone; "),
         ({**TORCHRUN, "RANK": "8"}, r"RANK=8: must be from 0 to 7 \(WORLD_SIZE - 1\)"),
     ],
 )
@@ -121,7 +135,35 @@ def test_strategies_without_whole_weights_are_refused(environment, name):
 
 
 def test_strategies_with_whole_weights(environment):
-    assert local_processes(trainer(strategy="ddp")) == local_processes(trainer(strategy="auto"))
+    one = {"num_nodes": 1}
+    assert local_processes(trainer(**one, strategy="ddp")) == 4
+    assert local_processes(trainer(**one, strategy="auto")) == 4
+
+
+@pytest.mark.parametrize(
+    ("variables", "nodes", "message"),
+    [
+        ({}, 2, "trainer.num_nodes=2: NODE_RANK is not set on .*; give each host one from 0 to 1"),
+        ({"NODE_RANK": ""}, 2, "NODE_RANK is not set on "),
+        ({"NODE_RANK": "2"}, 2, r"NODE_RANK=2: must be from 0 to 1 \(trainer.num_nodes - 1\)"),
+        ({"NODE_RANK": "1"}, 1, r"NODE_RANK=1: must be from 0 to 0 \(trainer.num_nodes - 1\)"),
+        ({"NODE_RANK": "x"}, 2, "NODE_RANK=x: must be a whole number"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+            2,
+            "trainer.num_nodes=2: torchrun has started one process",
+        ),
+    ],
+)
+def test_a_host_without_its_number_is_refused(environment, variables, nodes, message):
+    environment(variables)
+    with pytest.raises(ConfigError, match=message):
+        local_processes(trainer(num_nodes=nodes))
+
+
+def test_a_host_may_have_a_number(environment):
+    environment({"NODE_RANK": "1"})
+    assert (local_processes(trainer()), launched()) == (4, None)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +302,9 @@ def test_what_rank_0_logs_is_in_the_log_of_the_run(tmp_path):
 @pytest.mark.long
 def test_two_nodes_of_slurm_are_one_run(tmp_path):
     port = free_port()
-    job = {"SLURM_JOB_ID": "71234", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
-    job |= {"SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
+    job = {"SLURM_JOB_ID": "71234", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    job |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "127.0.0.1"}
+    job |= {"MASTER_PORT": str(port)}
     tasks = [
         job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"}
         for rank in range(2)
@@ -434,19 +477,17 @@ def test_the_folder_in_which_ranks_meet_is_private_and_ends_with_the_run(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("devices", "variable", "device"),
-    [(4, "LOCAL_RANK", 1), ("auto", "SLURM_LOCALID", 1), ([2, 5], "LOCAL_RANK", 5)],
+    ("devices", "device"),
+    [(4, 1), ("auto", 1), ([2, 5], 5)],
 )
-def test_each_process_of_nccl_has_a_gpu_of_its_own(
-    monkeypatch, tmp_path, devices, variable, device
-):
+def test_each_process_of_nccl_has_a_gpu_of_its_own(monkeypatch, tmp_path, devices, device):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(variable, "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     store = dist.FileStore(str(tmp_path / "store"), 2)
     with connected(OmegaConf.create({"accelerator": "auto", "devices": devices}), store):
         pass

@@ -1,5 +1,7 @@
 """Two hosts that train one run: network namespaces, joined by cables that can be pulled."""
 
+import os
+import re
 import shutil
 import sys
 import time
@@ -45,6 +47,16 @@ def torchrun(hosts, *both, each=((), ()), env=({}, {}), train=(TRAIN, TRAIN)):
     line = [sys.executable, "-m", "torch.distributed.run", *meet]
     return [
         host.start(*line, f"--node_rank={i}", str(train[i]), *RUN, *both, *each[i], env=env[i])
+        for i, host in enumerate(hosts)
+    ]
+
+
+def each_its_own(hosts, *both, each=((), ()), env=({}, {}), before=((), ())):
+    """Start a run on both hosts without a launcher."""
+    meet = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+    line = [sys.executable, str(TRAIN), *RUN, "trainer.num_nodes=2", "trainer.devices=1"]
+    return [
+        host.start(*before[i], *line, *both, *each[i], env={**meet, "NODE_RANK": str(i), **env[i]})
         for i, host in enumerate(hosts)
     ]
 
@@ -96,13 +108,32 @@ def one_host(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fixture", ["hosts", "apart"])
-def test_two_hosts_train_as_one_does(request, fixture, one_host):
+@pytest.mark.parametrize("start", [torchrun, each_its_own])
+def test_two_hosts_train_as_one_does(request, start, fixture, one_host):
     hosts = request.getfixturevalue(fixture)
-    assert ends(torchrun(hosts, EPOCHS)) == ([0, 0], ["", ""])
+    assert ends(start(hosts, EPOCHS)) == ([0, 0], ["", ""])
     same(hosts[0].folder / "run", one_host)
-    assert (summary(hosts[0].folder / "run")["devices"]) == 2
+    found = summary(hosts[0].folder / "run")
+    assert (found["devices"], found["host"]) == (2, "alpha, beta")
     if fixture == "apart":  # rank 0 alone writes
         assert not (hosts[1].folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "starts", ["MASTER_ADDR=HOST MASTER_PORT=29500 NODE_RANK=0", "torchrun --nn"]
+)
+def test_the_lines_of_the_docs(hosts, one_host, starts):
+    (line,) = re.findall(f"`({starts}[^`]*)`", (TRAIN.parent / "docs" / "commands.md").read_text())
+    line = line.replace("HOST", "alpha").replace("=4", "=1").replace("train.py", str(TRAIN))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    commands = [
+        host.start("sh", "-c", f"{numbered} {' '.join(RUN)} {EPOCHS}", env={"PATH": path})
+        for host, numbered in zip(
+            hosts, [line, re.sub("(NODE_RANK|--node_rank)=0", r"\1=1", line)], strict=True
+        )
+    ]
+    assert ends(commands) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
 
 
 def test_a_host_that_comes_late_is_waited_for(hosts, one_host):
@@ -116,17 +147,32 @@ def test_a_host_that_comes_late_is_waited_for(hosts, one_host):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_host_that_is_killed_ends_the_other_which_continues(hosts, one_host, lost):
-    commands = torchrun(hosts, EPOCHS)
+@pytest.mark.parametrize("start", [torchrun, each_its_own])
+def test_a_host_that_is_killed_ends_the_other_which_continues(hosts, one_host, start, lost):
+    commands = start(hosts, EPOCHS)
     trains(commands[0])
     hosts[lost].kill()
     left = commands[1 - lost]
     (code,), (said,) = ends([left], within=TIMEOUT + 60)
-    assert (code, said) == (1, f"rank {lost} on {hosts[lost].name} has ended, or is cut off")
+    how = f"rank {lost} on {hosts[lost].name} has ended, or is cut off"
+    assert code == 1
+    assert said.removeprefix(f"rank {1 - lost} of 2 failed: TrainingError: ") == how
     if lost == 1:
         found = summary(hosts[0].folder / "run")
-        assert (found["status"], found["exit_reason"]) == ("failed", f"TrainingError: {said}")
-    assert ends(torchrun(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
+        assert found["status"] == "failed"
+        assert found["exit_reason"].endswith(f"TrainingError: {how}")
+    assert ends(start(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_host_that_is_told_to_stop_stops_both_which_continue(hosts, one_host, told):
+    commands = each_its_own(hosts, EPOCHS)
+    trains(commands[0])
+    commands[told].process.terminate()
+    assert ends(commands, within=60) == ([143, 143], ["", ""])
+    assert summary(hosts[0].folder / "run")["status"] == "interrupted"
+    assert ends(each_its_own(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
     same(hosts[0].folder / "run", one_host)
 
 
@@ -140,14 +186,65 @@ def test_a_cable_that_is_pulled_for_seconds_does_not_matter(hosts, one_host):
     same(hosts[0].folder / "run", one_host)
 
 
-def test_a_cable_that_is_pulled_for_good_ends_both(hosts):
-    commands = torchrun(hosts, LONG)
+@pytest.mark.parametrize("start", [torchrun, each_its_own])
+def test_a_cable_that_is_pulled_for_good_ends_both(hosts, start):
+    commands = start(hosts, LONG)
     trains(commands[0])
     hosts[1].plug("down")
     codes, said = ends(commands, within=TIMEOUT + 90)
     how = f"has not answered within trainer.timeout={TIMEOUT} s"
-    assert (codes, said) == ([1, 1], [f"rank 1 on beta {how}", f"rank 0 on alpha {how}"])
+    assert codes == [1, 1]
+    assert said[0].endswith(f"rank 1 on beta {how}")
+    assert said[1].endswith(f"rank 0 on alpha {how}")
     assert summary(hosts[0].folder / "run")["status"] == "failed"
+
+
+MEETS = """
+import os, time
+from omegaconf import OmegaConf
+from sam_lightning.training.connected import agree, connected
+with connected(OmegaConf.create({"accelerator": "cpu", "timeout": 20})):
+    print("epoch 2/", flush=True)
+    if os.environ["RANK"] == "0":
+        time.sleep(40)
+    agree({"lr": 0.1})
+    agree({"rho": 0.1})
+"""
+
+
+def test_a_cable_that_is_pulled_while_one_waits_for_the_other_ends_both(hosts):
+    """As rank 0 reads data for a while. Of itself TCP gives up after a quarter of an hour."""
+    (hosts[0].folder / "meets.py").write_text(MEETS)
+    commands = processes(hosts, script="meets.py")
+    trains(commands[1])
+    hosts[1].plug("down")
+    text = [command.end(120)[1] for command in commands]
+    assert "rank 1 on beta of 2 did not come to alpha within trainer.timeout=20 s" in text[0]
+    assert "rank 0 on alpha has not answered within trainer.timeout=20 s" in text[1]
+
+
+C10D = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=7"]
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs the command faketime")
+@pytest.mark.parametrize("shift", ["-60s", "+60s"])
+def test_no_host_trains_alone_as_clocks_differ(hosts, shift):
+    line = [sys.executable, "-m", "torch.distributed.run", *C10D]
+    line += [f"--rdzv_endpoint={hosts[0].address}:29400", str(TRAIN), *RUN]
+    first, second = hosts[0].start(*line), hosts[1].start("faketime", "-f", shift, *line)
+    codes, said = ends([first, second], within=120)
+    assert codes == [1, 1]
+    # The one whose clock is behind is dropped before it starts a process.
+    ahead = 0 if shift == "-60s" else 1
+    assert said[ahead].startswith("--nnodes=2: torchrun goes on with 1; with --rdzv_backend=c10d")
+    assert "epoch 1/" not in first.said() + second.said()
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs the command faketime")
+def test_without_torchrun_no_clock_matters(hosts, one_host):
+    started = each_its_own(hosts, EPOCHS, before=((), ("faketime", "-f", "-1d")))
+    assert ends(started) == ([0, 0], ["", ""])
+    same(hosts[0].folder / "run", one_host)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +303,7 @@ def test_another_version_of_the_code_is_refused(hosts, tmp_path):
 
 def test_a_name_that_leads_to_the_host_itself_is_said_with_the_variable_that_helps(tmp_path):
     with two_hosts(tmp_path / "debian", loop=True) as hosts:
-        refused(torchrun(hosts), "GLOO_SOCKET_IFNAME: is not set on alpha, whose own name leads to")
+        refused(torchrun(hosts), "GLOO_SOCKET_IFNAME: rank ", "at 127.0.1.1, where gloo would")
         env = {"GLOO_SOCKET_IFNAME": "eth0"}
         assert ends(torchrun(hosts, env=(env, env))) == ([0, 0], ["", ""])
 
@@ -216,14 +313,86 @@ def test_an_interface_that_one_host_does_not_have_is_named(hosts):
     refused(torchrun(hosts, env=env), "GLOO_SOCKET_IFNAME=eth9: there is no eth9 on beta")
 
 
-def processes(hosts, *arguments, without=(), **changed):
+@pytest.mark.parametrize("name", ["alpha", "localhost"])
+def test_hosts_of_one_name_that_do_not_reach_each_other_are_refused(hosts, name):
+    for host in hosts:
+        host.name = name
+    refused(each_its_own(hosts), f"on {name} at 127.0.0.1, where gloo would listen")
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"NODE_RANK": ""}, ["", "NODE_RANK is not set on beta; give each host one"]),
+        ({"NODE_RANK": "2"}, ["beta: ", "NODE_RANK=2: must be from 0 to 1 (trainer.num_nodes"]),
+        ({"NODE_RANK": "0"}, ["", ": another process is at work there (host "]),
+        (
+            {"MASTER_ADDR": ""},
+            ["rank 0 of 2 failed: TrainingError: rank 1 of 2 did not", "MASTER_"],
+        ),
+        (
+            {"MASTER_PORT": "29511"},
+            ["rank 1 of 2 did not come to alpha", "MASTER_PORT=29511: beta"],
+        ),
+    ],
+    ids=["none", "2", "twice", "address", "port"],
+)
+def test_what_two_hosts_need_is_named(hosts, env, said):
+    codes, found = ends(each_its_own(hosts, env=({}, env)))
+    assert 0 not in codes
+    assert all(part in text for part, text in zip(said, found, strict=True)), found
+    assert all(found)
+
+
+@pytest.mark.parametrize(
+    "each",
+    [
+        (["trainer.devices=2"], []),
+        ([], ["trainer.devices=2"]),
+        ([], ["trainer.num_nodes=3"]),
+    ],
+    ids=["first", "second", "nodes"],
+)
+def test_other_numbers_of_processes_are_refused(hosts, each):
+    found = each_its_own(hosts, "batch_size=48", each=each)
+    refused(found, "trainer.devices, trainer.num_nodes: make ", "they must be the same on all")
+
+
+def test_a_launcher_that_sets_half_on_one_host_ends_both(hosts):
+    env = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
+    line = [sys.executable, str(TRAIN), *RUN]
+    first = hosts[0].start(*line, env=env | {"RANK": "0", "LOCAL_RANK": "0"})
+    second = hosts[1].start(*line, env=env | {"RANK": "1"})
+    refused([first, second], "WORLD_SIZE=2: there is no LOCAL_RANK; ")
+
+
+def test_a_sweep_over_hosts_is_refused(hosts):
+    codes, said = ends(each_its_own(hosts, "-m", "rho=0.1,0.2"))
+    assert codes == [2, 2]
+    assert said == [f"NODE_RANK={i}: a sweep is started on one host; unset it" for i in (0, 1)]
+
+
+def test_another_program_at_the_port_is_named(hosts):
+    server = hosts[0].start(sys.executable, "-m", "http.server", "29500")
+    time.sleep(2)
+    codes, said = ends(each_its_own(hosts))
+    assert codes == [1, 1]
+    place = "MASTER_ADDR=10.77.0.1, MASTER_PORT=29500"
+    assert all(
+        f"{place}: {host.name} cannot meet" in x for host, x in zip(hosts, said, strict=True)
+    )
+    assert server.process.poll() is None
+
+
+def processes(hosts, *arguments, without=(), script=None, **changed):
     """Start the run's two processes with torchrun's variables, but for some."""
+    line = [script] if script else [str(TRAIN), *RUN]
     started = []
     for i, host in enumerate(hosts):
         env = {"WORLD_SIZE": "2", "RANK": str(i), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500", **changed}
         env = {name: value for name, value in env.items() if name not in without}
-        started.append(host.start(sys.executable, str(TRAIN), *RUN, *arguments, env=env))
+        started.append(host.start(sys.executable, *line, *arguments, env=env))
     return started
 
 
@@ -255,7 +424,7 @@ def test_a_host_that_does_not_come_is_named(hosts):
 
 def test_a_place_to_meet_that_nobody_keeps_is_named(hosts):
     started = processes(hosts, MASTER_ADDR="10.77.0.9")
-    refused(started, "MASTER_ADDR=10.77.0.9, MASTER_PORT=29500: rank", "cannot meet the others")
+    refused(started, "MASTER_ADDR=10.77.0.9, MASTER_PORT=29500: ", "cannot meet the others there")
 
 
 # ------------------------------------------------------------------------------- without one folder

@@ -1,0 +1,161 @@
+"""Processes that are connected: before Lightning comes, with errors that name who is lost."""
+
+import hashlib
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from sam_lightning.config.cluster import as_torchrun, number
+from sam_lightning.config.conf import flat
+from sam_lightning.config.errors import ConfigError, TrainingError
+from sam_lightning.runs.parts import ALWAYS, when
+from sam_lightning.runs.record import PACKAGES
+from sam_lightning.runs.secrets import without_secrets
+from sam_lightning.training.ranks import Ranks, post
+from sam_lightning.training.store import SAID_AFTER, is_ours, meeting_place, open_store
+
+# What gloo says, and the store before gloo is connected.
+LOST = re.compile("gloo/transport|Gloo connect|Timed out waiting|Wait timeout|Timeout waiting")
+PATIENCE = 60.0  # seconds that a rank which fails waits for those that are still starting
+
+
+@contextmanager
+def connected(trainer: DictConfig, store: dist.Store | None = None) -> Iterator[None]:
+    """Connect the processes in the block before Lightning does, because one prepares the data.
+
+    They wait for each other at most ``trainer.timeout`` seconds. On one machine, without a
+    launcher, they meet in ``store``; all others at MASTER_ADDR and MASTER_PORT. If one of them
+    fails, so do all, with an error that says which.
+
+    Raises:
+        ConfigError: of the launcher's variables; or versions differ between hosts.
+        TrainingError: names ranks that do not come, or do not answer.
+    """
+    if dist.is_initialized():  # by other code
+        yield
+        return
+    cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    Ranks.begun = True
+    ranks = Ranks.now = Ranks(trainer, store)
+    try:
+        with named_lost():
+            if store is None:
+                ranks.come(gloo=not cuda)
+                ranks.agree(_versions())
+            _init_process_group(trainer, ranks, cuda)
+            yield
+    except Exception as error:
+        ranks.tell(error)
+        if ranks.hosts_store:
+            time.sleep(1)  # so that the others can read it
+        raise
+    finally:
+        Ranks.now = None
+    # Otherwise gloo's threads may free a tensor while Python shuts down, which aborts a process
+    # that has done all its work (pytorch issue 190489). Not after an error: it could wait for a
+    # dead one.
+    dist.destroy_process_group()
+
+
+def _init_process_group(trainer: DictConfig, ranks: Ranks, cuda: bool) -> None:
+    if cuda:
+        # NCCL takes the current device, which is the first one in every process until Lightning
+        # sets it, later on.
+        local = number("LOCAL_RANK", 0)
+        devices = trainer.devices
+        torch.cuda.set_device(local if isinstance(devices, int | str) else devices[local])
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=ranks.store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timedelta(seconds=ranks.timeout),
+    )
+
+
+@contextmanager
+def named_lost() -> Iterator[None]:
+    """Replace an error of a connection by one that says which rank is lost, and on which host."""
+    try:
+        yield
+    except RuntimeError as error:
+        if Ranks.now is None or not is_lost(error):
+            raise
+        raise Ranks.now.lost(error) from error
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error is one of a connection."""
+    said = isinstance(error, RuntimeError) and LOST.search(str(error))
+    return bool(said or isinstance(error, dist.DistError)) and not isinstance(error, TrainingError)
+
+
+def agree(about: Mapping[str, Any]) -> None:
+    """Compare something, by name, over all processes that are started each by itself.
+
+    Raises:
+        ConfigError: names the first that differs, and two hosts where it does.
+    """
+    if Ranks.now is not None and Ranks.now.hosts:
+        Ranks.now.agree(about)
+
+
+def shared_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The settings, but for those that each host may have its own of."""
+    here: Any = OmegaConf.to_container(
+        OmegaConf.merge(cfg, {"output_dir": "OUTPUT_DIR", "ckpt_path": None}), resolve=True
+    )
+    return {key: v for key, v in flat(without_secrets(here)).items() if not _is_own(key, v)}
+
+
+def _is_own(key: str, value: Any) -> bool:
+    reads = key.startswith("data.") and when(key) == ALWAYS and key != "data.eval_batch_size"
+    return reads or key == "traceback" or isinstance(value, dict)
+
+
+def _versions() -> dict[str, str]:
+    code, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        code.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    found = {f"version of {name}": version(name) for name in PACKAGES}
+    found["version of python"] = platform.python_version()
+    return {**found, "code of sam_lightning": code.hexdigest()[:12]}
+
+
+def tell(error: BaseException, nodes: int) -> None:
+    """Let the other processes know why this one does not come, or those of its host.
+
+    Args:
+        nodes: how many hosts there are, where each starts its processes itself.
+    """
+    if Ranks.begun:  # they know
+        return
+    with suppress(ConfigError, TrainingError, RuntimeError):
+        as_torchrun()
+        rank, who, size = number("RANK", -1), socket.gethostname(), nodes
+        if rank >= 0:
+            who, size = f"rank {rank} on {who}", number("WORLD_SIZE", 1)
+        ours = is_ours(rank if rank >= 0 else number("NODE_RANK", -1))
+        store = open_store(meeting_place(), ours, PATIENCE)
+        post(store, who, error)
+        end, said = time.monotonic() + PATIENCE, False
+        # The store may end with this process, or with the agent of torchrun.
+        holds = ours or "TORCHELASTIC_RUN_ID" in os.environ
+        while holds and store.add("ended", 0) < size and time.monotonic() < end:
+            if not said and end - time.monotonic() < PATIENCE - SAID_AFTER / 4:
+                print(f"waiting to tell the others, at most {PATIENCE:g} s", file=sys.stderr)
+                said = True
+            time.sleep(0.1)
