@@ -181,6 +181,15 @@ def test_a_task_that_cannot_start_says_why_by_the_first(slurm, here):
     assert done.returncode == 2
 
 
+def test_what_only_the_first_task_sees_ends_all(slurm, here):
+    (here / "run" / ".hydra").mkdir(parents=True)
+    given = [*SMALL, "trainer=ddp_cpu", f"hydra.run.dir={here / 'run'}"]
+    done = slurm.run("timeout", "120", "srun", "--ntasks=2", "python", "train.py", *given, cwd=here)
+    assert done.returncode == 2, done.stderr
+    assert "error: hydra.run.dir=" in done.stderr
+    assert "has a run already" in done.stderr
+
+
 def test_the_script_for_a_row_as_it_stands(slurm, here):
     row, _ = re.findall(r"^```bash\n(.*?)^```", RESULTS, re.M | re.S)
     (here / "row.sh").write_text(row)
