@@ -25,11 +25,11 @@ from sam_lightning.runs.parts import ALWAYS, when
 from sam_lightning.runs.record import PACKAGES
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.ranks import Ranks, post
-from sam_lightning.training.store import SAID_AFTER, is_ours, meeting_place, open_store
+from sam_lightning.training.store import CONNECTS_WITHIN, is_ours, meeting_place, open_store
 
 # What gloo says, and the store before gloo is connected.
 LOST = re.compile("gloo/transport|Gloo connect|Timed out waiting|Wait timeout|Timeout waiting")
-PATIENCE = 60.0  # seconds that a rank which fails waits for those that are still starting
+PATIENCE = 60.0  # seconds; a rank that fails waits for ranks that still start
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def is_lost(error: Exception) -> bool:
 
 
 def agree(about: Mapping[str, Any]) -> None:
-    """Compare something, by name, over all processes that are started each by itself.
+    """Compare something, by name, over all processes that meet on a network.
 
     Raises:
         ConfigError: names the first that differs, and two hosts where it does.
@@ -114,7 +114,7 @@ def agree(about: Mapping[str, Any]) -> None:
 
 
 def shared_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings, but for those that each host may have its own of."""
+    """The settings that must be the same on all hosts."""
     here: Any = OmegaConf.to_container(
         OmegaConf.merge(cfg, {"output_dir": "OUTPUT_DIR", "ckpt_path": None}), resolve=True
     )
@@ -151,11 +151,14 @@ def tell(error: BaseException, nodes: int) -> None:
         ours = is_ours(rank if rank >= 0 else number("NODE_RANK", -1))
         store = open_store(meeting_place(), ours, PATIENCE)
         post(store, who, error)
-        end, said = time.monotonic() + PATIENCE, False
+        begun, said = time.monotonic(), False
         # The store may end with this process, or with the agent of torchrun.
         holds = ours or "TORCHELASTIC_RUN_ID" in os.environ
-        while holds and store.add("ended", 0) < size and time.monotonic() < end:
-            if not said and end - time.monotonic() < PATIENCE - SAID_AFTER / 4:
+        while holds and store.add("ended", 0) < size:
+            waited = time.monotonic() - begun
+            if waited > PATIENCE:
+                return
+            if waited > CONNECTS_WITHIN and not said:
                 print(f"waiting to tell the others, at most {PATIENCE:g} s", file=sys.stderr)
                 said = True
             time.sleep(0.1)
