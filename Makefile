@@ -50,7 +50,7 @@ test-slurm: $(DEV) ## a SLURM of one node, which root can install on Debian and 
 
 test-hosts: $(DEV) ## two hosts as network namespaces; needs root, ip and unshare
 	@command -v faketime >/dev/null || [ $$(id -u) != 0 ] || \
-		{ apt-get update -q && apt-get install -y -q --no-install-recommends faketime iproute2; }
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends faketime iproute2 iptables; }
 	$(BIN)/python -m pytest -m hosts -n 0
 
 figures: $(BASE) ## the first result and every picture in images/: 15 minutes on two cores

@@ -80,6 +80,7 @@ def test_windows_gets_one_line(script):
     assert done.stdout == f"load: {said}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_make_tells_how_far_an_installation_is(tmp_path):
     (tmp_path / "bin").mkdir()

@@ -87,6 +87,7 @@ def test_simulations_repeat():
     assert first == second
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_tables(tmp_path, capsys):

@@ -68,16 +68,27 @@ def _check_hosts() -> None:
     """Refuse fewer hosts than torchrun was told to wait for, which it does not do by itself."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
+    asked, hosts = _asked_hosts(), number("GROUP_WORLD_SIZE", 1)
+    if hosts < asked:
+        raise ConfigError(
+            f"--nnodes={asked}: torchrun goes on with {hosts}; with --rdzv_backend=c10d it drops a "
+            "host whose clock is behind, so set the clocks, or give --master_addr, --master_port "
+            "and --node_rank instead"
+        )
+
+
+def _asked_hosts() -> int:
+    """The least number of hosts that torchrun was told: by its arguments, or by PET_NNODES."""
+    process = os.getppid()  # torchrun, or a script that it has started
     with suppress(OSError):  # there is no /proc
-        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
-        asked = re.search(r"\0--nnodes[=\0](\d+)", line)
-        hosts = number("GROUP_WORLD_SIZE", 1)
-        if asked and hosts < int(asked[1]):
-            raise ConfigError(
-                f"--nnodes={asked[1]}: torchrun goes on with {hosts}; with --rdzv_backend=c10d it "
-                "drops a host whose clock is behind, so set the clocks, or give --master_addr, "
-                "--master_port and --node_rank instead"
-            )
+        while process:
+            line = Path(f"/proc/{process}/cmdline").read_bytes()
+            if told := re.search(rb"\0--nnodes[=\0](\d+)", line):
+                return int(told[1])
+            about = Path(f"/proc/{process}/stat").read_bytes()  # number (name) state parent ...
+            process = int(about.rpartition(b")")[2].split()[1])
+    told_all = re.match(r"\d+", os.environ.get("PET_NNODES", ""))
+    return int(told_all[0]) if told_all else 1
 
 
 def node_rank() -> int | None:

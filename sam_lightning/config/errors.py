@@ -39,12 +39,12 @@ class TrainingError(RuntimeError):
 class Interrupted(SystemExit):
     """A signal has ended the run; the exit code is 128 + its number, as in shells."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, where: str = "") -> None:
         super().__init__(128 + signum)
-        self.signum = signum
+        self.signum, self.where = signum, where  # such as " on HOST"
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name}"
+        return f"stopped by {signal.Signals(self.signum).name}{self.where}"
 
 
 class Ended(SystemExit):

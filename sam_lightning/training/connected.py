@@ -7,10 +7,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def shared_settings(cfg: DictConfig) -> dict[str, Any]:
     here: Any = OmegaConf.to_container(
         OmegaConf.merge(cfg, {"output_dir": "OUTPUT_DIR", "ckpt_path": None}), resolve=True
     )
-    return {key: v for key, v in flat(without_secrets(here)).items() if not _is_own(key, v)}
+    settings = {k: v for k, v in flat(without_secrets(here)).items() if not _is_own(k, v)}
+    return settings | _code_of_user([str(v) for k, v in settings.items() if k.endswith("_target_")])
 
 
 def _is_own(key: str, value: Any) -> bool:
@@ -127,12 +129,35 @@ def _is_own(key: str, value: Any) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    code, root = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(root.rglob("*.py")):
-        code.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    found = {f"version of {name}": version(name) for name in PACKAGES}
-    found["version of python"] = platform.python_version()
-    return {**found, "code of sam_lightning": code.hexdigest()[:12]}
+    found = {"version of python": platform.python_version()}
+    for name in (*PACKAGES, "pillow", "timm"):
+        with suppress(PackageNotFoundError):  # timm is optional
+            found[f"version of {name}"] = version(name)
+    return {**found, "code of sam_lightning": _code(Path(__file__).parents[1])}
+
+
+def _code_of_user(names: Iterable[str]) -> dict[str, str]:
+    """Hashes of the modules and packages from which the user's own objects come, such as a model.
+
+    Args:
+        names: of objects, such as ``my_models.nets.Net``. Installed packages do not count.
+    """
+    found = {}
+    for top in {name.partition(".")[0] for name in names} - {"sam_lightning"}:
+        spec = find_spec(top)
+        if spec is None or not spec.has_location or "-packages" in str(spec.origin):
+            continue
+        file = Path(str(spec.origin))
+        found[f"code of {top}"] = _code(file.parent if spec.submodule_search_locations else file)
+    return found
+
+
+def _code(place: Path) -> str:
+    """A hash of a file, or of all Python files in a folder."""
+    code = hashlib.sha256()
+    for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        code.update(file.relative_to(place).as_posix().encode() + file.read_bytes())
+    return code.hexdigest()[:12]
 
 
 def tell(error: BaseException, nodes: int) -> None:

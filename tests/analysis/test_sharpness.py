@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from runs import run
+from runs import WITH_DASHBOARD, run
 from sam_lightning.analysis import sharpness
 from sam_lightning.analysis.checkpoints import checkpoint_files
 from sam_lightning.analysis.curvature import spectrum, top_eigenpairs, trace
@@ -311,7 +311,8 @@ def test_the_monitor_refuses_what_it_cannot_measure(tmp_path):
 
 def test_a_run_with_the_callbacks_of_the_configuration(tmp_path):
     keys = ["callbacks=sharpness", "callbacks.sharpness.images=20", "test=false", "epochs=1"]
-    metrics = run(tmp_path, *keys, "callbacks.sharpness.max_steps=5", "model.width=2")
+    keys += ["callbacks.sharpness.max_steps=5", "model.width=2"]
+    metrics = run(tmp_path, *keys, small=WITH_DASHBOARD)
     with open(tmp_path / "metrics.csv", newline="") as file:
         logged = [row for row in csv.DictReader(file) if row.get("sharpness/worst")]
     assert [row["step"] for row in logged] == ["2"]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from commands import TRAIN, serve
 from inject import forked
-from runs import SMALL
+from runs import WITH_DASHBOARD
 from sam_lightning.cli import settings_first
 from sam_lightning.runs.resume import resumed
 
@@ -21,6 +21,7 @@ def light():
     yield from serve("sam_lightning.cli")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_grid_of_radii(tmp_path):
     wrong = "data.val_size=5000"  # each job is refused at once
@@ -101,7 +102,7 @@ def login_node(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_has_no_warning(login_node, tmp_path):
-    options = [*SMALL, "epochs=1"]
+    options = [*WITH_DASHBOARD, "epochs=1"]
     command = [sys.executable, "-W", "error", str(TRAIN), *options, "hydra.run.dir=run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -111,7 +112,7 @@ def test_a_run_has_no_warning(login_node, tmp_path):
 @pytest.mark.long
 @pytest.mark.slow
 def test_an_error_comes_first_on_a_login_node_too(login_node, tmp_path):
-    options = [*SMALL, "data.val_size=5000"]  # found out with the data, behind the trainer
+    options = [*WITH_DASHBOARD, "data.val_size=5000"]  # found out with the data, behind the trainer
     command = [sys.executable, str(TRAIN), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2

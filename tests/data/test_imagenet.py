@@ -256,6 +256,7 @@ print(json.dumps([seconds, memory, *found]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_full_size_starts_in_seconds_and_trains(tmp_path):
     """1,281,167 + 50,000 images in 1,000 classes, by their index; two steps of the recipe."""

@@ -289,6 +289,7 @@ def test_a_checkpoint_leads_to_no_address(storage, tmp_path, monkeypatch):
     assert len(typed.test) == 24
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_at_an_address_bit_for_bit(tmp_path):

@@ -92,6 +92,7 @@ def global_batches(folder: Path) -> dict[tuple[int, int], list[Any]]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_global_batches_are_the_same_however_a_run_is_run(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 SMALL = ["data=digits", "model.width=8", "trainer=cpu", "data.subset=100", "epochs=1"]
+SMALL += ["callbacks.dashboard=null"]  # its pictures take as long as the training
 
 # Runs train.py in a fork for each line of stdin, so that what it imports is imported once for all.
 SERVER = """

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from sam_lightning.training.run import train
 
 TRAIN = CONF.parent / "train.py"
 # Two updates an epoch on 100 images.
-SMALL = ["data=digits", "data.subset=100", "model.width=4", "trainer=cpu", "epochs=2"]
-SMALL += ["batch_size=50", "trainer.log_every_n_steps=1", "data.eval_batch_size=1000"]
+WITH_DASHBOARD = ["data=digits", "data.subset=100", "model.width=4", "trainer=cpu", "epochs=2"]
+WITH_DASHBOARD += ["batch_size=50", "trainer.log_every_n_steps=1", "data.eval_batch_size=1000"]
+SMALL = [*WITH_DASHBOARD, "callbacks.dashboard=null"]  # its pictures take as long as the training
 
 
 def configuration(*overrides: str) -> DictConfig:
@@ -28,9 +30,9 @@ def configuration(*overrides: str) -> DictConfig:
         return compose("train", list(overrides))
 
 
-def run(folder: Path, *overrides: str) -> dict[str, float]:
+def run(folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str, float]:
     """A run in this process."""
-    cfg = configuration(*SMALL, *overrides)
+    cfg = configuration(*small, *overrides)
     cfg.output_dir = str(folder)
     return train(cfg)
 

@@ -33,13 +33,17 @@ def slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
+def long(name):
+    return pytest.param(name, marks=pytest.mark.long)
+
+
 # One of each kind of architecture that is small: convolutions with and without BatchNorm,
 # transformers with two heads, with relative positions, with windows.
 TIMM = [
     *("test_vit", "test_efficientnet", "test_resnet", "test_convnext", "test_nfnet"),
     *("test_byobnet", "mobilenetv3_small_050"),
-    *map(slow, ("test_maxvit", "test_vit_relpos", "deit_tiny_distilled_patch16_224")),
-    *map(slow, ("levit_128s", "tf_efficientnet_lite0", "volo_d1_224", "crossvit_9_240")),
+    *map(slow, ("test_maxvit", "test_vit_relpos", "tf_efficientnet_lite0")),
+    *map(long, ("deit_tiny_distilled_patch16_224", "levit_128s", "volo_d1_224", "crossvit_9_240")),
 ]
 TORCHVISION = [
     *("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5"),

@@ -41,7 +41,7 @@ MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "clip"), [(1, None), pytest.param(3, 0.3, marks=pytest.mark.slow)]
+    ("accumulate", "clip"), [(1, None), pytest.param(3, 0.3, marks=pytest.mark.long)]
 )
 @pytest.mark.parametrize("method", [*FAMILY, "three_steps", "wsam_in_one"])
 def test_twenty_updates_follow_the_formula(method, accumulate, clip):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from inject import forked
 from runs import (
     SMALL,
+    WITH_DASHBOARD,
     column,
     command,
     configuration,
@@ -34,7 +35,7 @@ from sam_lightning.config.schema import METRICS, check
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("finished")
-    done = command(cwd, *SMALL, "data.val_size=100")
+    done = command(cwd, *WITH_DASHBOARD, "data.val_size=100")
     assert done.returncode == 0, done.stderr
     return done, only_run(cwd)
 
@@ -253,7 +254,7 @@ def test_metrics_that_only_some_runs_have_can_be_watched(tmp_path):
 
 
 def test_without_loggers_and_callbacks(tmp_path):
-    run(tmp_path, "~logger", "~callbacks")
+    run(tmp_path, "~logger", "~callbacks", small=WITH_DASHBOARD)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 
 

@@ -78,6 +78,7 @@ def test_a_folder_of_runs_that_is_typed_must_be_there(tmp_path, monkeypatch, cap
     assert "a guess" in shown(capsys)["this rate"]  # there need not be a folder logs
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_measures_the_rate_of_the_next(tmp_path, monkeypatch, capsys):
     run = [*SMALL, "data=digits", "model.width=2", "batch_size=10", "data.subset=200", "test=false"]

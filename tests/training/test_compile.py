@@ -34,8 +34,8 @@ RUNS = {
     # frozen statistics both passes are the same
 }
 
-OTHER_METHODS = [f"method={name}" for name in ("asam", "linf", "gsam", "friendly_sam", "sam_on")]
-OTHER_METHODS += ["method=esam", "trainer.precision=bf16-mixed"]
+OTHERS = ["asam", "linf", "gsam", "friendly_sam", "sam_on", "looksam", "esam"]
+OTHERS = [*(f"method={name}" for name in OTHERS), "trainer.precision=bf16-mixed"]
 
 
 def compiling_with(monkeypatch, backend):
@@ -59,7 +59,7 @@ def weights(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [pytest.param(o, marks=pytest.mark.long if o in OTHER_METHODS else []) for o in RUNS]
+    "options", [pytest.param(o, marks=pytest.mark.long if o in OTHERS else []) for o in RUNS]
 )
 def test_each_kind_of_pass_is_compiled_once(options, tmp_path, monkeypatch):
     counter = compiling_with(monkeypatch, "eager")

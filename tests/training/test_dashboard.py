@@ -19,7 +19,7 @@ from torch import nn
 import reference
 from host_syncs import HostSyncs
 from inject import forked
-from runs import SMALL, column, equal, rows, summary, weights
+from runs import WITH_DASHBOARD, column, equal, rows, summary, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.data import ImageSource, Split
 from sam_lightning.data.augment import crop_flip
@@ -357,7 +357,11 @@ def test_a_run_is_the_same_with_it(tmp_path):
         "model.widen_factor=1",
         "model.dropout=0.3",
     ]
-    options = [*(o for o in SMALL if not o.startswith("model")), *dropout, "data.val_size=100"]
+    options = [
+        *(o for o in WITH_DASHBOARD if not o.startswith("model")),
+        *dropout,
+        "data.val_size=100",
+    ]
     for name, more in (("with", []), ("without", ["~callbacks.dashboard"])):
         done = forked(tmp_path, *options, *more, f"hydra.run.dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr

@@ -205,8 +205,13 @@ def test_channels_last_trains_the_same_without_batch_norm(name):
     assert_close(state(ours), state(theirs), atol=1e-10, rtol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "convnext", "test_vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vit", marks=SLOW),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("convnext", "test_vit")),
+    ],
+)
 def test_compiled_networks_train_the_same_with_gradual_unfreezing(name):
     ours, theirs = made(name, torch.float32), made(name, torch.float32)
     torch._dynamo.reset()

@@ -358,6 +358,7 @@ def test_callbacks_of_a_pass_are_not_left_out(both):
     assert passes.why_not == "Scaled has on_after_backward"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @ON_CPU
 def test_two_processes_are_refused_in_one_line(tmp_path):

@@ -15,13 +15,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inject import forked
-from runs import SMALL, rows, summary
+from runs import WITH_DASHBOARD, rows, summary
 from sam_lightning.analysis import landscape
 from sam_lightning.training.callbacks.tensorboard import CHARTS, MONITORED
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = [*SMALL, "data.val_size=100", "data.label_noise=0.2"]
+OPTIONS = [*WITH_DASHBOARD, "data.val_size=100", "data.label_noise=0.2"]
 RUNS = {"0_rho=0,seed=0": 0, "1_rho=0,seed=1": 0, "2_rho=0.2,seed=0": 0.2, "3_rho=0.2,seed=1": 0.2}
 
 

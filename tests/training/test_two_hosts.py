@@ -171,7 +171,9 @@ def test_a_host_that_is_told_to_stop_stops_both_which_continue(hosts, one_host, 
     trains(commands[0])
     commands[told].process.terminate()
     assert ends(commands, within=60) == ([143, 143], ["", ""])
-    assert summary(hosts[0].folder / "run")["status"] == "interrupted"
+    stopped = f"stopped by SIGTERM on {hosts[told].name}"
+    assert all(command.said().count(f"{stopped} after step ") == 1 for command in commands)
+    assert summary(hosts[0].folder / "run")["exit_reason"] == f"Interrupted: {stopped}"
     assert ends(each_its_own(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
     same(hosts[0].folder / "run", one_host)
 
@@ -223,15 +225,21 @@ def test_a_cable_that_is_pulled_while_one_waits_for_the_other_ends_both(hosts):
     assert "rank 0 on alpha has not answered within trainer.timeout=20 s" in text[1]
 
 
-C10D = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=7"]
-
-
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="needs the command faketime")
-@pytest.mark.parametrize("shift", ["-60s", "+60s"])
-def test_no_host_trains_alone_as_clocks_differ(hosts, shift):
-    line = [sys.executable, "-m", "torch.distributed.run", *C10D]
-    line += [f"--rdzv_endpoint={hosts[0].address}:29400", str(TRAIN), *RUN]
-    first, second = hosts[0].start(*line), hosts[1].start("faketime", "-f", shift, *line)
+@pytest.mark.parametrize(
+    ("shift", "how"), [("-60s", "option"), ("+60s", "option"), ("-60s", "variable"), ("-60s", "sh")]
+)
+def test_no_host_trains_alone_as_clocks_differ(hosts, shift, how):
+    """Also with torchrun's PET_NNODES for ``--nnodes``, and where torchrun starts a script."""
+    nodes = ["--nnodes=2"] if how != "variable" else []
+    line = [sys.executable, "-m", "torch.distributed.run", *nodes, "--rdzv_backend=c10d"]
+    line += ["--rdzv_id=7", f"--rdzv_endpoint={hosts[0].address}:29400"]
+    train = [str(TRAIN), *RUN]
+    if how == "sh":
+        train = ["--no_python", "sh", "-c", f"{sys.executable} {' '.join(train)}; exit $?"]
+    env = {} if nodes else {"PET_NNODES": "2"}
+    first = hosts[0].start(*line, *train, env=env)
+    second = hosts[1].start("faketime", "-f", shift, *line, *train, env=env)
     codes, said = ends([first, second], within=120)
     assert codes == [1, 1]
     # The one whose clock is behind is dropped before it starts a process.
@@ -298,6 +306,18 @@ def test_another_version_of_the_code_is_refused(hosts, tmp_path):
     refused(found, "code of sam_lightning: is ", "beta")
 
 
+def test_another_version_of_the_users_code_is_refused(hosts, tmp_path):
+    env = []
+    for i in (0, 1):
+        file = tmp_path / str(i) / "own" / "__init__.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"import lightning\nclass Own(lightning.Callback):\n    version = {i}\n")
+        paths = [str(file.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env.append({"PYTHONPATH": os.pathsep.join(paths)})
+    found = torchrun(hosts, "+callbacks.own._target_=own.Own", env=env)
+    refused(found, "code of own: is ", "beta")
+
+
 # ------------------------------------------------------------------------------ names and variables
 
 
@@ -311,6 +331,17 @@ def test_a_name_that_leads_to_the_host_itself_is_said_with_the_variable_that_hel
 def test_an_interface_that_one_host_does_not_have_is_named(hosts):
     env = ({}, {"GLOO_SOCKET_IFNAME": "eth9"})
     refused(torchrun(hosts, env=env), "GLOO_SOCKET_IFNAME=eth9: there is no eth9 on beta")
+
+
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="needs the command iptables")
+def test_a_firewall_that_lets_one_port_pass_is_said_before_training(hosts):
+    opened = ["--protocol", "tcp", "--dport", "29500", "--jump", "ACCEPT"]
+    closed = ["--protocol", "tcp", "--syn", "--jump", "DROP"]
+    rule = ["iptables", "--append", "INPUT", "--in-interface", "eth0"]
+    for host in hosts:
+        for end in (opened, closed):
+            assert host.start(*rule, *end).end(10) == (0, "")
+    refused(each_its_own(hosts), "does not reach", "let firewalls pass all its ports")
 
 
 @pytest.mark.parametrize("name", ["alpha", "localhost"])
@@ -420,6 +451,18 @@ def test_a_host_that_does_not_come_is_named(hosts):
     (first,) = processes(hosts[:1])
     refused([first], f"rank 1 of 2 did not come to alpha within trainer.timeout={TIMEOUT} s")
     assert "waiting for rank 1, at most trainer.timeout=30 s" in first.said()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_host_that_torchrun_waits_for_in_vain(hosts, missing):
+    """Its own words: no process of ours has begun."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv_conf=timeout=20"]
+    line += [f"--master_addr={hosts[0].address}", "--master_port=29500"]
+    there = 1 - missing
+    code, said = hosts[there].start(*line, f"--node_rank={there}", str(TRAIN), *RUN).end(120)
+    assert code == 1
+    joined, address = "1/2 clients joined", f"connect to ({hosts[0].address}, 29500)"
+    assert (joined if missing == 1 else address) in said
 
 
 def test_a_place_to_meet_that_nobody_keeps_is_named(hosts):

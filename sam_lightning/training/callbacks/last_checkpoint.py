@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from sam_lightning.config.errors import Interrupted
 from sam_lightning.config.text import clean
 from sam_lightning.training.callbacks.progress import MetricsCSV
+from sam_lightning.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class LastCheckpoint(Checkpoint):
         self._metrics: dict[str, Any] = {}  # of the checkpoint
         self._trainer: L.Trainer | None = None
         self._seen = -1
+        self._where = ""  # which host of several was told to stop
         # Steps and seconds when several processes last agreed, and the step to do so next.
         self._agreed, self._next = (0, 0.0), 0
 
@@ -143,7 +145,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             (self.dirpath / "previous.ckpt").unlink(missing_ok=True)
         if self.stop.received is not None:
-            raise Interrupted(self.stop.received)
+            raise Interrupted(self.stop.received, self._where)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen again, as at the start of training."""
@@ -166,12 +168,16 @@ class LastCheckpoint(Checkpoint):
             return False
         (step, at), self._agreed = self._agreed, (trainer.global_step, time.monotonic())
         speed = (trainer.global_step - step) / max(self._agreed[1] - at, 1e-9)
-        both = torch.tensor([float(told), max(speed, 1.0)], device=trainer.strategy.root_device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        told, steps = map(int, both.tolist())
+        rank = trainer.global_rank if told else -1
+        all_of = torch.tensor([told, max(speed, 1.0), rank], device=trainer.strategy.root_device)
+        dist.all_reduce(all_of, dist.ReduceOp.MAX)
+        told, steps, rank = map(int, all_of.tolist())
         self._next = trainer.global_step + steps
         if told:  # so that the process that queues the job again knows, told or not
             self.stop.tell(told)
+            ranks = Ranks.now
+            if ranks is not None and len({*ranks.nodes}) > 1:
+                self._where = f" on {ranks.hosts[rank]}"
         return told > 0
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -186,9 +192,10 @@ class LastCheckpoint(Checkpoint):
 
     def _leave(self, trainer: L.Trainer) -> None:
         assert self.stop.received is not None
-        stopped = Interrupted(self.stop.received)
+        stopped = Interrupted(self.stop.received, self._where)
         step = trainer.global_step
-        log.warning("%s after step %d; ckpt_path=last continues", stopped, step)
+        if trainer.local_rank == 0:  # the others would say the same
+            log.warning("%s after step %d; ckpt_path=last continues", stopped, step)
         raise stopped
 
 
