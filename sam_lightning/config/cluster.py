@@ -202,9 +202,10 @@ def number(variable: str, default: int) -> int:
 
 @contextmanager
 def queued_again() -> Iterator[None]:
-    """Around a run: if SLURM says by SIGUSR1 that its time is nearly up, start the job again.
+    """Around a run: let the job start again if SLURM says that its time here is nearly up.
 
-    Training handles the signal itself, and saves first.
+    SLURM says so by SIGUSR1, or if another job is to have its place, by SIGTERM. Training handles
+    the signals itself, and saves first.
     """
     if "SLURM_JOB_ID" not in os.environ:
         yield
@@ -217,9 +218,21 @@ def queued_again() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if stopped.signum == signal.SIGUSR1 and is_first():
+        preempted = stopped.signum == signal.SIGTERM and is_first() and _is_preempted()
+        if preempted or (stopped.signum == signal.SIGUSR1 and is_first()):
             _requeue()
         raise
+
+
+def _is_preempted() -> bool:
+    """Whether this job has a time of grace. SLURM forgets one that ends within it."""
+    import subprocess
+
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+        said = subprocess.run(command, check=True, timeout=10, capture_output=True).stdout
+        return b" JobState=RUNNING " in said and bool(re.search(rb" PreemptTime=\d", said))
+    return False
 
 
 def _requeue() -> None:

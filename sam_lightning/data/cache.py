@@ -44,6 +44,7 @@ class StoredImages:
         broken: the names of files that were left out, and why; from ``load`` on.
         sizes: of the images in their files, (least, median, largest) by "width" and "height"; from
             ``load`` on.
+        contents: as ``Unread`` has them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class StoredImages:
         self.like = like
         self.broken: dict[str, str] = {}
         self.sizes: dict[str, list[int]] = {}
+        self.contents = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -102,6 +104,7 @@ class StoredImages:
         found = hashes(files, self.cache_dir)
         key = hashlib.blake2b(repr((VERSION, self.fixed)).encode(), digest_size=16)
         key.update(found.tobytes())
+        self.contents += key.hexdigest() if files.portable else ""
         path = self.cache_dir / f"images-{key.hexdigest()}.u8"
         changing = training and self.random is not None
         kept = None if changing else opened(path)

@@ -36,6 +36,8 @@ class Table(Files):
         state: 8 bytes that differ when the data do.
     """
 
+    portable = False  # the state has times of files
+
     def __init__(
         self, data: Any, image: str, labels: Tensor, names: Names, rows: Tensor, state: bytes
     ) -> None:

@@ -49,6 +49,8 @@ class Files:
         sizes: as ``StoredImages`` has them, if it is known that all images can be decoded.
     """
 
+    portable = True  # whether hashes of the contents are the same on any machine
+
     base: str
     names: Names
     labels: Tensor

@@ -4,6 +4,8 @@ A new data set is a function that returns an ``ImageSource``, here or in a packa
 a YAML file in ``conf/data``.
 """
 
+import hashlib
+import math
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,7 +93,13 @@ def _part(text: np.ndarray, ends: np.ndarray, at: int) -> bytes:
 
 
 class Unread(Protocol):
-    """Images of one size that are still in files, as the first argument of ``Split``."""
+    """Images of one size that are still in files, as the first argument of ``Split``.
+
+    Attributes:
+        contents: hashes of what was loaded, which are the same on any machine; or "".
+    """
+
+    contents: str
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -185,12 +193,25 @@ class Split:
         assert isinstance(self.stored, Tensor)
         return Split(self._gathered(self.stored).to(device), self.labels.to(device), self.names)
 
+    def digest(self) -> str:
+        """A hash of the labels and the images; of unread images, of their ``contents``."""
+        found = hashlib.blake2b(self.labels.cpu().numpy().tobytes(), digest_size=6)
+        if isinstance(self.stored, Tensor):
+            for indices in self._chunks():
+                found.update(self.take(indices).seen().cpu().numpy().data)
+        else:
+            found.update(self.stored.contents.encode())
+        return found.hexdigest()
+
+    def _chunks(self) -> Iterable[Tensor]:
+        step = max(1, CHUNK // math.prod(self.shape))
+        return torch.arange(len(self), device=self.labels.device).split(step)
+
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, in units of 255."""
         channels, height, width = self.shape
         counts = torch.zeros(channels, 256, dtype=torch.int64)
-        step = max(1, CHUNK // (channels * height * width))
-        for indices in torch.arange(len(self)).split(step):
+        for indices in self._chunks():
             part = self.take(indices).images
             for count, channel in zip(counts, part.unbind(1), strict=True):
                 count += torch.bincount(channel.flatten(), minlength=256)

@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -104,14 +104,14 @@ def is_lost(error: Exception) -> bool:
     return bool(said or isinstance(error, dist.DistError)) and not isinstance(error, TrainingError)
 
 
-def agree(about: Mapping[str, Any]) -> None:
-    """Compare something, by name, over all processes that meet on a network.
+def agree(about: Callable[[], Mapping[str, Any]]) -> None:
+    """Compare something, by name, over all processes that meet on a network, if they do.
 
     Raises:
         ConfigError: names the first that differs, and two hosts where it does.
     """
     if Ranks.now is not None and Ranks.now.hosts:
-        Ranks.now.agree(about)
+        Ranks.now.agree(about())
 
 
 def shared_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -175,11 +175,11 @@ def tell(error: BaseException, nodes: int) -> None:
             who, size = f"rank {rank} on {who}", number("WORLD_SIZE", 1)
         ours = is_ours(rank if rank >= 0 else number("NODE_RANK", -1))
         store = open_store(meeting_place(), ours, PATIENCE)
-        post(store, who, error)
         begun, said = time.monotonic(), False
         # The store may end with this process, or with the agent of torchrun.
         holds = ours or "TORCHELASTIC_RUN_ID" in os.environ
-        while holds and store.add("ended", 0) < size:
+        told = post(store, who, error, came=False)
+        while told and holds and store.add("ended", 0) < size:
             waited = time.monotonic() - begun
             if waited > PATIENCE:
                 return

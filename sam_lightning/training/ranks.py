@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 TIMEOUTS = re.compile("(?i)timed out|timeout")  # what gloo says
 NOTICED_WITHIN = 5.0  # seconds until every living rank has noticed that one does not answer
+COMPLETE = "complete"  # the key that is there once all ranks have met
 GLOO = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
@@ -77,10 +78,15 @@ class Ranks:
         """Wait until all have come, and with ``gloo`` try whether all hosts reach each other.
 
         Raises:
-            ConfigError: another process has this rank or knows of another number of them, another
-                failed, or a host does not reach another.
+            ConfigError: another run meets there, another process has this rank or knows of another
+                number of them, another failed, or a host does not reach another.
             TrainingError: names those that have not come in time.
         """
+        if self.place is not None and self._ask(lambda: self.store.check([COMPLETE])):
+            raise ConfigError(
+                f"MASTER_ADDR={self.place[0]}, MASTER_PORT={self.place[1]}: another run meets "
+                "there; give this one another port"
+            )
         size = self._ask(lambda: self.store.compare_set("size", "", str(self.size))).decode()
         if size != str(self.size):
             raise ConfigError(
@@ -96,6 +102,7 @@ class Ranks:
         came = json.dumps([socket.gethostname(), self.node])
         found = [json.loads(text) for text in self._gather("come", came)]
         self.hosts, self.nodes = [host for host, _ in found], [node for _, node in found]
+        self._ask(lambda: self.store.set(COMPLETE, ""))
         if gloo and len({*self.nodes}) > 1:
             self._reach_each_other()
 
@@ -182,7 +189,7 @@ class Ranks:
     def tell(self, error: BaseException) -> None:
         """Let the others know why this rank ends, if it is the first to."""
         if self.place is None or not why_not(self.place):
-            post(self.store, self._name(self.rank), error)
+            post(self.store, self._name(self.rank), error, came=bool(self.hosts))
 
     def _failure(self) -> Exception:
         of_settings, text = json.loads(self.store.get("failed"))
@@ -209,14 +216,24 @@ class Ranks:
         return TrainingError(f"{' and '.join(map(self._name, silent[:8]))} {how}".strip())
 
 
-def post(store: dist.Store, who: str, error: BaseException) -> None:
-    """Leave in the store why one ends, unless another has ended before."""
+def post(store: dist.Store, who: str, error: BaseException, came: bool) -> bool:
+    """Leave in the store why one ends, unless another has ended before.
+
+    Args:
+        came: whether it has met the others. If not, a store where all have is of another run.
+
+    Returns:
+        whether the store is of this run, and answers.
+    """
     told = json.dumps(
         [isinstance(error, ConfigError), f"{who}: {without_secrets(one_line(error))}"]
     )
     with suppress(RuntimeError):
-        store.compare_set("failed", "", told)
-        store.add("ended", 1)
+        if came or not store.check([COMPLETE]):
+            store.compare_set("failed", "", told)
+            store.add("ended", 1)
+            return True
+    return False
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from sam_lightning.inference.load import SPLIT
 from sam_lightning.runs.checkpoint import newest
 from sam_lightning.runs.files import write_json
 from sam_lightning.runs.lock import joined, owned
-from sam_lightning.runs.parts import OF_DATA, changes, settings_of
+from sam_lightning.runs.parts import changes, settings_of
 from sam_lightning.runs.record import Record
 from sam_lightning.runs.secrets import hide_secrets_of, without_secrets
 from sam_lightning.training.build import make_data, make_module, make_trainer, prepare_data
@@ -86,7 +86,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def _prepare(cfg: DictConfig, settings: dict[str, Any]) -> None:
     resume(cfg)
-    agree(settings)
+    agree(lambda: settings)
     prepare_as_weights(cfg)
 
 
@@ -123,7 +123,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     data = make_data(cfg, trainer)
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     settings = settings_of(config, data.classes, data.train.labels.cpu().numpy())
-    agree({key: settings[key] for key in OF_DATA})
+    agree(lambda: _contents(data))
     changed, ended = changes(cfg.ckpt_path, settings)
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
     module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
@@ -153,6 +153,12 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     return record.metrics
 
 
+def _contents(data: ImageDataModule) -> dict[str, str]:
+    """What must be the same wherever the data are read."""
+    images = {f"images of {k}": f"{len(v)} of hash {v.digest()}" for k, v in data.splits.items()}
+    return {"classes": ", ".join(data.classes), **images}
+
+
 def resume(cfg: DictConfig) -> None:
     """Replace a ``ckpt_path`` that is ``last`` or a run's folder by the newest whole checkpoint.
 
@@ -161,7 +167,7 @@ def resume(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the folder given has no checkpoint that is whole.
     """
-    agree({"ckpt_path": cfg.ckpt_path})
+    agree(lambda: {"ckpt_path": cfg.ckpt_path})
     if cfg.ckpt_path is None:
         return
     found: list[str | ConfigError | None] = [cfg.ckpt_path]
@@ -176,9 +182,12 @@ def resume(cfg: DictConfig) -> None:
         raise found[0]
     cfg.ckpt_path = found[0]
     if cfg.ckpt_path is not None and dist.is_initialized():  # all load it, from their own disks
-        file = Path(cfg.ckpt_path)
-        there = f"a file of SHA-256 {digest(file)[:12]}" if file.is_file() else "no file"
-        agree({f"ckpt_path={file}": there})
+        agree(partial(_file, Path(cfg.ckpt_path)))
+
+
+def _file(path: Path) -> dict[str, str]:
+    there = f"a file of SHA-256 {digest(path)[:12]}" if path.is_file() else "no file"
+    return {f"ckpt_path={path}": there}
 
 
 def _newest_of_run(cfg: DictConfig) -> str | None:

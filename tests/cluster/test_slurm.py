@@ -220,12 +220,14 @@ TASKS = {
     "two tasks": ("--ntasks-per-node=2", "trainer=ddp_cpu"),
     "a task that starts two processes": ("--ntasks-per-node=1", "trainer=ddp_cpu"),
     "one": ("--ntasks-per-node=1", "trainer=cpu"),
-    "scontrol requeue": ("--ntasks=2", "trainer=ddp_cpu"),  # as when another job goes first
+    "scontrol requeue": ("--ntasks=2", "trainer=ddp_cpu"),
+    "grace": ("--ntasks=2 --partition=lent", "trainer=ddp_cpu"),  # as another job goes first
 }
+TAKES_ALL = ("sbatch", "--nodes=2", "--exclusive", "--wrap=true")
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_sigusr1_queues_a_job_again(slurm, here, kind):
+def test_a_job_is_queued_again(slurm, here, kind):
     tasks, trainer = TASKS[kind]
     given = [*LONG, trainer, "epochs=20"]
     folder = here / "run"
@@ -233,11 +235,11 @@ def test_sigusr1_queues_a_job_again(slurm, here, kind):
     (here / "job.sh").write_text(script(*command, header=f"{tasks} --requeue"))
     job = slurm.submit(here, "job.sh")
     slurm.wait((folder / "checkpoints" / "previous.ckpt").is_file, 120)
-    by_slurm = kind == "scontrol requeue"
-    slurm(*(kind.split() if by_slurm else ["scancel", "--signal=USR1"]), job)
+    by_slurm = {"scontrol requeue": (*kind.split(), job), "grace": TAKES_ALL}
+    slurm(*by_slurm.get(kind, ("scancel", "--signal=USR1", job)), cwd=here)
     slurm.wait(lambda: slurm.state(job, "Restarts") == "1", 60)
     slurm.wait((folder / "metrics.json").is_file, 60)  # written as it ends
-    stopped = "SIGTERM" if by_slurm else "SIGUSR1"
+    stopped = "SIGTERM" if kind in by_slurm else "SIGUSR1"
     assert summary(folder)["exit_reason"] == f"Interrupted: stopped by {stopped}"
     train(slurm, here, *given, f"hydra.run.dir={here / 'whole'}")
     assert slurm.wait_for(job) == "COMPLETED", (here / "said.txt").read_text()
@@ -361,6 +363,19 @@ def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
     assert f"sam,seed=0: failed: job {job}_1 was killed; see {runs.parent}/.submitit/st/" in out
     assert re.search(r"sgd,seed=0: test/acc 0.\d+", out)
     assert err.splitlines()[-1] == "error: 1 of 2 runs did not complete"
+
+
+def test_jobs_of_a_study_that_make_room_for_another_go_on_later(slurm, here):
+    (here / "st.yaml").write_text(STUDY)
+    given = ["launcher=submitit", "+callbacks.slow._target_=slow.Slow", "slurm=--partition=lent"]
+    process = study(slurm, here, *given)
+    runs = [here / "logs" / "studies" / "st" / f"{arm},seed=0" for arm in ("sgd", "sam")]
+    slurm.wait(lambda: all((r / "checkpoints" / "last.ckpt").is_file() for r in runs), 240)
+    other = slurm.submit(here, *TAKES_ALL[1:])
+    assert slurm.wait_for(other, 100) == "COMPLETED"
+    _, err = process.communicate(timeout=600)
+    assert (process.returncode, err) == (0, "")
+    assert [len(summary(run)["parts"]) for run in runs] == [2, 2]
 
 
 def said(process, text):

@@ -41,8 +41,11 @@ GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE PriorityTier=2
+PartitionName=lent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=1 GraceTime=100
 """
 
 NODE = f"NodeName={{}} NodeHostname={socket.gethostname().partition('.')[0]} NodeAddr=127.0.0.1 "

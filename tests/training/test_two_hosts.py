@@ -279,20 +279,36 @@ def test_how_a_host_loads_its_data_is_its_own_affair(hosts):
     assert ends(torchrun(hosts, each=each)) == ([0, 0], ["", ""])
 
 
-def test_other_data_on_the_second_host_are_refused(apart):
-    """One image is of another class there."""
+PHOTOS = ["data=image_folder", "data.root=photos", "data.image_size=32", "data.subset=1.0"]
+PHOTOS += ["data.val_size=0", "batch_size=4"]
+
+
+@pytest.mark.parametrize("view", ["resize", "random_resized_crop"])
+@pytest.mark.parametrize(
+    ("split", "change"),
+    [
+        ("train", lambda ant, zebra: ant.rename(zebra.with_name("other.png"))),
+        ("train", lambda ant, zebra: shutil.copy(zebra, ant)),
+        ("test", lambda ant, zebra: shutil.copy(zebra, ant)),
+    ],
+    ids=["class", "image", "test"],
+)
+def test_other_data_on_the_second_host_are_refused(apart, view, split, change):
+    """Images that are decoded once, and such that are decoded each time."""
     for host in apart:
         write_images(host.folder / "photos", side=32, splits=("train", "val", "test"))
-    photos = apart[1].folder / "photos" / "train"
-    (photos / "ant" / "0.png").rename(photos / "zebra" / "other.png")
-    data = [
-        "data=image_folder",
-        "data.root=photos",
-        "data.image_size=32",
-        "data.subset=1.0",
-        "batch_size=4",
-    ]
-    refused(torchrun(apart, *data, "data.val_size=0"), "training_images: is ", "on rank 1 on beta")
+    folder = apart[1].folder / "photos" / split
+    change(folder / "ant" / "0.png", folder / "zebra" / "0.png")
+    found = torchrun(apart, *PHOTOS, f"data.view={view}")
+    refused(found, f"images of {split}: is ", "on rank 1 on beta")
+
+
+@pytest.mark.parametrize("view", ["resize", "random_resized_crop"])
+def test_copies_of_the_data_may_be_elsewhere(apart, view):
+    for host in apart:
+        write_images(host.folder / host.name, side=32, splits=("train", "val", "test"))
+    each = [[f"data.root={host.name}"] for host in apart]
+    assert ends(torchrun(apart, *PHOTOS, f"data.view={view}", each=each)) == ([0, 0], ["", ""])
 
 
 def test_another_version_of_the_code_is_refused(hosts, tmp_path):
@@ -413,6 +429,18 @@ def test_another_program_at_the_port_is_named(hosts):
         f"{place}: {host.name} cannot meet" in x for host, x in zip(hosts, said, strict=True)
     )
     assert server.process.poll() is None
+
+
+def test_a_second_run_at_the_port_of_another_leaves_that_alone(hosts):
+    first = each_its_own(hosts, LONG)
+    trains(first[0])
+    codes, said = ends(each_its_own(hosts, "hydra.run.dir=other"))
+    assert (codes, "EADDRINUSE" in said[0]) == ([1, 2], True), said
+    assert "MASTER_PORT=29500: another run meets there; give this one another port" in said[1]
+    time.sleep(5)
+    assert [command.process.poll() for command in first] == [None, None]
+    first[1].process.terminate()
+    assert ends(first, within=60) == ([143, 143], ["", ""])
 
 
 def processes(hosts, *arguments, without=(), script=None, **changed):
