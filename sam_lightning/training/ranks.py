@@ -84,8 +84,8 @@ class Ranks:
         """
         if self.place is not None and self._ask(lambda: self.store.check([COMPLETE])):
             raise ConfigError(
-                f"MASTER_ADDR={self.place[0]}, MASTER_PORT={self.place[1]}: another run meets "
-                "there; give this one another port"
+                f"MASTER_ADDR={self.place[0]}, MASTER_PORT={self.place[1]}: another run has met "
+                "there; give this one another port, or a torchrun of its own"
             )
         size = self._ask(lambda: self.store.compare_set("size", "", str(self.size))).decode()
         if size != str(self.size):

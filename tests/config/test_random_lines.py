@@ -37,7 +37,7 @@ def lines(draw, keys):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_wrong_lines_end_in_one_line_and_leave_nothing(tmp_path):
     with initialize_config_dir(str(CONF), **DEFAULTS):
         cfg = compose("train", ["data=digits", "output_dir=x"])

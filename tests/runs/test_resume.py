@@ -117,7 +117,7 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
         # An epoch's last update.
         pytest.param("SIGINT", "pass:32", marks=pytest.mark.slow),
         pytest.param("SIGINT", "pass:19", marks=pytest.mark.long),
-        pytest.param("SIGTERM", "between:10", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "between:10", marks=pytest.mark.long),
     ],
 )
 def test_told_to_stop(unbroken, tmp_path, name, at):
@@ -136,7 +136,7 @@ def test_told_to_stop(unbroken, tmp_path, name, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["pass:20", "test:1"])
+@pytest.mark.parametrize("at", ["pass:20", pytest.param("test:1", marks=pytest.mark.long)])
 def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path, at):
     folder = tmp_path / "run"
     scontrol = tmp_path / "scontrol"
@@ -152,7 +152,7 @@ def test_told_to_stop_by_slurm_it_is_queued_again(unbroken, tmp_path, at):
     assert_same_run(folder, unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dropout_network_with_a_policy_in_workers(tmp_path):
     extra = ["augment=trivialaugment", "augment.mixup.alpha=0.2", "data.num_workers=2"]
     extra += ["optimizer=adamw", "loss.class_weights=balanced", "epochs=2"]
@@ -184,10 +184,10 @@ EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
 
 WATCHED = [
     (f"+callbacks.stopping={STOPPING}", "test:1"),  # it has stopped
-    (f"+callbacks.ema={EMA}", "pass:21"),
     ("+trainer.overfit_batches=5 checkpoint_every_n_steps=2", "pass:16"),
 ]
 OTHERS = [
+    (f"+callbacks.ema={EMA}", "pass:21"),
     ("+trainer.max_steps=21", "pass:17"),  # right behind the save at the end of an epoch
     ("trainer.check_val_every_n_epoch=3", "pass:60"),  # in an epoch without validation
     ("+trainer.val_check_interval=3 checkpoint_every_n_steps=3", "pass:14"),
@@ -381,7 +381,8 @@ def unbroken_pair(tmp_path_factory):
 @pytest.mark.parametrize(
     "signals",
     [
-        pytest.param(["SIGTERM", "SIGKILL"], marks=pytest.mark.slow),
+        pytest.param(["SIGKILL"], marks=pytest.mark.slow),
+        pytest.param(["SIGTERM", "SIGKILL"], marks=pytest.mark.long),
         pytest.param(["SIGINT"], marks=pytest.mark.long),
     ],
     ids=" ".join,

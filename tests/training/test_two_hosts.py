@@ -436,7 +436,7 @@ def test_a_second_run_at_the_port_of_another_leaves_that_alone(hosts):
     trains(first[0])
     codes, said = ends(each_its_own(hosts, "hydra.run.dir=other"))
     assert (codes, "EADDRINUSE" in said[0]) == ([1, 2], True), said
-    assert "MASTER_PORT=29500: another run meets there; give this one another port" in said[1]
+    assert "MASTER_PORT=29500: another run has met there; give this one another" in said[1]
     time.sleep(5)
     assert [command.process.poll() for command in first] == [None, None]
     first[1].process.terminate()
