@@ -209,8 +209,8 @@ with connected(OmegaConf.create({"accelerator": "cpu", "timeout": 20})):
     print("epoch 2/", flush=True)
     if os.environ["RANK"] == "0":
         time.sleep(40)
-    agree({"lr": 0.1})
-    agree({"rho": 0.1})
+    agree(lambda: {"lr": 0.1})
+    agree(lambda: {"rho": 0.1})
 """
 
 
