@@ -218,8 +218,8 @@ def queued_again() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        preempted = stopped.signum == signal.SIGTERM and is_first() and _is_preempted()
-        if preempted or (stopped.signum == signal.SIGUSR1 and is_first()):
+        by = stopped.signum
+        if is_first() and (by == signal.SIGUSR1 or (by == signal.SIGTERM and _is_preempted())):
             _requeue()
         raise
 
