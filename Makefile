@@ -43,7 +43,7 @@ test-avx2: $(DEV) ## those of the default suite that train, as on a CPU without 
 test-gpu: $(DEV) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 4 --dist load
 
-test-slurm: $(DEV) ## a SLURM of one node, which root can install on Debian and Ubuntu
+test-slurm: $(DEV) ## a SLURM of two nodes, which root can install on Debian and Ubuntu
 	@command -v slurmctld slurmd munged >/dev/null || [ $$(id -u) != 0 ] || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest -m slurm -n 0

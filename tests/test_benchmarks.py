@@ -275,7 +275,7 @@ def test_limits_of_parts_and_of_all(tmp_path):
     assert "| train | no figure |" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stop_leaves_what_was_found(tmp_path):
     command = on_a_cpu(tmp_path / "gpu.json", "--limit=200", "correct", "kernels")
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

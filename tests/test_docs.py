@@ -129,7 +129,7 @@ def test_every_example_trains(clone, my_project, tmp_path, arguments):
     assert f'"{target}"' in json.dumps(found["config"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_as_they_stand(clone):
     # Of those that train and start alike only the first: the test above has all of them.
     lines_here = [line for line in shell(EXTENDING) if not ELSEWHERE & {*line.split()}]
@@ -498,7 +498,7 @@ def loop_is_right(code):
     assert ours.bn1.num_batches_tracked == len(data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs(tmp_path):
     """Every cell in turn, in a copy of the project, with shorter runs."""
     notebook = json.loads((ROOT / "docs/tour.ipynb").read_text())

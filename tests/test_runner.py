@@ -24,7 +24,7 @@ def test_behind_it():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_dies_ends_the_run_and_names_its_test(tmp_path):
     shutil.copy(HERE.parent / "pyproject.toml", tmp_path)
     (tmp_path / "tests").mkdir()

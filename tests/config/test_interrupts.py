@@ -68,7 +68,7 @@ def test_ctrl_c_at_random_times(tmp_path):
         assert said in ("error: stopped by SIGINT\n", ""), (after, said)  # nothing: training saved
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_amid_the_imports_of_the_processes_of_a_run(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *RUN, "trainer=ddp_cpu"],

@@ -141,7 +141,7 @@ def photographs(root, n):
             Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hours_are_those_of_the_cost(tmp_path):
     photographs(tmp_path, 1)
     forward = {}

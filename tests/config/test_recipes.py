@@ -602,16 +602,8 @@ def test_two_steps_of_a_small_model(recipe, tmp_path, monkeypatch):
     )
 
 
-ONE_OF_EACH_MODEL = {model_of(recipe): recipe for recipe in RECIPES}.values()
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(r, marks=pytest.mark.slow if r in ONE_OF_EACH_MODEL else pytest.mark.long)
-        for r in RECIPES
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_two_steps_at_full_size(recipe, tmp_path, monkeypatch):
     two_steps(recipe, tmp_path, monkeypatch, "~callbacks")
 

@@ -141,7 +141,7 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is shared")
 def test_two_processes_hold_one_copy(tmp_path):
     write_images(tmp_path / "photos", 40)

@@ -117,7 +117,7 @@ class OfOnePixel(Files):
         return b"P6\n1 1\n255\n" + bytes([index % 251, 1, 2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_packing_takes_few_bytes_of_memory_an_image(tmp_path):
     peaks = []
     for count in (100, 1000, 5000):  # the first one loads what is needed

@@ -84,7 +84,7 @@ def _ranks(folder, split):
     assert len([*Path(cache).iterdir()]) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_see_what_the_first_one_lists(tmp_path):
     write_images(tmp_path / "made", splits=("train",))
     (tmp_path / "made" / "train").rename(tmp_path / "photos")

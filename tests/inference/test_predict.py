@@ -193,7 +193,7 @@ def test_names_that_are_not_utf_8_come_out_as_they_are(
         assert b"\xe9.png" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_ends_with_exit_code_1_after_a_damaged_image(photos, mixed):
     command = [
         sys.executable,

@@ -336,7 +336,7 @@ def test_importing_the_package_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_on_checkpoints_do_not_load_lightning(folder_ckpt, tmp_path):
     code = """
 import sys

@@ -80,20 +80,15 @@ def program(folder):
         torch.save(results, folder / "results.pt")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    run_ranks(program, folder)
-    return torch.load(folder / "results.pt", weights_only=True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_weights_move_as_whole_ones_and_continue_from_a_checkpoint(results, case):
-    model = network()
-    sam = optimizer(model, *CASES[case])
-    train(model, sam, range(12))
-    for found, expected in zip(results[case]["unbroken"], model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
-    for found, expected in zip(results[case]["restored"], results[case]["unbroken"], strict=True):
-        assert torch.equal(found, expected)
+def test_sharded_weights_move_as_whole_ones_and_continue_from_a_checkpoint(tmp_path):
+    run_ranks(program, tmp_path)
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    for case, (options, base) in CASES.items():
+        model = network()
+        train(model, optimizer(model, options, base), range(12))
+        unbroken, restored = results[case]["unbroken"], results[case]["restored"]
+        for found, expected in zip(unbroken, model.parameters(), strict=True):
+            torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0, msg=case)
+        for found, expected in zip(restored, unbroken, strict=True):
+            assert torch.equal(found, expected), case

@@ -108,7 +108,7 @@ def test_ctrl_c_before_the_first_job_of_a_sweep_trains(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_start_by_hand_where_a_sweep_will_come_is_refused(tmp_path):
     sweep, (first, second) = tmp_path / "sweep", (tmp_path / "first", tmp_path / "second")
     first.mkdir()

@@ -67,7 +67,7 @@ def test_a_checkpoint_is_loaded(before):
     assert model.config["data"]["source"]["_target_"] == "sam_lightning.data.digits"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_continued(before):
     shutil.copy(before / "checkpoints" / "last.ckpt", before / "first.ckpt")
     done = command(before, "ckpt_path=last", "hydra.run.dir=.", "epochs=2")

@@ -132,7 +132,7 @@ def test_the_record_says_from_which_step_a_setting_changed(copy):
     assert summary(copy)["updates"] == 8
 
 
-@SLOW
+@pytest.mark.long
 def test_callbacks_may_change(tmp_path):
     stopping = "+callbacks.stopping={_target_: lightning.pytorch.callbacks.EarlyStopping"
     stopping += ", monitor: val/loss, min_delta: 1000, patience: "  # the first is the best

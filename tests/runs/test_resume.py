@@ -12,7 +12,7 @@ import pytest
 
 from inject import begin, forked
 from random_resume import differences
-from runs import children, command, equal, rows, summary, wait_for_end, weights
+from runs import children, equal, rows, summary, wait_for_end, weights
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.config.schema import METRICS
 from sam_lightning.runs.checkpoint import newest, read
@@ -69,7 +69,7 @@ def test_checkpoints_do_not_change_a_run(unbroken, tmp_path):
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_amid_an_epoch(unbroken, tmp_path, number):
     folder = tmp_path / "run"
     # In the second pass of update 8 or 21: of epochs 1 and 3, between two checkpoints.
@@ -115,7 +115,7 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path):
     [
         ("SIGTERM", "pass:20"),
         # An epoch's last update.
-        pytest.param("SIGINT", "pass:32", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "pass:32", marks=pytest.mark.long),
         pytest.param("SIGINT", "pass:19", marks=pytest.mark.long),
         pytest.param("SIGTERM", "between:10", marks=pytest.mark.long),
     ],
@@ -219,7 +219,7 @@ def test_what_watches_a_run_continues(tmp_path, options, at):
     assert differences(folder, whole) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_time_was_over_continues_with_more(tmp_path):
     folder, options = tmp_path / "run", [*RUN, "epochs=4000", "+trainer.max_time=00:00:00:02"]
     continued(folder, *options)
@@ -310,7 +310,7 @@ def test_out_of_memory_in_the_second_pass(unbroken, tmp_path):
 # ---------------------------------------------------------------------------- which is the last run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_last_is_the_run_started_last(tmp_path):
     for name in ("2030-01-01_00-00-00-000000", "2031-01-01_00-00-00-000000"):
         folder = tmp_path / "logs/train/runs" / name
@@ -369,7 +369,7 @@ def test_settings_given_on_resuming_count(unbroken, tmp_path):
 @pytest.fixture(scope="module")
 def unbroken_pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair") / "run"
-    done = command(folder.parent, *DDP, *into(folder))
+    done = forked(folder.parent, *DDP, *into(folder))
     assert done.returncode == 0, done.stderr
     found = summary(folder)
     assert (found["status"], found["devices"], found["updates"]) == ("completed", 2, 48)

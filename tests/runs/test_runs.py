@@ -271,7 +271,7 @@ def test_clipping_and_accumulation_are_the_modules(tmp_path):
 # --------------------------------------------------------------------------------- other ends
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_says_so(tmp_path):
     process = started(tmp_path, "epoch 1/", *SMALL, "epochs=10000")
     process.send_signal(signal.SIGINT)

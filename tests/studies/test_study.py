@@ -559,7 +559,7 @@ def finish(run, **metrics):
     (run.folder / "metrics.csv").write_text("\n".join(lines))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_settings_stay_apart_and_the_best_radius_is_each_ones_own(here, capsys):
     file = write(FILE.replace("[0, 7]", "[0, 7, 9]"))
     rng = np.random.default_rng(0)

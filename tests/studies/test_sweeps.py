@@ -167,7 +167,7 @@ def test_a_setting_that_changes_nothing_is_named(given, said):
     assert unused(configuration(*given), [o.partition("=")[0] for o in given]) == said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tokens_and_passwords_stay_out_of_a_sweeps_folder(tmp_path):
     given = ["+logger.wandb.api_key=0123456789abcdef", "++data.cache_dir='s3://me:hidden@host/x'"]
     done = command(tmp_path, "-m", *REFUSED, *given, "rho=0.1,0.2")

@@ -36,6 +36,7 @@ RUNS = {
 
 OTHERS = ["asam", "linf", "gsam", "friendly_sam", "sam_on", "looksam", "esam"]
 OTHERS = [*(f"method={name}" for name in OTHERS), "trainer.precision=bf16-mixed"]
+OTHERS += ["method.ascent_fraction=0.25", "method.ascent_steps=2", "data.subset=30"]
 
 
 def compiling_with(monkeypatch, backend):
@@ -69,7 +70,7 @@ def test_each_kind_of_pass_is_compiled_once(options, tmp_path, monkeypatch):
     assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "eager"), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_runs_of_this_process_do_not_use_up_the_limit(tmp_path, monkeypatch):
     counter = compiling_with(monkeypatch, "eager")
     for width in (1, 2):

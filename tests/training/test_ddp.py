@@ -242,7 +242,7 @@ def test_all_ranks_hold_the_same_weights_after_every_step(ranks, case):
     assert not torch.equal(one[0][last], one[-1][last])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_sends_its_averages_of_gradients_and_nothing_else(tmp_path):
     run_ranks(count_messages, tmp_path)
     found = json.loads((tmp_path / "messages.json").read_text())

@@ -310,7 +310,7 @@ def test_published_weights_without_a_network(target, name, tmp_path, monkeypatch
         published(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_published_weights_that_are_here_need_no_network(file, tmp_path, monkeypatch):
     # As Hugging Face's hub and torch.hub keep what they downloaded.
     monkeypatch.setenv("HTTPS_PROXY", CLOSED)
@@ -347,7 +347,7 @@ def offline(tmp_path_factory):
         yield from serve("sam_lightning.training.run", "sklearn.datasets", "timm")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
