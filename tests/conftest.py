@@ -8,7 +8,6 @@ import pytest
 # The models of the tests are small, and threads that share cores wait. Set before torch is
 # imported, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile the package anew
 # For the processes of torchrun, which run test files as scripts.
 helpers = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [helpers, os.environ.get("PYTHONPATH")]))
