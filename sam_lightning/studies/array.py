@@ -62,6 +62,8 @@ class Array(Runner):
         given = [word.removeprefix("--").partition("=") for word in (slurm or "").split()]
         self.executor.update_parameters(
             name=name,
+            nodes=1,
+            tasks_per_node=1,  # with --exclusive srun would start one for each processor
             timeout_min=60,  # or what ``slurm`` says
             slurm_array_parallelism=self.processes,
             slurm_setup=[

@@ -12,6 +12,12 @@ from sam_lightning.config.cluster import launched, node_rank
 from sam_lightning.config.errors import ConfigError
 from sam_lightning.runs.secrets import without_secrets
 
+# Options of sbatch that a study gives itself, or that would hide its jobs from it.
+OF_STUDY = (
+    *("array", "chdir", "error", "job-name", "nodes", "ntasks", "open-mode", "output"),
+    *("parsable", "signal", "test-only", "wait", "wrap"),
+)
+
 
 def refuse_launchers(what: str) -> None:
     """Refuse torchrun, srun and NODE_RANK around what starts many runs."""
@@ -57,9 +63,14 @@ def _wait_for_all() -> None:
 
 
 def is_sbatch(text: str) -> bool:
-    """Whether a text is options of sbatch that leave a run one task, ``--name=value`` each."""
-    own = r"(array|error|job-name|nodes|ntasks[a-z-]*|open-mode|output|signal|wrap)\b"
-    return all(re.fullmatch(rf"--(?!{own})[a-z][a-z-]*(=\S+)?", word) for word in text.split())
+    """Whether a text is options of sbatch, ``--name=value`` each, but none of a study's own."""
+    for word in text.split():
+        found = re.fullmatch(r"--([a-z][a-z-]*)(=\S+)?", word)
+        if found is None or found[1].startswith("ntasks"):
+            return False
+        if any(own.startswith(found[1]) for own in OF_STUDY):  # sbatch takes shortened names
+            return False
+    return True
 
 
 def refuse_secrets(overrides: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from sam_lightning.config.values import Folder, Rule, within
 from sam_lightning.runs.files import make_folder, read_status, read_summary, stored_overrides
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.runs.terminal import show
-from sam_lightning.studies.launchers import is_sbatch, refuse_launchers
+from sam_lightning.studies.launchers import OF_STUDY, is_sbatch, refuse_launchers
 from sam_lightning.studies.plan import FOLDER, PARTS, Plan, RunSpec, folder_name, read, split
 from sam_lightning.studies.report.runs import PLACES
 from sam_lightning.studies.runner import TRAIN, Runner, begun, status
@@ -37,6 +37,8 @@ A study: methods, settings and seeds in one YAML file. Runs what is missing, the
 Runs are in logs/studies/NAME; the same command goes on where it was stopped. What the
 report makes of them, and runs.json with every run's results, goes to OUT/NAME.
 """
+SBATCH = "options of sbatch, as in '--gpus=1 --time=720', but those of a study's own: "
+SBATCH += ", ".join(OF_STUDY)
 KEYS: Keys = {
     "jobs": (
         None,
@@ -62,7 +64,7 @@ KEYS: Keys = {
     ),
     "slurm": (
         None,
-        Annotated[str, Rule("options of sbatch, as in '--gpus=1 --time=720'", is_sbatch)] | None,
+        Annotated[str, Rule(SBATCH, is_sbatch)] | None,
         "options of sbatch for a run; it has an hour unless they say",
     ),
 }

@@ -352,8 +352,10 @@ def test_a_study_is_an_array_whose_results_are_those_of_one_machine(slurm, here)
 
 
 def test_a_job_of_a_study_that_is_killed_is_named(slurm, here):
+    """Each has a node for itself, and still one task."""
     (here / "st.yaml").write_text(STUDY)
-    process = study(slurm, here, "launcher=submitit", "+callbacks.slow._target_=slow.Slow")
+    given = ["launcher=submitit", "slurm=--exclusive", "+callbacks.slow._target_=slow.Slow"]
+    process = study(slurm, here, *given)
     runs = here / "logs" / "studies" / "st"
     slurm.wait((runs / "sam,seed=0" / "checkpoints" / "last.ckpt").is_file, 240)
     (job,) = {*slurm("squeue", "--noheader", "--format=%F").split()}

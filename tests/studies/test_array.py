@@ -127,6 +127,11 @@ def test_jobs_that_are_stopped_go_on_and_have_the_results_of_processes(here):
         ),
         (["launcher=submitit", "slurm=-n2"], "slurm=-n2: allowed is options of sbatch"),
         (
+            ["launcher=submitit", "slurm=--time=5 --chdir=/"],
+            "slurm=--time=5 --chdir=/: allowed is options of sbatch, .*, but those of .* chdir, ",
+        ),
+        (["launcher=submitit", "slurm=--pars"], "slurm=--pars: allowed is options of sbatch"),
+        (
             ["launcher=submitit", "+model.token=0123456789"],
             r"\+model.token=0123456789: submitit would keep it in a file; take it from the environ",
         ),
