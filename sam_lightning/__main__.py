@@ -4,10 +4,12 @@ from sam_lightning.config.process import importing
 
 with importing():
     import logging
+    import os
     import sys
     from importlib import import_module
 
     from sam_lightning.config.arguments import help_of
+    from sam_lightning.config.cluster import number
     from sam_lightning.config.conf import CONF
     from sam_lightning.config.errors import ConfigError, did_you_mean, one_line_errors
 
@@ -53,6 +55,12 @@ def _run(name: str, *rest: str) -> None:
         return
     if name in NEEDS_CONF and not CONF.is_dir():
         raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
+    processes = number("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if processes > 1 and name not in ("rerun", "study"):  # the one trains, the other refuses more
+        raise ConfigError(
+            f"{name}: is done by one process, and torchrun has started {processes}, which would "
+            "all do the same; leave torchrun out"
+        )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sam_lightning").setLevel(logging.INFO)
     command.main([*rest])

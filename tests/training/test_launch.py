@@ -333,6 +333,14 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path, sweep):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_command_for_one_process_under_torchrun_is_refused(tmp_path):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ((said, code),) = together(tmp_path, ([*line, "-m", "sam_lightning", "list-models"], {}))
+    assert code == 1  # torchrun's own
+    assert "error: list-models: is done by one process, and torchrun has started 2, which" in said
+    assert "resnet18" not in said
+
+
 def test_a_wrong_value_under_torchrun_is_refused_by_all(tmp_path):
     said = ("error: rho=-1: allowed is a number >= 0\n", 2)
     assert as_ranks(tmp_path, "rho=-1") == [said, said]
