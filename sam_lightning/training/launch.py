@@ -197,7 +197,8 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     if record.levelno < logging.ERROR:
         return False
     error = record.exc_info[1] if record.exc_info else None
-    return f"{ConfigError.__module__}." not in str(error)
+    told = getattr(error, "exit_code", 0) - 128 in signal.valid_signals()
+    return not told and f"{ConfigError.__module__}." not in str(error)
 
 
 def _worker(

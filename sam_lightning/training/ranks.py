@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from omegaconf import DictConfig
@@ -23,6 +23,7 @@ from sam_lightning.config.errors import ConfigError, TrainingError, one_line
 from sam_lightning.config.text import clean
 from sam_lightning.runs.secrets import without_secrets
 from sam_lightning.training.store import (
+    CONNECTS_WITHIN,
     SAID_AFTER,
     Place,
     in_time,
@@ -34,6 +35,7 @@ from sam_lightning.training.store import (
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 TIMEOUTS = re.compile("(?i)timed out|timeout")  # what gloo says
@@ -79,30 +81,37 @@ class Ranks:
 
         Raises:
             ConfigError: another run meets there, another process has this rank or knows of another
-                number of them, another failed, or a host does not reach another.
+                number of them, another failed, some have GPUs and others none, or a host does not
+                reach another.
             TrainingError: names those that have not come in time.
         """
-        if self.place is not None and self._ask(lambda: self.store.check([COMPLETE])):
+        if self.place is not None and self._ask(self.store.check, [COMPLETE]):
             raise ConfigError(
                 f"MASTER_ADDR={self.place[0]}, MASTER_PORT={self.place[1]}: another run has met "
                 "there; give this one another port, or a torchrun of its own"
             )
-        size = self._ask(lambda: self.store.compare_set("size", "", str(self.size))).decode()
+        size = self._ask(self.store.compare_set, "size", "", str(self.size)).decode()
         if size != str(self.size):
             raise ConfigError(
                 f"trainer.devices, trainer.num_nodes: make {self.size} processes on "
                 f"{socket.gethostname()}, but {size} on another host; they must be the same on all"
             )
-        if self._ask(lambda: self.store.add(f"rank {self.rank}", 1)) > 1:
-            other = self._ask(lambda: self.store.get(f"come {self.rank}")).decode()
+        if self._ask(self.store.add, f"rank {self.rank}", 1) > 1:
+            other = self._ask(self.store.get, f"come {self.rank}").decode()
             raise ConfigError(
                 f"RANK={self.rank}: on {socket.gethostname()}, and {json.loads(other)[0]} has it "
                 "too; each needs its own, by another NODE_RANK on every host"
             )
-        came = json.dumps([socket.gethostname(), self.node])
+        came = json.dumps([socket.gethostname(), self.node, "CPUs" if gloo else "GPUs"])
         found = [json.loads(text) for text in self._gather("come", came)]
-        self.hosts, self.nodes = [host for host, _ in found], [node for _, node in found]
-        self._ask(lambda: self.store.set(COMPLETE, ""))
+        self.hosts, self.nodes, kinds = (list(column) for column in zip(*found, strict=True))
+        self._ask(self.store.set, COMPLETE, "")
+        for rank, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise ConfigError(
+                    f"trainer.accelerator: is for {kinds[0]} on {self._name(0)}, but for {kind} on "
+                    f"{self._name(rank)}; it must be the same on all"
+                )
         if gloo and len({*self.nodes}) > 1:
             self._reach_each_other()
 
@@ -132,12 +141,13 @@ class Ranks:
         self._agreed += 1
         name = f"agreed {self._agreed}"
         text = json.dumps(about, sort_keys=True, default=str)
-        self.store.set(f"{name} whole {self.rank}", text)
+        self._ask(self.store.set, f"{name} whole {self.rank}", text)
         digests = self._gather(name, hashlib.sha256(text.encode()).hexdigest())
         for rank, digest in enumerate(digests):
             if digest == digests[0]:
                 continue
-            both = [json.loads(self.store.get(f"{name} whole {r}")) for r in (0, rank)]
+            wholes = [self._ask(self.store.get, f"{name} whole {r}") for r in (0, rank)]
+            both = [json.loads(whole) for whole in wholes]
             self._gather(f"{name} read", "")  # else the store could be gone by then
             key = min(k for k in {**both[0], **both[1]} if both[0].get(k) != both[1].get(k))
             mine, other = (clean(of.get(key))[:100] for of in both)
@@ -149,14 +159,15 @@ class Ranks:
     def _gather(self, name: str, mine: str) -> list[str]:
         """What all have given under this name, by rank."""
         begun, said = time.monotonic(), False
-        self._ask(partial(self.store.set, f"{name} {self.rank}", mine))
-        self._ask(lambda: self.store.add(name, 1))
-        while self._ask(lambda: self.store.add(name, 0)) < self.size:
-            if self._ask(lambda: self.store.check(["failed"])):
+        self._ask(self.store.set, f"{name} {self.rank}", mine)
+        self._ask(self.store.add, name, 1)
+        while self._ask(self.store.add, name, 0) < self.size:
+            if self._ask(self.store.check, ["failed"]):
                 raise self._failure()
             waited = time.monotonic() - begun
             if waited > (self.timeout if said else SAID_AFTER):
-                missing = [r for r in range(self.size) if not self.store.check([f"{name} {r}"])]
+                keys = enumerate(self._keys(name))
+                missing = [rank for rank, key in keys if not self._ask(self.store.check, [key])]
                 names = " and ".join(map(self._name, missing[:8]))
                 if waited > self.timeout:
                     raise TrainingError(
@@ -166,13 +177,13 @@ class Ranks:
                 log.warning("waiting for %s, at most trainer.timeout=%g s", names, self.timeout)
                 said = True
             time.sleep(0.1)
-        texts = self._ask(lambda: self.store.multi_get(self._keys(name)))
+        texts = self._ask(self.store.multi_get, self._keys(name))
         return [text.decode() for text in texts]
 
-    def _ask(self, ask: Callable[[], T]) -> T:
+    def _ask(self, ask: Callable[P, T], *about: P.args, **named: P.kwargs) -> T:
         """What the store answers, or a TrainingError."""
         try:
-            return in_time(ask, self.timeout)
+            return in_time(partial(ask, *about, **named), self.timeout)
         except TimeoutError as error:
             raise TrainingError(
                 f"{self._name(0)} has not answered within trainer.timeout={self.timeout:g} s"
@@ -188,8 +199,7 @@ class Ranks:
 
     def tell(self, error: BaseException) -> None:
         """Let the others know why this rank ends, if it is the first to."""
-        if self.place is None or not why_not(self.place):
-            post(self.store, self._name(self.rank), error, came=bool(self.hosts))
+        post(self.store, self._name(self.rank), error, came=bool(self.hosts))
 
     def _failure(self) -> Exception:
         of_settings, text = json.loads(self.store.get("failed"))
@@ -200,20 +210,26 @@ class Ranks:
         # The store is beside rank 0.
         first = [r for r, node in enumerate(self.nodes) if node == self.nodes[0]]
         silent = [r for r in first if r != self.rank] or [0]
-        if self.place is None or not why_not(self.place):
-            with suppress(RuntimeError):
-                if self.store.check(["failed"]):
-                    return self._failure()
-                self.store.set(f"waits {self.rank}", "")
-                time.sleep(NOTICED_WITHIN)
-                waits = enumerate(self._keys("waits"))
-                silent = [rank for rank, key in waits if not self.store.check([key])]
+        with suppress(RuntimeError, TimeoutError):
+            heard = in_time(self._hear, NOTICED_WITHIN + CONNECTS_WITHIN)
+            if isinstance(heard, Exception):
+                return heard
+            silent = heard
         how = "has ended, or is cut off"
         if TIMEOUTS.search(str(error)):
             how = f"has not answered within trainer.timeout={self.timeout:g} s"
         if not silent:
             how = how.replace("has not answered", "the ranks have not reached each other")
         return TrainingError(f"{' and '.join(map(self._name, silent[:8]))} {how}".strip())
+
+    def _hear(self) -> list[int] | Exception:
+        """The ranks that are silent, or how one failed."""
+        if self.store.check(["failed"]):
+            return self._failure()
+        self.store.set(f"waits {self.rank}", "")
+        time.sleep(NOTICED_WITHIN)
+        waits = enumerate(self._keys("waits"))
+        return [rank for rank, key in waits if not self.store.check([key])]
 
 
 def post(store: dist.Store, who: str, error: BaseException, came: bool) -> bool:
@@ -228,11 +244,16 @@ def post(store: dist.Store, who: str, error: BaseException, came: bool) -> bool:
     told = json.dumps(
         [isinstance(error, ConfigError), f"{who}: {without_secrets(one_line(error))}"]
     )
-    with suppress(RuntimeError):
-        if came or not store.check([COMPLETE]):
+
+    def leave() -> bool:
+        ours = came or not store.check([COMPLETE])
+        if ours:
             store.compare_set("failed", "", told)
             store.add("ended", 1)
-            return True
+        return ours
+
+    with suppress(RuntimeError, TimeoutError):
+        return in_time(leave, CONNECTS_WITHIN)
     return False
 
 

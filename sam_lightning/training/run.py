@@ -128,6 +128,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     # Before Lightning does, which first loads a checkpoint's float64 into float32.
     module = trainer.precision_plugin.convert_module(make_module(cfg, data, trainer))
     module.settings = settings
+    if started := module.hparams.get("weights"):
+        agree(lambda: {"model.weights": f"a file of SHA-256 {started['sha256'][:12]}"})
     check_watched(cfg, trainer, data)
     _check_images(cfg, data, trainer.world_size)
     savers = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]

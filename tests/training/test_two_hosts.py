@@ -3,15 +3,18 @@
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from hosts import Command, two_hosts, why_not
 from image_files import write_images
 from runs import SMALL, TRAIN, equal, rows, summary, weights
+from sam_lightning.models import SAMResNet18
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 TIMEOUT = 30  # trainer.timeout, in seconds
@@ -165,14 +168,17 @@ def test_a_host_that_is_killed_ends_the_other_which_continues(hosts, one_host, s
     same(hosts[0].folder / "run", one_host)
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_host_that_is_told_to_stop_stops_both_which_continue(hosts, one_host, told):
+@pytest.mark.parametrize(
+    ("told", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)]
+)
+def test_a_host_that_is_told_to_stop_stops_both_which_continue(hosts, one_host, told, number):
     commands = each_its_own(hosts, EPOCHS)
     trains(commands[0])
-    commands[told].process.terminate()
-    assert ends(commands, within=60) == ([143, 143], ["", ""])
-    stopped = f"stopped by SIGTERM on {hosts[told].name}"
+    commands[told].process.send_signal(number)
+    assert ends(commands, within=60) == ([128 + number] * 2, ["", ""])
+    stopped = f"stopped by {number.name} on {hosts[told].name}"
     assert all(command.said().count(f"{stopped} after step ") == 1 for command in commands)
+    assert "Traceback" not in "".join(command.said() for command in commands)
     assert summary(hosts[0].folder / "run")["exit_reason"] == f"Interrupted: {stopped}"
     assert ends(each_its_own(hosts, EPOCHS, "ckpt_path=last")) == ([0, 0], ["", ""])
     same(hosts[0].folder / "run", one_host)
@@ -311,6 +317,15 @@ def test_copies_of_the_data_may_be_elsewhere(apart, view):
     assert ends(torchrun(apart, *PHOTOS, f"data.view={view}", each=each)) == ([0, 0], ["", ""])
 
 
+def test_other_weights_to_start_from_are_refused(apart):
+    for seed, host in enumerate(apart):
+        torch.manual_seed(seed)
+        model = SAMResNet18(num_classes=10, in_channels=1, width=4)
+        torch.save(model.state_dict(), host.folder / "start.pth")
+    found = torchrun(apart, "model.weights=start.pth")
+    refused(found, "model.weights: is a file of SHA-256 ", "on rank 1 on beta")
+
+
 def test_another_version_of_the_code_is_refused(hosts, tmp_path):
     other = tmp_path / "other"
     for name in ("sam_lightning", "conf"):
@@ -360,6 +375,20 @@ def test_a_firewall_that_lets_one_port_pass_is_said_before_training(hosts):
     refused(each_its_own(hosts), "does not reach", "let firewalls pass all its ports")
 
 
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="needs the command iptables")
+def test_a_network_that_loses_large_packets_ends_both(hosts):
+    """As where hosts differ in the MTU. The last host has no answer, nor an error, from TCP."""
+    large = ["--match", "length", "--length", "1000:65535", "--jump", "DROP"]
+    rule = ["iptables", "--append", "OUTPUT", "--out-interface", "eth0", "--protocol", "tcp"]
+    for host in hosts:
+        assert host.start(*rule, *large).end(10) == (0, "")
+    codes, said = ends(each_its_own(hosts), within=TIMEOUT + 90)
+    assert codes == [1, 1]
+    within = f"within trainer.timeout={TIMEOUT} s"
+    assert said[0].endswith(f"rank 1 on beta of 2 did not come to alpha {within}")
+    assert said[1].endswith(f"rank 0 on alpha has not answered {within}")
+
+
 @pytest.mark.parametrize("name", ["alpha", "localhost"])
 def test_hosts_of_one_name_that_do_not_reach_each_other_are_refused(hosts, name):
     for host in hosts:
@@ -403,6 +432,26 @@ def test_what_two_hosts_need_is_named(hosts, env, said):
 def test_other_numbers_of_processes_are_refused(hosts, each):
     found = each_its_own(hosts, "batch_size=48", each=each)
     refused(found, "trainer.devices, trainer.num_nodes: make ", "they must be the same on all")
+
+
+FAKES_A_GPU = """
+import torch.cuda
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.set_device = lambda device: None
+"""
+
+
+@pytest.mark.parametrize("with_gpu", [0, 1])
+def test_a_host_without_the_others_gpu_is_named(hosts, tmp_path, with_gpu):
+    (tmp_path / "sitecustomize.py").write_text(FAKES_A_GPU)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = [{}, {}]
+    env[with_gpu] = {"PYTHONPATH": os.pathsep.join(paths)}
+    kinds = ["CPUs", "CPUs"]
+    kinds[with_gpu] = "GPUs"
+    found = each_its_own(hosts, "trainer.accelerator=auto", env=env)
+    said = f"trainer.accelerator: is for {kinds[0]} on rank 0 on alpha, but for {kinds[1]} on rank"
+    refused(found, f"{said} 1 on beta; it must be the same on all")
 
 
 def test_a_launcher_that_sets_half_on_one_host_ends_both(hosts):
