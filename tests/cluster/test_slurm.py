@@ -223,7 +223,7 @@ TASKS = {
     "scontrol requeue": ("--ntasks=2", "trainer=ddp_cpu"),
     "grace": ("--ntasks=2 --partition=lent", "trainer=ddp_cpu"),  # as another job goes first
 }
-TAKES_ALL = ("sbatch", "--nodes=2", "--exclusive", "--wrap=true")
+TAKES_ALL = ("--nodes=2", "--exclusive", "--wrap=true")
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -235,7 +235,7 @@ def test_a_job_is_queued_again(slurm, here, kind):
     (here / "job.sh").write_text(script(*command, header=f"{tasks} --requeue"))
     job = slurm.submit(here, "job.sh")
     slurm.wait((folder / "checkpoints" / "previous.ckpt").is_file, 120)
-    by_slurm = {"scontrol requeue": (*kind.split(), job), "grace": TAKES_ALL}
+    by_slurm = {"scontrol requeue": (*kind.split(), job), "grace": ("sbatch", *TAKES_ALL)}
     slurm(*by_slurm.get(kind, ("scancel", "--signal=USR1", job)), cwd=here)
     slurm.wait(lambda: slurm.state(job, "Restarts") == "1", 60)
     slurm.wait((folder / "metrics.json").is_file, 60)  # written as it ends
@@ -373,7 +373,7 @@ def test_jobs_of_a_study_that_make_room_for_another_go_on_later(slurm, here):
     process = study(slurm, here, *given)
     runs = [here / "logs" / "studies" / "st" / f"{arm},seed=0" for arm in ("sgd", "sam")]
     slurm.wait(lambda: all((r / "checkpoints" / "last.ckpt").is_file() for r in runs), 240)
-    other = slurm.submit(here, *TAKES_ALL[1:])
+    other = slurm.submit(here, *TAKES_ALL)
     assert slurm.wait_for(other, 100) == "COMPLETED"
     _, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (0, "")
