@@ -54,8 +54,10 @@ def connected(trainer: DictConfig, store: dist.Store | None = None) -> Iterator[
     try:
         with named_lost():
             if store is None:
-                ranks.come(gloo=not cuda)
-                ranks.agree(_versions())
+                ranks.come()
+                ranks.agree({"trainer.accelerator": "cuda" if cuda else "cpu", **_versions()})
+                if not cuda:  # NCCL has ways of its own
+                    ranks.reach_each_other()
             _init_process_group(trainer, ranks, cuda)
             yield
     except Exception as error:

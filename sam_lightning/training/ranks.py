@@ -76,13 +76,12 @@ class Ranks:
         self.store = store
         self.store.set_timeout(timedelta(seconds=self.timeout))
 
-    def come(self, gloo: bool) -> None:
-        """Wait until all have come, and with ``gloo`` try whether all hosts reach each other.
+    def come(self) -> None:
+        """Wait until all have come.
 
         Raises:
             ConfigError: another run meets there, another process has this rank or knows of another
-                number of them, another failed, some have GPUs and others none, or a host does not
-                reach another.
+                number of them, or another failed.
             TrainingError: names those that have not come in time.
         """
         if self.place is not None and self._ask(self.store.check, [COMPLETE]):
@@ -102,21 +101,19 @@ class Ranks:
                 f"RANK={self.rank}: on {socket.gethostname()}, and {json.loads(other)[0]} has it "
                 "too; each needs its own, by another NODE_RANK on every host"
             )
-        came = json.dumps([socket.gethostname(), self.node, "CPUs" if gloo else "GPUs"])
+        came = json.dumps([socket.gethostname(), self.node])
         found = [json.loads(text) for text in self._gather("come", came)]
-        self.hosts, self.nodes, kinds = (list(column) for column in zip(*found, strict=True))
+        self.hosts, self.nodes = [host for host, _ in found], [node for _, node in found]
         self._ask(self.store.set, COMPLETE, "")
-        for rank, kind in enumerate(kinds):
-            if kind != kinds[0]:
-                raise ConfigError(
-                    f"trainer.accelerator: is for {kinds[0]} on {self._name(0)}, but for {kind} on "
-                    f"{self._name(rank)}; it must be the same on all"
-                )
-        if gloo and len({*self.nodes}) > 1:
-            self._reach_each_other()
 
-    def _reach_each_other(self) -> None:
-        """Let the first rank of each host connect to those of the others, as gloo will."""
+    def reach_each_other(self) -> None:
+        """Let the first rank of each host connect to those of the others, as gloo will.
+
+        Raises:
+            ConfigError: a host does not reach another.
+        """
+        if len({*self.nodes}) == 1:
+            return
         firsts = [self.nodes.index(node) for node in sorted({*self.nodes})]
         with _listener() if self.rank in firsts else nullcontext() as listener:
             listens = json.dumps(listener and listener.getsockname()[:2])

@@ -447,11 +447,13 @@ def test_a_host_without_the_others_gpu_is_named(hosts, tmp_path, with_gpu):
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = [{}, {}]
     env[with_gpu] = {"PYTHONPATH": os.pathsep.join(paths)}
-    kinds = ["CPUs", "CPUs"]
-    kinds[with_gpu] = "GPUs"
+    kinds = ["cpu", "cpu"]
+    kinds[with_gpu] = "cuda"
     found = each_its_own(hosts, "trainer.accelerator=auto", env=env)
-    said = f"trainer.accelerator: is for {kinds[0]} on rank 0 on alpha, but for {kinds[1]} on rank"
-    refused(found, f"{said} 1 on beta; it must be the same on all")
+    said = (
+        f"trainer.accelerator: is {kinds[0]} on rank 0 on alpha, but {kinds[1]} on rank 1 on beta"
+    )
+    refused(found, f"{said}; it must be the same on all")
 
 
 def test_a_launcher_that_sets_half_on_one_host_ends_both(hosts):
