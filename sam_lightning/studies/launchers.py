@@ -98,6 +98,9 @@ def with_squeue(key: str, instead: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{key}: needs pip install -e '.[cluster]'") from error
 
+    for name in [name for name in os.environ if name.startswith("SQUEUE_")]:
+        del os.environ[name]  # such as SQUEUE_STATES, which would hide jobs
+
     class Queue(type(submitit.SlurmJob.watcher)):  # type: ignore[misc]
         def _make_command(self) -> list[str] | None:
             ask = ["squeue", "--me", "--noheader", "--array", "--format=%i %r"]

@@ -390,12 +390,12 @@ def said(process, text):
 
 
 def test_jobs_of_a_study_that_was_killed_are_not_sent_twice_and_outlive_a_node(slurm, here):
-    """They wait first, as their partition is down."""
+    """They wait first, as their partition is down. The user's squeue would not show them."""
     (here / "st.yaml").write_text(STUDY)
     given = ["launcher=submitit", "+callbacks.slow._target_=slow.Slow"]
     sgd, sam = (here / "logs" / "studies" / "st" / f"{arm},seed=0" for arm in ("sgd", "sam"))
     slurm("scontrol", "update", "PartitionName=main", "State=DOWN")
-    first = study(slurm, here, *given)
+    first = study(slurm, here, *given, SQUEUE_STATES="RUNNING")
     job = said(first, " waits in the queue: PartitionDown").split("sent as job ")[1].split()[0]
     changed = study(slurm, here, *given, "lr=0.2")
     _, err = changed.communicate(timeout=60)
