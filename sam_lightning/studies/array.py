@@ -55,13 +55,15 @@ class Array(Runner):
         self.slurm = slurm
         refuse_secrets(a for run in runs for a in run.arguments)
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # read when submitit is imported
-        submitit = with_squeue("launcher=submitit", "jobs=N for N runs at a time on this machine")
-        name = runs[0].folder.parent.name
-        folder = runs[0].folder.parents[1] / ".submitit" / name / "%j"
+        study = runs[0].folder.parent
+        folder = (study.parent / ".submitit" / study.name).absolute()
+        instead = "jobs=N for N runs at a time on this machine"
+        submitit = with_squeue("launcher=submitit", instead, folder)
+        folder /= "%j"
         self.executor = submitit.AutoExecutor(folder, CLUSTER, slurm_max_num_timeout=RESTARTS)
         given = [word.removeprefix("--").partition("=") for word in (slurm or "").split()]
         self.executor.update_parameters(
-            name=name,
+            name=study.name,
             nodes=1,
             tasks_per_node=1,  # with --exclusive srun would start one for each processor
             timeout_min=60,  # or what ``slurm`` says

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +35,8 @@ def check_launcher(config: DictConfig) -> None:
     """Refuse a launcher that cannot do its work here, or would store what is secret."""
     launcher, key = config.hydra.launcher, "hydra/launcher=submitit"
     if launcher._target_.endswith("SlurmLauncher"):
-        with_squeue(f"{key}_slurm", "basic, joblib or submitit_local")
+        folder = Path(config.hydra.sweep.dir).absolute()
+        with_squeue(f"{key}_slurm", "basic, joblib or submitit_local", folder)
     if "submitit" in launcher._target_:
         given: Any = OmegaConf.to_container(config.hydra.overrides)  # "${...}" as it stands
         refuse_secrets(o for part in given.values() for o in part)
@@ -81,14 +83,15 @@ def refuse_secrets(overrides: Iterable[str]) -> None:
             raise ConfigError(f"{override}: submitit would keep it in a file; {advice}")
 
 
-def with_squeue(key: str, instead: str) -> Any:
+def with_squeue(key: str, instead: str, folder: Path) -> Any:
     """Submitit, which asks ``squeue`` what has become of its jobs.
 
     By itself it asks ``sacct``. Without accounting that fails, in three lines each time, and a job
     that was killed would be waited for without end.
 
     Raises:
-        ConfigError: names ``key`` and what to take ``instead``: there is no SLURM, or no submitit.
+        ConfigError: names ``key`` and what to take ``instead``: there is no SLURM, or no submitit;
+            or SLURM could not find the ``folder`` of the jobs' output.
     """
     if shutil.which("srun") is None:
         advice = f"start it where SLURM is, or take {instead}"
@@ -98,6 +101,8 @@ def with_squeue(key: str, instead: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{key}: needs pip install -e '.[cluster]'") from error
 
+    if "%" in str(folder):
+        raise ConfigError(f"{key}: SLURM takes % for a pattern, and it is in {folder}; move that")
     for name in [name for name in os.environ if name.startswith("SQUEUE_")]:
         del os.environ[name]  # such as SQUEUE_STATES, which would hide jobs
 

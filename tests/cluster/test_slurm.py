@@ -474,3 +474,22 @@ def test_options_that_sbatch_refuses(slurm, here, option, said):
     assert err.startswith(f"error: slurm={option}: {said}")
     assert err.count("\n") == 1
     assert {*here.iterdir()} == before
+
+
+def test_a_folder_whose_name_slurm_would_change_is_refused(slurm, here):
+    folder = here / "100%used"
+    folder.mkdir()
+    slurm.clone(folder)
+    (folder / "st.yaml").write_text(STUDY)
+    before = {*folder.iterdir()}
+    sweep = ["train.py", "-m", "rho=0.1,0.2", "hydra/launcher=submitit_slurm"]
+    for key, line in [
+        ("launcher=submitit", ["-m", "sam_lightning", "study", "st.yaml", "launcher=submitit"]),
+        ("hydra/launcher=submitit_slurm", sweep),
+    ]:
+        done = slurm.run("python", *line, cwd=folder)
+        assert done.returncode == 2
+        why = f"error: {key}: SLURM takes % for a pattern, and it is in {folder}/"
+        assert done.stderr.startswith(why)
+        assert done.stderr.count("\n") == 1
+        assert {*folder.iterdir()} == before
