@@ -56,7 +56,7 @@ def _run(name: str, *rest: str) -> None:
     if name in NEEDS_CONF and not CONF.is_dir():
         raise ConfigError(f"{name}: needs the folder conf of a clone; there is no {CONF}")
     processes = number("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if processes > 1 and name not in ("rerun", "study"):  # the one trains, the other refuses more
+    if processes > 1 and name != "rerun":  # which trains
         raise ConfigError(
             f"{name}: is done by one process, and torchrun has started {processes}, which would "
             "all do the same; leave torchrun out"
